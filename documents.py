@@ -1,0 +1,393 @@
+"""Where text comes from: Python's own library, or your files.
+
+    stdlib                       every module of this Python's library, outside its tests and site-packages
+    notes.txt  book.md  code.py  one file is one document
+    rows.jsonl  rows.parquet     one row is one document, in the column `text`
+    corpus/  'corpus/*.jsonl'    a folder (searched to its depths) or a glob of such files
+
+Files may be plain, .gz or .zst. A document is a pair (id, text):
+
+    >>> next(iter(open_source("stdlib")))[0]
+    'stdlib/__future__.py'
+
+Look at a source before you train on it:  python documents.py stdlib
+"""
+
+import argparse
+import difflib
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+
+Document = tuple[str, str]      # (id, text)
+
+FILE_IS_DOCUMENT = (".txt", ".md", ".py")
+ROW_IS_DOCUMENT = (".jsonl", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+FINEWEB_SIZES = ("10B", "100B", "350B", "full")
+FINEWEB = tuple(size + kind for size in FINEWEB_SIZES for kind in ("", "edu", "-gpt2", "edu-gpt2"))
+
+HELD_OUT_ONE_IN = 64            # this share of all distinct documents is never trained on
+SHUFFLE_CHARACTERS = 200_000_000    # how much text the shuffle may hold in memory
+BATCH_CHARACTERS = 1_000_000    # text that travels to a worker process at a time
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; shown as one line, without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, with the flag that was perhaps meant."""
+
+    def __init__(self, description: str, **options):
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        unknown = re.match(r"unrecognized arguments: (--?\w[\w-]*)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], flags, n=1)
+            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: error: {message} (python {self.prog} --help lists all flags)\n")
+
+
+def positive(text: str) -> int:
+    """The type of a flag that takes a whole number from 1 on."""
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from error
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {number}")
+    return number
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code."""
+
+    @wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        except BrokenProcessPool:
+            sys.exit(f"{Path(sys.argv[0]).name}: error: a worker process was killed, perhaps for want of memory; "
+                     "try again with --num_workers 1")
+        except KeyboardInterrupt:
+            print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
+                  file=sys.stderr)
+            sys.exit(130)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources
+# ------------------------------------------------------------------------------------------------
+
+class Source:
+    """Documents in a fixed order, read one at a time.
+
+    label        short name, safe in a file name; sources with other files have other labels
+    fingerprint  SHA-256 over the names, sizes and times of the files; changes when the source changes
+    replaced     invalid UTF-8 sequences that were replaced by U+FFFD so far
+    """
+
+    def __init__(self, label: str, files: list[tuple[str, Path]], stamp: list):
+        self.label = label
+        self.files = files
+        self.replaced = 0
+        self.fingerprint = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Document]:
+        self.replaced = 0
+        for name, path in self.files:
+            try:
+                yield from self._read(name, path)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def _read(self, name: str, path: Path) -> Iterator[Document]:
+        kind = kind_of(path)
+        if kind in FILE_IS_DOCUMENT:
+            with open_bytes(path) as file:
+                yield name, self._decode(file.read())
+        elif kind == ".jsonl":
+            with open_bytes(path) as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{name}:{number}", self._field(line, f"{path} line {number}")
+        else:
+            yield from self._read_parquet(name, path)
+
+    def _field(self, line: bytes, where: str) -> str:
+        try:
+            row = json.loads(self._decode(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            has = "its columns are " + ", ".join(map(str, row)) if isinstance(row, dict) else "it is no object"
+            raise UserError(f"{where} has no text in a column named text; {has}")
+        return self._valid(row["text"])
+
+    def _read_parquet(self, name: str, path: Path) -> Iterator[Document]:
+        import pyarrow
+        import pyarrow.parquet
+        with open_bytes(path) as file:
+            try:
+                table = pyarrow.parquet.ParquetFile(file)
+                columns = table.schema_arrow.names
+                if "text" not in columns:
+                    raise UserError(f"{path} has no column named text; its columns are {', '.join(columns)}")
+                number = 0
+                for batch in table.iter_batches(batch_size=256, columns=["text"]):
+                    for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
+                        number += 1
+                        if text is not None:
+                            yield f"{name}:{number}", self._decode(text)
+            except pyarrow.ArrowException as error:
+                raise UserError(f"{path} is no readable parquet file ({str(error).splitlines()[0]})") from error
+
+    def _decode(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            text = raw.decode(errors="replace")
+            self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
+            return text
+
+    def _valid(self, text: str) -> str:
+        """JSON can spell half a surrogate pair, which is no text."""
+        try:
+            text.encode()
+            return text
+        except UnicodeEncodeError:
+            clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            self.replaced += clean.count("\ufffd") - text.count("\ufffd")
+            return clean
+
+
+def open_source(spec: str | list[str]) -> Source:
+    """A Source from a name or from paths and globs.
+
+    raises  UserError if a name or path is unknown, a glob matches nothing or a file's kind is not known
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if specs == ["stdlib"]:
+        return python_library()
+    if "stdlib" in specs:
+        raise UserError("stdlib cannot be mixed with files; name one of them")
+    for name in specs:
+        if name in FINEWEB and not os.path.exists(name):
+            raise UserError(f"{name} comes from the Hugging Face Hub, which this version cannot read yet; "
+                            "use stdlib, or local files (.txt .md .py .jsonl .parquet)")
+    paths = list(dict.fromkeys(path for item in specs for path in find_files(item)))
+    stamp = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return Source(label_of(specs, paths), [(str(path), path) for path in paths], stamp)
+
+
+def python_library() -> Source:
+    """Every module of the running Python's library, sorted by path; the same for everyone with that Python."""
+    top = Path(sysconfig.get_paths()["stdlib"])
+    leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    names = sorted(path.relative_to(top).as_posix() for path in top.rglob("*.py")
+                   if not leave_out.intersection(path.relative_to(top).parts[:-1]))
+    files = [(f"stdlib/{name}", top / name) for name in names]
+    if not files:
+        raise UserError(f"no modules in {top}; this Python was installed without its library's source")
+    return Source("stdlib", files, [[name, path.stat().st_size] for name, path in files])
+
+
+def find_files(item: str) -> list[Path]:
+    path = Path(item)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and is_known(file))
+        if not found:
+            raise UserError(f"{item} holds no .txt, .md, .py, .jsonl or .parquet file")
+        return found
+    found = [path] if path.is_file() else sorted(map(Path, glob.glob(item, recursive=True)))
+    found = [file for file in found if file.is_file()]
+    if not found:
+        raise UserError(f"no source named {item}: not stdlib, and no file, folder or glob of that name")
+    for file in found:
+        if not is_known(file):
+            raise UserError(f"{file} is of no known kind; text files end in "
+                            f"{' '.join(FILE_IS_DOCUMENT + ROW_IS_DOCUMENT)}, plain or with .gz or .zst behind")
+    return found
+
+
+def kind_of(path: Path) -> str:
+    """`.jsonl` for rows.jsonl and for rows.jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def is_known(path: Path) -> bool:
+    return kind_of(path) in FILE_IS_DOCUMENT + ROW_IS_DOCUMENT
+
+
+def label_of(specs: list[str], paths: list[Path]) -> str:
+    """`books-1f0c9a3e`: a word for people, and a hash of the full paths so that others get another label."""
+    first = Path(specs[0])
+    word = first.parent.name if glob.has_magic(first.name) or len(specs) > 1 else first.name.split(".")[0]
+    digest = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9-]+', '-', word).strip('-')[:30] or 'files'}-{digest[:8]}"
+
+
+@contextmanager
+def open_bytes(path: Path):
+    """The file's bytes, decompressed as its last suffix says; a parquet file needs to be sought in."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        with open(path, "rb") as file:
+            yield file
+        return
+    try:
+        with tempfile.TemporaryFile() as plain:
+            with open_compressed(path, suffix) as packed:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+            plain.seek(0)
+            yield plain
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path} is cut off or damaged: {error}") from error
+
+
+def open_compressed(path: Path, suffix: str):
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    import pyarrow
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+# ------------------------------------------------------------------------------------------------
+# Order, held-out documents, and work for several processes
+# ------------------------------------------------------------------------------------------------
+
+def is_held_out(text: str) -> bool:
+    """Whether a document is kept for validation: a hash of its own text decides, and nothing else.
+
+    So everybody holds out the same documents, with any tokenizer, seed or number of shards, and no text
+    stands on both sides.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def shuffled(documents: Iterable[Document], seed: int, characters: int = SHUFFLE_CHARACTERS) -> Iterator[Document]:
+    """The documents in an order that the seed (0 is one too) decides.
+
+    A source of at most `characters` characters is shuffled as a whole. Of a larger one about that much is held
+    in memory, and a document drawn at random from it leaves for each that arrives.
+    """
+    rng = random.Random(seed)
+    held: list[Document] = []
+    size = 0
+    for document in documents:
+        held.append(document)
+        size += len(document[1])
+        while size > characters and len(held) > 1:
+            last = _draw(held, rng)
+            size -= len(last[1])
+            yield last
+    rng.shuffle(held)
+    yield from held
+
+
+def _draw(held: list[Document], rng: random.Random) -> Document:
+    place = rng.randrange(len(held))
+    held[place], held[-1] = held[-1], held[place]
+    return held.pop()
+
+
+def batched(documents: Iterable[Document], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
+    """Lists of texts of about `characters` characters together, in order."""
+    batch: list[str] = []
+    size = 0
+    for _, text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Callable | None = None,
+                arguments: tuple = ()) -> Iterator:
+    """`map(function, tasks)` over worker processes: results in the order of the tasks, few tasks under way at once.
+
+    `setup(*arguments)` runs once in each worker. With one worker all happens in this process.
+    """
+    if num_workers <= 1:
+        if setup:
+            setup(*arguments)
+        yield from map(function, tasks)
+        return
+    tasks = iter(tasks)
+    with ProcessPoolExecutor(num_workers, initializer=_begin_worker, initargs=(setup, arguments)) as pool:
+        try:
+            waiting = deque(pool.submit(function, task) for task in itertools.islice(tasks, 2 * num_workers))
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, task) for task in itertools.islice(tasks, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker(setup: Callable | None, arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the parent, which ends its workers
+    if setup:
+        setup(*arguments)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Looking at a source
+# ------------------------------------------------------------------------------------------------
+
+@command
+def main() -> None:
+    parser = Parser("Count the documents of a source and show the first.")
+    parser.add_argument("source", nargs="+", help="stdlib, or files, folders and globs")
+    source = open_source(parser.parse_args().source)
+    documents = characters = held_out = 0
+    for name, text in source:
+        if not documents:
+            print(f"{name}:\n{text[:500]}\n...")
+        documents += 1
+        characters += len(text)
+        held_out += is_held_out(text)
+    if not documents:
+        raise UserError("the source is empty")
+    print(f"{documents:,} documents, {characters:,} characters, {held_out:,} documents held out, "
+          f"{source.replaced:,} invalid UTF-8 sequences replaced; label {source.label}")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -28,6 +29,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,11 +56,18 @@ class UserError(Exception):
     """Something the person at the keyboard can mend; shown as one line, without a traceback."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, with the flag that was perhaps meant."""
 
     def __init__(self, description: str, **options):
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        options.setdefault("formatter_class", Help)
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
@@ -70,14 +79,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (python {self.prog} --help lists all flags)\n")
 
 
-def positive(text: str) -> int:
-    """The type of a flag that takes a whole number from 1 on."""
+def positive(text: str, least: int = 1) -> int:
+    """The type of a flag that takes a whole number from `least` on."""
     try:
         number = int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from error
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {number}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, is {number}")
     return number
 
 
@@ -89,7 +98,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+            sys.exit(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines()))
         except BrokenProcessPool:
             sys.exit(f"{Path(sys.argv[0]).name}: error: a worker process was killed, perhaps for want of memory; "
                      "try again with --num_workers 1")
@@ -164,7 +173,7 @@ class Source:
                         number += 1
                         if text is not None:
                             yield f"{name}:{number}", self._decode(text)
-            except pyarrow.ArrowException as error:
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
                 raise UserError(f"{path} is no readable parquet file ({str(error).splitlines()[0]})") from error
 
     def _decode(self, raw: bytes) -> str:
@@ -200,9 +209,14 @@ def open_source(spec: str | list[str]) -> Source:
         if name in FINEWEB and not os.path.exists(name):
             raise UserError(f"{name} comes from the Hugging Face Hub, which this version cannot read yet; "
                             "use stdlib, or local files (.txt .md .py .jsonl .parquet)")
-    paths = list(dict.fromkeys(path for item in specs for path in find_files(item)))
-    stamp = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    return Source(label_of(specs, paths), [(str(path), path) for path in paths], stamp)
+    try:
+        paths = list(dict.fromkeys(path for item in specs for path in find_files(item)))
+        stamp = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    # a file's name need not be UTF-8, an id must be
+    ids = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]
+    return Source(label_of(specs, paths), list(zip(ids, paths, strict=True)), stamp)
 
 
 def python_library() -> Source:
@@ -210,7 +224,7 @@ def python_library() -> Source:
     top = Path(sysconfig.get_paths()["stdlib"])
     leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = sorted(path.relative_to(top).as_posix() for path in top.rglob("*.py")
-                   if not leave_out.intersection(path.relative_to(top).parts[:-1]))
+                   if path.is_file() and not leave_out.intersection(path.relative_to(top).parts[:-1]))
     files = [(f"stdlib/{name}", top / name) for name in names]
     if not files:
         raise UserError(f"no modules in {top}; this Python was installed without its library's source")
@@ -251,7 +265,7 @@ def label_of(specs: list[str], paths: list[Path]) -> str:
     """`books-1f0c9a3e`: a word for people, and a hash of the full paths so that others get another label."""
     first = Path(specs[0])
     word = first.parent.name if glob.has_magic(first.name) or len(specs) > 1 else first.name.split(".")[0]
-    digest = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()
+    digest = hashlib.sha256(b"\n".join(os.fsencode(path.resolve()) for path in paths)).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9-]+', '-', word).strip('-')[:30] or 'files'}-{digest[:8]}"
 
 
@@ -359,8 +373,15 @@ def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Ca
 
 def _begin_worker(setup: Callable | None, arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if setup:
         setup(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers, and they would wait for its next task for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def available_cores() -> int:

@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ DATA = ROOT / "data"
 FORMAT_VERSION = 1
 HEADER_INTS = 256
 BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, so that no tokenizer changes what is held out
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # names of files end at 255 bytes, and .partial comes behind
 ENCODE_CHARACTERS = 500_000     # a longer document is encoded in parts of this length
 
 
@@ -93,11 +95,11 @@ class Parts:
         for name, text in self.source:
             part, number = "", 1
             for line in text.splitlines(keepends=True):
-                part += line
-                while len(part) >= self.characters:     # a line may be longer than a part
-                    cut = len(part) if len(part) < 2 * self.characters else self.characters
-                    yield f"{name}#{number}", part[:cut]
-                    part, number = part[cut:], number + 1
+                for start in range(0, len(line), self.characters):      # a line may be longer than a part
+                    part += line[start:start + self.characters]
+                    if len(part) >= self.characters:
+                        yield f"{name}#{number}", part
+                        part, number = "", number + 1
             if part:
                 yield f"{name}#{number}", part
 
@@ -231,10 +233,9 @@ def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[str],
 def report_existing(folder: Path, settings: dict) -> None:
     """Say that the dataset is there already, or refuse if it was made from something else."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} exists, but its manifest cannot be read ({error}); "
-                        f"remove it with: rm -r {folder}") from error
+        manifest = read_manifest(folder / "manifest.json")
+    except UserError as error:
+        raise UserError(f"{error}; first remove the old with: rm -r {folder}") from error
     differing = [key for key, value in settings.items() if manifest.get(key) != value]
     if differing:
         raise UserError(f"{folder.relative_to(ROOT)} exists and was made with another {', '.join(differing)}; "
@@ -250,6 +251,122 @@ def describe(folder: Path, manifest: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
+# Read a dataset
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards and its manifest, read and checked."""
+    folder: Path
+    manifest: dict
+
+    @property
+    def sha256(self) -> str:
+        """What identifies the data: the hash of the manifest, which has those of the shards."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def tokens(self, split: str) -> list[np.ndarray]:
+        """The memory-mapped tokens of each shard of "train" or "val"."""
+        entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
+        if not entries:
+            raise UserError(f"{self.folder} has no {split} shard; make it again with download_fineweb.py")
+        return [read_shard(self.folder / entry["file"], entry["tokens"]) for entry in entries]
+
+
+def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Encoding]:
+    """The dataset and tokenizer of these names; an empty name stands for the only one that fits.
+
+    raises  UserError with the command that makes what is missing, or if the two do not belong together
+    """
+    folder = find_dataset(data, tokenizer_name)
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder / "manifest.json")
+        tokenizer = load_tokenizer(tokenizer_name or manifest["tokenizer"])
+    elif tokenizer_name:
+        tokenizer = load_tokenizer(tokenizer_name)
+        manifest = manifest_of_bare_shards(folder, tokenizer)
+    else:
+        raise UserError(f"{folder} has no manifest that tells its tokenizer; name it with --tokenizer")
+    made_for = manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["eot_id"]
+    if made_for != (tokenizer_sha256(tokenizer), tokenizer.n_vocab, tokenizer.eot_token):
+        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']} as it was then, and "
+                        f"{tokenizer.name} is another; use --tokenizer {manifest['tokenizer']}, or make the shards "
+                        f"again: python download_fineweb.py --tokenizer {tokenizer.name}")
+    return Dataset(folder, manifest), tokenizer
+
+
+def find_dataset(data: str, tokenizer: str) -> Path:
+    tokenizer = tokenizer.removesuffix(".pkl")
+    if data and not re.fullmatch(FOLDER_NAME, data):
+        raise UserError(f"--data must be the name of a folder in {DATA}; it is {data!r}")
+    if data and not (DATA / data).is_dir():
+        raise UserError(f"there is no {data} in {DATA}; make it with: python download_fineweb.py --version stdlib "
+                        f"--tokenizer {tokenizer or 'NAME'} --name {data}")
+    if data:
+        return DATA / data
+    made_with = {path.parent: read_manifest(path)["tokenizer"]
+                 for path in sorted(DATA.glob("[!.]*/manifest.json"))}
+    fitting = [folder for folder, name in made_with.items() if tokenizer in ("", name)]
+    if len(fitting) > 1:
+        raise UserError(f"several datasets fit; choose one with --data: {', '.join(path.name for path in fitting)}")
+    if not fitting:
+        make_tokenizer = "" if tokenizer else "python train_tokenizer.py --vocabsize 4096 --name mine && "
+        raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {DATA}; make some with: "
+                        f"{make_tokenizer}python download_fineweb.py --version stdlib --tokenizer "
+                        f"{tokenizer or 'mine_v4096_n134217728'}")
+    return fitting[0]
+
+
+def read_manifest(path: Path) -> dict:
+    """raises UserError if the file is not a manifest of this format"""
+    def expect(entry: dict, kinds: dict[str, type]) -> None:
+        for key, kind in kinds.items():
+            if not isinstance(entry[key], kind):
+                raise ValueError(f"{key} is {entry[key]!r}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expect(manifest, {"format_version": int, "tokenizer": str, "tokenizer_sha256": str, "vocab_size": int,
+                          "eot_id": int, "shards": list})
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version is {manifest['format_version']}, this program reads {FORMAT_VERSION}")
+        for shard in manifest["shards"]:
+            expect(shard, {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int, "sha256": str})
+            if not re.fullmatch(FOLDER_NAME, shard["file"]):
+                raise ValueError(f"file is {shard['file']!r}, which is no file beside it")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); make the data again") from error
+
+
+def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
+    """A manifest for llm.c or Modded-NanoGPT shards: files named *train*.bin and *val*.bin, nothing else known."""
+    shards = [{"file": path.name, "split": "train" if "train" in path.name else "val",
+               "tokens": len(read_shard(path, None)), "documents": 0, "bytes": 0, "sha256": ""}
+              for path in sorted(folder.glob("*.bin"))]
+    if not shards:
+        raise UserError(f"{folder} holds neither a manifest nor .bin shards; make it again with download_fineweb.py")
+    return {"format_version": FORMAT_VERSION, "source": folder.name, "tokenizer": tokenizer.name,
+            "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
+            "eot_id": tokenizer.eot_token, "shards": shards}
+
+
+def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
+    """Tokens of a shard, memory-mapped; its header, its size and the manifest must agree."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make the data again with download_fineweb.py")
+    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+    known = {tuple(shard[:2]): shard[2] for shard in (shard_format(0), shard_format(2**17))}
+    dtype = known.get(tuple(header[:2]))
+    if len(header) < 3 or dtype is None:
+        raise UserError(f"{path} does not begin like a token shard; make the data again with download_fineweb.py")
+    tokens, size = header[2], path.stat().st_size
+    if size != 4 * HEADER_INTS + tokens * dtype.itemsize or expected_tokens not in (None, tokens):
+        raise UserError(f"{path} is cut off or changed: it has {size:,} bytes and announces {tokens:,} tokens, the "
+                        f"manifest {expected_tokens}; make the data again with download_fineweb.py")
+    return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+
+
+# ------------------------------------------------------------------------------------------------
 # Command
 # ------------------------------------------------------------------------------------------------
 
@@ -258,7 +375,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-v", "--version", "--source", nargs="+", default=["stdlib"],
                         help="stdlib, or files, folders and globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
     parser.add_argument("-ss", "--shard_size", type=positive, default=10**8, help="tokens in a shard, at most")
-    parser.add_argument("-ns", "--num_shards", type=positive, default=0, help="shards to train on; 0 takes all text")
+    parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
+                        help="shards to train on; 0 takes all text")
     parser.add_argument("-t", "--tokenizer", default="gpt4regex_v50256_n134217728", help="a folder in tokenizers/")
     parser.add_argument("--val_tokens", type=positive, default=10_485_760,
                         help=f"validate on about this many tokens of {BYTES_PER_TOKEN} bytes")
@@ -272,11 +390,15 @@ def parse_arguments() -> argparse.Namespace:
 @documents.command
 def main() -> None:
     args = parse_arguments()
+    if args.shard_size >= 2**31:
+        raise UserError("--shard_size must be below 2^31, since a shard's header counts its tokens in int32; "
+                        f"it is {args.shard_size}")
     source = documents.open_source(args.version)
     tokenizer = load_tokenizer(args.tokenizer)
     name = args.name or f"{source.label}_{tokenizer.name}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"--name must have only letters, digits, '.', '_' and '-', since it is a folder; it is {name!r}")
+    if not re.fullmatch(FOLDER_NAME, name):
+        raise UserError("--name must have only letters, digits, '.', '_' and '-', since it becomes a folder; "
+                        f"it is {name!r}")
     settings = {"source": source.label, "source_fingerprint": source.fingerprint, "tokenizer": tokenizer.name,
                 "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed, "shard_size": args.shard_size,
                 "num_shards": args.num_shards, "val_tokens": args.val_tokens}

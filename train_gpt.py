@@ -41,15 +41,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tiktoken import Encoding
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
 from documents import Parser, UserError, command
-from train_tokenizer import TOKENIZERS, known_tokenizers, load_tokenizer, token_bytes, tokenizer_sha256
+from download_fineweb import Dataset, open_dataset
+from train_tokenizer import TOKENIZERS, token_bytes, tokenizer_sha256
 
 ROOT = Path(__file__).resolve().parent
-DATA = ROOT / "data"
 EXPERIMENTS = ROOT / "experiments"
 
 
@@ -343,8 +344,9 @@ class GPT(nn.Module):
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.hidden(inputs).detach().flatten(0, 1)                                      # (BT, D)
         weight = self.head.detach().to(x.dtype)                                             # (V, D)
-        losses = [self.chunk_kernel(chunk, weight, wanted, self.padding, self.cfg.logit_cap)[0]
-                  for chunk, wanted in chunks(x, targets.flatten(), weight.size(0))]
+        with torch.no_grad():
+            losses = [self.chunk_kernel(chunk, weight, wanted, self.padding, self.cfg.logit_cap)[0]
+                      for chunk, wanted in chunks(x, targets.flatten(), weight.size(0))]
         return torch.cat(losses).view(targets.shape)                                        # (B, T)
 
     @torch.no_grad()
@@ -361,7 +363,8 @@ class GPT(nn.Module):
         """What the head reads: (B, T) token ids -> (B, T, D)."""
         masks = self.masks(inputs, window_frac)
         cos, sin = rotary_table(inputs.size(1), self.cfg.head_dim, inputs.device)           # (T, K/2)
-        x = x0 = rms_norm(F.embedding(inputs, self.embed).to(self.dtype))                   # (B, T, D)
+        x0 = rms_norm(F.embedding(inputs, self.embed).to(self.dtype))                       # (B, T, D)
+        x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
         for number, layer in enumerate(self.layers):
             table = self.value_table(number)
             values = None if table is None else F.embedding(inputs, table).to(self.dtype)   # (B, T, D)
@@ -454,7 +457,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float,
                 kernel: Callable) -> Tensor:
-        narrow = weight.to(x.dtype)                                                         # (V, D)
+        x, narrow = x.detach(), weight.detach().to(x.dtype)                                 # (N, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (N, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         start = 0
@@ -565,7 +568,7 @@ class Optimizer:
         for group in ("embeddings", "head", "scalars"):
             for name, parameter in self.groups[group].items():
                 state = self.state[name]
-                self.adam_kernel(parameter.view(-1), parameter.grad.view(-1), state["mean"].view(-1),
+                self.adam_kernel(parameter.detach().view(-1), parameter.grad.view(-1), state["mean"].view(-1),
                                  state["square"].view(-1), torch.tensor(self.lrs[group] * lr_scale), *self.betas,
                                  torch.tensor(float(self.steps_done)), self.eps)
         for members in self.groups.values():
@@ -587,13 +590,13 @@ class Optimizer:
             for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.sub_(update, alpha=lr * math.sqrt(max(1, rows / columns)))
 
+    @torch.no_grad()
     def warm_up(self) -> None:
         """Compile the kernels on tensors of their own, so that nothing changes."""
         for group in ("embeddings", "head", "scalars"):
             for parameter in self.groups[group].values():
-                one = torch.tensor(1.0)
-                self.adam_kernel(*(torch.zeros_like(parameter).view(-1) for _ in range(4)), one, *self.betas, one,
-                                 self.eps)
+                tensors = [torch.zeros_like(parameter).view(-1) for _ in range(4)]
+                self.adam_kernel(*tensors, torch.tensor(0.0), *self.betas, torch.tensor(1.0), self.eps)
 
 
 def lr_scale(cfg: Config, step: int, progress: float) -> float:
@@ -613,133 +616,8 @@ def window_frac(cfg: Config, progress: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: knows shards and token ids; batches are a pure function of (manifest, seed, step).
+# Data: knows tokens and Config; batches are a pure function of (manifest, seed, step).
 # ------------------------------------------------------------------------------------------------
-
-SHARD_FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}    # llm.c's: (magic, version)
-HEADER_BYTES = 1024
-
-
-class Dataset:
-    """A folder of shards with its manifest, checked against each other and against the tokenizer.
-
-    raises  UserError that names the file and what to do
-    """
-
-    def __init__(self, folder: Path, manifest: dict):
-        self.folder, self.manifest = folder, manifest
-        self.eot_id, self.vocab_size = manifest["eot_id"], manifest["vocab_size"]
-        self.sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-    def tokens(self, split: str) -> list[np.ndarray]:
-        """The memory-mapped tokens of each shard of "train" or "val"."""
-        entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
-        if not entries:
-            raise UserError(f"{self.folder} has no {split} shard; make it again with download_fineweb.py")
-        return [read_shard(self.folder / entry["file"], entry["tokens"]) for entry in entries]
-
-    def check_fits(self, tokenizer, cfg: Config) -> None:
-        """raises UserError if shards, tokenizer and --vocab_size do not belong together"""
-        if self.manifest["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
-            raise UserError(f"{self.folder.name} was made with tokenizer {self.manifest['tokenizer']}, which is another "
-                            f"than {tokenizer.name}; use --tokenizer {self.manifest['tokenizer']}, or make the shards "
-                            f"again: python download_fineweb.py --tokenizer {tokenizer.name}")
-        if cfg.vocab_size not in (0, tokenizer.n_vocab):
-            raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
-                            f"<|endoftext|>; it is {cfg.vocab_size}")
-
-
-def open_dataset(cfg: Config) -> tuple[Dataset, object]:
-    """The dataset and tokenizer that --data and --tokenizer name, or the only ones that fit.
-
-    raises  UserError with the command that makes what is missing
-    """
-    wanted = cfg.tokenizer.removesuffix(".pkl")
-    if cfg.data:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.data):
-            raise UserError(f"--data must be the name of a folder in {DATA}; it is {cfg.data!r}")
-        folder = DATA / cfg.data
-        if not folder.is_dir():
-            raise UserError(f"there is no {cfg.data} in {DATA}; make it with: python download_fineweb.py "
-                            f"--version stdlib --tokenizer {wanted or 'NAME'} --name {cfg.data}")
-    else:
-        folder = only_dataset(wanted)
-    if (folder / "manifest.json").is_file():
-        manifest = read_manifest(folder / "manifest.json")
-        tokenizer = load_tokenizer(cfg.tokenizer or manifest["tokenizer"])
-    else:
-        if not cfg.tokenizer:
-            raise UserError(f"{folder} has no manifest that tells its tokenizer; name it with --tokenizer")
-        tokenizer = load_tokenizer(cfg.tokenizer)
-        manifest = manifest_of_bare_shards(folder, tokenizer)
-    dataset = Dataset(folder, manifest)
-    dataset.check_fits(tokenizer, cfg)
-    return dataset, tokenizer
-
-
-def only_dataset(tokenizer: str) -> Path:
-    found = {path.parent: read_manifest(path)["tokenizer"] for path in sorted(DATA.glob("[!.]*/manifest.json"))}
-    fitting = [folder for folder, made_with in found.items() if tokenizer in ("", made_with)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise UserError(f"several datasets fit; choose one with --data: {', '.join(path.name for path in fitting)}")
-    name = tokenizer or next(iter(known_tokenizers()), "")
-    make_tokenizer = "" if name else "python train_tokenizer.py --vocabsize 4096 --name mine, then "
-    raise UserError(f"no data{f' for tokenizer {tokenizer}' if tokenizer else ''} in {DATA}; make it with: "
-                    f"{make_tokenizer}python download_fineweb.py --version stdlib --tokenizer "
-                    f"{name or 'mine_v4096_n134217728'}")
-
-
-def read_manifest(path: Path) -> dict:
-    """raises UserError if the file is not a manifest of this format"""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format_version"] != 1:
-            raise UserError(f"{path} has format {manifest['format_version']}, this program reads 1")
-        kinds = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": int, "eot_id": int, "shards": list}
-        shard_kinds = {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int, "sha256": str}
-        for entry, expected in [(manifest, kinds), *((shard, shard_kinds) for shard in manifest["shards"])]:
-            for key, kind in expected.items():
-                if not isinstance(entry[key], kind):
-                    raise UserError(f"{path} is damaged: {key} is {entry[key]!r}; make the data again")
-        for shard in manifest["shards"]:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", shard["file"]):
-                raise UserError(f"{path} is damaged: {shard['file']!r} is no file beside it; make the data again")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); make the data again") from error
-
-
-def manifest_of_bare_shards(folder: Path, tokenizer) -> dict:
-    """A manifest for llm.c or Modded-NanoGPT shards: files named *train*.bin and *val*.bin, nothing else known."""
-    shards = []
-    for path in sorted(folder.glob("*.bin")):
-        split = "train" if "train" in path.name else "val"
-        tokens = read_shard(path, None)
-        shards.append({"file": path.name, "split": split, "tokens": len(tokens), "documents": 0, "bytes": 0,
-                       "sha256": ""})
-    if not shards:
-        raise UserError(f"{folder} holds neither a manifest nor .bin shards; make it again with download_fineweb.py")
-    return {"format_version": 1, "source": folder.name, "tokenizer": tokenizer.name,
-            "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
-            "eot_id": tokenizer.eot_token, "shards": shards}
-
-
-def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped; header and size are checked against each other and the manifest."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; make the data again with download_fineweb.py")
-    header = np.fromfile(path, dtype="<i4", count=3)
-    dtype = SHARD_FORMATS.get(tuple(map(int, header[:2])))
-    if len(header) < 3 or dtype is None:
-        raise UserError(f"{path} does not begin like a token shard; make the data again with download_fineweb.py")
-    size = HEADER_BYTES + int(header[2]) * dtype.itemsize
-    if path.stat().st_size != size or expected_tokens not in (None, int(header[2])):
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes and announces {int(header[2]):,} tokens, the manifest "
-                        f"{expected_tokens}: it is cut off or not the file that was written; make the data again")
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
-
 
 class Rows:
     """The rows of all epochs: which tokens are trained on together, and when.
@@ -883,7 +761,7 @@ class HeldOut:
     A window begins with an <|endoftext|>, as rows do in training, and predicts its seq_len tokens.
     """
 
-    def __init__(self, shards: list[np.ndarray], cfg: Config, tokenizer):
+    def __init__(self, shards: list[np.ndarray], cfg: Config, tokenizer: Encoding):
         stream = np.concatenate(shards)
         self.tokens = stream[:cfg.val_tokens or len(stream)].astype(np.int64)
         self.seq_len, self.eot_id = cfg.seq_len, tokenizer.eot_token
@@ -1110,7 +988,7 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
 class RunLog:
     """Writes everything that made a result into experiments/DATE_TIME_NAME, and what a person wants to see on screen."""
 
-    def __init__(self, cfg: Config, world: World, tokenizer, dataset: Dataset):
+    def __init__(self, cfg: Config, world: World, tokenizer: Encoding, dataset: Dataset):
         self.cfg, self.active = cfg, world.is_main
         self.rows: list[dict] = []
         self.begun = self.last_line = time.perf_counter()
@@ -1251,7 +1129,7 @@ def own_sources() -> list[Path]:
     return sorted(path for path in files if path.parent == ROOT and path.suffix == ".py" and path.is_file())
 
 
-def tokenizer_meta(tokenizer) -> str:
+def tokenizer_meta(tokenizer: Encoding) -> str:
     path = TOKENIZERS / tokenizer.name / "meta.json"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -1318,6 +1196,15 @@ class NonFinite(UserError):
     """A loss or gradient that is not a number; the run cannot go on."""
 
 
+def open_data(cfg: Config) -> tuple[Config, Dataset, Encoding]:
+    """The dataset and tokenizer of a run, and its Config with the vocabulary that follows from them."""
+    dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
+    if cfg.vocab_size not in (0, tokenizer.n_vocab):
+        raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
+                        f"<|endoftext|>; it is {cfg.vocab_size}")
+    return dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab), dataset, tokenizer
+
+
 def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
     """Roughly what a process needs: weights, gradients, optimizer state, activations of a micro-batch, loss chunks."""
     matrices = sum(p.numel() for layer in model.layers for p in layer.parameters())
@@ -1331,7 +1218,7 @@ def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
     return (states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
 
 
-def make_model(cfg: Config, tokenizer, world: World, compiled: bool) -> tuple[GPT, Optimizer]:
+def make_model(cfg: Config, tokenizer: Encoding, world: World, compiled: bool) -> tuple[GPT, Optimizer]:
     torch.manual_seed(cfg.seed)
     flex = world.device.type == "cuda" and compiled
     model = GPT(cfg, tokenizer.eot_token, world.dtype, flex).to(world.device)
@@ -1379,8 +1266,7 @@ def gradient_norm(model: GPT, loss: float, step: int) -> float:
 
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder."""
-    dataset, tokenizer = open_dataset(cfg)
-    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+    cfg, dataset, tokenizer = open_data(cfg)
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
     held_out = HeldOut(dataset.tokens("val"), cfg, tokenizer)
     compiled, compile_reason = choose_compile(cfg, world.device)
@@ -1507,7 +1393,7 @@ def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) 
             f"epochs; {len(held_out.tokens):,} held-out tokens")
 
 
-def finish(cfg: Config, world: World, model: GPT, tokenizer, held_out: HeldOut, log: RunLog, results: dict) -> None:
+def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut, log: RunLog, results: dict) -> None:
     """Weights, samples, the comparison with xz, the picture and the summary; ends with what a newcomer wants to know."""
     if cfg.save_model:
         log.weights(model)
@@ -1526,7 +1412,7 @@ def finish(cfg: Config, world: World, model: GPT, tokenizer, held_out: HeldOut, 
         log.say(line)
 
 
-def write_samples(cfg: Config, world: World, model: GPT, tokenizer, held_out: HeldOut) -> list[dict]:
+def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut) -> list[dict]:
     """Continue the beginnings of held-out documents, which the model has never seen."""
     begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
     begins = begins[np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)]
@@ -1548,7 +1434,7 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else "python"
     again = f"{python} {Path(sys.argv[0]).name}" + (f" --preset {cfg.preset}" if cfg.preset else "")
     lines = ["", "=" * 100,
-             f"run         {folder.relative_to(ROOT)}  (loss.png, summary.json, samples.jsonl and the code that ran)",
+             f"run         {os.path.relpath(folder)}  (loss.png, summary.json, samples.jsonl and the code that ran)",
              f"val_loss    {summary['val_loss']:.4f} nats per token on {summary['held_out_tokens']:,} held-out tokens",
              f"val_bpb     {summary['val_bpb']:.4f} bits per byte of that text{xz}",
              f"time        {minutes(summary['train_seconds'])} of training at {summary['tokens_per_second']:,.0f} tokens/s"
@@ -1568,8 +1454,7 @@ def check(cfg: Config, world: World) -> bool:
     problems = []
     compiled, compile_reason = choose_compile(cfg, world.device)
     try:
-        dataset, tokenizer = open_dataset(cfg)
-        cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+        cfg, dataset, tokenizer = open_data(cfg)
         rows, held_out = Rows(dataset.tokens("train"), cfg, dataset.eot_id), HeldOut(dataset.tokens("val"), cfg, tokenizer)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:

@@ -93,9 +93,11 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has format {meta['format_version']}, this program reads {FORMAT_VERSION}")
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, ranks_file.splitlines())}
+        if (meta["special_tokens"], meta["vocab_size"]) != ({END_OF_TEXT: len(ranks)}, len(ranks) + 1):
+            raise ValueError(f"special_tokens and vocab_size do not fit {len(ranks)} ranks")
         return tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks,
                                  special_tokens=meta["special_tokens"], explicit_n_vocab=meta["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged ({type(error).__name__}: {error}); "
                         "train it again") from error
 
@@ -114,8 +116,9 @@ def clean_name(name: str) -> str:
     if name.endswith(".pkl"):
         print(f"note: tokenizers are folders now; reading {name} as {name[:-4]}", file=sys.stderr)
         name = name[:-4]
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"a tokenizer's name has only letters, digits, '.', '_' and '-'; {name!r} does not")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+        raise UserError("a tokenizer's name has only letters, digits, '.', '_' and '-', 200 at most; "
+                        f"{name!r} does not")
     return name
 
 

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Set up what is missing, then:   ./run.sh        train a small GPT on Python's own library (minutes, no GPU needed)
+#                                 ./run.sh test   run the tests
+#                                 ./run.sh setup  no more than the set-up
+# The environment is .venv. An installed torch of 2.9 or later is used as it is; otherwise requirements.txt is installed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+say() { printf '%s\n' "run.sh: $*" >&2; }
+fail() { say "$@"; exit 1; }
+
+find_python() {
+    local name
+    for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    fail "Python 3.10 or later is needed; on Debian or Ubuntu: sudo apt install python3 python3-venv"
+}
+
+# Prints the folder of an installed torch of 2.9 or later, or nothing.
+torch_of() {
+    "$1" -c '
+import importlib.util, re, sys
+spec = importlib.util.find_spec("torch")
+if spec and spec.origin:
+    from importlib.metadata import version
+    if tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) >= (2, 9):
+        print(spec.submodule_search_locations[0].rsplit("/", 1)[0])' 2>/dev/null || true
+}
+
+# .venv/ready names the requirements that are installed. When it has all that are asked for, nothing is done or said.
+set_up() {
+    local missing=() file
+    for file in "$@"; do
+        grep -qxF "$(cksum "$file")" .venv/ready 2>/dev/null || missing+=("$file")
+    done
+    if [ "${#missing[@]}" -gt 0 ] || [ ! -x .venv/bin/python ]; then
+        make_environment
+        install "$@"
+        cksum "$@" > .venv/ready
+    fi
+}
+
+make_environment() {
+    local python torch
+    [ ! -x .venv/bin/python ] || return 0
+    python="$(find_python)"
+    torch="$(torch_of "$python")"
+    say "making .venv with $("$python" --version)"
+    rm -rf .venv
+    if ! "$python" -m venv --system-site-packages .venv > /dev/null 2>&1; then
+        rm -rf .venv
+        fail "python3 -m venv does not work here; on Debian or Ubuntu: sudo apt install python3-venv"
+    fi
+    # a torch that lives in another environment is no system package; a .pth file shows the way to it
+    if [ -n "$torch" ] && [ -z "$(torch_of .venv/bin/python)" ]; then
+        echo "$torch" > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+    fi
+}
+
+install() {
+    local torch
+    torch="$(torch_of .venv/bin/python)"
+    if [ -n "$torch" ]; then
+        say "using the torch in $torch and installing the other packages"
+    else
+        say "installing torch and the other packages; this takes some minutes, once"
+    fi
+    cat "$@" | { if [ -n "$torch" ]; then grep -v '^torch=='; else cat; fi; } > .venv/to_install.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/to_install.txt \
+        || fail "pip could not install the packages (its message is above); check the network and run this again"
+}
+
+demo() {
+    local tokenizer=demo_v4096_n20000000
+    .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name demo
+    .venv/bin/python download_fineweb.py --version stdlib --tokenizer $tokenizer
+    exec .venv/bin/python train_gpt.py --preset demo --tokenizer $tokenizer --data stdlib_$tokenizer "$@"
+}
+
+case "${1:-demo}" in
+    demo)
+        set_up requirements.txt
+        demo "${@:2}"
+        ;;
+    test)
+        set_up requirements.txt requirements-dev.txt
+        exec .venv/bin/python -m pytest "${@:2}"
+        ;;
+    setup)
+        set_up requirements.txt
+        ;;
+    -h | --help | help)
+        sed -n '2,5s/^# //p' run.sh
+        ;;
+    *)
+        fail "there is no '$1'; type ./run.sh for the demo, or ./run.sh test for the tests"
+        ;;
+esac

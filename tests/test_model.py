@@ -1,0 +1,291 @@
+"""The model, its masks and its loss, against plain formulas. Run: ./run.sh test tests/test_model.py"""
+
+import ast
+import inspect
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from train_gpt import GPT, ChunkedLoss, Config, attend, block_mask, chunk_loss_and_gradient, dense_mask, soft_cap
+
+EOT = 100
+
+
+def small_config(**knobs) -> Config:
+    return Config(**{"vocab_size": 101, "num_layers": 4, "num_heads": 2, "model_dim": 16, "seq_len": 32,
+                     "batch_tokens": 64, "value_embeddings": 1, **knobs})
+
+
+def awake_model(cfg: Config, eot_id: int = EOT, **options) -> GPT:
+    """A model whose zero-initialised weights are random, so that every path matters."""
+    torch.manual_seed(1)
+    model = GPT(cfg, eot_id, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def some_tokens(rows: int, length: int, documents: bool = True) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, EOT, (rows, length), generator=generator)
+    tokens[:, 0] = EOT
+    if documents:
+        tokens[:, length // 3] = EOT
+        tokens[0, length // 2] = EOT
+    return tokens
+
+
+def test_no_token_sees_the_future():
+    model, tokens = awake_model(small_config()), some_tokens(1, 20, documents=False)
+    before = model.logits(tokens)
+    for place in range(1, 20):
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % EOT
+        after = model.logits(changed)
+        assert torch.equal(before[0, :place], after[0, :place])
+        assert not torch.equal(before[0, place:], after[0, place:])
+
+
+def test_no_token_sees_another_document():
+    model, tokens = awake_model(small_config()), some_tokens(1, 30, documents=False)
+    tokens[0, 10] = tokens[0, 20] = EOT
+    before = model.logits(tokens)
+    changed = tokens.clone()
+    changed[0, 10:20] = (changed[0, 10:20] + 1) % EOT
+    changed[0, 10] = EOT
+    after = model.logits(changed)
+    assert torch.equal(before[0, 20:], after[0, 20:])
+    assert torch.equal(before[0, :10], after[0, :10])
+    assert not torch.equal(before[0, 11:20], after[0, 11:20])
+
+
+def test_windows_end_where_they_say():
+    """With one layer a token depends on exactly the tokens in its window."""
+    cfg = small_config(num_layers=1, value_embeddings=0, long_window=5)
+    model, tokens = awake_model(cfg), some_tokens(1, 24, documents=False)
+    before = model.logits(tokens)
+    changed = tokens.clone()
+    changed[0, 8] += 1
+    moved = (before != model.logits(changed)).any(-1)[0]
+    assert moved.nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
+
+
+def test_windows_grow_over_training():
+    cfg = small_config(seq_len=512, batch_tokens=512, long_window=400, short_window=200)
+    model = GPT(cfg, EOT)
+    tokens = some_tokens(1, 512, documents=False)
+
+    def reach(window_frac: float) -> list[int]:
+        return [int((mask[0, 0, -1] == 0).sum()) for mask in model.masks(tokens, window_frac)]
+    assert reach(0) == [128] * 4
+    assert reach(0.5) == [128, 128, 128, 200]
+    assert reach(1) == [200, 200, 200, 400]
+
+
+@pytest.mark.parametrize("window", [1, 7, 64])
+def test_mask_is_causal_and_document_and_window(window):
+    docs = (some_tokens(3, 33) == EOT).cumsum(1)
+    mask = dense_mask(docs, torch.tensor(window), torch.float32)
+    for batch in range(3):
+        for query in range(33):
+            for key in range(33):
+                seen = key <= query and query - key < window and docs[batch, key] == docs[batch, query]
+                assert mask[batch, 0, query, key] == (0 if seen else -math.inf)
+
+
+def test_flex_attention_equals_scaled_dot_product_attention():
+    torch.manual_seed(0)
+    docs = (some_tokens(2, 256) == EOT).cumsum(1)
+    q, k, v = torch.randn(3, 2, 2, 256, 16)
+    with torch.no_grad():
+        dense = attend(q, k, v, dense_mask(docs, torch.tensor(50), torch.float32), 0.7)
+        flex = attend(q, k, v, block_mask(docs, torch.tensor(50)), 0.7)
+    torch.testing.assert_close(dense, flex)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flex_attention_has_the_gradients_of_scaled_dot_product_attention():
+    torch.manual_seed(0)
+    docs = (some_tokens(2, 256) == EOT).cumsum(1).cuda()
+    q, k, v = torch.randn(3, 2, 2, 256, 64, device="cuda").unbind()
+    gradients = []
+    for make in (lambda: dense_mask(docs, torch.tensor(50).cuda(), torch.float32),
+                 lambda: block_mask(docs, torch.tensor(50).cuda())):
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        torch.compile(attend)(*leaves, make(), 0.7).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_has_the_gradients_of_the_plain_formula():
+    torch.manual_seed(0)
+    docs = (some_tokens(2, 40) == EOT).cumsum(1)
+    mask = dense_mask(docs, torch.tensor(9), torch.float64)
+    q, k, v = (torch.randn(2, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weight = torch.randn(2, 2, 40, 8, dtype=torch.float64)
+    plain = torch.softmax(q @ k.mT * 0.7 + mask, -1) @ v
+    ours = attend(q, k, v, mask, 0.7)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((plain * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 37])
+def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 12, requires_grad=True)
+    weight = (3 * torch.randn(128, 12)).requires_grad_()
+    padding = torch.where(torch.arange(128) < 101, 0.0, -math.inf)
+    targets = torch.randint(0, 101, (rows,))
+    targets[::4] = -1
+    plain = F.cross_entropy(soft_cap(x @ weight[:101].T, 15), targets, ignore_index=-1, reduction="sum")
+    wanted = torch.autograd.grad(2.5 * plain, (x, weight))
+    monkeypatch.setattr(train_gpt, "chunks", lambda x, targets, columns: list(
+        zip(x.split(8), targets.split(8), strict=True)))
+    chunked = ChunkedLoss.apply(x, weight, targets, padding, 15, chunk_loss_and_gradient)
+    got = torch.autograd.grad(2.5 * chunked, (x, weight))
+    torch.testing.assert_close(chunked, plain)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_chunks_are_all_rows_and_small():
+    for rows, columns in ((8192, 8256), (100, 50304), (7, 64), (3, 2**24)):
+        parts = train_gpt.chunks(torch.zeros(rows, 1), torch.zeros(rows), columns)
+        assert sum(len(part) for part, _ in parts) == rows
+        assert all(len(part) * columns * 4 <= max(2**25, 4 * columns) for part, _ in parts)
+
+
+def test_token_losses_are_the_cross_entropy_of_the_logits():
+    model, tokens = awake_model(small_config()), some_tokens(2, 32)
+    targets = tokens.roll(-1, 1)
+    targets[1, 5:9] = -1
+    wanted = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    losses = model.token_losses(tokens, targets)
+    torch.testing.assert_close(losses.flatten(), wanted)
+    torch.testing.assert_close(model(tokens, targets), wanted.sum())
+
+
+def test_padding_columns_are_never_predicted():
+    model, tokens = awake_model(small_config()), some_tokens(2, 32)
+    with torch.no_grad():
+        model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])     # they would win, if they took part
+    assert model.cfg.padded_vocab_size == 128
+    assert model.logits(tokens).shape[-1] == 101
+    loss = model(tokens, tokens.roll(-1, 1))
+    loss.backward()
+    assert loss < 2 * 32 * 31       # bounded by twice the cap per token; a padding column would cost that much
+    assert torch.equal(model.head.grad[101:], torch.zeros(27, 16))
+
+
+def test_an_untrained_model_knows_nothing():
+    model, tokens = GPT(small_config(), EOT), some_tokens(2, 32)
+    loss = model(tokens, tokens.roll(-1, 1)) / tokens.numel()
+    assert loss.item() == pytest.approx(math.log(101), abs=1e-5)
+
+
+@pytest.mark.parametrize("knobs", [
+    dict(num_layers=1, num_heads=1, model_dim=4, value_embeddings=0), dict(num_layers=3, value_embeddings=1),
+    dict(num_layers=5, num_heads=3, model_dim=36, value_embeddings=2, mlp_ratio=1), dict(seq_len=2, batch_tokens=2)])
+def test_any_size_makes_a_model_whose_every_parameter_learns(knobs):
+    cfg = small_config(**knobs)
+    model, tokens = awake_model(cfg), some_tokens(2, cfg.seq_len, documents=cfg.seq_len > 2)
+    model(tokens, tokens.roll(-1, 1)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_bfloat16_is_near_float32():
+    cfg = small_config(model_dim=64)
+    tokens = some_tokens(2, 32)
+    exact, rough = (awake_model(cfg, dtype=dtype)(tokens, tokens.roll(-1, 1)) for dtype in (torch.float32, torch.bfloat16))
+    assert rough.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+def test_flops_are_six_per_weight_of_a_matrix_and_attention():
+    cfg = small_config()
+    matrices = 4 * (4 * 16 * 16 + 2 * 16 * 64) + 128 * 16
+    assert GPT(cfg, EOT).flops_per_token() == 6 * matrices + 6 * 4 * 16 * 32
+
+
+# ------------------------------------------------------------------------------------------------
+# Shape comments
+# ------------------------------------------------------------------------------------------------
+
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4}
+
+
+def size_of(word: str, sizes: dict[str, int]) -> int:
+    """`3H` is 3 times H, `BT` B times T, `K/2` half of K."""
+    top, _, bottom = word.partition("/")
+    factors = [int(part) if part.isdigit() else sizes[part] for part in re.findall(r"\d+|[A-Z]", top)]
+    return math.prod(factors) // int(bottom or 1)
+
+
+def test_shape_comments_are_true():
+    """Run the model with pairwise different sizes, and compare each tensor with the comment of the line it came from."""
+    source = Path(train_gpt.__file__).read_text(encoding="utf-8").splitlines()
+    model_lines = range(inspect.getsourcelines(train_gpt.dense_mask)[1], inspect.getsourcelines(ChunkedLoss)[1])
+    said = {number: re.findall(r"\(((?:[\w/]+(?:, )?)*)\)", comment[1])
+            for number, line in enumerate(source, 1)
+            if number in model_lines and (comment := re.search(r" # (\((?:[\w/]+(?:, )?)*\)(?:, \((?:[\w/]+(?:, )?)*\))*)$", line))}
+    statements = {node.end_lineno: node for node in ast.walk(ast.parse("\n".join(source)))
+                  if isinstance(node, ast.Assign | ast.Return) and node.end_lineno in said}
+    checked = set()
+
+    def compare(number: int, tensors: list, sizes: dict[str, int]) -> None:
+        shapes = said[number] * (len(tensors) if len(said[number]) == 1 else 1)
+        for shape, tensor in zip(shapes, tensors, strict=True):
+            if isinstance(tensor, torch.Tensor):
+                wanted = tuple(size_of(word, sizes) for word in filter(None, shape.split(", ")))
+                assert tuple(tensor.shape) == wanted, f"line {number}: {source[number - 1].strip()}"
+                checked.add(number)
+
+    def named(frame, node: ast.Assign) -> list:
+        targets = [item for target in node.targets for item in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        return [frame.f_locals.get(target.id) for target in targets if isinstance(target, ast.Name)]
+
+    def trace(frame, event, value):
+        if frame.f_code.co_filename != train_gpt.__file__:
+            return None
+        sizes = SIZES | ({"N": len(frame.f_locals["x"])} if frame.f_code.co_name == "chunk_loss_and_gradient" else {})
+        waiting = []
+
+        def inside(frame, event, value):
+            while waiting:
+                node = waiting.pop()
+                compare(node.end_lineno, named(frame, node), sizes)
+            if event == "return":
+                number = next((line for line, node in statements.items()
+                               if isinstance(node, ast.Return) and node.lineno <= frame.f_lineno <= line), None)
+                if number:
+                    compare(number, list(value) if isinstance(value, tuple) else [value], sizes)
+            for node in statements.values():
+                if isinstance(node, ast.Assign) and node.lineno <= frame.f_lineno <= node.end_lineno:
+                    waiting.append(node)
+            return inside
+        return inside
+
+    cfg = Config(vocab_size=192, num_layers=4, num_heads=3, model_dim=36, mlp_ratio=5, seq_len=10, batch_tokens=20,
+                 value_embeddings=1, num_samples=2, sample_tokens=1)
+    model = awake_model(cfg, eot_id=191)
+    tokens = torch.randint(0, 191, (2, 10))
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        model(tokens, tokens)
+        model.token_losses(tokens, tokens)
+        model.logits(tokens)
+    finally:
+        sys.settrace(previous)
+    unchecked = set(statements) - checked
+    assert len(checked) > 30
+    assert not unchecked, [source[line - 1].strip() for line in sorted(unchecked)]

@@ -1,0 +1,153 @@
+"""Muon, Adam and the schedule. Run: ./run.sh test tests/test_optimizer.py"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from train_gpt import GPT, Config, LossScale, NonFinite, Optimizer, adam_update, group_of, lr_scale, newton_schulz
+
+
+def small_config(**knobs) -> Config:
+    return Config(**{"vocab_size": 101, "num_layers": 4, "num_heads": 2, "model_dim": 16, "seq_len": 32,
+                     "batch_tokens": 64, "value_embeddings": 1, **knobs})
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (3, 2, 6, 4)])
+def test_newton_schulz_keeps_singular_vectors_and_brings_values_near_one(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * 37
+    result = newton_schulz(matrix)
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    rotated = U.mT @ result @ Vh.mT         # diagonal, when the singular vectors are the same
+    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(rotated, torch.diag_embed(diagonal), atol=1e-3, rtol=0)
+    assert diagonal.min() > 0.65 and diagonal.max() < 1.25
+
+
+def test_newton_schulz_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match="matrices"):
+        newton_schulz(torch.randn(5))
+
+
+def test_newton_schulz_of_nothing_is_nothing():
+    assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch.zeros(4, 6))
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = GPT(small_config(), 100)
+    optimizer = Optimizer(model, model.cfg)
+    grouped = [name for members in optimizer.groups.values() for name in members]
+    assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
+    assert all(optimizer.groups.values())
+    assert all(parameter.ndim >= 2 for parameter in optimizer.groups["matrices"].values())
+
+
+@pytest.mark.parametrize(("name", "shape", "group"), [
+    ("layers.0.gate", (3,), "scalars"), ("layers.0.gate", (3, 4), "matrices"), ("bigrams", (9, 4), "embeddings"),
+    ("temperature", (), "scalars"), ("head", (9, 4), "head")])
+def test_a_new_parameter_finds_its_group(name, shape, group):
+    assert group_of(name, torch.zeros(shape)) == group
+
+
+def test_adam_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(50), nn.Parameter(torch.randn(50))
+    theirs.data.copy_(ours)
+    reference = torch.optim.Adam([theirs], lr=0.03, betas=(0.8, 0.95), eps=1e-10)
+    mean, square = torch.zeros(50), torch.zeros(50)
+    for step in range(1, 8):
+        grad = torch.randn(50)
+        theirs.grad = grad.clone()
+        reference.step()
+        adam_update(ours, grad, mean, square, torch.tensor(0.03), 0.8, 0.95, torch.tensor(float(step)), 1e-10)
+        torch.testing.assert_close(ours, theirs.data)
+
+
+def test_muon_is_that_of_torch():
+    """torch.optim.Muon without weight decay, for one square matrix; it averages gradients as ours does."""
+    torch.manual_seed(0)
+    cfg = small_config(num_layers=1, value_embeddings=0, muon_lr=0.04, batch_tokens=524288, num_steps=1)
+    model = GPT(cfg, 100)
+    optimizer = Optimizer(model, cfg)
+    theirs = nn.Parameter(model.layers[0].out.detach().clone())
+    reference = torch.optim.Muon([theirs], lr=0.04, weight_decay=0, momentum=0.85, nesterov=True,
+                                 ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    theirs.grad = model.layers[0].out.grad.clone()
+    reference.step()
+    optimizer.step(1.0)
+    torch.testing.assert_close(model.layers[0].out.detach(), theirs.detach(), atol=2e-3, rtol=0)   # theirs is in bfloat16
+
+
+def test_matrices_of_one_shape_are_updated_each_by_itself():
+    """The batched update of many matrices is the update of each alone."""
+    torch.manual_seed(0)
+    cfg = small_config(num_layers=3)
+    model = GPT(cfg, 100)
+    optimizer = Optimizer(model, cfg)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    optimizer.step(0.5)
+    lr = 0.5 * cfg.muon_lr * math.sqrt(cfg.batch_tokens / 524288)
+    for name in optimizer.groups["matrices"]:
+        grad, weight = grads[name], before[name]
+        for index in range(grad.numel() // (grad.size(-2) * grad.size(-1))):
+            matrix = grad.view(-1, *grad.shape[-2:])[index]
+            shape_factor = math.sqrt(max(1, matrix.size(0) / matrix.size(1)))
+            wanted = weight.view(-1, *grad.shape[-2:])[index] - lr * shape_factor * newton_schulz(matrix)
+            got = dict(model.named_parameters())[name].detach().view(-1, *grad.shape[-2:])[index]
+            torch.testing.assert_close(got, wanted)
+
+
+def test_learning_rates_follow_batch_and_width_as_stated():
+    def lrs(**knobs) -> dict[str, float]:
+        cfg = small_config(**knobs)
+        return Optimizer(GPT(cfg, 100), cfg).lrs
+    base, batch, width = lrs(), lrs(batch_tokens=256), lrs(model_dim=64)
+    for group in base:
+        assert batch[group] == pytest.approx(2 * base[group])
+        assert width[group] == pytest.approx(base[group] * (1 if group in ("matrices", "scalars") else 0.5))
+    reference = lrs(batch_tokens=524288, model_dim=768, num_layers=1, value_embeddings=0)
+    cfg = Config()
+    assert reference == pytest.approx({"matrices": cfg.muon_lr, "embeddings": cfg.embed_lr, "head": cfg.head_lr,
+                                       "scalars": cfg.scalar_lr})
+
+
+def test_the_schedule_warms_up_stays_and_cools_down():
+    cfg = small_config(warmup_steps=4, cooldown_frac=0.5, final_lr_frac=0.1)
+    assert [lr_scale(cfg, step, 0) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert lr_scale(cfg, 10, 0.5) == 1
+    assert lr_scale(cfg, 10, 0.75) == pytest.approx(0.55)
+    assert lr_scale(cfg, 10, 1) == pytest.approx(0.1)
+    assert lr_scale(small_config(cooldown_frac=0), 10, 0.99) == 1
+
+
+def test_warming_up_changes_nothing():
+    torch.manual_seed(0)
+    model = GPT(small_config(), 100)
+    optimizer = Optimizer(model, model.cfg)
+    before = [value.clone() for value in model.state_dict().values()]
+    optimizer.warm_up()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+    assert all(not tensor.any() for state in optimizer.state.values() for tensor in state.values())
+    assert optimizer.steps_done == 0
+
+
+def test_a_loss_scale_leaves_out_steps_that_overflow():
+    model = nn.Linear(2, 2)
+    scale = LossScale(enabled=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, scale.value)
+    assert scale.unscale(model) and all((parameter.grad == 1).all() for parameter in model.parameters())
+    model.weight.grad[0, 0] = math.inf
+    assert not scale.unscale(model)
+    assert scale.value == 2**15 and model.weight.grad is None
+    scale.value = 1.0
+    model.weight.grad, model.bias.grad = torch.full((2, 2), math.nan), torch.zeros(2)
+    with pytest.raises(NonFinite):
+        scale.unscale(model)

@@ -39,7 +39,7 @@ DATA = ROOT / "data"
 FORMAT_VERSION = 1
 HEADER_INTS = 256
 BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, so that no tokenizer changes what is held out
-FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # names of files end at 255 bytes, and .partial comes behind
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name ends at 255 bytes, .partial included
 ENCODE_CHARACTERS = 500_000     # a longer document is encoded in parts of this length
 
 

@@ -69,7 +69,7 @@ install() {
     else
         say "installing torch and the other packages; this takes some minutes, once"
     fi
-    cat "$@" | { if [ -n "$torch" ]; then grep -v '^torch=='; else cat; fi; } > .venv/to_install.txt
+    sed "${torch:+/^torch==/d}" "$@" > .venv/to_install.txt
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/to_install.txt \
         || fail "pip could not install the packages (its message is above); check the network and run this again"
 }

@@ -1455,7 +1455,8 @@ def check(cfg: Config, world: World) -> bool:
     compiled, compile_reason = choose_compile(cfg, world.device)
     try:
         cfg, dataset, tokenizer = open_data(cfg)
-        rows, held_out = Rows(dataset.tokens("train"), cfg, dataset.eot_id), HeldOut(dataset.tokens("val"), cfg, tokenizer)
+        rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
+        held_out = HeldOut(dataset.tokens("val"), cfg, tokenizer)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:
         problems.append(str(error))

@@ -8,7 +8,7 @@ The text is split into pieces (words with their space, numbers, runs of punctuat
 Then, until the vocabulary is full, the two neighbouring tokens that occur together most often become a new token.
 
     >>> learn_merges({b"aaabdaaabac": 1}, 3, min_count=1)     # the example of Wikipedia's article on BPE
-    [(97, 97, 4), (256, 97, 2), (257, 98, 2)]
+    [(97, 97, 4), (97, 98, 2), (256, 257, 2)]
 
 Rules that make the result exact: every pair of neighbours counts, in 64 bits, times the occurrences of its piece; of
 pairs with equal counts the one with the smaller left id wins, then the one with the smaller right id; within a

@@ -1,0 +1,90 @@
+"""What the tests of the text scripts share: an empty Benchtop in a temporary folder, and its scripts as commands."""
+
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import documents
+import download_fineweb
+import train_tokenizer
+
+SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer, "download_fineweb.py": download_fineweb}
+
+# The same examples in every run: what is red stays red. Fixtures may live through many examples, since each example
+# writes its files anew.
+settings.register_profile("benchtop", deadline=None, derandomize=True, database=None,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("benchtop")
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Path:
+    """An empty Benchtop: the scripts write below this folder, and relative paths start there."""
+    monkeypatch.chdir(tmp_path)
+    for module in (train_tokenizer, download_fineweb):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(train_tokenizer, "TOKENIZERS", tmp_path / "tokenizers")
+    monkeypatch.setattr(download_fineweb, "DATA", tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def command(bench, monkeypatch):
+    """Runs a script in this process: command("documents.py stdlib")."""
+    def run(line: str) -> None:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        SCRIPTS[sys.argv[0]].main()
+    return run
+
+
+@pytest.fixture
+def refusal(command, capsys):
+    """Runs a script that must refuse, and gives the one line that it says."""
+    def run(line: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            command(line)
+        said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err.strip()
+        assert end.value.code and said.startswith(f"{line.split()[0]}: error: ") and "\n" not in said, said
+        return said
+    return run
+
+
+@pytest.fixture
+def shell(bench):
+    """Runs a copy of a script in a process of its own, or only starts it: shell("documents.py stdlib")."""
+    for name, module in SCRIPTS.items():
+        shutil.copy(module.__file__, bench / name)
+
+    def run(line: str, start: bool = False, **options):
+        how = {"cwd": bench, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        arguments = [sys.executable, *shlex.split(line)]
+        return subprocess.Popen(arguments, **how) if start else subprocess.run(arguments, timeout=60, **how)
+    return run
+
+
+@pytest.fixture
+def pages(bench) -> list[str]:
+    """400 short texts in several scripts, which also lie in pages.jsonl."""
+    rng = random.Random(0)
+    words = ["the", "bench", "top", "Größe", "ёлка", "東京", "🙂", "42", "1000000", "don't", "\n\n", "   ", "--"]
+    texts = [f"Page {number}: " + " ".join(rng.choices(words, k=rng.randint(1, 60))) for number in range(400)]
+    write_rows(bench / "pages.jsonl", texts)
+    return texts
+
+
+def write_rows(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(name="write_rows")
+def _write_rows():
+    """write_rows(path, texts) makes a .jsonl file of one row a text."""
+    return write_rows

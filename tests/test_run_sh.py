@@ -1,0 +1,120 @@
+"""run.sh and the README, as a newcomer types them. Run: ./run.sh test tests/test_run_sh.py"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_sh(folder: Path, *arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "./run.sh", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={"PATH": path, "HOME": str(folder)})
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The project's files with an environment that is ready: this very Python."""
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    ready = subprocess.run(["cksum", "requirements.txt", "requirements-dev.txt"], cwd=tmp_path, capture_output=True,
+                           text=True, check=True)
+    (tmp_path / ".venv" / "ready").write_text(ready.stdout)
+    return tmp_path
+
+
+def stub_python(folder: Path, body: str) -> str:
+    """A PATH whose python3 is a script; the rest of the system stays."""
+    binaries = folder / "stub"
+    binaries.mkdir()
+    for name in ("python3", "python3.10", "python3.11", "python3.12", "python3.13", "python3.14"):
+        (binaries / name).write_text(f"#!/bin/sh\n{body}\n")
+        (binaries / name).chmod(0o755)
+    return f"{binaries}:/usr/bin:/bin"
+
+
+def test_what_is_ready_is_not_set_up_again(checkout):
+    done = run_sh(checkout, "setup")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_unknown_word_is_answered_in_one_line(checkout):
+    done = run_sh(checkout, "tset")
+    assert done.returncode == 1 and "there is no 'tset'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_help_names_both_commands(checkout):
+    done = run_sh(checkout, "--help")
+    assert done.returncode == 0 and "./run.sh test" in done.stdout
+
+
+def test_an_old_python_is_answered_with_what_to_install(checkout, tmp_path):
+    shutil.rmtree(tmp_path / ".venv")
+    done = run_sh(checkout, "setup", path=stub_python(tmp_path, "exit 1"))
+    assert done.returncode == 1 and "apt install python3" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_python_without_venv_is_answered_with_what_to_install(checkout, tmp_path):
+    shutil.rmtree(tmp_path / ".venv")
+    body = f'[ "$2" = venv ] && exit 1\nexec {sys.executable} "$@"'
+    done = run_sh(checkout, "setup", path=stub_python(tmp_path, body))
+    assert done.returncode == 1 and "apt install python3-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_an_installed_torch_is_reused(checkout, tmp_path):
+    """The torch of this environment is found from a new .venv, and not installed again."""
+    shutil.rmtree(tmp_path / ".venv")
+    (tmp_path / "requirements.txt").write_text("torch==99.0\n")
+    done = run_sh(checkout, "setup", path=stub_python(tmp_path, f'exec {sys.executable} "$@"'))
+    assert done.returncode == 0, done.stderr
+    assert "using the torch in" in done.stderr
+    assert subprocess.run([tmp_path / ".venv/bin/python", "-c", "import torch"], cwd="/").returncode == 0
+    assert run_sh(checkout, "setup", path="/usr/bin:/bin").stderr == ""
+
+
+def readme_commands() -> list[str]:
+    """Every python and torchrun command of the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if re.match(r"(\.venv/bin/)?(python|torchrun)\b", line)]
+
+
+@pytest.mark.slow
+def test_each_readme_command_runs(checkout):
+    """In the README's order, in one folder; runs are cut to two steps, and `torchrun` starts two processes."""
+    (checkout / "my_texts").mkdir()
+    for number in range(3):
+        (checkout / "my_texts" / f"{number}.txt").write_text((ROOT / "documents.py").read_text() * (number + 1))
+    commands = readme_commands()
+    assert len(commands) >= 8
+    shutil.copy(checkout / "train_gpt.py", checkout / "my_experiment.py")
+    short = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--compile", "off", "--device", "cpu"]
+    for line in commands:
+        words = line.removeprefix(".venv/bin/").split()
+        if words[0] == "torchrun":
+            words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words[2:]]
+        else:
+            words = words[1:]
+        if any(word in ("train_gpt.py", "my_experiment.py") for word in words) and "--help" not in words:
+            words += short
+        done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".sh") or path.name in ("Dockerfile", "LICENSE", "requirements.txt"):
+            assert f"`{path.name}`" in readme, path.name

@@ -1,0 +1,517 @@
+"""Byte-pair encoding against outside oracles, and tokenizer folders. Run: ./run.sh test tests/test_train_tokenizer.py"""
+
+import functools
+import hashlib
+import json
+import random
+import re
+import shutil
+import time
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import regex
+import rustbpe
+import tiktoken
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import documents
+import train_tokenizer
+from documents import UserError
+from train_tokenizer import PATTERNS, learn_merges, load_tokenizer, token_bytes, tokens_of
+
+
+def textbook_bpe(pieces: dict[bytes, int], num_merges: int, min_count: int = 2) -> list[tuple[int, int, int]]:
+    """Sennrich et al. 2016, word for word: count all pairs, merge the first of the best, and again."""
+    words = [(list(piece), count) for piece, count in pieces.items()]
+    merges = []
+    for new in range(256, 256 + num_merges):
+        counts = Counter()
+        for word, count in words:
+            for pair in zip(word, word[1:], strict=False):
+                counts[pair] += count
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+        if best is None or counts[best] < min_count:
+            break
+        merges.append((*best, counts[best]))
+        words = [(merged(word, best, new), count) for word, count in words]
+    return merges
+
+
+def merged(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with every such pair, from left to right, made one token."""
+    result = []
+    for token in word:
+        if result and (result[-1], token) == pair:
+            result[-1] = new
+        else:
+            result.append(token)
+    return result
+
+
+def words(alphabet: bytes, longest: int = 24):
+    return st.lists(st.sampled_from(alphabet), min_size=1, max_size=longest).map(bytes)
+
+
+def corpora(*alphabets: bytes, counts=st.integers(1, 3)):
+    """Few letters, so that ties, runs and pairs of equal tokens abound."""
+    return st.sampled_from(alphabets).flatmap(lambda letters: st.dictionaries(words(letters), counts, max_size=8))
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning
+# ------------------------------------------------------------------------------------------------
+
+@settings(max_examples=400)
+@given(corpora(b"a", b"ab", b"abc", b"\x00\xff", bytes(range(256))), st.integers(0, 40), st.integers(1, 4))
+def test_merges_are_those_of_the_textbook(pieces, num_merges, min_count):
+    assert learn_merges(pieces, num_merges, min_count) == textbook_bpe(pieces, num_merges, min_count)
+
+
+@settings(max_examples=200)
+@given(corpora(b"a", b"ab", b"abc", b"abcdef"))
+def test_merges_are_those_of_huggingface_and_rustbpe(pieces):
+    text = [" ".join([piece.decode()] * count) for piece, count in pieces.items()]
+    learned = tokens_of(learn_merges(pieces, 1000))[256:]
+
+    other = tokenizers.Tokenizer(tokenizers.models.BPE())
+    other.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    other.train_from_iterator(text, tokenizers.trainers.BpeTrainer(vocab_size=2000, min_frequency=2, show_progress=False))
+    merges = json.loads(other.to_str())["model"]["merges"]
+    assert learned == [(left + right).encode() for left, right in merges]
+
+    other = rustbpe.Tokenizer()
+    other.train_from_iterator(iter(text), 256 + len(learned), pattern=r"[^ ]+")
+    assert learned == [bytes(token) for token, rank in other.get_mergeable_ranks()[256:]]
+
+
+def test_real_text_gives_the_merges_of_huggingface_and_rustbpe():
+    """Letters only: Hugging Face numbers the bytes in another order, which would break ties otherwise."""
+    text = "".join(text for _, text in documents.batched_texts) if hasattr(documents, "batched_texts") else ""
+    text = " ".join(re.findall("[a-z]+", Path(json.__file__).read_text() + Path(random.__file__).read_text()))
+    learned = tokens_of(learn_merges(Counter(word.encode() for word in text.split()), 500))[256:]
+
+    other = rustbpe.Tokenizer()
+    other.train_from_iterator(iter([text]), 256 + 500, pattern=r"[^ ]+")
+    assert learned == [bytes(token) for token, rank in other.get_mergeable_ranks()[256:]]
+
+
+@given(corpora(b"ab", b"abc", counts=st.sampled_from([2**33, 2**33 + 1, 2**40])))
+def test_counts_have_64_bits(pieces):
+    assert learn_merges(pieces, 20) == textbook_bpe(pieces, 20)
+
+
+@given(corpora(b"ab", b"abc"), st.randoms(use_true_random=False))
+def test_the_order_of_pieces_does_not_matter(pieces, rng):
+    shuffled = dict(rng.sample(list(pieces.items()), len(pieces)))
+    assert learn_merges(shuffled, 20) == learn_merges(pieces, 20)
+
+
+@given(corpora(b"ab", b"abc"))
+def test_no_token_crosses_the_border_of_a_piece(pieces):
+    for token in tokens_of(learn_merges(pieces, 100))[256:]:
+        assert any(token in piece for piece in pieces)
+
+
+@given(corpora(b"ab", b"abc"), st.integers(0, 20))
+def test_each_merge_is_told_as_it_is_made(pieces, num_merges):
+    told = []
+    merges = learn_merges(pieces, num_merges, on_merge=lambda *merge: told.append(merge))
+    assert told == merges
+
+
+# ------------------------------------------------------------------------------------------------
+# Splitting and counting
+# ------------------------------------------------------------------------------------------------
+
+def pieces_of(text: str, pattern: str) -> Counter:
+    train_tokenizer._set_pattern(pattern)
+    return train_tokenizer.count_pieces([text])[0]
+
+
+def split_by_tiktoken(text: str, pattern: str) -> list[str]:
+    """With every substring a token, each piece is one token."""
+    raw = text.encode()
+    substrings = {raw[start:end] for start in range(len(raw)) for end in range(start + 2, len(raw) + 1)}
+    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *sorted(substrings)])}
+    encoding = tiktoken.Encoding("all", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return [encoding.decode_single_token_bytes(token).decode() for token in encoding.encode_ordinary(text)]
+
+
+# characters that this Python knows; of newer ones the two libraries may know different ones
+known_characters = st.characters(exclude_categories=["Cs", "Cn"])
+tricky = st.sampled_from([*" \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u3000'’sSſdmDtTkK1٣²½.,$_-"
+                          "éÉßİǅʰªमि", "'ll", "'VE", "e\u0301", "👩‍👩‍👧"])
+
+
+@settings(max_examples=300)
+@given(st.lists(tricky | known_characters, max_size=12).map("".join), st.sampled_from(sorted(PATTERNS)))
+def test_regex_and_tiktoken_split_alike(text, pattern):
+    assert regex.findall(PATTERNS[pattern], text) == split_by_tiktoken(text, PATTERNS[pattern])
+
+
+@given(st.text() | st.text(" \n\r\ta1'."), st.sampled_from(sorted(PATTERNS)))
+def test_no_character_is_lost_in_splitting(text, pattern):
+    assert "".join(regex.findall(PATTERNS[pattern], text)) == text
+    counted = pieces_of(text, PATTERNS[pattern])
+    assert sum(len(piece) * count for piece, count in counted.items()) == len(text)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("character", ["a", " ", "\n", "^", "1", "é", "🙂", "\u0301"])
+def test_a_million_equal_characters_are_quick(character, pattern):
+    started = time.perf_counter()
+    pieces = pieces_of(character * 1_000_000, PATTERNS[pattern])
+    merges = learn_merges({piece.encode(): count for piece, count in pieces.items()}, 1000)
+    assert time.perf_counter() - started < 5
+    assert sum(len(piece) * count for piece, count in pieces.items()) == 1_000_000
+    assert merges and len(max(pieces, key=len)) <= train_tokenizer.LONGEST_PIECE
+
+
+def facts_of(source, samples=10**9, num_workers=1) -> tuple[Counter, dict]:
+    return train_tokenizer.count_source(source, PATTERNS["gpt4"], samples, num_workers)
+
+
+def test_workers_and_batches_do_not_change_the_counts(pages, monkeypatch):
+    source = documents.open_source("pages.jsonl")
+    alone = facts_of(source)
+    for characters, num_workers in [(1, 1), (2000, 2), (5000, 3)]:
+        batched = functools.partial(documents.batched.__wrapped__ if hasattr(documents.batched, "__wrapped__")
+                                    else ORIGINAL_BATCHED, characters=characters)
+        monkeypatch.setattr(documents, "batched", batched)
+        assert facts_of(source, num_workers=num_workers) == alone
+
+
+ORIGINAL_BATCHED = documents.batched
+
+
+def test_held_out_documents_are_not_learned_from(bench, pages, write_rows):
+    secrets = [text for text in (f"secret {number} " * 99 for number in range(500)) if documents.is_held_out(text)]
+    trainable = [text for text in pages if not documents.is_held_out(text)]
+    assert secrets
+    write_rows(bench / "with.jsonl", secrets + pages)
+    write_rows(bench / "without.jsonl", trainable)
+    with_them, without = (facts_of(documents.open_source(name)) for name in ("with.jsonl", "without.jsonl"))
+    assert with_them == without and without[1]["documents"] == len(trainable)
+
+
+def test_a_source_that_is_held_out_altogether_is_learned_from(bench):
+    text = next(text for text in map(str, range(10_000)) if documents.is_held_out(text))
+    (bench / "one.txt").write_text(text)
+    assert facts_of(documents.open_source("one.txt"))[1]["documents"] == 1
+
+
+@settings(max_examples=30)
+@given(samples=st.integers(1, 20_000))
+def test_samples_are_counted_in_characters(pages, samples):
+    text = "".join(text for text in pages if not documents.is_held_out(text))
+    pieces, sizes = facts_of(documents.open_source("pages.jsonl"), samples)
+    assert sizes["characters"] == sum(len(piece) * count for piece, count in pieces.items()) == samples
+    assert sizes["bytes"] == len(text[:samples].encode())
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizer
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def trained(request, tmp_path_factory):
+    """A tokenizer of 1,500 tokens from a part of Python's library, and its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "TOKENIZERS", tmp_path_factory.mktemp("tokenizers"))
+        pieces, sizes = train_tokenizer.count_source(documents.open_source("stdlib"), PATTERNS[request.param], 10**6, 1)
+        merges = train_tokenizer.learn(pieces, 1500 - 256, PATTERNS[request.param], demo=False)
+        folder = train_tokenizer.save_tokenizer("trained", merges, PATTERNS[request.param], sizes)
+        return load_tokenizer("trained"), folder, merges
+
+
+@settings(max_examples=200)
+@given(st.text() | st.binary().map(lambda raw: raw.decode(errors="replace")) | st.lists(tricky).map("".join))
+def test_any_text_comes_back(trained, text):
+    tokenizer = trained[0]
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+
+
+def test_any_character_comes_back(trained):
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    assert trained[0].decode(trained[0].encode_ordinary(text)) == text
+
+
+@settings(max_examples=200)
+@given(corpora(b"ab", b"abc"), st.lists(st.sampled_from("abc")).map("".join))
+def test_tokens_are_the_merges_applied_in_the_order_of_learning(pieces, text):
+    merges = learn_merges(pieces, 50)
+    ranks = {token: rank for rank, token in enumerate(tokens_of(merges))}
+    encoding = tiktoken.Encoding("any", pat_str=PATTERNS["gpt4"], mergeable_ranks=ranks, special_tokens={})
+    word = list(text.encode())
+    for new, (left, right, _) in enumerate(merges, 256):
+        word = merged(word, (left, right), new)
+    assert encoding.encode_ordinary(text) == word
+
+
+def test_huggingface_reads_the_same_tokenizer(trained):
+    tokenizer, folder, _ = trained
+    other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rng = random.Random(0)
+    known = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cs", "Cn", "Co")]
+    library = Path(argument_parser_file()).read_text()
+    texts = [library, library.upper(), library.replace(" ", "   "), "".join(known),
+             *("".join(rng.choices(" \n\t\r 0123456789abcé'.東🙂", k=50)) for _ in range(2000)),
+             *("".join(rng.choices(known, k=50)) for _ in range(2000)),
+             " " * 1000 + "x" + "\n" * 1000, "9" * 1000, "don't DON'T '' 'll'Re 👩‍👩‍👧‍👦 e\u0301 नमस्ते مرحبا ไทย"]
+    assert sum(len(text.encode()) for text in texts) > 1_000_000
+    for text, encoded in zip(texts, other.encode_batch(texts), strict=True):
+        assert encoded.ids == tokenizer.encode_ordinary(text)
+        assert other.decode(encoded.ids) == text
+    assert other.token_to_id("<|endoftext|>") == tokenizer.eot_token == other.get_vocab_size() - 1
+    assert other.encode("a<|endoftext|>b").ids == tokenizer.encode("a<|endoftext|>b", allowed_special="all")
+
+
+def argument_parser_file() -> str:
+    import argparse
+    return argparse.__file__
+
+
+def test_every_id_has_its_bytes(trained):
+    tokenizer, _, merges = trained
+    table = token_bytes(tokenizer)
+    assert table[:-1] == tokens_of(merges) and table[-1] == b"" and len(table) == tokenizer.n_vocab == 1501
+    assert tokenizer.eot_token == 1500
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder
+# ------------------------------------------------------------------------------------------------
+
+TRAIN = "train_tokenizer.py --source pages.jsonl --vocabsize 300 --samples 50000 --num_workers 1 --name"
+FILES = {"ranks.tiktoken", "meta.json", "tokenizer.json", "merges.txt", "train_tokenizer.txt"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_folder_is_complete_and_says_what_made_it(bench, command, pages):
+    command(f"{TRAIN} pages")
+    folder = bench / "tokenizers" / "pages_v300_n50000"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name] and set(content(folder)) == FILES
+    assert all(f"    {name} " in train_tokenizer.__doc__ for name in FILES)
+
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["ranks_sha256"] == hashlib.sha256((folder / "ranks.tiktoken").read_bytes()).hexdigest()
+    assert meta["pattern"] == PATTERNS["gpt4"] and meta["special_tokens"] == {"<|endoftext|>": 300}
+    assert (meta["format_version"], meta["name"]) == (1, folder.name)
+    assert (meta["vocab_size"], meta["eot_id"]) == (301, 300)
+    assert meta["vocabsize"] == 300 and meta["samples"] == 50000 and meta["source"].startswith("pages-")
+
+    assert (folder / "train_tokenizer.txt").read_text() == Path(train_tokenizer.__file__).read_text()
+    rows = (folder / "merges.txt").read_text().splitlines()[1:]
+    assert [int(row.split()[0]) for row in rows] == list(range(256, 300))
+    assert all(left + right == result for _, left, right, result, _ in map(str.split, rows))
+
+
+@pytest.mark.parametrize("flags, name", [
+    ("", "gpt4regex_v300_n50000"), ("--regex gpt2", "gpt2regex_v300_n50000"), ("-f mine", "mine_v300_n50000"),
+    ("-f mine -v 280 -n 999", "mine_v280_n999"),
+])
+def test_the_folder_is_named_after_vocabulary_and_samples(bench, command, pages, flags, name):
+    command(f"{TRAIN.removesuffix(' --name')} {flags}")
+    assert [path.name for path in (bench / "tokenizers").iterdir()] == [name]
+
+
+def test_the_same_command_makes_the_same_bytes(bench, shell, pages):
+    folder = bench / "tokenizers" / "pages_v300_n50000"
+    made = []
+    for num_workers in (1, 2):
+        result = shell(f"{TRAIN} pages --num_workers {num_workers}")
+        assert result.returncode == 0 and not result.stderr
+        made.append(content(folder))
+        shutil.rmtree(folder)
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("step", ["count_pieces", "learn_merges", "huggingface_json", "merges_table"])
+def test_an_interruption_leaves_nothing(bench, command, pages, monkeypatch, capsys, step):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer, step, interrupt)
+        with pytest.raises(SystemExit) as end:
+            command(f"{TRAIN} pages")
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not (bench / "tokenizers").exists() or not list((bench / "tokenizers").iterdir())
+    command(f"{TRAIN} pages")
+    assert set(content(bench / "tokenizers" / "pages_v300_n50000")) == FILES
+
+
+def test_what_a_killed_run_left_is_no_hindrance(bench, command, pages):
+    rubbish = bench / "tokenizers" / ".pages_v300_n50000.partial"
+    rubbish.mkdir(parents=True)
+    (rubbish / "rubbish").write_text("half a file")
+    assert train_tokenizer.known_tokenizers() == []
+    command(f"{TRAIN} pages")
+    assert set(content(bench / "tokenizers" / "pages_v300_n50000")) == FILES and not rubbish.exists()
+
+
+def test_a_second_run_reuses_the_tokenizer(bench, command, pages, capsys):
+    command(f"{TRAIN} pages")
+    times = {path: path.stat().st_mtime_ns for path in bench.rglob("*")}
+    capsys.readouterr()
+    command(f"{TRAIN} pages")
+    assert capsys.readouterr().out.startswith("reusing tokenizers/pages_v300_n50000")
+    assert {path: path.stat().st_mtime_ns for path in bench.rglob("*")} == times
+
+
+def test_other_settings_under_the_same_name_are_refused(bench, command, refusal, pages, write_rows):
+    command(f"{TRAIN} pages")
+    assert "another regex;" in refusal(f"{TRAIN} pages --regex gpt2")
+    write_rows(bench / "pages.jsonl", [*pages, "one more"])
+    assert "another source_fingerprint;" in refusal(f"{TRAIN} pages")
+    write_rows(bench / "other.jsonl", pages)
+    assert "another source, source_fingerprint;" in refusal(f"{TRAIN} pages --source other.jsonl")
+
+
+@pytest.mark.parametrize("flags, hint", [
+    ("--vocabsize 255", "at least 256"), ("--vocabsize 0", "at least 1"), ("--vocabsize many", "whole number"),
+    ("--samples 0", "at least 1"), ("--num_workers 0", "at least 1"), ("--regex gpt5", "invalid choice"),
+    ("--name ../pages", "'../pages_v300_n50000'"), ("--name " + "x" * 300, "200 at most"),
+    ("--source empty.jsonl", "no text to learn from"), ("--source nowhere", "nowhere"), ("--source 10B", "10B"),
+])
+def test_a_wrong_flag_ends_in_one_line(bench, refusal, pages, flags, hint):
+    (bench / "empty.jsonl").write_text('{"text": ""}\n')
+    assert hint in refusal(f"{TRAIN} pages {flags}")
+    assert not (bench / "tokenizers").exists()
+
+
+def test_too_little_text_makes_a_smaller_vocabulary_and_a_note(bench, command, capsys):
+    (bench / "tiny.txt").write_text("aaaa bbbb aaaa")
+    command("train_tokenizer.py --source tiny.txt --vocabsize 9999 --samples 99 --name tiny --num_workers 1")
+    tokenizer = load_tokenizer("tiny_v9999_n99")
+    assert f"the vocabulary ends at {tokenizer.n_vocab - 1:,} tokens instead of 9,999" in capsys.readouterr().out
+    assert 256 < tokenizer.n_vocab < 270
+
+
+def test_the_smallest_vocabulary_is_the_bytes(bench, command, pages):
+    command(f"{TRAIN} bytes --vocabsize 256")
+    tokenizer = load_tokenizer("bytes_v256_n50000")
+    assert tokenizer.encode_ordinary("é") == list("é".encode()) and tokenizer.eot_token == 256
+
+
+def test_replaced_bytes_are_told(bench, command, capsys):
+    (bench / "latin.txt").write_bytes("Größe und Maß ".encode("latin-1") * 9)
+    command("train_tokenizer.py --source latin.txt --vocabsize 260 --name latin --num_workers 1")
+    assert "replaced 27 invalid UTF-8 sequences" in capsys.readouterr().out
+
+
+def test_the_demo_shows_the_text_in_coloured_tokens(command, capsys, pages):
+    command(f"{TRAIN} shown --demo")
+    said = capsys.readouterr().out
+    assert said.count(re.sub("\033\\[[0-9;]*m", "", train_tokenizer.DEMO_TEXT)) == 0
+    plain = re.sub("\033\\[[0-9;]*m", "", said)
+    assert plain.count(train_tokenizer.DEMO_TEXT) == 5      # before, after 1, 10 and all merges ... see below
+    assert "Merge 1: " in plain and "Merge 10: " in plain and "After all 44 merges" in plain
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(bench) -> Path:
+    """A small tokenizer's folder, tokenizers/small."""
+    return train_tokenizer.save_tokenizer("small", learn_merges({b"hello": 5, b"help": 3}, 10), PATTERNS["gpt4"], {})
+
+
+@pytest.mark.parametrize("name", ["../small", "/etc/passwd", "", ".", "..", ".small", "small/", "small\n", "a b", "small.pkl.pkl",
+                                  "nosuch", "x" * 300, "\0", "tokenizers/small"])
+def test_only_a_known_name_loads(saved, name):
+    with pytest.raises(UserError):
+        load_tokenizer(name)
+
+
+def test_an_unknown_name_is_told_the_known_ones(saved):
+    with pytest.raises(UserError, match="only small; make one with: python train_tokenizer.py"):
+        load_tokenizer("nosuch")
+
+
+def test_a_pkl_suffix_is_left_away_with_a_notice(saved, capsys):
+    assert load_tokenizer("small.pkl").name == "small"
+    said = capsys.readouterr()
+    assert "reading small.pkl as small" in said.err and not said.out
+
+
+def test_gpt2_needs_the_network_once(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="go online once"):
+        load_tokenizer("gpt2")
+
+
+@settings(max_examples=50)
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_the_ranks_is_noticed(saved, place, bit):
+    whole = (saved / "ranks.tiktoken").read_bytes()
+    damaged = bytearray(whole)
+    damaged[place % len(whole)] ^= 1 << bit
+    (saved / "ranks.tiktoken").write_bytes(damaged)
+    with pytest.raises(UserError, match="SHA-256"):
+        load_tokenizer("small")
+    (saved / "ranks.tiktoken").write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["ranks.tiktoken", "meta.json"])
+def test_a_missing_file_is_noticed(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(UserError):
+        load_tokenizer("small")
+
+
+@pytest.mark.parametrize("damage", [
+    {"special_tokens": {}}, {"special_tokens": {"<|x|>": 266}}, {"special_tokens": {"<|endoftext|>": 10**12}},
+    {"special_tokens": {"<|endoftext|>": 0}, "vocab_size": None}, {"special_tokens": {}, "vocab_size": 266},
+    {"vocab_size": 300}, {"pattern": "("}, {"pattern": 7}, {"pattern": "\ud800"}, {"format_version": 2},
+])
+def test_a_meta_that_does_not_fit_is_noticed(saved, damage):
+    meta = json.loads((saved / "meta.json").read_text())
+    (saved / "meta.json").write_text(json.dumps(meta | damage))
+    with pytest.raises(UserError):
+        load_tokenizer("small")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", "{}", "[" * 100_000, "1" * 5000, b"\xff", b"{\xff}"])
+def test_a_meta_that_is_no_json_object_is_noticed(saved, text):
+    (saved / "meta.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError):
+        load_tokenizer("small")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("<|endoftext|>"), inner, max_size=3),
+    max_leaves=5)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_no_meta_raises_another_exception(saved, data):
+    good = train_tokenizer.save_meta if False else json.loads(GOOD_META.setdefault("text", (saved / "meta.json").read_text()))
+    key = data.draw(st.sampled_from(sorted(good)))
+    if data.draw(st.booleans()):
+        good[key] = data.draw(json_values)
+    else:
+        del good[key]
+    (saved / "meta.json").write_text(json.dumps(good))
+    try:
+        assert load_tokenizer("small").eot_token == good["special_tokens"]["<|endoftext|>"]
+    except UserError:
+        pass
+
+
+GOOD_META: dict[str, str] = {}

@@ -1,0 +1,492 @@
+"""Whole runs on a tiny data set: what they learn, write, refuse and survive. Run: ./run.sh test tests/test_training.py"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import download_fineweb
+import train_gpt
+import train_tokenizer
+from documents import UserError
+from train_gpt import GPT, Config, HeldOut, World, generate, parse_config, xz_bits_per_byte
+
+ROOT = Path(train_gpt.__file__).parent
+TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len=32, batch_tokens=128, num_steps=4,
+            val_every=2, log_every=1, num_samples=2, sample_tokens=5, compile="off", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """A copy of the scripts with a tokenizer and a data set of 300 short documents."""
+    folder = tmp_path_factory.mktemp("lab")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    rng = random.Random(0)
+    words = "the a cat dog sat ran on under mat tree and then saw big small".split()
+    rows = [{"text": " ".join(rng.choices(words, k=rng.randint(5, 120))) + "."} for _ in range(300)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(folder, "train_tokenizer.py", "--source", "text.jsonl", "--vocabsize", "300", "--name", "tiny",
+        "--num_workers", "1")
+    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny_v300_n134217728",
+        "--num_workers", "1", "--name", "tiny")
+    return folder
+
+
+@pytest.fixture
+def here(lab, tmp_path, monkeypatch) -> Path:
+    """The lab's data for code that runs in this process; run folders land in a folder of the test's own."""
+    monkeypatch.setattr(download_fineweb, "DATA", lab / "data")
+    for module in (train_tokenizer, train_gpt):
+        monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
+    monkeypatch.setattr(train_gpt, "EXPERIMENTS", tmp_path / "experiments")
+    return tmp_path
+
+
+def run(folder: Path, script: str, *arguments: str, expect: int = 0, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True,
+                          timeout=120, **options)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def train_here(folder: Path, **knobs) -> Path:
+    cfg = Config(**{**TINY, **knobs})
+    train_gpt.train(cfg, World(cfg))
+    return max((folder / "experiments").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
+def rows_of(run_folder: Path) -> list[dict]:
+    with open(run_folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary_of(run_folder: Path) -> dict:
+    return json.loads((run_folder / "summary.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run learns and leaves
+# ------------------------------------------------------------------------------------------------
+
+def test_a_tiny_model_learns_a_repeated_text(lab, here):
+    (here / "repeated.jsonl").write_text((json.dumps({"text": "abcdefghij" * 9}) + "\n") * 50
+                                         + json.dumps({"text": "x"}) + "\n")
+    tokens = [300, *train_tokenizer.load_tokenizer("tiny_v300_n134217728").encode_ordinary("abcdefghij" * 9)]
+    shards = [np.array(tokens * 50, dtype=np.uint16)]
+    cfg = Config(**{**TINY, "vocab_size": 301, "num_steps": 60, "model_dim": 32, "muon_lr": 2, "embed_lr": 10,
+                    "head_lr": 1})
+    rows = train_gpt.Rows(shards, cfg, 300)
+    torch.manual_seed(0)
+    model = GPT(cfg, 300)
+    optimizer = train_gpt.Optimizer(model, cfg)
+    losses = []
+    for step in range(60):
+        for inputs, targets in rows.micro_batches(step, cfg):
+            loss = model(inputs, targets) / rows.targets_in_step(step, cfg.rows_per_step)
+            loss.backward()
+        losses.append(loss.item())
+        optimizer.step(1.0)
+    assert losses[0] == pytest.approx(math.log(301), abs=0.01)
+    assert losses[-1] < 0.1
+    prompt = tokens[:12]
+    assert generate(model, [prompt], dataclasses.replace(cfg, temperature=0), torch.device("cpu"))[0] == tokens[12:17]
+
+
+def test_a_run_leaves_everything_that_made_it(lab, here):
+    folder = train_here(here, save_model=True, gpu_cost_per_hour=3600.0, model_name="whole")
+    assert re.fullmatch(r"\d{8}_\d{6}_whole", folder.name)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "summary.json", "metrics.csv", "training_log.txt", "loss.png", "samples.jsonl",
+                     "git.diff", "requirements.txt", "meta.json", "model.safetensors", "train_gpt.txt",
+                     "train_tokenizer.txt", "download_fineweb.txt", "documents.txt"}
+    assert not [name for name in names if name.endswith((".partial", ".pt"))]
+    assert (folder / "train_gpt.txt").read_text() == Path(train_gpt.__file__).read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config) == {field.name for field in dataclasses.fields(Config)}
+    assert config["vocab_size"] == 301
+    summary = summary_of(folder)
+    assert summary["status"] == "finished" and summary["step"] == 4 and summary["tokens"] == 512
+    assert summary["cost"] == pytest.approx(summary["total_seconds"], abs=0.06)
+    assert summary["tokenizer_sha256"] == json.loads((folder / "meta.json").read_text())["ranks_sha256"]
+    assert summary["code_sha256"] == hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
+    assert f"torch=={torch.__version__}" in (folder / "requirements.txt").read_text()
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_row_of_the_metrics_has_its_train_loss(lab, here):
+    rows = rows_of(train_here(here, log_every=3, val_every=5, num_steps=11))
+    assert list(rows[0]) == list(train_gpt.COLUMNS)
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 6, 9, 10, 11]
+    for row in rows:
+        always = ("tokens", "epoch", "train_seconds", "train_loss", "lr_scale", "grad_norm", "tokens_per_second",
+                  "peak_memory_mib")
+        assert all(math.isfinite(float(row[column])) for column in always)
+        assert bool(row["val_loss"]) == bool(row["val_bpb"]) == (int(row["step"]) in (5, 10, 11))
+        assert row["mfu"] == ""      # the peak of a CPU is not known
+    assert float(rows_of(train_here(here, peak_tflops=0.1))[0]["mfu"]) > 0
+
+
+def test_the_same_seed_gives_the_same_numbers(lab, here):
+    def losses(seed: int) -> list:
+        folder = train_here(here, seed=seed, num_steps=6)
+        return [(row["train_loss"], row["val_loss"]) for row in rows_of(folder)] + [(folder / "samples.jsonl").read_text()]
+    first, again, other = losses(0), losses(0), losses(1)
+    assert first == again != other
+
+
+def test_micro_batches_do_not_change_the_mathematics(lab, here):
+    def losses(micro_batch_tokens: int) -> list[float]:
+        rows = rows_of(train_here(here, micro_batch_tokens=micro_batch_tokens, num_steps=6))
+        return [float(row[column]) for row in rows for column in ("train_loss", "val_loss") if row[column]]
+    assert losses(32) == pytest.approx(losses(128), rel=1e-4)
+    assert losses(96) == pytest.approx(losses(128), rel=1e-4)       # 4 rows as 2 x 2
+
+
+def test_training_minutes_end_a_run_and_its_schedule(lab, here):
+    folder = train_here(here, num_steps=10**6, train_minutes=0.02, val_every=0, log_every=1)
+    rows = rows_of(folder)
+    assert 1.2 <= float(rows[-1]["train_seconds"]) < 5
+    assert float(rows[-1]["lr_scale"]) < 0.5 and rows[-1]["val_loss"]
+
+
+def test_memory_is_freed_between_micro_batches(lab, here):
+    """Backward runs for each micro-batch, so that only one graph is alive at a time."""
+    alive, most = 0, 0
+
+    class Counting(GPT):
+        def forward(self, *arguments):
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            loss = super().forward(*arguments)
+            loss.register_hook(lambda grad: done())
+            return loss
+
+    def done() -> None:
+        nonlocal alive
+        alive -= 1
+    original, train_gpt.GPT = train_gpt.GPT, Counting
+    try:
+        train_here(here, micro_batch_tokens=32)
+    finally:
+        train_gpt.GPT = original
+    assert most == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+def held_out_of(lab: Path, **knobs) -> tuple[HeldOut, Config]:
+    dataset, tokenizer = download_fineweb.open_dataset("tiny", "")
+    cfg = Config(**{**TINY, "vocab_size": 301, **knobs})
+    return HeldOut(dataset.tokens("val"), cfg, tokenizer), cfg
+
+
+def test_validation_predicts_every_held_out_token_once(lab, here):
+    held_out, _ = held_out_of(lab)
+    inputs, targets = held_out.windows(list(range(held_out.num_windows)))
+    assert targets[targets >= 0].tolist() == held_out.tokens.tolist()
+    # within a window the input is the token before the target
+    assert torch.equal(inputs[:, 1:][targets[:, 1:] >= 0], targets[:, :-1][targets[:, 1:] >= 0])
+    assert (inputs[:, 0] == 300).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_validation_is_the_same_for_any_batch(lab, here, rows):
+    held_out, cfg = held_out_of(lab)
+    torch.manual_seed(0)
+    model = GPT(cfg, 300)
+    torch.nn.init.normal_(model.head)
+    world = World(cfg)
+    inputs, targets = held_out.windows(list(range(held_out.num_windows)))
+    losses = model.token_losses(inputs, targets).double()
+    lengths = torch.tensor([len(held_out.token_bytes[token]) for token in range(301)])[targets.clamp(min=0)] * (targets >= 0)
+    result = held_out.evaluate(model, rows, world)
+    assert result.val_loss == pytest.approx(losses.sum().item() / len(held_out.tokens), rel=1e-6)
+    bits = losses[lengths > 0].sum().item() / math.log(2)
+    assert result.val_bpb == pytest.approx(bits / len(held_out.text()), rel=1e-6)
+    assert lengths.sum() == len(held_out.text())
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(lab, here):
+    """An untrained model gives every token ln V nats, so its bits per byte follow from the counts alone."""
+    held_out, cfg = held_out_of(lab)
+    manifest = json.loads((lab / "data" / "tiny" / "manifest.json").read_text())
+    val = next(shard for shard in manifest["shards"] if shard["split"] == "val")
+    assert len(held_out.text()) == val["bytes"]
+    texts = [json.loads(line)["text"] for line in (lab / "text.jsonl").read_text().splitlines()]
+    assert val["bytes"] == sum(len(text.encode()) for text in set(texts) if download_fineweb.documents.is_held_out(text))
+    result = held_out.evaluate(GPT(cfg, 300), 4, World(cfg))
+    assert result.val_loss == pytest.approx(math.log(301))
+    assert result.val_bpb == pytest.approx(math.log2(301) * (val["tokens"] - val["documents"]) / val["bytes"])
+
+
+def test_xz_is_that_of_the_command(tmp_path):
+    text = Path(train_gpt.__file__).read_bytes()
+    if not shutil.which("xz"):
+        pytest.skip("xz is not installed")
+    packed = subprocess.run(["xz", "-9e", "--stdout"], input=text, capture_output=True, check=True).stdout
+    assert xz_bits_per_byte(text) == pytest.approx(8 * len(packed) / len(text), rel=0.001)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100, 127, 128, 129])
+def test_generation_crosses_any_length(length):
+    cfg = Config(**{**TINY, "vocab_size": 301, "sample_tokens": 3})
+    model = GPT(cfg, 300)
+    torch.nn.init.normal_(model.head)
+    prompt = [300, *range(length - 1)]
+    made = generate(model, [prompt, prompt[:1]], cfg, torch.device("cpu"))
+    assert [len(text) for text in made] == [3, 3]
+    assert all(0 <= token < 301 for text in made for token in text)
+
+
+def test_generation_is_the_likeliest_token_of_the_plain_forward():
+    cfg = Config(**{**TINY, "vocab_size": 301, "sample_tokens": 40, "temperature": 0})
+    torch.manual_seed(0)
+    model = GPT(cfg, 300)
+    torch.nn.init.normal_(model.head)
+    prompts = [[300, 5, 6], [300, 7, 8, 9, 10]]
+    for prompt, made in zip(prompts, generate(model, prompts, cfg, torch.device("cpu")), strict=True):
+        text = list(prompt)
+        for token in made:
+            assert token == int(model.logits(torch.tensor([text[-32:]]))[0, -1].argmax())
+            text.append(token)
+
+
+def test_sampling_keeps_to_the_top_k():
+    cfg = Config(**{**TINY, "vocab_size": 301, "top_k": 3, "temperature": 2.0})
+    logits = torch.randn(1, 301).expand(200, 301)
+    drawn = set(train_gpt.sample(logits, cfg, torch.Generator().manual_seed(0)))
+    assert drawn == set(logits[0].topk(3).indices.tolist())
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run refuses and survives
+# ------------------------------------------------------------------------------------------------
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_its_name(lab, here, monkeypatch):
+    real = train_gpt.World.sum_gradients
+
+    def poisoned(world, model):
+        real(world, model)
+        if rows_written() == 2:
+            model.layers[1].up.grad[0, 0] = math.nan
+
+    def rows_written() -> int:
+        return len(rows_of(next((here / "experiments").iterdir())))
+    monkeypatch.setattr(train_gpt.World, "sum_gradients", poisoned)
+    with pytest.raises(UserError, match=r"layers\.1\.up .* step 3"):
+        train_here(here)
+    folder = next((here / "experiments").iterdir())
+    assert summary_of(folder)["status"].startswith("failed: the gradient of layers.1.up")
+    assert len(rows_of(folder)) == 2
+
+
+def test_a_parameter_without_gradient_is_named(lab, here, monkeypatch):
+    class Forgetful(GPT):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.forgotten = torch.nn.Parameter(torch.zeros(3))
+    monkeypatch.setattr(train_gpt, "GPT", Forgetful)
+    with pytest.raises(RuntimeError, match="forgotten has no gradient"):
+        train_here(here)
+
+
+def test_shards_of_another_tokenizer_are_refused(lab, here):
+    other = json.loads((lab / "tokenizers" / "tiny_v300_n134217728" / "meta.json").read_text())
+    folder = here / "tokenizers" / "other"
+    folder.mkdir(parents=True)
+    ranks = train_tokenizer.ranks_file_of([bytes([byte]) for byte in range(256)])
+    (folder / "ranks.tiktoken").write_bytes(ranks)
+    other |= {"ranks_sha256": hashlib.sha256(ranks).hexdigest(), "vocab_size": 257, "eot_id": 256,
+              "special_tokens": {"<|endoftext|>": 256}}
+    (folder / "meta.json").write_text(json.dumps(other))
+    train_tokenizer.TOKENIZERS = here / "tokenizers"
+    with pytest.raises(UserError, match="use --tokenizer tiny_v300"):
+        train_here(here, tokenizer="other", data="tiny")
+
+
+def test_a_wrong_vocabulary_size_is_refused_with_the_right_one(lab, here):
+    with pytest.raises(UserError, match="must be 301.*it is 302"):
+        train_here(here, vocab_size=302)
+    train_here(here, vocab_size=301)
+
+
+def test_a_pickle_name_of_older_days_is_understood(lab, here, capsys):
+    train_here(here, tokenizer="tiny_v300_n134217728.pkl")
+    assert "folders now" in capsys.readouterr().err
+
+
+def test_shards_without_manifest_need_a_tokenizer(lab, here, monkeypatch):
+    (here / "data" / "bare").mkdir(parents=True)
+    for path in (lab / "data" / "tiny").glob("*.bin"):
+        shutil.copy(path, here / "data" / "bare" / f"fineweb_{path.name}")
+    monkeypatch.setattr(download_fineweb, "DATA", here / "data")
+    with pytest.raises(UserError, match="name it with --tokenizer"):
+        train_here(here, data="bare")
+    assert summary_of(train_here(here, data="bare", tokenizer="tiny_v300_n134217728"))["status"] == "finished"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--num_layers", "0"], "--num_layers must be more than 0; it is 0"),
+    (["--num_layers", "two"], "invalid int value: 'two'"),
+    (["--model_dim", "30", "--num_heads", "4"], "--model_dim must be a multiple of 4 x --num_heads, 16"),
+    (["--batch_tokens", "1000"], "--batch_tokens must be a multiple of --seq_len, 512"),
+    (["--cooldown_frac", "1.5"], "--cooldown_frac must be between 0 and 1; it is 1.5"),
+    (["--muon_lr", "nan"], "--muon_lr must be 0 or more; it is nan"),
+    (["--dtype", "int8"], "--dtype must be one of auto, bfloat16, float16, float32; it is 'int8'"),
+    (["--preset", "xxl"], "--preset must be one of demo, xs"),
+    (["--model_name", "../../x"], "--model_name must be letters"),
+    (["--num_layer", "3"], "there is no flag --num_layer; did you mean --num_layers?"),
+    (["--value_embeddings", "4"], "--value_embeddings must be at most half of --num_layers, 3"),
+    (["--data", "../secrets"], "--data must be the name of a folder"),
+    (["--tokenizer", "nobody"], "no data of tokenizer nobody"),
+    (["--data", "nobody"], "there is no nobody in"),
+])
+def test_each_mistake_is_one_line_that_says_what_to_do(lab, here, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--compile", "off", *flags])
+    with pytest.raises(SystemExit) as stop:
+        train_gpt.main()
+    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1
+    assert not (here / "experiments").exists()
+
+
+def test_ctrl_c_ends_a_run_without_a_result(lab):
+    tiny = [f"--{knob}={value}" for knob, value in {**TINY, "num_steps": 10**6, "model_name": "stopped"}.items()]
+    process = subprocess.Popen([sys.executable, "train_gpt.py", *tiny], cwd=lab, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (found := list(lab.glob("experiments/*_stopped/metrics.csv"))) or found[0].stat().st_size < 500:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
+    assert not (found[0].parent / "summary.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line, the file and the machine
+# ------------------------------------------------------------------------------------------------
+
+def test_every_knob_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    helps = train_gpt.knob_helps()
+    assert set(helps) == {field.name for field in dataclasses.fields(Config)}
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in text and " ".join(helps[field.name].split()) in text
+
+
+def test_flags_win_over_a_preset_and_a_preset_over_defaults():
+    cfg = parse_config(["--num_layers", "9", "--preset", "xs", "--save_model"])
+    assert (cfg.num_layers, cfg.seq_len, cfg.save_model) == (9, 1024, True)
+
+
+def test_the_presets_have_the_sizes_that_are_published():
+    """gpt-lab's baselines with its 50,257 tokens: 57,766,692, 117,745,206 and 342,507,334 parameters."""
+    for preset, published in (("xs", 57_766_692), ("s", 117_745_206), ("m", 342_507_334)):
+        cfg = parse_config(["--preset", preset, "--vocab_size", "50257"])
+        with torch.device("meta"):
+            assert GPT(cfg, 50256).num_parameters() == pytest.approx(published, rel=0.01)
+
+
+def test_check_tells_by_its_exit_code(lab):
+    done = run(lab, "train_gpt.py", "--check", "--compile", "off", "--num_layers", "2", "--value_embeddings", "1")
+    assert done.stdout.endswith("ready to train\n") and "parameters" in done.stdout and "memory" in done.stdout
+    done = run(lab, "train_gpt.py", "--check", "--compile", "off", "--tokenizer", "nobody", expect=1)
+    assert "python download_fineweb.py" in done.stdout and done.stdout.endswith("cannot train\n")
+    assert not list(lab.glob("experiments/*_gpt"))
+
+
+def test_a_copy_beside_the_original_works_at_once(lab):
+    shutil.copy(lab / "train_gpt.py", lab / "my_experiment.py")
+    run(lab, "my_experiment.py", *(f"--{knob}={value}" for knob, value in {**TINY, "model_name": "copy"}.items()))
+    folder = next(lab.glob("experiments/*_copy"))
+    assert (folder / "my_experiment.txt").exists()
+
+
+def test_importing_has_no_side_effects(lab):
+    before = sorted(lab.rglob("*"))
+    code = ("import socket, sys\ndef no(*a): raise OSError('network')\nsocket.socket.connect = no\n"
+            "import train_gpt, torch\nassert not torch.distributed.is_initialized()\nassert not torch.cuda.is_initialized()")
+    done = subprocess.run([sys.executable, "-B", "-c", code, "--nonsense"], cwd=lab, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert sorted(lab.rglob("*")) == before
+
+
+def test_the_marks_for_editing_are_those_that_the_file_announces():
+    source = Path(train_gpt.__file__).read_text(encoding="utf-8")
+    announced = re.search(r'search for "EDIT": ([\w |]+)\.', source)[1].split(" | ")
+    assert re.findall(r"# EDIT: (\w+)$", source, re.MULTILINE) == announced
+
+
+def test_only_world_names_torch_distributed():
+    source = Path(train_gpt.__file__).read_text(encoding="utf-8")
+    before, rest = source.split("\nclass World", 1)
+    inside, after = rest.split("\ndef cpu_cores", 1)
+    assert "dist." in inside
+    assert not re.search(r"\bdist\.", before + after)
+
+
+def test_the_dtype_is_what_the_hardware_multiplies(monkeypatch):
+    for flags, wanted in (("fma amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        monkeypatch.setattr(train_gpt, "cpu_facts", lambda flags=flags: {"flags": flags})
+        assert train_gpt.choose_dtype(Config(), torch.device("cpu"))[0] == wanted
+    for capability, wanted in (((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert train_gpt.choose_dtype(Config(), torch.device("cuda"))[0] == wanted
+
+
+def test_a_machine_without_a_compiler_trains_without_one(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no g++\nand a long story")
+    monkeypatch.setattr(torch, "compile", broken)
+    works, reason = train_gpt.choose_compile(Config(), torch.device("cpu"))
+    assert not works and "no g++" in reason and "story" not in reason
+    with pytest.raises(UserError, match="no g"):
+        train_gpt.choose_compile(Config(compile="on"), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_run(lab, here):
+    def losses(compile: str) -> list[float]:
+        return [float(row["train_loss"]) for row in rows_of(train_here(here, compile=compile, num_steps=5))]
+    assert losses("on") == pytest.approx(losses("off"), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_ranks_end_where_one_does(lab, processes):
+    def losses(name: str, command: list[str]) -> list[float]:
+        knobs = [f"--{knob}={value}" for knob, value in {**TINY, "num_steps": 5, "model_name": name}.items()]
+        done = subprocess.run([*command, "train_gpt.py", *knobs], cwd=lab, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folders = list(lab.glob(f"experiments/*_{name}"))
+        assert len(folders) == 1
+        return [float(row[column]) for row in rows_of(folders[0]) for column in ("train_loss", "grad_norm", "val_loss")
+                if row[column]]
+    one = losses(f"one_for_{processes}", [sys.executable])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    assert losses(f"by_{processes}", torchrun) == pytest.approx(one, rel=1e-3)

@@ -100,8 +100,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except UserError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines()))
         except BrokenProcessPool:
-            sys.exit(f"{Path(sys.argv[0]).name}: error: a worker process was killed, perhaps for want of memory; "
-                     "try again with --num_workers 1")
+            sys.exit(f"{Path(sys.argv[0]).name}: error: a worker process was killed, "
+                     "perhaps for want of memory; try again with --num_workers 1")
         except KeyboardInterrupt:
             print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
                   file=sys.stderr)
@@ -154,7 +154,8 @@ class Source:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            has = "its columns are " + ", ".join(map(str, row)) if isinstance(row, dict) else "it is no object"
+            has = ("its columns are " + ", ".join(map(str, row)) if isinstance(row, dict)
+                   else "it is no object")
             raise UserError(f"{where} has no text in a column named text; {has}")
         return self._valid(row["text"])
 
@@ -174,7 +175,8 @@ class Source:
                         if text is not None:
                             yield f"{name}:{number}", self._decode(text)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
-                raise UserError(f"{path} is no readable parquet file ({str(error).splitlines()[0]})") from error
+                first_line = str(error).splitlines()[0]
+                raise UserError(f"{path} is no readable parquet file ({first_line})") from error
 
     def _decode(self, raw: bytes) -> str:
         try:
@@ -220,7 +222,7 @@ def open_source(spec: str | list[str]) -> Source:
 
 
 def python_library() -> Source:
-    """Every module of the running Python's library, sorted by path; the same for everyone with that Python."""
+    """Every module of the running Python's library, sorted by path; the same for all with that Python."""
     top = Path(sysconfig.get_paths()["stdlib"])
     leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = sorted(path.relative_to(top).as_posix() for path in top.rglob("*.py")
@@ -245,7 +247,8 @@ def find_files(item: str) -> list[Path]:
     for file in found:
         if not is_known(file):
             raise UserError(f"{file} is of no known kind; text files end in "
-                            f"{' '.join(FILE_IS_DOCUMENT + ROW_IS_DOCUMENT)}, plain or with .gz or .zst behind")
+                            f"{' '.join(FILE_IS_DOCUMENT + ROW_IS_DOCUMENT)}, "
+                            "plain or with .gz or .zst behind")
     return found
 
 
@@ -308,11 +311,12 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
-def shuffled(documents: Iterable[Document], seed: int, characters: int = SHUFFLE_CHARACTERS) -> Iterator[Document]:
+def shuffled(documents: Iterable[Document], seed: int, characters: int = SHUFFLE_CHARACTERS,
+             ) -> Iterator[Document]:
     """The documents in an order that the seed (0 is one too) decides.
 
-    A source of at most `characters` characters is shuffled as a whole. Of a larger one about that much is held
-    in memory, and a document drawn at random from it leaves for each that arrives.
+    A source of at most `characters` characters is shuffled as a whole. Of a larger one about that much is
+    held in memory, and a document drawn at random from it leaves for each that arrives.
     """
     rng = random.Random(seed)
     held: list[Document] = []
@@ -350,7 +354,7 @@ def batched(documents: Iterable[Document], characters: int = BATCH_CHARACTERS) -
 
 def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Callable | None = None,
                 arguments: tuple = ()) -> Iterator:
-    """`map(function, tasks)` over worker processes: results in the order of the tasks, few tasks under way at once.
+    """`map(function, tasks)` over worker processes: results in the tasks' order, few tasks under way at once.
 
     `setup(*arguments)` runs once in each worker. With one worker all happens in this process.
     """

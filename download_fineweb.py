@@ -2,17 +2,18 @@
 
     python download_fineweb.py --version stdlib --tokenizer demo_v4096_n20000000
     python download_fineweb.py --version 'books/*.parquet' --tokenizer books_v8192_n134217728
-    python download_fineweb.py --version notes.txt --tokenizer mine_v1000_n134217728 --num_shards 1 --shard_size 100000
+    python download_fineweb.py --version notes.txt --tokenizer mine_v1000_n134217728 -ns 1 -ss 100000
 
 It leaves a folder data/SOURCE_TOKENIZER, whole or not at all:
 
-    train_000001.bin ...   documents in an order that --seed decides; a document is never split over two shards
+    train_000001.bin ...   documents in an order that --seed decides; none is split over two shards
     val_000000.bin         held-out documents, the same ones for every tokenizer, seed and number of shards
     manifest.json          what the shards hold: source, tokenizer, counts, SHA-256 of each file
 
-A shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16; each
-document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's other variant (20240801, 7, uint32 tokens).
-Python's library of 12 MB gives 3.5 million tokens of a 4,096-token vocabulary in about five seconds on two cores.
+A shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16;
+each document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's other variant (20240801, 7,
+uint32 tokens). Python's library of 12 MB gives 3.5 million tokens of a 4,096-token vocabulary in about five
+seconds on two cores.
 """
 
 import argparse
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 FORMAT_VERSION = 1
 HEADER_INTS = 256
-BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, so that no tokenizer changes what is held out
+BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the same one for every tokenizer
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name ends at 255 bytes, .partial included
 ENCODE_CHARACTERS = 500_000     # a longer document is encoded in parts of this length
 
@@ -53,8 +54,9 @@ def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
 # ------------------------------------------------------------------------------------------------
 
 def choose_held_out(stream: Iterable[Document], budget: int) -> tuple[list[str], int, int]:
-    """The texts to validate on: of all held-out texts those with the smallest hashes, each once, up to `budget` bytes.
+    """The texts to validate on: of all held-out texts those with the smallest hashes, each once.
 
+    budget   UTF-8 bytes after which to stop
     returns  (texts in the order of their hashes, characters of the whole stream, documents left to train on)
     """
     held: dict[bytes, str] = {}
@@ -119,8 +121,8 @@ def split_source(source: Source, val_tokens: int) -> tuple[Source | Parts, list[
             return stream, held_out, part
         part = (part or min(characters, 20_000 * 256) // 128) // 2
         if part < 50:
-            raise UserError(f"the source {source.label} has only {characters:,} characters, too few to train on one "
-                            "part and validate on another; give it more text")
+            raise UserError(f"the source {source.label} has only {characters:,} characters, too few to train "
+                            "on one part and validate on another; give it more text")
         stream = Parts(source, part)
 
 
@@ -148,7 +150,8 @@ def tokenize(texts: list[str]) -> list[tuple[np.ndarray, int]]:
     return encoded
 
 
-def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int) -> Iterator[tuple[np.ndarray, int]]:
+def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int,
+              ) -> Iterator[tuple[np.ndarray, int]]:
     batches = documents.batched(stream)
     for batch in documents.in_parallel(tokenize, batches, num_workers, _set_tokenizer, (tokenizer,)):
         yield from batch
@@ -159,7 +162,7 @@ def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int) -> I
 # ------------------------------------------------------------------------------------------------
 
 class ShardWriter:
-    """Collects documents and writes them as shards of at most `shard_size` tokens (a longer document stands alone).
+    """Collects documents and writes them as shards of at most `shard_size` tokens; a longer one stands alone.
 
     folder      where files are written
     split       "train" or "val"; files are numbered from 1 or 0
@@ -200,8 +203,9 @@ class ShardWriter:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        self.entries.append({"file": name, "split": self.split, "tokens": self.tokens, "documents": len(self.pending),
-                             "bytes": self.bytes, "sha256": hashlib.sha256(content).hexdigest()})
+        self.entries.append({"file": name, "split": self.split, "tokens": self.tokens,
+                             "documents": len(self.pending), "bytes": self.bytes,
+                             "sha256": hashlib.sha256(content).hexdigest()})
         self._clear()
 
 
@@ -225,7 +229,8 @@ def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[str],
     train.flush()
 
     manifest = {"format_version": FORMAT_VERSION, **facts, "tokenizer_sha256": tokenizer_sha256(tokenizer),
-                "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token, "shards": val.entries + train.entries}
+                "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token,
+                "shards": val.entries + train.entries}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
@@ -238,16 +243,17 @@ def report_existing(folder: Path, settings: dict) -> None:
         raise UserError(f"{error}; first remove the old with: rm -r {folder}") from error
     differing = [key for key, value in settings.items() if manifest.get(key) != value]
     if differing:
-        raise UserError(f"{folder.relative_to(ROOT)} exists and was made with another {', '.join(differing)}; "
-                        f"choose another --name or remove it with: rm -r {folder}")
+        raise UserError(f"{folder.relative_to(ROOT)} exists and was made with another "
+                        f"{', '.join(differing)}; choose another --name or remove it with: rm -r {folder}")
     print(f"reusing {describe(folder, manifest)}")
 
 
 def describe(folder: Path, manifest: dict) -> str:
     def total(split: str, what: str) -> str:
         return f"{sum(shard[what] for shard in manifest['shards'] if shard['split'] == split):,}"
-    return (f"{folder.relative_to(ROOT)}: {total('train', 'tokens')} tokens of {total('train', 'documents')} documents "
-            f"to train on, {total('val', 'tokens')} of {total('val', 'documents')} to validate on")
+    return (f"{folder.relative_to(ROOT)}: "
+            f"{total('train', 'tokens')} tokens of {total('train', 'documents')} documents to train on, "
+            f"{total('val', 'tokens')} of {total('val', 'documents')} to validate on")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,9 +295,9 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
         raise UserError(f"{folder} has no manifest that tells its tokenizer; name it with --tokenizer")
     made_for = manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["eot_id"]
     if made_for != (tokenizer_sha256(tokenizer), tokenizer.n_vocab, tokenizer.eot_token):
-        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']} as it was then, and "
-                        f"{tokenizer.name} is another; use --tokenizer {manifest['tokenizer']}, or make the shards "
-                        f"again: python download_fineweb.py --tokenizer {tokenizer.name}")
+        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']} as it was then, "
+                        f"and {tokenizer.name} is another; use --tokenizer {manifest['tokenizer']}, or make "
+                        f"the shards again: python download_fineweb.py --tokenizer {tokenizer.name}")
     return Dataset(folder, manifest), tokenizer
 
 
@@ -300,20 +306,21 @@ def find_dataset(data: str, tokenizer: str) -> Path:
     if data and not re.fullmatch(FOLDER_NAME, data):
         raise UserError(f"--data must be the name of a folder in {DATA}; it is {data!r}")
     if data and not (DATA / data).is_dir():
-        raise UserError(f"there is no {data} in {DATA}; make it with: python download_fineweb.py --version stdlib "
-                        f"--tokenizer {tokenizer or 'NAME'} --name {data}")
+        raise UserError(f"there is no {data} in {DATA}; make it with: python download_fineweb.py "
+                        f"--version stdlib --tokenizer {tokenizer or 'NAME'} --name {data}")
     if data:
         return DATA / data
     made_with = {path.parent: read_manifest(path)["tokenizer"]
                  for path in sorted(DATA.glob("[!.]*/manifest.json"))}
     fitting = [folder for folder, name in made_with.items() if tokenizer in ("", name)]
     if len(fitting) > 1:
-        raise UserError(f"several datasets fit; choose one with --data: {', '.join(path.name for path in fitting)}")
+        raise UserError("several datasets fit; choose one with --data: "
+                        f"{', '.join(path.name for path in fitting)}")
     if not fitting:
         make_tokenizer = "" if tokenizer else "python train_tokenizer.py --vocabsize 4096 --name mine && "
-        raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {DATA}; make some with: "
-                        f"{make_tokenizer}python download_fineweb.py --version stdlib --tokenizer "
-                        f"{tokenizer or 'mine_v4096_n134217728'}")
+        raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {DATA}; "
+                        f"make some with: {make_tokenizer}python download_fineweb.py --version stdlib "
+                        f"--tokenizer {tokenizer or 'mine_v4096_n134217728'}")
     return fitting[0]
 
 
@@ -328,23 +335,27 @@ def read_manifest(path: Path) -> dict:
         expect(manifest, {"format_version": int, "tokenizer": str, "tokenizer_sha256": str, "vocab_size": int,
                           "eot_id": int, "shards": list})
         if manifest["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version is {manifest['format_version']}, this program reads {FORMAT_VERSION}")
+            raise ValueError(f"format_version is {manifest['format_version']}, "
+                             f"this program reads {FORMAT_VERSION}")
         for shard in manifest["shards"]:
-            expect(shard, {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int, "sha256": str})
+            expect(shard, {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int,
+                           "sha256": str})
             if not re.fullmatch(FOLDER_NAME, shard["file"]):
                 raise ValueError(f"file is {shard['file']!r}, which is no file beside it")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); make the data again") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); "
+                        "make the data again") from error
 
 
 def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
-    """A manifest for llm.c or Modded-NanoGPT shards: files named *train*.bin and *val*.bin, nothing else known."""
+    """A manifest for llm.c or Modded-NanoGPT shards, *train*.bin and *val*.bin; nothing else is known."""
     shards = [{"file": path.name, "split": "train" if "train" in path.name else "val",
                "tokens": len(read_shard(path, None)), "documents": 0, "bytes": 0, "sha256": ""}
               for path in sorted(folder.glob("*.bin"))]
     if not shards:
-        raise UserError(f"{folder} holds neither a manifest nor .bin shards; make it again with download_fineweb.py")
+        raise UserError(f"{folder} holds neither a manifest nor .bin shards; "
+                        "make it again with download_fineweb.py")
     return {"format_version": FORMAT_VERSION, "source": folder.name, "tokenizer": tokenizer.name,
             "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
             "eot_id": tokenizer.eot_token, "shards": shards}
@@ -358,11 +369,14 @@ def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
     known = {tuple(shard[:2]): shard[2] for shard in (shard_format(0), shard_format(2**17))}
     dtype = known.get(tuple(header[:2]))
     if len(header) < 3 or dtype is None:
-        raise UserError(f"{path} does not begin like a token shard; make the data again with download_fineweb.py")
+        raise UserError(f"{path} does not begin like a token shard; "
+                        "make the data again with download_fineweb.py")
     tokens, size = header[2], path.stat().st_size
-    if size != 4 * HEADER_INTS + tokens * dtype.itemsize or expected_tokens not in (None, tokens):
-        raise UserError(f"{path} is cut off or changed: it has {size:,} bytes and announces {tokens:,} tokens, the "
-                        f"manifest {expected_tokens}; make the data again with download_fineweb.py")
+    if (tokens < 0 or size != 4 * HEADER_INTS + tokens * dtype.itemsize
+            or expected_tokens not in (None, tokens)):
+        raise UserError(f"{path} is cut off or changed: it has {size:,} bytes and announces {tokens:,} "
+                        f"tokens, the manifest {expected_tokens}; "
+                        "make the data again with download_fineweb.py")
     return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
 
 
@@ -373,11 +387,14 @@ def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
 def parse_arguments() -> argparse.Namespace:
     parser = documents.Parser("Turn documents into token shards.")
     parser.add_argument("-v", "--version", "--source", nargs="+", default=["stdlib"],
-                        help="stdlib, or files, folders and globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
-    parser.add_argument("-ss", "--shard_size", type=positive, default=10**8, help="tokens in a shard, at most")
+                        help="stdlib, or files, folders and globs "
+                             "(.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
+    parser.add_argument("-ss", "--shard_size", type=positive, default=10**8,
+                        help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
                         help="shards to train on; 0 takes all text")
-    parser.add_argument("-t", "--tokenizer", default="gpt4regex_v50256_n134217728", help="a folder in tokenizers/")
+    parser.add_argument("-t", "--tokenizer", default="gpt4regex_v50256_n134217728",
+                        help="a folder in tokenizers/")
     parser.add_argument("--val_tokens", type=positive, default=10_485_760,
                         help=f"validate on about this many tokens of {BYTES_PER_TOKEN} bytes")
     parser.add_argument("--seed", type=int, default=0, help="decides the order of the documents")
@@ -400,8 +417,8 @@ def main() -> None:
         raise UserError("--name must have only letters, digits, '.', '_' and '-', since it becomes a folder; "
                         f"it is {name!r}")
     settings = {"source": source.label, "source_fingerprint": source.fingerprint, "tokenizer": tokenizer.name,
-                "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed, "shard_size": args.shard_size,
-                "num_shards": args.num_shards, "val_tokens": args.val_tokens}
+                "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed,
+                "shard_size": args.shard_size, "num_shards": args.num_shards, "val_tokens": args.val_tokens}
     folder = DATA / name
     if folder.exists():
         report_existing(folder, settings)

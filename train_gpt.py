@@ -1,18 +1,18 @@
 """Train a GPT. This file is the experiment: copy it, change a few lines, run it.
 
     python train_gpt.py --preset demo                              one process: a CPU, or the first GPU
-    torchrun --nproc_per_node=8 train_gpt.py --preset gpt2-small   one process per GPU; the same training as on one
+    torchrun --nproc_per_node=8 train_gpt.py --preset gpt2-small   one process per GPU; the same training
     python train_gpt.py --check --preset xs                        what that run would do, and whether it can
     python train_gpt.py --help                                     every knob with its help
 
-It reads token shards (download_fineweb.py makes them) and a tokenizer (train_tokenizer.py makes it) and leaves a
-folder experiments/DATE_TIME_NAME with everything that made the result. It never touches the network.
+It reads token shards (download_fineweb.py makes them) and a tokenizer (train_tokenizer.py makes it), and
+leaves a folder experiments/DATE_TIME_NAME with all that made the result. It never touches the network.
 
 Sections, by how soon you need them: Config, Model, Optimizer, Data, Evaluation, World, Run log, Training.
 Where experiments usually edit, search for "EDIT": config | mask | layer | optimizer | schedule.
 
-Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden   V vocabulary
-         L layers   N tokens in a chunk
+Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
+         V vocabulary   L layers   N tokens in a chunk
 """
 
 import argparse
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-from documents import Parser, UserError, command
+from documents import Parser, UserError, available_cores, command
 from download_fineweb import Dataset, open_dataset
 from train_tokenizer import TOKENIZERS, token_bytes, tokenizer_sha256
 
@@ -63,16 +63,16 @@ class Config:
     # EDIT: config
     # the run
     model_name: str = "gpt"           # last part of the run folder's name
-    preset: str = ""                  # sets many knobs at once (PRESETS below); flags beside it win
+    preset: str = ""                  # demo, xs, s, m, gpt2-small or gpt2-medium: many knobs; flags win
     tokenizer: str = ""               # folder in tokenizers/; empty: the one the data was made with
     data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
     seed: int = 0                     # decides weights, order of the data and samples
     check: bool = False               # only say what the run would do, and whether it could
     # the budget
-    num_steps: int = 1000             # optimizer steps
-    train_minutes: float = 0          # end the schedule after this much training time if that comes first; 0: never
+    num_steps: int = 500              # optimizer steps
+    train_minutes: float = 0          # end the schedule after so much training if that comes first; 0: never
     batch_tokens: int = 8192          # tokens of a step, over all processes and micro-batches
-    micro_batch_tokens: int = 16384   # tokens that a process takes at once, at most; smaller needs less memory
+    micro_batch_tokens: int = 16384   # tokens a process takes at once, at most; smaller needs less memory
     seq_len: int = 512                # tokens in a row
     max_doc_len: int = 2048           # longer documents are cut into parts of this many tokens
     # the model
@@ -81,16 +81,16 @@ class Config:
     model_dim: int = 256              # width of the model
     vocab_size: int = 0               # 0: the tokenizer's; any other number must be the tokenizer's
     mlp_ratio: int = 4                # hidden width of an MLP, in model widths
-    value_embeddings: int = 2         # tables of token values, each for one layer from either end of the stack
+    value_embeddings: int = 2         # tables of token values, each for one layer from either end
     attention_cap: float = 15         # the largest attention logit that unit-norm queries and keys can have
     logit_cap: float = 15             # logits are squeezed into plus or minus this
-    long_window: int = 0              # tokens that every fourth layer and the last look back; 0: the whole row
-    short_window: int = 0             # tokens that the other layers look back; 0: as long_window
-    window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: no growth
-    # the optimizer; learning rates hold for 524,288 tokens a step and width 768, Optimizer says how they scale
-    muon_lr: float = 0.04             # matrices in layers
+    long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
+    short_window: int = 0             # tokens the other layers look back; 0: as long_window
+    window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
+    # the optimizer; learning rates are for 524,288 tokens a step and width 768, Optimizer scales them
+    muon_lr: float = 0.05             # matrices in layers
     embed_lr: float = 0.6             # token embedding and value embeddings
-    head_lr: float = 0.02             # output head
+    head_lr: float = 0.012            # output head
     scalar_lr: float = 0.04           # mixing scalars
     warmup_steps: int = 0             # steps in which the learning rate climbs from 0
     cooldown_frac: float = 0.6        # last part of training, in which the learning rate falls
@@ -107,23 +107,24 @@ class Config:
     gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
     # the machine
     device: str = "auto"              # cpu, cuda, or auto: cuda if there is one
-    dtype: str = "auto"               # bfloat16, float16, float32, or auto: what the hardware multiplies natively
+    dtype: str = "auto"               # bfloat16, float16, float32, or auto: what is native to the hardware
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
-    peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, and no MFU for unknown devices
+    peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, or no MFU if not there
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.model_name):
-            raise UserError("--model_name must be letters, digits, '.', '_' and '-', since it becomes a folder; "
-                            f"it is {self.model_name!r}")
+            raise UserError("--model_name must be letters, digits, '.', '_' and '-', "
+                            f"since it becomes a folder; it is {self.model_name!r}")
         for knob, allowed in (("device", ("auto", "cpu", "cuda")), ("compile", ("auto", "on", "off")),
-                              ("dtype", ("auto", "bfloat16", "float16", "float32")), ("preset", ("", *PRESETS))):
+                              ("dtype", ("auto", "bfloat16", "float16", "float32")),
+                              ("preset", ("", *PRESETS))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (int, float):
                 self.require(field.name, math.isfinite(value) and value >= 0, "0 or more")
-        for knob in ("num_steps", "batch_tokens", "micro_batch_tokens", "num_layers", "num_heads", "model_dim",
-                     "mlp_ratio", "log_every", "attention_cap", "logit_cap"):
+        for knob in ("num_steps", "batch_tokens", "micro_batch_tokens", "num_layers", "num_heads",
+                     "model_dim", "mlp_ratio", "log_every", "attention_cap", "logit_cap"):
             self.require(knob, getattr(self, knob) > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
@@ -134,10 +135,12 @@ class Config:
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
                      f"a multiple of --seq_len, {self.seq_len}")
         self.require("model_dim", self.model_dim % (4 * self.num_heads) == 0,
-                     f"a multiple of 4 x --num_heads, {4 * self.num_heads}, so that heads can rotate by pairs")
+                     f"a multiple of 4 x --num_heads, {4 * self.num_heads}, "
+                     "so that heads can rotate by pairs")
         self.require("value_embeddings", self.value_embeddings <= self.num_layers // 2,
                      f"at most half of --num_layers, {self.num_layers // 2}")
-        self.require("sample_tokens", self.sample_tokens > 0 or self.num_samples == 0, "more than 0 for samples")
+        self.require("sample_tokens", self.sample_tokens > 0 or self.num_samples == 0,
+                     "more than 0 for samples")
 
     def require(self, knob: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -159,7 +162,7 @@ class Config:
 
 PRESETS = {
     # a few minutes on two CPU cores
-    "demo": dict(model_name="demo", num_steps=600, train_minutes=3.5, val_every=100),
+    "demo": dict(model_name="demo", num_steps=260, train_minutes=4, val_every=40, log_every=5),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,
                batch_tokens=32768, num_steps=3000, val_every=250),
@@ -171,33 +174,45 @@ PRESETS = {
     "gpt2-small": dict(model_name="gpt2-small", num_layers=12, num_heads=6, model_dim=768, value_embeddings=3,
                        seq_len=2048, batch_tokens=393216, num_steps=1770, val_every=125, long_window=1792,
                        short_window=896, window_warmup_frac=1, val_tokens=10_485_760),
-    "gpt2-medium": dict(model_name="gpt2-medium", num_layers=16, num_heads=8, model_dim=1024, value_embeddings=3,
-                        seq_len=2048, batch_tokens=524288, num_steps=5960, val_every=125, short_window=1024,
-                        window_warmup_frac=1, val_tokens=10_485_760),
+    "gpt2-medium": dict(model_name="gpt2-medium", num_layers=16, num_heads=8, model_dim=1024,
+                        value_embeddings=3, seq_len=2048, batch_tokens=524288, num_steps=5960, val_every=125,
+                        short_window=1024, window_warmup_frac=1, val_tokens=10_485_760),
 }
 
 
 def parse_config(argv: list[str]) -> Config:
     """Defaults, then the preset's knobs, then the flags."""
-    parser = Parser("Train a GPT.", formatter_class=argparse.HelpFormatter)
-    helps = knob_helps()
-    for field in dataclasses.fields(Config):
-        shown = f"{helps[field.name]} [{field.default}]" if field.default not in ("", False) else helps[field.name]
-        options = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS}
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
-        else:
-            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), **options)
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=31, width=110)
+    parser = Parser("Train a GPT. Each knob below is a field of Config, with its default in [].",
+                    usage="%(prog)s [--KNOB VALUE ...]", add_help=False, formatter_class=layout)
+    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for title, knobs in knob_helps().items():
+        group = parser.add_argument_group(title)
+        for knob, text in knobs.items():
+            shown = f"{text} [{defaults[knob]}]" if defaults[knob] not in ("", False) else text
+            how = ({"action": "store_true"} if types[knob] is bool else
+                   {"type": types[knob], "metavar": types[knob].__name__.upper()})
+            how |= {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS}
+            group.add_argument(f"--{knob}", **how)
+    parser.add_argument("-h", "--help", action="help", help="show this help")
     flags = vars(parser.parse_args(argv))
-    preset = flags.get("preset", "")
-    return Config(**{**PRESETS.get(preset, {}), **flags})
+    return Config(**{**PRESETS.get(flags.get("preset", ""), {}), **flags})
 
 
-def knob_helps() -> dict[str, str]:
-    """The comment behind each field of Config."""
+def knob_helps() -> dict[str, dict[str, str]]:
+    """The fields of Config under their headings, each with the comment behind it."""
     source = Path(__file__).read_text(encoding="utf-8")
     fields = re.search(r"^class Config:\n(.*?)^    def ", source, re.DOTALL | re.MULTILINE)[1]
-    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", fields, re.MULTILINE))
+    helps: dict[str, dict[str, str]] = {}
+    lines = re.findall(r"^    (?:(\w+): \w+ = .*?  # (.+)|# (?!EDIT)(.+))$", fields, re.MULTILINE)
+    for knob, text, title in lines:
+        if title:
+            helps[title] = {}
+        else:
+            list(helps.values())[-1][knob] = text
+    return helps
 
 
 # ------------------------------------------------------------------------------------------------
@@ -218,8 +233,8 @@ def dense_mask(docs: Tensor, window: Tensor, dtype: torch.dtype) -> Tensor:
     """
     place = torch.arange(docs.size(1), device=docs.device)                                  # (T)
     seen = sees(place[:, None], place, docs[:, :, None], docs[:, None, :], window)          # (B, T, T)
-    hidden = torch.zeros(seen.shape, dtype=dtype, device=docs.device).masked_fill(~seen, -math.inf)     # (B, T, T)
-    return hidden[:, None]                                                                  # (B, 1, T, T)
+    visible = torch.zeros(seen.shape, dtype=dtype, device=docs.device)                      # (B, T, T)
+    return visible.masked_fill(~seen, -math.inf)[:, None]                                   # (B, 1, T, T)
 
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
@@ -249,7 +264,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles by which each pair of dimensions turns at each place.
 
-    Half of the pairs turn, at frequencies from 1 down to 1/1024; the other half stand still and carry content only.
+    Half of the pairs turn, at frequencies from 1 down to 1/1024; the rest stand still and carry content only.
     returns  two of (T, K/2) float32
     """
     frequency = 1024.0 ** -torch.linspace(0, 1, head_dim // 4, device=device)               # (K/4)
@@ -277,8 +292,8 @@ class Layer(nn.Module):
         self.out = nn.Parameter(torch.zeros(width, width))
         self.up = nn.Parameter(uniform(hidden, width, std=0.5 / math.sqrt(width)))
         self.down = nn.Parameter(torch.zeros(width, hidden))
-        self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0]))     # of the stream and of the embedding
-        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))      # of the values and of the value embedding
+        self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0]))     # of the stream and the embedding
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))      # of the values and the value embedding
 
     def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, mask: Tensor | BlockMask,
                 cos: Tensor, sin: Tensor) -> Tensor:
@@ -300,7 +315,8 @@ class Layer(nn.Module):
         own, table = self.value_mix.to(x.dtype)
         v = own * v                                                                         # (B, H, T, K)
         if value_embedding is not None:
-            v = v + table * value_embedding.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)   # (B, H, T, K)
+            value_embedding = value_embedding.view(B, T, self.num_heads, self.head_dim)     # (B, T, H, K)
+            v = v + table * value_embedding.transpose(1, 2)                                 # (B, H, T, K)
         y = attend(q, k, v, mask, self.attention_scale)                                     # (B, H, T, K)
         y = y.transpose(1, 2)                                                               # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
@@ -336,11 +352,11 @@ class GPT(nn.Module):
         returns      () float32
         """
         x = self.hidden(inputs, window_frac)                                                # (B, T, D)
-        return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding, self.cfg.logit_cap,
-                                 self.chunk_kernel)
+        return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding,
+                                 self.cfg.logit_cap, self.chunk_kernel)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each target in nats, 0 where there is none; all (B, T), the result float32 without a graph."""
+        """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph."""
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.hidden(inputs).detach().flatten(0, 1)                                      # (BT, D)
         weight = self.head.detach().to(x.dtype)                                             # (V, D)
@@ -372,26 +388,32 @@ class GPT(nn.Module):
         return rms_norm(x)                                                                  # (B, T, D)
 
     def value_table(self, layer: int) -> Tensor | None:
-        """Table i serves layer i and the layer as far from the end: the first n layers and the last n in order."""
+        """Table i of n serves the i-th of the first n layers and the i-th of the last n."""
         n, behind = len(self.value_embeds), layer - (len(self.layers) - len(self.value_embeds))
         place = layer if layer < n else behind
         return self.value_embeds[place] if 0 <= place < n else None
 
-    def masks(self, inputs: Tensor, window_frac: float) -> list[Tensor | BlockMask]:
-        """One mask per layer: every fourth layer and the last have the long window, the others the short one."""
-        docs = (inputs == self.eot_id).cumsum(1)                                            # (B, T)
-        made: dict[int, Tensor | BlockMask] = {}
-        lengths = []
+    def windows(self, length: int, window_frac: float) -> list[int]:
+        """How far each layer looks back in a row of `length` tokens: every fourth and the last have the long
+        window, the others the short one."""
+        windows = []
         for number in range(1, len(self.layers) + 1):
             is_long = number % 4 == 0 or number == len(self.layers)
-            full = (self.cfg.long_window if is_long else self.cfg.short_window or self.cfg.long_window)
-            full = min(full or inputs.size(1), inputs.size(1))
-            lengths.append(min(full, max(128, round(window_frac * full))))
-        for length in set(lengths):
+            knob = self.cfg.long_window if is_long else self.cfg.short_window or self.cfg.long_window
+            full = min(knob or length, length)
+            windows.append(min(full, max(128, round(window_frac * full))))
+        return windows
+
+    def masks(self, inputs: Tensor, window_frac: float) -> list[Tensor | BlockMask]:
+        """The mask of each layer; layers with equal windows share one."""
+        docs = (inputs == self.eot_id).cumsum(1)                                            # (B, T)
+        windows = self.windows(inputs.size(1), window_frac)
+        made: dict[int, Tensor | BlockMask] = {}
+        for length in set(windows):
             # a tensor, so that kernels compiled for one window serve all
-            window = torch.tensor(length, device=inputs.device)
+            window = torch.tensor(length, device=inputs.device)                             # ()
             made[length] = block_mask(docs, window) if self.flex else dense_mask(docs, window, self.dtype)
-        return [made[length] for length in lengths]
+        return [made[length] for length in windows]
 
     def compile_parts(self) -> None:
         """Compile what repeats: one layer serves all layers, one chunk of the loss all chunks."""
@@ -403,10 +425,16 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of one trained token, forward and backward: 6 per weight of a matrix, and
-        12 per model dimension and key attended to (Kaplan et al. 2020, arXiv:2001.08361), half of them causal."""
-        matrices = self.head.numel() + sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim > 1)
-        return 6 * matrices + 6 * len(self.layers) * self.cfg.model_dim * self.cfg.seq_len
+        """Floating-point operations of one trained token, forward and backward.
+
+        6 per weight of a matrix, and 12 per model dimension and key that a token attends to on average.
+        source  Kaplan et al. 2020, arXiv:2001.08361
+        """
+        length = self.cfg.seq_len
+        matrices = self.head.numel() + sum(p.numel() for layer in self.layers for p in layer.parameters()
+                                           if p.ndim > 1)
+        keys = sum(window - window**2 / (2 * length) for window in self.windows(length, 1.0))
+        return 6 * matrices + 12 * self.cfg.model_dim * keys
 
 
 def uniform(*shape: int, std: float) -> Tensor:
@@ -414,8 +442,8 @@ def uniform(*shape: int, std: float) -> Tensor:
 
 
 def chunks(x: Tensor, targets: Tensor, columns: int) -> list[tuple[Tensor, Tensor]]:
-    """Rows of x and targets in chunks of N rows, so that a chunk's float32 logits take at most 32 MiB on a CPU, near
-    its caches, and 256 MiB on a GPU."""
+    """Rows of x and targets in chunks of N rows, so that a chunk's float32 logits take at most 32 MiB on a
+    CPU, near its caches, and 256 MiB on a GPU."""
     limit = (2**25 if x.device.type == "cpu" else 2**28) // (4 * columns)
     rows = 2 ** int(math.log2(max(1, min(limit, x.size(0)))))
     return list(zip(x.split(rows), targets.split(rows), strict=True))
@@ -428,9 +456,10 @@ def soft_cap(z: Tensor, cap: float) -> Tensor:
 
 def chunk_loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float,
                             ) -> tuple[Tensor, Tensor]:
-    """Losses of a chunk, and their gradient at the uncapped logits: softmax minus one-hot, times the cap's slope.
+    """Losses of a chunk, and their gradient at uncapped logits: softmax minus one-hot, times the cap's slope.
 
-    x (N, D), weight (V, D), targets (N); padding (V) float32 is minus infinity in columns that are no token, else 0
+    x (N, D), weight (V, D), targets (N)
+    padding  (V) float32, minus infinity in columns that are no token, else 0
     returns  (N) float32 and (N, V) in the dtype of x
     """
     z = (x @ weight.T).float()                                                              # (N, V)
@@ -449,7 +478,7 @@ def chunk_loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, padding:
 class ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, chunk by chunk, with its gradient made on the way forward.
 
-    Only one chunk's logits exist at a time: for 32,768 tokens and 50,304 columns that is 256 MiB instead of 6.6 GB.
+    Only one chunk's logits exist at a time: 256 MiB instead of 6.6 GB for 32,768 tokens and 50,304 columns.
     x (N, D), weight (V, D) float32, targets (N), padding and kernel as chunk_loss_and_gradient has them
     returns  () float32, the summed loss
     """
@@ -513,8 +542,8 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32)
     return X.mT if tall else X
 
 
-def adam_update(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: Tensor, beta1: float, beta2: float,
-                step: Tensor, eps: float) -> None:
+def adam_update(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: Tensor,
+                beta1: float, beta2: float, step: Tensor, eps: float) -> None:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) in place; all tensors of one shape, lr and step () float32."""
     mean.lerp_(grad, 1 - beta1)
     square.lerp_(grad.square(), 1 - beta2)
@@ -525,17 +554,19 @@ def adam_update(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, l
 class Optimizer:
     """Muon for matrices in layers, Adam for everything else; every parameter is in exactly one group.
 
-    Learning rates are knobs at 524,288 tokens a step and width 768. For other sizes all go with the square root of
-    batch_tokens; those of embeddings and head also with 1 / sqrt(model_dim); Muon's does not depend on the width,
-    since its update has unit spectral norm times sqrt(max(1, rows / columns)). Momentum climbs from 0.85 to 0.95
-    over the first 300 steps, or the first fifth of a shorter run.
+    Learning rates are knobs at 524,288 tokens a step and width 768. For other sizes all go with the fourth
+    root of batch_tokens; those of embeddings and head also with 1 / sqrt(model_dim); Muon's does not depend
+    on the width, since its update has unit spectral norm times sqrt(max(1, rows / columns)). The fourth root
+    is a compromise: at 8,192 tokens a step the square root leaves all rates too low (measured), and from
+    131,072 to 524,288 the best rates of published runs hardly differ. Momentum climbs from 0.85 to 0.95 over
+    the first 300 steps, or the first fifth of a shorter run.
     """
 
     betas, eps = (0.8, 0.95), 1e-10
 
     def __init__(self, model: GPT, cfg: Config, product_dtype: torch.dtype = torch.float32):
         self.cfg, self.product_dtype = cfg, product_dtype
-        by_batch = math.sqrt(cfg.batch_tokens / 524288)
+        by_batch = (cfg.batch_tokens / 524288) ** 0.25
         by_width = math.sqrt(768 / cfg.model_dim)
         self.lrs = {"matrices": cfg.muon_lr * by_batch, "embeddings": cfg.embed_lr * by_batch * by_width,
                     "head": cfg.head_lr * by_batch * by_width, "scalars": cfg.scalar_lr * by_batch}
@@ -556,20 +587,21 @@ class Optimizer:
         self.adam_kernel = torch.compile(adam_update, dynamic=True)
 
     @torch.no_grad()
-    def step(self, lr_scale: float) -> None:
+    def step(self, scale: float) -> None:
         """Update every parameter from its gradient and clear the gradients.
 
-        lr_scale  what the schedule multiplies all learning rates by
+        scale  what the schedule multiplies all learning rates by
         """
         warmup = min(300, math.ceil(0.2 * self.cfg.num_steps))
         momentum = 0.85 + 0.1 * min(1, self.steps_done / warmup)
         self.steps_done += 1
-        self.muon_step(self.groups["matrices"], self.lrs["matrices"] * lr_scale, momentum)
+        self.muon_step(self.groups["matrices"], self.lrs["matrices"] * scale, momentum)
         for group in ("embeddings", "head", "scalars"):
             for name, parameter in self.groups[group].items():
                 state = self.state[name]
-                self.adam_kernel(parameter.detach().view(-1), parameter.grad.view(-1), state["mean"].view(-1),
-                                 state["square"].view(-1), torch.tensor(self.lrs[group] * lr_scale), *self.betas,
+                self.adam_kernel(parameter.detach().view(-1), parameter.grad.view(-1),
+                                 state["mean"].view(-1), state["square"].view(-1),
+                                 torch.tensor(self.lrs[group] * scale), *self.betas,
                                  torch.tensor(float(self.steps_done)), self.eps)
         for members in self.groups.values():
             for parameter in members.values():
@@ -623,10 +655,11 @@ class Rows:
     """The rows of all epochs: which tokens are trained on together, and when.
 
     A document longer than a row or than max_doc_len is cut into parts; each part but the first gets an
-    <|endoftext|> of its own in front, so every row starts like a document and the mask keeps parts apart. A row is one
-    part of full length, or short parts one after the other in an order that the seed decides; what does not fit at
-    the end of the row is dropped. So an epoch has each token at most once. The order of the rows is drawn anew for
-    each epoch. All is planned from document lengths at the start; any step is then looked up.
+    <|endoftext|> of its own in front, so every row starts like a document and the mask keeps parts apart.
+    A row is one part of full length, or short parts one after the other in an order that the seed decides;
+    what does not fit at the end of the row is dropped. So an epoch has each token at most once. The order of
+    the rows is drawn anew for each epoch. All is planned from document lengths at the start; any step is
+    then looked up.
 
     seq_len  tokens in a row (T); a row reads T + 1 tokens, the last only as a target
     """
@@ -643,8 +676,8 @@ class Rows:
                             f"--seq_len {cfg.seq_len}; lower it or add text")
 
     def _cut_documents(self, longest: int) -> None:
-        """Fill `starts`, `sizes`, `continues` and `ends`: a part's first token, its length with the <|endoftext|> that
-        it begins with, whether that one is its own, and whether the document ends with it."""
+        """Fill `starts`, `sizes`, `continues` and `ends`: a part's first token, its length with the
+        <|endoftext|> that it begins with, whether that one is its own, whether the document ends with it."""
         starts, lengths = [], []
         for base, shard in zip(self.bases, self.shards, strict=False):
             begins = np.flatnonzero(shard == self.eot_id)
@@ -687,7 +720,8 @@ class Rows:
         """(rows_per_step) numbers of the rows of a step, counted from 0."""
         position = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
         epochs, places = np.divmod(position, self.num_rows)
-        return np.array([self._order_of(epoch)[place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
+        return np.array([self._order_of(epoch)[place]
+                         for epoch, place in zip(epochs.tolist(), places, strict=True)])
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -723,13 +757,14 @@ class Rows:
                       ) -> Iterator[tuple[Tensor, Tensor]]:
         """What one process takes of a step: (B, T) int64 inputs and targets, always of the same B.
 
-        Rows are dealt to processes in turn. Where they do not come out even, a row without targets fills the place.
+        Rows are dealt to processes in turn. Where they do not come out even, rows without targets fill up.
         """
         mine = list(self.numbers(step, cfg.rows_per_step)[rank::world_size])
         count, rows = micro_batch_shape(cfg, world_size)
         mine += [-1] * (count * rows - len(mine))
         for start in range(0, len(mine), rows):
-            batch = [self.row(number) if number >= 0 else self._empty_row() for number in mine[start:start + rows]]
+            batch = [self.row(number) if number >= 0 else self._empty_row()
+                     for number in mine[start:start + rows]]
             inputs, targets = zip(*batch, strict=True)
             yield torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
 
@@ -745,18 +780,18 @@ def micro_batch_shape(cfg: Config, world_size: int) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation: knows a model and held-out tokens; every process takes its share, the sums are the same for any number.
+# Evaluation: knows a model and held-out tokens; the sums are the same for any number of processes.
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Validation:
-    """What the model makes of the held-out tokens: nats per token, and bits per byte of text (specials excluded)."""
+    """What the model makes of held-out tokens: nats per token, and bits per byte of text without specials."""
     val_loss: float
     val_bpb: float
 
 
 class HeldOut:
-    """The held-out tokens in fixed windows of seq_len, one after the other; each token is predicted exactly once.
+    """The held-out tokens in fixed windows of seq_len, one after the other; each token is predicted once.
 
     A window begins with an <|endoftext|>, as rows do in training, and predicts its seq_len tokens.
     """
@@ -774,7 +809,7 @@ class HeldOut:
         return b"".join(self.token_bytes[token] for token in self.tokens.tolist())
 
     def windows(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """(B, T) inputs and targets of these windows; -1 in targets behind the end, and for numbers without window."""
+        """(B, T) inputs and targets of these windows; -1 in targets behind the end and where no window is."""
         targets = np.full((len(numbers), self.seq_len), -1)
         for place, number in enumerate(numbers):
             window = self.tokens[number * self.seq_len:(number + 1) * self.seq_len]
@@ -785,7 +820,7 @@ class HeldOut:
 
     def evaluate(self, model: GPT, rows: int, world: "World") -> Validation:
         """Validate with `rows` windows at a time; the sums are made in float64."""
-        sums = torch.zeros(4, dtype=torch.float64, device=world.device)     # nats, tokens, nats in text, bytes
+        sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # nats, tokens, nats in text, bytes
         num_bytes = self.num_bytes.to(world.device)
         rounds = math.ceil(self.num_windows / (rows * world.size))
         for start in range(world.rank * rows, rounds * rows * world.size, rows * world.size):
@@ -840,12 +875,13 @@ def sample(logits: Tensor, cfg: Config, generator: torch.Generator) -> list[int]
 # ------------------------------------------------------------------------------------------------
 
 # dense bfloat16 TFLOP/s without sparsity, from the makers' data sheets
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "A40": 149.7, "A10": 125,
-               "L40S": 362, "L4": 121, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5}
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+               "A40": 149.7, "A10": 125, "L40S": 362, "L4": 121, "RTX 3090": 71, "RTX 4090": 165.2,
+               "RTX 5090": 209.5}
 
 
 class World:
-    """One process, or as many as torchrun started. With one process every method leaves things as they are."""
+    """One process, or as many as torchrun started. With one, every method leaves things as they are."""
 
     def __init__(self, cfg: Config):
         self.rank = int(os.environ.get("RANK", 0))
@@ -858,19 +894,22 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(max(1, torch.get_num_threads() if self.size == 1 else cpu_cores() // self.local_size))
+            threads = torch.get_num_threads() if self.size == 1 else available_cores() // self.local_size
+            torch.set_num_threads(max(1, threads))
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            gpu = self.device.type == "cuda"
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
 
     def _choose_device(self, cfg: Config, local_rank: int) -> torch.device:
-        if cfg.device == "cpu" or cfg.device == "auto" and not torch.cuda.is_available():
+        if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
         if not torch.cuda.is_available():
             raise UserError("--device cuda needs an NVIDIA or AMD GPU that torch can use; torch "
                             f"{torch.__version__} finds none; use --device cpu")
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"there are more processes than GPUs: process {local_rank + 1} on this machine finds "
-                            f"{torch.cuda.device_count()}; use --nproc_per_node={torch.cuda.device_count()}")
+            raise UserError(f"there are more processes than GPUs: process {local_rank + 1} on this machine "
+                            f"finds {torch.cuda.device_count()}; "
+                            f"use --nproc_per_node={torch.cuda.device_count()}")
         return torch.device("cuda", local_rank)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -919,21 +958,20 @@ class World:
         """Peak memory of this process: on its GPU, or as a whole on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS, else KiB
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name()
-        return f"{cpu_facts().get('model name', platform.processor() or platform.machine())}, {cpu_cores()} cores"
+        name = cpu_facts().get("model name", platform.processor() or platform.machine())
+        return f"{name}, {available_cores()} cores"
 
     def peak_flops(self, cfg: Config) -> float:
         """Floating-point operations per second that all devices could do; 0 if that is not known."""
-        known = next((peak for name, peak in PEAK_TFLOPS.items() if name in self.device_name()), 0)
-        return 1e12 * self.size * (cfg.peak_tflops or (known if self.device.type == "cuda" else 0))
-
-
-def cpu_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        device = self.device_name() if self.device.type == "cuda" else ""
+        known = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device))
+        return 1e12 * self.size * (cfg.peak_tflops or next(known, 0))
 
 
 def cpu_facts() -> dict[str, str]:
@@ -951,9 +989,10 @@ def choose_dtype(cfg: Config, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, cfg.dtype), "asked for with --dtype"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
+        name = f"compute capability {capability[0]}.{capability[1]}"
         if capability >= (8, 0):
-            return torch.bfloat16, f"compute capability {capability[0]}.{capability[1]} multiplies it natively"
-        return torch.float16, f"compute capability {capability[0]}.{capability[1]} has no bfloat16; losses are scaled"
+            return torch.bfloat16, f"{name} multiplies it natively"
+        return torch.float16, f"{name} has no bfloat16; losses are scaled"
     native = {"amx_bf16", "avx512_bf16"}.intersection(cpu_facts().get("flags", "").split())
     if native:
         return torch.bfloat16, f"the CPU multiplies it natively ({', '.join(sorted(native))})"
@@ -968,10 +1007,12 @@ def choose_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if cfg.compile == "off":
         return False, "asked for with --compile off"
     try:
-        torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(8, device=device, requires_grad=True)).backward()
+        ones = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: (x.sin() + 1).sum())(ones).backward()
         return True, "a tiny function compiled"
-    except Exception as error:      # a missing compiler, header or kernel each has its own exception; all say "no"
-        reason = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+    except Exception as error:      # a missing compiler, header or kernel: each has its own; all say "no"
+        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
+        reason = f"torch.compile does not work here ({type(error).__name__}: {first_line})"
         if cfg.compile == "on":
             raise UserError(f"{reason}; on Debian it needs: apt install g++ python3-dev") from error
         return False, reason
@@ -981,12 +1022,12 @@ def choose_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
 # Run log: the one writer of the run folder. On other processes than the first it does nothing.
 # ------------------------------------------------------------------------------------------------
 
-COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale", "grad_norm",
-           "tokens_per_second", "mfu", "peak_memory_mib")
+COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
+           "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib")
 
 
 class RunLog:
-    """Writes everything that made a result into experiments/DATE_TIME_NAME, and what a person wants to see on screen."""
+    """Writes all that made a result into experiments/DATE_TIME_NAME, and what one wants to see on screen."""
 
     def __init__(self, cfg: Config, world: World, tokenizer: Encoding, dataset: Dataset):
         self.cfg, self.active = cfg, world.is_main
@@ -995,8 +1036,8 @@ class RunLog:
         if not self.active:
             return
         self.folder = new_folder(cfg.model_name)
-        self.text = open(self.folder / "training_log.txt", "w", encoding="utf-8")
-        self.csv = open(self.folder / "metrics.csv", "w", encoding="utf-8", newline="")
+        self.text = open(self.folder / "training_log.txt", "w", encoding="utf-8")  # noqa: SIM115
+        self.csv = open(self.folder / "metrics.csv", "w", encoding="utf-8", newline="")  # noqa: SIM115
         csv.writer(self.csv, lineterminator="\n").writerow(COLUMNS)
         # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
         self.bar = tqdm(total=cfg.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False,
@@ -1008,13 +1049,15 @@ class RunLog:
         for path in own_sources():
             self._write(f"{path.stem}.txt", path.read_text(encoding="utf-8"))
         self.made_with = {
-            "model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed, "data": dataset.folder.name,
-            "data_sha256": dataset.sha256, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
+            "data": dataset.folder.name, "data_sha256": dataset.sha256,
+            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
-            "device": world.device_name(), "processes": world.size, "dtype": str(world.dtype).removeprefix("torch."),
-            "dtype_reason": world.dtype_reason, "python": platform.python_version(), "torch": torch.__version__,
-            "platform": platform.platform(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+            "device": world.device_name(), "processes": world.size,
+            "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
+            "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
 
     def _write(self, name: str, content: str) -> None:
         """A file appears under its name when it is complete."""
@@ -1041,16 +1084,18 @@ class RunLog:
         if not self.active:
             return
         self.rows.append(values)
-        csv.writer(self.csv, lineterminator="\n").writerow([csv_cell(values.get(column)) for column in COLUMNS])
+        cells = [csv_cell(values.get(column)) for column in COLUMNS]
+        csv.writer(self.csv, lineterminator="\n").writerow(cells)
         self.csv.flush()
         left = values["train_seconds"] * (1 - progress) / progress
         line = (f"step {values['step']:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}  "
                 f"train_loss {values['train_loss']:.4f}  "
-                + (f"val_loss {values['val_loss']:.4f}  val_bpb {values['val_bpb']:.4f}  " if "val_loss" in values else "")
+                + (f"val_loss {values['val_loss']:.4f}  val_bpb {values['val_bpb']:.4f}  "
+                   if "val_loss" in values else "")
                 + f"{values['tokens_per_second']:,.0f} tokens/s  "
                 + (f"mfu {values['mfu']:.1%}  " if "mfu" in values else "")
                 + f"{minutes(values['train_seconds'])} trained, {minutes(left)} to go")
-        if "val_loss" in values or self.bar.disable and time.perf_counter() - self.last_line > 15:
+        if "val_loss" in values or (self.bar.disable and time.perf_counter() - self.last_line > 15):
             self.say(line)
         else:
             self.note(line)
@@ -1063,7 +1108,8 @@ class RunLog:
 
     def samples(self, samples: list[dict]) -> None:
         if self.active:
-            self._write("samples.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in samples))
+            lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in samples]
+            self._write("samples.jsonl", "".join(lines))
 
     def weights(self, model: GPT) -> None:
         if self.active:
@@ -1111,21 +1157,24 @@ def minutes(seconds: float) -> str:
 
 def installed_packages() -> str:
     """What pip freeze would say."""
-    found = {f"{package.metadata['Name']}=={package.version}" for package in importlib.metadata.distributions()}
+    found = {f"{package.metadata['Name']}=={package.version}"
+             for package in importlib.metadata.distributions()}
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 
 def git(*arguments: str) -> str:
     """What git says in this folder; nothing where there is no repository or no git."""
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace").stdout
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              errors="replace").stdout
     except FileNotFoundError:
         return ""
 
 
 def own_sources() -> list[Path]:
     """Every .py file beside this one that this process runs."""
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)}
     return sorted(path for path in files if path.parent == ROOT and path.suffix == ".py" and path.is_file())
 
 
@@ -1143,20 +1192,22 @@ def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot
     validated = [row for row in rows if "val_loss" in row]
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                            "grid.alpha": 0.25, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
+    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                            "axes.grid": True, "grid.alpha": 0.25,
+                            "axes.titleweight": "bold", "axes.titlelocation": "left"}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        left.plot([row["tokens"] / 1e6 for row in rows], [row["train_loss"] for row in rows], color="#9bb7d4",
-                  linewidth=1, label="training batches")
-        left.plot([row["tokens"] / 1e6 for row in validated], [row["val_loss"] for row in validated], color="#1f4e79",
-                  marker="o", markersize=4, label="held-out text")
+        left.plot([row["tokens"] / 1e6 for row in rows], [row["train_loss"] for row in rows],
+                  color="#9bb7d4", linewidth=1, label="training batches")
+        left.plot([row["tokens"] / 1e6 for row in validated], [row["val_loss"] for row in validated],
+                  color="#1f4e79", marker="o", markersize=4, label="held-out text")
         left.set(title=f"{title}: loss", xlabel="million tokens trained on", ylabel="nats per token")
-        right.plot([row["tokens"] / 1e6 for row in validated], [row["val_bpb"] for row in validated], color="#1f4e79",
-                   marker="o", markersize=4, label="this model")
+        right.plot([row["tokens"] / 1e6 for row in validated], [row["val_bpb"] for row in validated],
+                   color="#1f4e79", marker="o", markersize=4, label="this model")
         if validated:
             last = validated[-1]
-            right.annotate(f"{last['val_bpb']:.3f}", (last["tokens"] / 1e6, last["val_bpb"]), textcoords="offset points",
-                           xytext=(0, -14), ha="right", color="#1f4e79", weight="bold")
+            right.annotate(f"{last['val_bpb']:.3f}", (last["tokens"] / 1e6, last["val_bpb"]),
+                           textcoords="offset points", xytext=(0, -14),
+                           ha="right", color="#1f4e79", weight="bold")
             right.set_ylim(0, 1.1 * max([row["val_bpb"] for row in validated] + [xz_bpb or 0]))
         if xz_bpb:
             right.axhline(xz_bpb, color="#b5532a", linestyle="--", linewidth=1, label=f"xz -9e: {xz_bpb:.3f}")
@@ -1206,11 +1257,11 @@ def open_data(cfg: Config) -> tuple[Config, Dataset, Encoding]:
 
 
 def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
-    """Roughly what a process needs: weights, gradients, optimizer state, activations of a micro-batch, loss chunks."""
+    """Roughly what a process needs: weights, gradients, optimizer state, activations and loss chunks."""
     matrices = sum(p.numel() for layer in model.layers for p in layer.parameters())
     others = model.num_parameters() - matrices
     states = 4 * (3 * matrices + 4 * others)
-    count, rows = micro_batch_shape(cfg, world.size)
+    _, rows = micro_batch_shape(cfg, world.size)
     width = model.dtype.itemsize
     per_token = cfg.num_layers * width * cfg.model_dim * (12 + 3 * cfg.mlp_ratio) + 2 * width * cfg.model_dim
     masks = 0 if model.flex else 2 * rows * cfg.seq_len**2 * width
@@ -1285,7 +1336,8 @@ def train(cfg: Config, world: World) -> None:
             log.summary(f"failed: {error}", {"train_seconds": clock.seconds})
             raise
         if world.is_main:
-            finish(cfg, world, model, tokenizer, held_out, log, last | {"compile_seconds": round(compile_seconds, 1)})
+            results = last | {"compile_seconds": round(compile_seconds, 1)}
+            finish(cfg, world, model, tokenizer, held_out, log, results)
     except KeyboardInterrupt:
         log.note("interrupted")
         raise
@@ -1306,7 +1358,8 @@ def training_loop(cfg: Config, world: World, model: GPT, optimizer: Optimizer, r
             loss = torch.zeros((), device=world.device)
             scale = loss_scale.value / rows.targets_in_step(step, cfg.rows_per_step)
             for inputs, targets in rows.micro_batches(step, cfg, world.rank, world.size):
-                part = model(inputs.to(world.device), targets.to(world.device), window_frac(cfg, progress)) * scale
+                inputs, targets = inputs.to(world.device), targets.to(world.device)
+                part = model(inputs, targets, window_frac(cfg, progress)) * scale
                 part.backward()
                 loss += part.detach()
             world.sum_gradients(model)
@@ -1320,7 +1373,7 @@ def training_loop(cfg: Config, world: World, model: GPT, optimizer: Optimizer, r
         progress = step / cfg.num_steps
         if cfg.train_minutes:
             progress = max(progress, world.same(clock.seconds) / (60 * cfg.train_minutes))
-        validates = progress >= 1 or cfg.val_every and step % cfg.val_every == 0
+        validates = progress >= 1 or (cfg.val_every and step % cfg.val_every == 0)
         if validates or step == 1 or step % cfg.log_every == 0:
             speed = cfg.batch_tokens * (step - since[0]) / (clock.seconds - since[1])
             since = (step, clock.seconds)
@@ -1339,7 +1392,7 @@ def training_loop(cfg: Config, world: World, model: GPT, optimizer: Optimizer, r
 
 
 class LossScale:
-    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740); 1 where it is not enabled.
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740); 1 where not enabled.
 
     Twice as large after 1,000 steps without overflow; half as large, and the step left out, after one with.
     """
@@ -1378,7 +1431,8 @@ def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_
         f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
         f"compile     {'on' if compiled else 'off'}: {compile_reason}; attention by {kernel}",
         f"model       {model.num_parameters():,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
-        f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens, {cfg.value_embeddings} value embeddings",
+        f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens, "
+        f"{cfg.value_embeddings} value embeddings",
         f"budget      {cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens"
         + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
         + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
@@ -1387,14 +1441,17 @@ def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_
 
 
 def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) -> str:
-    used = rows.num_rows * cfg.seq_len
-    return (f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, an epoch is {rows.num_rows:,} rows with "
-            f"{used / rows.bases[-1]:.0%} of them, this run is {cfg.num_steps * cfg.rows_per_step / rows.num_rows:.2f} "
-            f"epochs; {len(held_out.tokens):,} held-out tokens")
+    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
+    epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
+    advice = " (beyond 4, repeated text teaches little: take more text or fewer steps)" if epochs > 4 else ""
+    return (f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, "
+            f"and {len(held_out.tokens):,} held out; rows hold {used:.0%} of them\n"
+            f"            {cfg.num_steps:,} steps are {epochs:.2f} epochs{advice}")
 
 
-def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut, log: RunLog, results: dict) -> None:
-    """Weights, samples, the comparison with xz, the picture and the summary; ends with what a newcomer wants to know."""
+def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut, log: RunLog,
+           results: dict) -> None:
+    """Weights, samples, the comparison with xz, picture, summary, and last what a newcomer wants to know."""
     if cfg.save_model:
         log.weights(model)
     with torch.compiler.set_stance("force_eager"):      # texts have many lengths; none is worth compiling for
@@ -1412,7 +1469,8 @@ def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out:
         log.say(line)
 
 
-def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut) -> list[dict]:
+def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut,
+                  ) -> list[dict]:
     """Continue the beginnings of held-out documents, which the model has never seen."""
     begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
     begins = begins[np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)]
@@ -1434,17 +1492,23 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else "python"
     again = f"{python} {Path(sys.argv[0]).name}" + (f" --preset {cfg.preset}" if cfg.preset else "")
     lines = ["", "=" * 100,
-             f"run         {os.path.relpath(folder)}  (loss.png, summary.json, samples.jsonl and the code that ran)",
-             f"val_loss    {summary['val_loss']:.4f} nats per token on {summary['held_out_tokens']:,} held-out tokens",
+             f"run         {os.path.relpath(folder)}  "
+             "(loss.png, summary.json, samples.jsonl and the code that ran)",
+             f"val_loss    {summary['val_loss']:.4f} nats per token "
+             f"on {summary['held_out_tokens']:,} held-out tokens",
              f"val_bpb     {summary['val_bpb']:.4f} bits per byte of that text{xz}",
-             f"time        {minutes(summary['train_seconds'])} of training at {summary['tokens_per_second']:,.0f} tokens/s"
-             f", {minutes(summary['compile_seconds'])} of compiling; peak memory {summary['peak_memory_mib']:,.0f} MiB"]
+             f"time        {minutes(summary['train_seconds'])} of training "
+             f"at {summary['tokens_per_second']:,.0f} tokens/s, "
+             f"{minutes(summary['compile_seconds'])} of compiling; "
+             f"peak memory {summary['peak_memory_mib']:,.0f} MiB"]
     if "cost" in summary:
         lines.append(f"cost        {summary['cost']:.2f}")
     if samples:
         text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
-        lines += ["sample      held-out beginning ⟨⟩ continuation:", *("            " + line for line in text.splitlines())]
-    lines += [f"try next    change one thing and compare: {again} --muon_lr {2 * cfg.muon_lr:g} --model_name try",
+        lines += ["sample      held-out beginning ⟨⟩ continuation:",
+                  *("            " + line for line in text.splitlines())]
+    lines += ["try next    change one thing and compare: "
+              f"{again} --muon_lr {2 * cfg.muon_lr:g} --model_name try",
               "            your own text: see \"Your own text\" in README.md", "=" * 100]
     return lines
 
@@ -1468,9 +1532,10 @@ def check(cfg: Config, world: World) -> bool:
     free_memory, free_disk = free_memory_mib(world), shutil.disk_usage(ROOT).free / 2**20
     lines = [*introduction(cfg, world, model, compiled, compile_reason), *about_data,
              f"free        {free_memory:,.0f} MiB of memory, {free_disk:,.0f} MiB of disk"]
-    if memory_estimate_mib(cfg, model, world) * (world.local_size if world.device.type == "cpu" else 1) > free_memory:
-        problems.append("the run needs more memory than is free; halve --micro_batch_tokens, which changes no result, "
-                        "or lower --model_dim or --num_layers")
+    sharing = world.local_size if world.device.type == "cpu" else 1     # processes that share this memory
+    if memory_estimate_mib(cfg, model, world) * sharing > free_memory:
+        problems.append("the run needs more memory than is free; halve --micro_batch_tokens, "
+                        "which changes no result, or lower --model_dim or --num_layers")
     weights = 4 * model.num_parameters() / 2**20
     if free_disk < 100 + (weights if cfg.save_model else 0):
         problems.append(f"only {free_disk:,.0f} MiB of disk are free")
@@ -1483,7 +1548,10 @@ def check(cfg: Config, world: World) -> bool:
 def free_memory_mib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info()[0] / 2**20
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return int(re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())[1]) / 2**10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @command

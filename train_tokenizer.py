@@ -4,16 +4,18 @@
     python train_tokenizer.py --vocabsize 8192 --source 'books/*.parquet' --name books
     python train_tokenizer.py --samples 100000 --vocabsize 1000 --name readmetokenizer --demo
 
-The text is split into pieces (words with their space, numbers, runs of punctuation) and each piece into its bytes.
-Then, until the vocabulary is full, the two neighbouring tokens that occur together most often become a new token.
+The text is split into pieces (words with their space, numbers, runs of punctuation) and each piece into its
+bytes. Then, until the vocabulary is full, the two neighbouring tokens that occur together most often become
+a new token.
 
     >>> learn_merges({b"aaabdaaabac": 1}, 3, min_count=1)     # the example of Wikipedia's article on BPE
     [(97, 97, 4), (97, 98, 2), (256, 257, 2)]
 
-Rules that make the result exact: every pair of neighbours counts, in 64 bits, times the occurrences of its piece; of
-pairs with equal counts the one with the smaller left id wins, then the one with the smaller right id; within a
-piece, pairs are merged from left to right and never overlap (`aaa` becomes `aa` `a`); no pair crosses the border of
-a piece; learning ends early when no pair occurs twice. Held-out documents (documents.py) are not looked at.
+Rules that make the result exact: every pair of neighbours counts, in 64 bits, times the occurrences of its
+piece; of pairs with equal counts the one with the smaller left id wins, then the one with the smaller right
+id; within a piece, pairs are merged from left to right and never overlap (`aaa` becomes `aa` `a`); no pair
+crosses the border of a piece; learning ends early when no pair occurs twice. Held-out documents
+(documents.py) are not looked at.
 
 It leaves a folder tokenizers/NAME_vVOCABSIZE_nSAMPLES, whole or not at all:
 
@@ -50,7 +52,7 @@ ROOT = Path(__file__).resolve().parent
 TOKENIZERS = ROOT / "tokenizers"
 FORMAT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
-LONGEST_PIECE = 1024        # characters; a longer piece is counted in parts, so that no text can stall the learning
+LONGEST_PIECE = 1024        # characters; a longer piece is counted in parts, so that no text stalls learning
 MIN_COUNT = 2               # a pair must occur this often to become a token
 
 PATTERNS = {
@@ -59,11 +61,13 @@ PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 
-DEMO_TEXT = """\
-In the beginning every letter stands alone; then the most frequent neighbours become one, again and again.
-for i in range(1024): print(f"{i:>4} costs ${i * 0.03:.2f}")   # 3.14159, 2.71828
-Unbelievably, antidisestablishmentarianism and Donaudampfschifffahrtsgesellschaft are words; naïve café 東京 🙂 too.
-"""
+DEMO_TEXT = (
+    "In the beginning every letter stands alone; "
+    "then the most frequent neighbours become one, again and again.\n"
+    'for i in range(1024): print(f"{i:>4} costs ${i * 0.03:.2f}")   # 3.14159, 2.71828\n'
+    "Unbelievably, antidisestablishmentarianism and Donaudampfschifffahrtsgesellschaft are words; "
+    "naïve café 東京 🙂 too.\n"
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,11 +92,13 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         ranks_file = (folder / "ranks.tiktoken").read_bytes()
         if hashlib.sha256(ranks_file).hexdigest() != meta["ranks_sha256"]:
-            raise UserError(f"{folder}/ranks.tiktoken is not the file that meta.json describes (its SHA-256 differs); "
-                            "train the tokenizer again")
+            raise UserError(f"{folder}/ranks.tiktoken is not the file that meta.json describes "
+                            "(its SHA-256 differs); train the tokenizer again")
         if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{folder} has format {meta['format_version']}, this program reads {FORMAT_VERSION}")
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, ranks_file.splitlines())}
+            raise UserError(f"{folder} has format {meta['format_version']}, "
+                            f"this program reads {FORMAT_VERSION}")
+        ranks = {base64.b64decode(token): int(rank)
+                 for token, rank in map(bytes.split, ranks_file.splitlines())}
         if (meta["special_tokens"], meta["vocab_size"]) != ({END_OF_TEXT: len(ranks)}, len(ranks) + 1):
             raise ValueError(f"special_tokens and vocab_size do not fit {len(ranks)} ranks")
         return tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks,
@@ -107,8 +113,8 @@ def load_gpt2() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError) as error:
-        raise UserError("tiktoken could not fetch its gpt2 encoding; go online once, or train a tokenizer with: "
-                        "python train_tokenizer.py") from error
+        raise UserError("tiktoken could not fetch its gpt2 encoding; go online once, "
+                        "or train a tokenizer with: python train_tokenizer.py") from error
 
 
 def clean_name(name: str) -> str:
@@ -158,7 +164,10 @@ def _set_pattern(pattern: str) -> None:
 
 
 def count_pieces(texts: list[str]) -> tuple[Counter[str], int, int, int]:
-    """Pieces with their counts, and the documents, characters and bytes they come from. Needs _set_pattern first."""
+    """Pieces with their counts, and the documents, characters and bytes they come from.
+
+    Needs _set_pattern first.
+    """
     pieces: Counter[str] = Counter()
     for text in texts:
         pieces.update(_pattern.findall(text))
@@ -169,7 +178,8 @@ def count_pieces(texts: list[str]) -> tuple[Counter[str], int, int, int]:
     return pieces, len(texts), sum(map(len, texts)), sum(len(text.encode()) for text in texts)
 
 
-def count_source(source: Source, pattern: str, samples: int, num_workers: int) -> tuple[Counter[str], dict[str, int]]:
+def count_source(source: Source, pattern: str, samples: int, num_workers: int,
+                 ) -> tuple[Counter[str], dict[str, int]]:
     """Count the pieces of a source's first `samples` characters, held-out documents left aside."""
     pieces: Counter[str] = Counter()
     sizes = Counter(documents=0, characters=0, bytes=0)
@@ -183,7 +193,7 @@ def count_source(source: Source, pattern: str, samples: int, num_workers: int) -
 
 
 def first_characters(source: Source, samples: int):
-    """Training documents up to `samples` characters; if all are held out (a source of one file, say), those."""
+    """Training documents up to `samples` characters; if all are held out (of a single file, say), those."""
     left, found = samples, False
     for take_held_out in (False, True):
         for name, text in source:
@@ -204,14 +214,15 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
 
     pieces    bytes of each distinct piece -> how often it occurs
     on_merge  called with each merge as it is made
-    returns   (left id, right id, count) per merge; merge i makes token 256 + i; fewer than num_merges when no pair
-              occurs min_count times any more
+    returns   (left id, right id, count) per merge; merge i makes token 256 + i; fewer than num_merges when no
+              pair occurs min_count times any more
     source    Sennrich et al. 2016, arXiv:1508.07909
 
-    All pieces lie behind one another in flat arrays, and tokens form a linked list in them. `places` knows where each
-    pair may stand. A pair's count can only fall after the step that made its newer token, since every later step
-    creates pairs with a still newer token and no others; so the counts in the heap are upper bounds, and looking
-    again at the pair on top, until its count is true, finds the best pair without ever updating the others.
+    All pieces lie behind one another in flat arrays, and tokens form a linked list in them. `places` knows
+    where each pair may stand. A pair's count can only fall after the step that made its newer token, since
+    every later step creates pairs with a still newer token and no others; so the counts in the heap are
+    upper bounds, and looking again at the pair on top, until its count is true, finds the best pair without
+    ever updating the others.
     """
     tokens, weight, following, preceding = _flatten(pieces)
     places: dict[int, np.ndarray] = {}
@@ -261,7 +272,7 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
         preceding[after[goes_on]] = first[goes_on]
         before = preceding[first]
         behind = first[goes_on]
-        behind = behind[tokens[following[behind]] != new]   # two new tokens in a row: the left one's pair is enough
+        behind = behind[tokens[following[behind]] != new]   # two new in a row: the left one's pair is enough
         where = np.concatenate([before[before >= 0], behind])
         if len(where):
             add_pairs(where)
@@ -308,17 +319,18 @@ def save_tokenizer(name: str, merges: list[tuple[int, int, int]], pattern: str, 
     tokens = tokens_of(merges)
     ranks_file = ranks_file_of(tokens)
     meta = {"format_version": FORMAT_VERSION, "name": name, "pattern": pattern,
-            "special_tokens": {END_OF_TEXT: len(tokens)}, "vocab_size": len(tokens) + 1, "eot_id": len(tokens),
-            "ranks_sha256": hashlib.sha256(ranks_file).hexdigest(), **facts}
+            "special_tokens": {END_OF_TEXT: len(tokens)}, "vocab_size": len(tokens) + 1,
+            "eot_id": len(tokens), "ranks_sha256": hashlib.sha256(ranks_file).hexdigest(), **facts}
     partial = TOKENIZERS / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         (partial / "ranks.tiktoken").write_bytes(ranks_file)
-        (partial / "tokenizer.json").write_text(json.dumps(huggingface_json(tokens, pattern), ensure_ascii=False),
-                                                encoding="utf-8")
+        for_huggingface = json.dumps(huggingface_json(tokens, pattern), ensure_ascii=False)
+        (partial / "tokenizer.json").write_text(for_huggingface, encoding="utf-8")
         (partial / "merges.txt").write_text(merges_table(merges, tokens), encoding="utf-8")
-        (partial / "train_tokenizer.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        source = Path(__file__).read_text(encoding="utf-8")
+        (partial / "train_tokenizer.txt").write_text(source, encoding="utf-8")
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, TOKENIZERS / name)
     finally:
@@ -337,15 +349,15 @@ def merges_table(merges: list[tuple[int, int, int]], tokens: list[bytes]) -> str
 def visible(token: bytes) -> str:
     """A token as people read it: spaces as ␣, whatever cannot be printed as an escape."""
     text = token.decode(errors="backslashreplace")
-    return "".join("␣" if char == " " else char if char.isprintable() else char.encode("unicode_escape").decode()
-                   for char in text)
+    return "".join("␣" if char == " " else char if char.isprintable()
+                   else char.encode("unicode_escape").decode() for char in text)
 
 
 def huggingface_json(tokens: list[bytes], pattern: str) -> dict:
     """The tokenizer in the format of Hugging Face tokenizers.
 
-    tiktoken joins two tokens whenever their bytes make a token, however that token was learned; so every way to put a
-    token together from two others is listed as a merge, ordered by the id of the result.
+    tiktoken joins two tokens whenever their bytes make a token, however that token was learned; so every way
+    to put a token together from two others is listed as a merge, ordered by the id of the result.
     """
     letters = byte_letters()
     written = ["".join(letters[byte] for byte in token) for token in tokens]
@@ -357,19 +369,20 @@ def huggingface_json(tokens: list[bytes], pattern: str) -> dict:
         merges += [[written[left], written[right]] for left, right in known]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special = {"id": len(tokens), "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
-               "normalized": False, "special": True}
+    special = {"id": len(tokens), "content": END_OF_TEXT, "single_word": False, "lstrip": False,
+               "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
              "vocab": {word: rank for rank, word in enumerate(written)}, "merges": merges}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [special],
+            "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "post_processor": None, "decoder": byte_level, "model": model}
 
 
 def byte_letters() -> list[str]:
-    """A printable character for each byte, as GPT-2 wrote its vocabulary: printable bytes stand for themselves."""
-    themselves = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """A printable character for each byte, as GPT-2 wrote its vocabulary; printable bytes are themselves."""
+    themselves = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                  *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in themselves else chr(next(others)) for byte in range(256)]
 
@@ -401,7 +414,7 @@ class Demo:
 
 
 def coloured(encoding: tiktoken.Encoding, ids: list[int]) -> str:
-    """The text with a background colour per token; a token that ends inside a character shows where it is whole."""
+    """The text with a background colour per token; one that ends inside a character shows where that ends."""
     pieces, pending = [], b""
     for place, rank in enumerate(ids):
         pending += encoding.decode_single_token_bytes(rank)
@@ -417,10 +430,12 @@ def coloured(encoding: tiktoken.Encoding, ids: list[int]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = documents.Parser("Learn a byte-level BPE tokenizer.")
-    parser.add_argument("-n", "--samples", type=positive, default=2**27, help="characters of text to learn from")
+    parser.add_argument("-n", "--samples", type=positive, default=2**27,
+                        help="characters of text to learn from")
     parser.add_argument("-v", "--vocabsize", type=positive, default=50256,
                         help="tokens, the 256 bytes included and <|endoftext|> not")
-    parser.add_argument("-f", "--name", help="first part of the folder's name (default: gpt4regex or gpt2regex)")
+    parser.add_argument("-f", "--name",
+                        help="first part of the folder's name (default: gpt4regex or gpt2regex)")
     parser.add_argument("--regex", choices=PATTERNS, default="gpt4", help="how text is split into pieces")
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")
     parser.add_argument("--demo", action="store_true", help="show a text in coloured tokens while learning")
@@ -433,12 +448,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.vocabsize < 256:
-        raise UserError(f"--vocabsize must be at least 256, since every byte is a token; it is {args.vocabsize}")
+        raise UserError("--vocabsize must be at least 256, since every byte is a token; "
+                        f"it is {args.vocabsize}")
     name = clean_name(f"{args.name or args.regex + 'regex'}_v{args.vocabsize}_n{args.samples}")
     pattern = PATTERNS[args.regex]
     source = documents.open_source(args.source)
-    settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": args.samples, "min_count": MIN_COUNT,
-                "source": source.label, "source_fingerprint": source.fingerprint}
+    settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": args.samples,
+                "min_count": MIN_COUNT, "source": source.label, "source_fingerprint": source.fingerprint}
     if (TOKENIZERS / name).exists():
         report_existing(name, settings)
         return
@@ -456,7 +472,8 @@ def main() -> None:
     text = DEMO_TEXT + "".join(piece for piece in islice(pieces, 100_000))
     if tokenizer.decode(tokenizer.encode_ordinary(text)) != text:
         raise RuntimeError(f"{folder} does not give back the text it encoded")
-    print(f"wrote {folder.relative_to(ROOT)}: {tokenizer.n_vocab:,} tokens with {END_OF_TEXT} as {tokenizer.eot_token}")
+    print(f"wrote {folder.relative_to(ROOT)}: {tokenizer.n_vocab:,} tokens "
+          f"with {END_OF_TEXT} as {tokenizer.eot_token}")
 
 
 def learn(pieces: Counter[str], num_merges: int, pattern: str, demo: bool) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""What the tests of the text scripts share: an empty Benchtop in a temporary folder, and its scripts as commands."""
+"""What the tests of the text scripts share: an empty Benchtop in a temporary folder, and its scripts."""
 
 import json
 import random
@@ -15,10 +15,11 @@ import documents
 import download_fineweb
 import train_tokenizer
 
-SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer, "download_fineweb.py": download_fineweb}
+SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer,
+           "download_fineweb.py": download_fineweb}
 
-# The same examples in every run: what is red stays red. Fixtures may live through many examples, since each example
-# writes its files anew.
+# The same examples in every run: what is red stays red. Fixtures may live through many examples, since each
+# example writes its files anew.
 settings.register_profile("benchtop", deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("benchtop")
@@ -74,7 +75,7 @@ def shell(bench):
 def pages(bench) -> list[str]:
     """400 short texts in several scripts, which also lie in pages.jsonl."""
     rng = random.Random(0)
-    words = ["the", "bench", "top", "Größe", "ёлка", "東京", "🙂", "42", "1000000", "don't", "\n\n", "   ", "--"]
+    words = ["the", "bench", "Größe", "ёлка", "東京", "🙂", "42", "1000000", "don't", "\n\n", "   ", "--"]
     texts = [f"Page {number}: " + " ".join(rng.choices(words, k=rng.randint(1, 60))) for number in range(400)]
     write_rows(bench / "pages.jsonl", texts)
     return texts

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import GPT, ChunkedLoss, Config, attend, block_mask, chunk_loss_and_gradient, dense_mask, soft_cap
+from train_gpt import GPT, ChunkedLoss, Config, attend, block_mask, chunk_loss_and_gradient, dense_mask
 
 EOT = 100
 
@@ -147,7 +147,8 @@ def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
     padding = torch.where(torch.arange(128) < 101, 0.0, -math.inf)
     targets = torch.randint(0, 101, (rows,))
     targets[::4] = -1
-    plain = F.cross_entropy(soft_cap(x @ weight[:101].T, 15), targets, ignore_index=-1, reduction="sum")
+    logits = train_gpt.soft_cap(x @ weight[:101].T, 15)
+    plain = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     wanted = torch.autograd.grad(2.5 * plain, (x, weight))
     monkeypatch.setattr(train_gpt, "chunks", lambda x, targets, columns: list(
         zip(x.split(8), targets.split(8), strict=True)))
@@ -168,7 +169,8 @@ def test_token_losses_are_the_cross_entropy_of_the_logits():
     model, tokens = awake_model(small_config()), some_tokens(2, 32)
     targets = tokens.roll(-1, 1)
     targets[1, 5:9] = -1
-    wanted = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    wanted = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1,
+                             reduction="none")
     losses = model.token_losses(tokens, targets)
     torch.testing.assert_close(losses.flatten(), wanted)
     torch.testing.assert_close(model(tokens, targets), wanted.sum())
@@ -177,12 +179,14 @@ def test_token_losses_are_the_cross_entropy_of_the_logits():
 def test_padding_columns_are_never_predicted():
     model, tokens = awake_model(small_config()), some_tokens(2, 32)
     with torch.no_grad():
-        model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])     # they would win, if they took part
+        # they would win, if they took part
+        model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])
     assert model.cfg.padded_vocab_size == 128
     assert model.logits(tokens).shape[-1] == 101
     loss = model(tokens, tokens.roll(-1, 1))
     loss.backward()
-    assert loss < 2 * 32 * 31       # bounded by twice the cap per token; a padding column would cost that much
+    # a token's loss is bounded by twice the cap; a padding column would cost that much
+    assert loss < 2 * 32 * 31
     assert torch.equal(model.head.grad[101:], torch.zeros(27, 16))
 
 
@@ -193,8 +197,10 @@ def test_an_untrained_model_knows_nothing():
 
 
 @pytest.mark.parametrize("knobs", [
-    dict(num_layers=1, num_heads=1, model_dim=4, value_embeddings=0), dict(num_layers=3, value_embeddings=1),
-    dict(num_layers=5, num_heads=3, model_dim=36, value_embeddings=2, mlp_ratio=1), dict(seq_len=2, batch_tokens=2)])
+    dict(num_layers=1, num_heads=1, model_dim=4, value_embeddings=0),
+    dict(num_layers=3, value_embeddings=1),
+    dict(num_layers=5, num_heads=3, model_dim=36, value_embeddings=2, mlp_ratio=1),
+    dict(seq_len=2, batch_tokens=2)])
 def test_any_size_makes_a_model_whose_every_parameter_learns(knobs):
     cfg = small_config(**knobs)
     model, tokens = awake_model(cfg), some_tokens(2, cfg.seq_len, documents=cfg.seq_len > 2)
@@ -206,14 +212,18 @@ def test_any_size_makes_a_model_whose_every_parameter_learns(knobs):
 def test_bfloat16_is_near_float32():
     cfg = small_config(model_dim=64)
     tokens = some_tokens(2, 32)
-    exact, rough = (awake_model(cfg, dtype=dtype)(tokens, tokens.roll(-1, 1)) for dtype in (torch.float32, torch.bfloat16))
+    exact, rough = (awake_model(cfg, dtype=dtype)(tokens, tokens.roll(-1, 1))
+                    for dtype in (torch.float32, torch.bfloat16))
     assert rough.item() == pytest.approx(exact.item(), rel=0.03)
 
 
 def test_flops_are_six_per_weight_of_a_matrix_and_attention():
     cfg = small_config()
     matrices = 4 * (4 * 16 * 16 + 2 * 16 * 64) + 128 * 16
-    assert GPT(cfg, EOT).flops_per_token() == 6 * matrices + 6 * 4 * 16 * 32
+    assert GPT(cfg, EOT).flops_per_token() == 6 * matrices + 12 * 16 * 4 * 32 / 2
+    keys = sum(min(place + 1, 8) for place in range(32)) / 32       # that a token sees through a window of 8
+    windowed = GPT(small_config(long_window=8), EOT).flops_per_token()
+    assert windowed == pytest.approx(6 * matrices + 12 * 16 * 4 * keys, rel=0.03)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,12 +241,13 @@ def size_of(word: str, sizes: dict[str, int]) -> int:
 
 
 def test_shape_comments_are_true():
-    """Run the model with pairwise different sizes, and compare each tensor with the comment of the line it came from."""
+    """Run the model with pairwise different sizes, and compare each tensor with the comment on its line."""
     source = Path(train_gpt.__file__).read_text(encoding="utf-8").splitlines()
-    model_lines = range(inspect.getsourcelines(train_gpt.dense_mask)[1], inspect.getsourcelines(ChunkedLoss)[1])
+    model_lines = range(inspect.getsourcelines(train_gpt.dense_mask)[1],
+                        inspect.getsourcelines(ChunkedLoss)[1])
     said = {number: re.findall(r"\(((?:[\w/]+(?:, )?)*)\)", comment[1])
-            for number, line in enumerate(source, 1)
-            if number in model_lines and (comment := re.search(r" # (\((?:[\w/]+(?:, )?)*\)(?:, \((?:[\w/]+(?:, )?)*\))*)$", line))}
+            for number, line in enumerate(source, 1) if number in model_lines
+            and (comment := re.search(r" # (\((?:[\w/]+(?:, )?)*\)(?:, \((?:[\w/]+(?:, )?)*\))*)$", line))}
     statements = {node.end_lineno: node for node in ast.walk(ast.parse("\n".join(source)))
                   if isinstance(node, ast.Assign | ast.Return) and node.end_lineno in said}
     checked = set()
@@ -250,13 +261,15 @@ def test_shape_comments_are_true():
                 checked.add(number)
 
     def named(frame, node: ast.Assign) -> list:
-        targets = [item for target in node.targets for item in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        targets = [item for target in node.targets
+                   for item in (target.elts if isinstance(target, ast.Tuple) else [target])]
         return [frame.f_locals.get(target.id) for target in targets if isinstance(target, ast.Name)]
 
     def trace(frame, event, value):
         if frame.f_code.co_filename != train_gpt.__file__:
             return None
-        sizes = SIZES | ({"N": len(frame.f_locals["x"])} if frame.f_code.co_name == "chunk_loss_and_gradient" else {})
+        sizes = SIZES | ({"N": len(frame.f_locals["x"])}
+                         if frame.f_code.co_name == "chunk_loss_and_gradient" else {})
         waiting = []
 
         def inside(frame, event, value):
@@ -264,8 +277,8 @@ def test_shape_comments_are_true():
                 node = waiting.pop()
                 compare(node.end_lineno, named(frame, node), sizes)
             if event == "return":
-                number = next((line for line, node in statements.items()
-                               if isinstance(node, ast.Return) and node.lineno <= frame.f_lineno <= line), None)
+                number = next((line for line, node in statements.items() if isinstance(node, ast.Return)
+                               and node.lineno <= frame.f_lineno <= line), None)
                 if number:
                     compare(number, list(value) if isinstance(value, tuple) else [value], sizes)
             for node in statements.values():
@@ -274,8 +287,8 @@ def test_shape_comments_are_true():
             return inside
         return inside
 
-    cfg = Config(vocab_size=192, num_layers=4, num_heads=3, model_dim=36, mlp_ratio=5, seq_len=10, batch_tokens=20,
-                 value_embeddings=1, num_samples=2, sample_tokens=1)
+    cfg = Config(vocab_size=192, num_layers=4, num_heads=3, model_dim=36, mlp_ratio=5, seq_len=10,
+                 batch_tokens=20, value_embeddings=1, num_samples=2, sample_tokens=1)
     model = awake_model(cfg, eot_id=191)
     tokens = torch.randint(0, 191, (2, 10))
     previous = sys.gettrace()

@@ -1,6 +1,7 @@
 """Training batches: a pure function of (manifest, seed, step). Run: ./run.sh test tests/test_rows.py"""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,16 +19,17 @@ def shards_of(*shards: list[int]) -> list[np.ndarray]:
     """Shards of documents of these lengths; every token but <|endoftext|> exists once in all of them."""
     token, made = 0, []
     for lengths in shards:
-        documents = []
+        tokens = []
         for length in lengths:
-            documents.append([EOT, *range(token, token + length - 1)])
+            tokens += [EOT, *range(token, token + length - 1)]
             token += length - 1
-        made.append(np.array(sum(documents, []), dtype=np.uint16))
+        made.append(np.array(tokens, dtype=np.uint16))
     return made
 
 
 def rows_of(shards: list[np.ndarray], seq_len: int = 8, max_doc_len: int = 100, seed: int = 0) -> Rows:
-    return Rows(shards, config(seq_len=seq_len, batch_tokens=seq_len, max_doc_len=max_doc_len, seed=seed), EOT)
+    cfg = config(seq_len=seq_len, batch_tokens=seq_len, max_doc_len=max_doc_len, seed=seed)
+    return Rows(shards, cfg, EOT)
 
 
 def config(**knobs) -> Config:
@@ -39,7 +41,8 @@ lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_si
 
 @settings(max_examples=150, deadline=None)
 @given(lengths, st.integers(2, 12), st.integers(2, 30), st.integers(0, 3))
-def test_an_epoch_has_each_token_at_most_once_in_rows_that_start_like_documents(shards, seq_len, max_doc_len, seed):
+def test_an_epoch_has_each_token_at_most_once_in_rows_that_start_like_documents(
+        shards, seq_len, max_doc_len, seed):
     try:
         rows = rows_of(shards_of(*shards), seq_len, max_doc_len, seed)
     except UserError:
@@ -52,7 +55,7 @@ def test_an_epoch_has_each_token_at_most_once_in_rows_that_start_like_documents(
         read = [*inputs.tolist(), *targets[-1:][targets[-1:] >= 0].tolist()]
         seen.update(token for token in read if token != EOT)
         # between two <|endoftext|> stand consecutive tokens of one document
-        for here, there in zip(read, read[1:], strict=False):
+        for here, there in pairwise(read):
             assert there == here + 1 or EOT in (here, there)
     assert max(seen.values(), default=1) == 1
 
@@ -60,9 +63,10 @@ def test_an_epoch_has_each_token_at_most_once_in_rows_that_start_like_documents(
 @settings(max_examples=150, deadline=None)
 @given(lengths, st.integers(2, 12), st.integers(2, 30))
 def test_every_target_is_the_true_successor(shards, seq_len, max_doc_len):
-    """Within a document the next token, at its end <|endoftext|>; nothing where a document was cut for length."""
+    """Within a document the next token, at its end <|endoftext|>; nothing where one was cut for length."""
     made = shards_of(*shards)
-    last_of_document = {int(shard[end - 1]) for shard in made for end in [*np.flatnonzero(shard == EOT)[1:], len(shard)]}
+    last_of_document = {int(shard[end - 1]) for shard in made
+                        for end in [*np.flatnonzero(shard == EOT)[1:], len(shard)]}
     try:
         rows = rows_of(made, seq_len, max_doc_len)
     except UserError:
@@ -76,7 +80,8 @@ def test_every_target_is_the_true_successor(shards, seq_len, max_doc_len):
             if target == EOT:
                 assert token in last_of_document
             else:
-                assert target == -1 and token not in last_of_document and inputs[place + 1:place + 2] in ([], [EOT])
+                assert target == -1 and token not in last_of_document
+                assert inputs[place + 1:place + 2] in ([], [EOT])
 
 
 def test_documents_are_cut_at_max_doc_len():
@@ -98,15 +103,18 @@ def test_a_step_is_a_pure_function_of_the_seed():
     shards = shards_of([30, 20, 50, 9, 80], [40, 33])
     cfg = config()
     first, again, other = rows_of(shards), rows_of(shards), rows_of(shards, seed=1)
-    assert [first.numbers(step, 4).tolist() for step in (9, 0, 5)] == [again.numbers(step, 4).tolist() for step in (9, 0, 5)]
-    batches = [torch.cat([inputs for inputs, _ in rows.micro_batches(3, cfg)]) for rows in (first, again, other)]
+    for step in (9, 0, 5):
+        assert first.numbers(step, 4).tolist() == again.numbers(step, 4).tolist()
+    batches = [torch.cat([inputs for inputs, _ in rows.micro_batches(3, cfg)])
+               for rows in (first, again, other)]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 
 
 def test_every_epoch_has_all_rows_in_another_order():
     rows = rows_of(shards_of([200]))
-    epochs = np.concatenate([rows.numbers(step, 5) for step in range(rows.num_rows)]).reshape(5, rows.num_rows)
+    numbers = np.concatenate([rows.numbers(step, 5) for step in range(rows.num_rows)])
+    epochs = numbers.reshape(5, rows.num_rows)
     for epoch in epochs:
         assert sorted(epoch) == list(range(rows.num_rows))
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5

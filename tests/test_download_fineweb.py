@@ -1,0 +1,521 @@
+"""Token shards and their manifest, written and read. Run: ./run.sh test tests/test_download_fineweb.py"""
+
+import hashlib
+import json
+import shutil
+import struct
+import time
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import documents
+import download_fineweb
+from documents import UserError
+from download_fineweb import ShardWriter, open_dataset, read_shard
+from train_tokenizer import load_tokenizer
+
+TOKENIZER = "small_v300_n50000"
+TRAIN = "train_tokenizer.py --source pages.jsonl --num_workers 1"
+SHARD = f"download_fineweb.py --version pages.jsonl --tokenizer {TOKENIZER} --num_workers 1 --name set"
+
+
+@pytest.fixture
+def small(command, pages) -> str:
+    """A tokenizer of 300 tokens, learned from pages.jsonl."""
+    command(f"{TRAIN} --vocabsize 300 --samples 50000 --name small")
+    return TOKENIZER
+
+
+def tokens_of(path: Path) -> list[int]:
+    """A shard's tokens, read by the letter of llm.c's format; a wrong size is an error of struct."""
+    raw = path.read_bytes()
+    magic, version, count, *zeros = struct.unpack("<256i", raw[:1024])
+    assert not any(zeros)
+    letter = {(20240520, 1): "H", (20240801, 7): "I"}[magic, version]
+    return list(struct.unpack(f"<{count}{letter}", raw[1024:]))
+
+
+def shards(folder: Path, split: str) -> list[list[list[int]]]:
+    """The documents of each shard, as token ids without the <|endoftext|> that each must begin with."""
+    eot = json.loads((folder / "manifest.json").read_text())["eot_id"]
+    found = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        found.append([])
+        tokens = tokens_of(path)
+        assert tokens[0] == eot
+        for token in tokens:
+            found[-1].append([]) if token == eot else found[-1][-1].append(token)
+    return found
+
+
+def texts(folder: Path, split: str) -> list[str]:
+    """The documents of a split, in order."""
+    tokenizer = load_tokenizer(json.loads((folder / "manifest.json").read_text())["tokenizer"])
+    return [tokenizer.decode(ids, errors="strict") for shard in shards(folder, split) for ids in shard]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+# ------------------------------------------------------------------------------------------------
+# What is written
+# ------------------------------------------------------------------------------------------------
+
+def test_every_document_comes_back_once_on_its_own_side(bench, command, small, pages):
+    command(f"{SHARD} --shard_size 2000")
+    train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
+    assert Counter(train) == Counter(text for text in pages if not documents.is_held_out(text))
+    assert Counter(val) == Counter(text for text in pages if documents.is_held_out(text)) and val
+    assert train != [text for text in pages if text in train], "the order is shuffled"
+    assert names(bench / "data") == ["set"]
+
+
+def test_the_manifest_is_true(bench, command, small, pages):
+    command(f"{SHARD} --shard_size 2000 --seed 5")
+    folder = bench / "data/set"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert names(folder) == sorted(["manifest.json", *(entry["file"] for entry in manifest["shards"])])
+    assert names(folder)[1:4] == ["train_000001.bin", "train_000002.bin", "train_000003.bin"]
+    assert names(folder)[-1] == "val_000000.bin"
+    tokenizer = load_tokenizer(small)
+    for split in ("train", "val"):
+        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        for entry, shard in zip(entries, shards(folder, split), strict=True):
+            assert entry["documents"] == len(shard)
+            assert entry["tokens"] == len(tokens_of(folder / entry["file"]))
+            assert entry["bytes"] == sum(len(tokenizer.decode_bytes(ids)) for ids in shard)
+            assert entry["sha256"] == hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+    ranks = (bench / "tokenizers" / small / "ranks.tiktoken").read_bytes()
+    source = documents.open_source("pages.jsonl")
+    assert manifest.items() >= {
+        "format_version": 1, "tokenizer": small, "tokenizer_sha256": hashlib.sha256(ranks).hexdigest(),
+        "vocab_size": 301, "eot_id": 300, "seed": 5, "shard_size": 2000, "num_shards": 0,
+        "source": source.label, "source_fingerprint": source.fingerprint, "held_out_one_in": 64,
+    }.items()
+
+
+@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 40), st.integers(0, 4))
+def test_shards_are_full_and_never_split_a_document(tmp_path_factory, lengths, shard_size, max_shards):
+    folder = tmp_path_factory.mktemp("shards")
+    writer = ShardWriter(folder, "train", 300, shard_size, max_shards)
+    given_documents = [np.full(length, number) for number, length in enumerate(lengths)]
+    taken = [document for document in given_documents if writer.add(document, 3 * len(document))]
+    writer.flush()
+
+    written = [tokens_of(folder / entry["file"]) for entry in writer.entries]
+    assert list(chain(*written)) == list(chain(*taken)) == list(chain(*given_documents[:len(taken)]))
+    assert len(taken) == len(lengths) or len(written) == max_shards, "left out only when all is full"
+    assert not max_shards or len(written) <= max_shards
+    for shard, following in zip(written, [*written[1:], None], strict=True):
+        assert len(shard) <= shard_size or len(set(shard)) == 1, "only a long document stands alone"
+        assert not following or len(shard) + following.count(following[0]) > shard_size, "no room is wasted"
+    for entry, shard in zip(writer.entries, written, strict=True):
+        counts = entry["tokens"], entry["documents"], entry["bytes"]
+        assert counts == (len(shard), len(set(shard)), 3 * len(shard))
+
+
+@pytest.mark.parametrize("vocab_size, magic, width", [
+    (301, 20240520, 2), (65536, 20240520, 2), (65537, 20240801, 4),
+])
+def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, vocab_size, magic, width):
+    writer = ShardWriter(tmp_path, "val", vocab_size, 100)
+    writer.add(np.array([vocab_size - 1, 0, 7]), 2)
+    writer.flush()
+    path = tmp_path / "val_000000.bin"
+    assert tokens_of(path) == read_shard(path, 3).tolist() == [vocab_size - 1, 0, 7]
+    assert path.stat().st_size == 1024 + 3 * width and path.read_bytes()[:4] == struct.pack("<i", magic)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 0])
+def test_num_shards_limits_what_is_trained_on(bench, command, small, num_shards):
+    command(f"{SHARD} --shard_size 2000 --num_shards {num_shards}")
+    found = shards(bench / "data/set", "train")
+    assert len(found) == num_shards or (num_shards == 0 and len(found) > 3)
+
+
+def test_held_out_documents_are_the_same_for_everyone(bench, command, small, pages):
+    command(f"{TRAIN} --vocabsize 256 --samples 99 --name bytes")
+    command(f"{SHARD} --name one")
+    command(f"{SHARD} --name two --seed 1")
+    command(f"{SHARD} --name three --num_shards 1 --shard_size 2000")
+    command(f"{SHARD} --name four --tokenizer bytes_v256_n99")
+    held_out = [texts(bench / "data" / name, "val") for name in ("one", "two", "three", "four")]
+    assert held_out[0] and held_out.count(held_out[0]) == 4
+
+
+def test_the_seed_changes_the_order_of_training_alone(bench, command, small):
+    for seed in (0, 0, 1):
+        command(f"{SHARD} --seed {seed} --name set{seed}")
+    one, other = content(bench / "data/set0"), content(bench / "data/set1")
+    assert one["val_000000.bin"] == other["val_000000.bin"]
+    assert one["train_000001.bin"] != other["train_000001.bin"]
+    assert sorted(texts(bench / "data/set0", "train")) == sorted(texts(bench / "data/set1", "train"))
+
+
+def test_a_duplicate_never_stands_on_both_sides(bench, command, small, pages, write_rows):
+    write_rows(bench / "pages.jsonl", pages + pages[::-1] + pages)
+    command(SHARD)
+    train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
+    assert not set(train) & set(val) and len(set(val)) == len(val)
+    assert set(train) | set(val) == set(pages)
+
+
+def test_empty_documents_are_left_out(bench, command, small, pages, write_rows):
+    write_rows(bench / "pages.jsonl", ["", *pages, "", ""])
+    command(SHARD)
+    found = texts(bench / "data/set", "train") + texts(bench / "data/set", "val")
+    assert Counter(found) == Counter(pages)
+
+
+def test_a_text_that_spells_end_of_text_begins_no_document(bench, command, small, pages, write_rows):
+    write_rows(bench / "pages.jsonl", [f"{text}<|endoftext|>!" for text in pages])
+    command(SHARD)
+    found = texts(bench / "data/set", "train") + texts(bench / "data/set", "val")
+    assert sorted(found) == sorted(f"{text}<|endoftext|>!" for text in pages)
+
+
+def many_batches(bench) -> None:
+    """Let the copy of documents.py in this folder send little text to a worker at a time."""
+    source = (bench / "documents.py").read_text()
+    small = source.replace("BATCH_CHARACTERS = 1_000_000", "BATCH_CHARACTERS = 2_000")
+    assert small != source
+    (bench / "documents.py").write_text(small)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(bench, shell, small):
+    many_batches(bench)
+    for num_workers in (1, 2, 3):
+        flags = f"--name set{num_workers} --num_workers {num_workers} --shard_size 2000 --num_shards 4"
+        result = shell(f"{SHARD} {flags}")
+        assert result.returncode == 0 and not result.stderr, result.stderr
+    assert content(bench / "data/set1") == content(bench / "data/set2") == content(bench / "data/set3")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_killed_run_leaves_nothing_and_can_be_repeated(bench, shell, small, num_workers):
+    many_batches(bench)
+    line = f"{SHARD} --shard_size 100 --num_workers {num_workers}"
+    process = shell(line, start=True)
+    while not list(bench.glob("data/.set.partial/train_0000*.bin")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(timeout=30)
+    assert names(bench / "data") == [".set.partial"]
+    assert shell(line).returncode == shell(f"{line} --name undisturbed").returncode == 0
+    assert names(bench / "data") == ["set", "undisturbed"]
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interruption_leaves_nothing(bench, command, small, monkeypatch, capsys, step):
+    flush = ShardWriter.flush
+
+    def interrupted(writer):
+        flush(writer)
+        if len(writer.entries) == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "flush", interrupted)
+        with pytest.raises(SystemExit) as end:
+            command(f"{SHARD} --shard_size 2000")
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert names(bench / "data") == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Held-out documents and parts
+# ------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.text(max_size=3), max_size=40), st.integers(1, 20))
+def test_the_held_out_documents_of_smallest_hash_are_chosen(monkeypatch, given_texts, budget):
+    monkeypatch.setattr(documents, "HELD_OUT_ONE_IN", 2)
+    held_out = sorted({text for text in given_texts if text and documents.is_held_out(text)},
+                      key=lambda text: hashlib.sha256(text.encode()).digest())
+    expected = []
+    while held_out and sum(len(text.encode()) for text in expected) < budget:
+        expected.append(held_out.pop(0))
+    chosen = download_fineweb.choose_held_out([("", text) for text in given_texts], budget)
+    trainable = sum(1 for text in given_texts if text and not documents.is_held_out(text))
+    assert chosen == (expected, sum(map(len, given_texts)), trainable)
+
+
+def test_val_tokens_limits_what_is_validated_on(bench, command, small, pages):
+    command(f"{SHARD} --val_tokens 1 --name one")
+    command(f"{SHARD} --name all")
+    one, every = texts(bench / "data/one", "val"), texts(bench / "data/all", "val")
+    assert len(one) == 1 and one == every[:1] and len(every) > 1
+    assert texts(bench / "data/one", "train") == texts(bench / "data/all", "train")
+
+
+@given(st.lists(st.text("ab\n\r\u2028", max_size=30)), st.integers(1, 12))
+def test_parts_are_cut_at_line_ends_and_lose_nothing(given_texts, characters):
+    source = [(str(number), text) for number, text in enumerate(given_texts)]
+    parts = list(download_fineweb.Parts(source, characters))
+    for number, text in enumerate(given_texts):
+        mine = [part for name, part in parts if name.split("#")[0] == str(number)]
+        assert "".join(mine) == text
+        assert all(characters <= len(part) < 2 * characters for part in mine[:-1])
+        lines = text.splitlines(keepends=True)
+        if all(len(line) <= characters for line in lines):
+            ends = {sum(map(len, lines[:count])) for count in range(len(lines) + 1)}
+            assert all(sum(map(len, mine[:count])) in ends for count in range(len(mine)))
+    assert len({name for name, _ in parts}) == len(parts)
+
+
+def test_a_single_file_is_cut_into_parts_with_a_note(bench, command, small, pages, capsys):
+    (bench / "book.txt").write_text("\n".join(pages))
+    command(f"{SHARD} --version book.txt")
+    assert "is cut into parts of about" in capsys.readouterr().out
+    cut = json.loads((bench / "data/set/manifest.json").read_text())["cut_characters"]
+    parts = [text for _, text in download_fineweb.Parts(documents.open_source("book.txt"), cut)]
+    train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
+    assert train and val and sorted(train + val) == sorted(parts)
+
+
+def test_a_line_as_long_as_a_book_is_cut_quickly():
+    started = time.perf_counter()
+    parts = sum(1 for _ in download_fineweb.Parts([("", "word " * 4_000_000)], 20_000))
+    assert parts == 1000 and time.perf_counter() - started < 0.5
+
+
+@given(text=st.text(), part=st.integers(1, 5))
+def test_a_long_document_is_encoded_in_parts(small, monkeypatch, text, part):
+    monkeypatch.setattr(download_fineweb, "ENCODE_CHARACTERS", part)
+    download_fineweb._set_tokenizer(small)
+    (tokens, num_bytes), = download_fineweb.tokenize([text])
+    assert tokens[0] == 300 and load_tokenizer(small).decode(tokens[1:].tolist()) == text
+    assert num_bytes == len(text.encode())
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder
+# ------------------------------------------------------------------------------------------------
+
+def test_another_source_or_tokenizer_gets_another_folder(bench, command, small, pages, write_rows):
+    command(f"{TRAIN} --vocabsize 256 --samples 99 --name bytes")
+    write_rows(bench / "other.jsonl", pages)
+    for source in ("pages.jsonl", "other.jsonl"):
+        for tokenizer in (small, "bytes_v256_n99.pkl"):
+            command(f"download_fineweb.py --version {source} --tokenizer {tokenizer} --num_workers 1")
+    labels = [documents.open_source(source).label for source in ("other.jsonl", "pages.jsonl")]
+    assert names(bench / "data") == [f"{label}_{tokenizer}" for label in labels
+                                     for tokenizer in ("bytes_v256_n99", small)]
+
+
+def test_a_second_run_reuses_the_data_and_touches_nothing(bench, command, small, capsys):
+    command(SHARD)
+    times = {path: path.stat().st_mtime_ns for path in bench.rglob("*")}
+    told = capsys.readouterr().out.splitlines()[-1]
+    command(SHARD)
+    assert capsys.readouterr().out.splitlines() == [told.replace("wrote", "reusing")]
+    assert {path: path.stat().st_mtime_ns for path in bench.rglob("*")} == times
+
+
+def test_other_settings_under_the_same_name_are_refused(bench, command, refusal, small, pages, write_rows):
+    command(SHARD)
+    before = content(bench / "data/set")
+    for flag in ("seed", "shard_size", "num_shards", "val_tokens"):
+        assert f"another {flag};" in refusal(f"{SHARD} --{flag} 7")
+    write_rows(bench / "pages.jsonl", [*pages, "one more"])
+    assert "another source_fingerprint;" in refusal(SHARD)
+    assert content(bench / "data/set") == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', "[" * 100_000])
+def test_a_folder_with_a_damaged_manifest_is_refused(bench, refusal, small, text):
+    (bench / "data/set").mkdir(parents=True)
+    (bench / "data/set/manifest.json").write_text(text)
+    assert f"rm -r {bench}/data/set" in refusal(SHARD)
+    (bench / "data/set/manifest.json").unlink()
+    assert f"rm -r {bench}/data/set" in refusal(SHARD)
+
+
+@pytest.mark.parametrize("flags, hint", [
+    ("--tokenizer nosuch", "make one with: python train_tokenizer.py"),
+    ("--tokenizer ../small", "'../small'"),
+    ("--version nowhere", "nowhere"),
+    ("--version 10B", "Hugging Face"),
+    ("--version empty.jsonl", "is empty"),
+    ("--version tiny.txt", "too few to train"),
+    ("--name ../set", "'../set'"),
+    ("--name " + "x" * 300, "letters"),
+    ("--num_shards -1", "at least 0"),
+    ("--shard_size 0", "at least 1"),
+    ("--shard_size 3000000000", "below 2^31"),
+    ("--seed x", "invalid int"),
+    ("--num_shard 1", "did you mean --num_shards?"),
+])
+def test_a_wrong_flag_ends_in_one_line(bench, refusal, small, flags, hint):
+    (bench / "empty.jsonl").write_text('{"text": ""}\n')
+    (bench / "tiny.txt").write_text("hello world\n" * 9)
+    assert hint in refusal(f"{SHARD} {flags}")
+    assert not (bench / "data").exists()
+
+
+def test_replaced_bytes_are_told(bench, command, capsys, small):
+    (bench / "latin.txt").write_bytes("Größe\n".encode("latin-1") * 5000)
+    (bench / "other.txt").write_text("".join(f"{number}\n" for number in range(9000)))
+    command(f"{SHARD} --version latin.txt other.txt")
+    assert "replaced 10,000 invalid UTF-8 sequences" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def made(bench, command, small) -> Path:
+    """A dataset of several shards, data/set."""
+    command(f"{SHARD} --shard_size 8000")
+    return bench / "data/set"
+
+
+@pytest.fixture
+def good(made) -> dict:
+    return json.loads((made / "manifest.json").read_text())
+
+
+def read_all(data: str = "set", tokenizer: str = "") -> dict[str, list[list[int]]]:
+    dataset, _ = open_dataset(data, tokenizer)
+    return {split: [tokens.tolist() for tokens in dataset.tokens(split)] for split in ("train", "val")}
+
+
+def test_a_dataset_reads_as_it_was_written(made):
+    expected = {split: [tokens_of(path) for path in sorted(made.glob(f"{split}_*.bin"))]
+                for split in ("train", "val")}
+    assert len(expected["train"]) > 1
+    for data in ("set", ""):
+        for tokenizer in (TOKENIZER, TOKENIZER + ".pkl", ""):
+            assert read_all(data, tokenizer) == expected
+
+
+def test_the_hash_of_a_dataset_changes_with_its_content(made, good):
+    before = open_dataset("set", "")[0].sha256
+    assert open_dataset("set", "")[0].sha256 == before
+    good["shards"][1]["sha256"] = "0" * 64
+    (made / "manifest.json").write_text(json.dumps(good))
+    assert open_dataset("set", "")[0].sha256 != before
+
+
+def test_bare_shards_load_when_the_tokenizer_is_named(made):
+    expected = read_all()
+    (made / "manifest.json").unlink()
+    assert read_all("set", TOKENIZER) == expected
+    with pytest.raises(UserError, match="name it with --tokenizer"):
+        read_all("set", "")
+    for path in made.glob("val*.bin"):
+        path.unlink()
+    with pytest.raises(UserError, match="no val shard"):
+        read_all("set", TOKENIZER)
+    for path in made.glob("*.bin"):
+        path.unlink()
+    with pytest.raises(UserError, match="neither a manifest nor"):
+        read_all("set", TOKENIZER)
+
+
+def test_no_data_or_too_much_is_told(bench, command, made):
+    with pytest.raises(UserError, match=r"no data of tokenizer other.* --tokenizer other"):
+        open_dataset("", "other")
+    with pytest.raises(UserError, match=r"there is no other .* --name other"):
+        open_dataset("other", TOKENIZER)
+    command(f"{SHARD} --name second")
+    with pytest.raises(UserError, match="choose one with --data: second, set"):
+        open_dataset("", TOKENIZER)
+    shutil.rmtree(bench / "data")
+    with pytest.raises(UserError, match=r"python train_tokenizer.py .* && python download_fineweb.py"):
+        open_dataset("", "")
+
+
+@pytest.mark.parametrize("data", ["../set", "/tmp", ".", "..", "set/", "set\n", "a b", "x" * 300, "\0"])
+def test_data_is_a_name_and_never_a_path(made, data):
+    with pytest.raises(UserError):
+        open_dataset(data, TOKENIZER)
+
+
+def test_data_of_another_tokenizer_is_refused(command, made):
+    command(f"{TRAIN} --vocabsize 299 --samples 50000 --name other")
+    with pytest.raises(UserError, match="was made with tokenizer small_v300_n50000"):
+        open_dataset("set", "other_v299_n50000")
+    shutil.rmtree(made.parent.parent / "tokenizers" / TOKENIZER)
+    with pytest.raises(UserError, match="there is no tokenizer small_v300_n50000"):
+        open_dataset("set", "")
+
+
+@pytest.mark.parametrize("name", ["train_000002.bin", "val_000000.bin"])
+@pytest.mark.parametrize("damage", [
+    lambda raw: None, lambda raw: b"", lambda raw: raw[:8], lambda raw: raw[:1024], lambda raw: raw[:-1],
+    lambda raw: raw[:-2], lambda raw: raw + b"\0\0", lambda raw: b"\0\0\0\0" + raw[4:],
+    lambda raw: raw[:4] + b"\7" + raw[5:], lambda raw: raw[:8] + struct.pack("<i", 5) + raw[12:],
+    lambda raw: raw[:8] + struct.pack("<i", 5) + raw[12:1024 + 10],
+    lambda raw: raw[:8] + struct.pack("<i", -1) + raw[12:1022],
+], ids=["missing", "empty", "header_cut", "no_tokens", "odd", "cut", "longer", "magic", "version", "count",
+        "shorter", "negative"])
+@pytest.mark.parametrize("bare", [False, True], ids=["manifest", "bare"])
+def test_a_damaged_shard_is_noticed(made, name, damage, bare, request):
+    raw = damage((made / name).read_bytes())
+    (made / name).unlink() if raw is None else (made / name).write_bytes(raw)
+    if bare:
+        (made / "manifest.json").unlink()
+        if request.node.callspec.id.split("-")[1] in ("missing", "shorter"):
+            return      # nothing tells that they were there
+    with pytest.raises(UserError):
+        read_all("set", TOKENIZER)
+
+
+words = st.text(max_size=5) | st.sampled_from(
+    ["../../x", "/etc/passwd", "manifest.json", "val_000000.bin", "x" * 300, "train", "val"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=5)
+
+
+@settings(max_examples=400)
+@given(data=st.data())
+def test_no_manifest_raises_another_exception(made, good, data):
+    manifest = json.loads(json.dumps(good))
+    where = data.draw(st.sampled_from([manifest, *manifest["shards"]]))
+    key = data.draw(st.sampled_from(sorted(where)))
+    if data.draw(st.booleans()):
+        where[key] = data.draw(json_values)
+    else:
+        del where[key]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        read_all()
+    except UserError:
+        assert manifest != good
+
+
+@pytest.mark.parametrize("change", [
+    {"format_version": 2}, {"tokenizer": "../x"}, {"tokenizer_sha256": "0" * 64}, {"vocab_size": 300},
+    {"eot_id": 10}, {"shards": {}}, {"shards": [7]}, {"shards": []},
+])
+def test_a_manifest_that_does_not_fit_is_noticed(made, good, change):
+    (made / "manifest.json").write_text(json.dumps(good | change))
+    with pytest.raises(UserError):
+        read_all()
+
+
+@pytest.mark.parametrize("change", [
+    {"file": "../set/train_000001.bin"}, {"file": "../../x"}, {"file": "/etc/passwd"}, {"file": ""},
+    {"file": "."}, {"file": "x\n"}, {"file": "x" * 300}, {"file": "manifest.json"}, {"tokens": -1},
+    {"tokens": 10**30}, {"tokens": "5"}, {"split": 7},
+])
+def test_a_shard_entry_that_does_not_fit_is_noticed(made, good, change):
+    good["shards"][1] |= change
+    (made / "manifest.json").write_text(json.dumps(good))
+    with pytest.raises(UserError):
+        read_all()

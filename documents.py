@@ -388,6 +388,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def is_first_process() -> bool:
+    """Whether this process does the work; under torchrun the others leave it to the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -239,6 +239,8 @@ def report_existing(folder: Path, settings: dict) -> None:
     """Say that the dataset is there already, or refuse if it was made from something else."""
     try:
         manifest = read_manifest(folder / "manifest.json")
+        for shard in manifest["shards"]:
+            read_shard(folder / shard["file"], shard["tokens"])
     except UserError as error:
         raise UserError(f"{error}; first remove the old with: rm -r {folder}") from error
     differing = [key for key, value in settings.items() if manifest.get(key) != value]
@@ -407,6 +409,8 @@ def parse_arguments() -> argparse.Namespace:
 @documents.command
 def main() -> None:
     args = parse_arguments()
+    if not documents.is_first_process():
+        return
     if args.shard_size >= 2**31:
         raise UserError("--shard_size must be below 2^31, since a shard's header counts its tokens in int32; "
                         f"it is {args.shard_size}")

@@ -1183,7 +1183,7 @@ def tokenizer_meta(tokenizer: Encoding) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     return json.dumps({"name": tokenizer.name, "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token,
-                       "ranks_sha256": tokenizer_sha256(tokenizer)}, indent=2) + "\n"
+                       "tokenizer_sha256": tokenizer_sha256(tokenizer)}, indent=2) + "\n"
 
 
 def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) -> None:
@@ -1348,57 +1348,69 @@ def train(cfg: Config, world: World) -> None:
 def training_loop(cfg: Config, world: World, model: GPT, optimizer: Optimizer, rows: Rows, held_out: HeldOut,
                   log: RunLog, clock: Clock) -> dict:
     """Step until the budget is used; returns the values of the last row of metrics.csv."""
-    _, rows_at_once = micro_batch_shape(cfg, world.size)
-    # float16 has few small numbers: losses are scaled up before backward, gradients down after
     loss_scale = LossScale(enabled=world.dtype == torch.float16)
+    _, rows_at_once = micro_batch_shape(cfg, world.size)
     step, progress, since = 0, 0.0, (0, 0.0)
     while progress < 1:
         with clock:
             # the loss of a step is the mean over all its targets, whoever computes them
             loss = torch.zeros((), device=world.device)
-            scale = loss_scale.value / rows.targets_in_step(step, cfg.rows_per_step)
+            num_targets = rows.targets_in_step(step, cfg.rows_per_step)
             for inputs, targets in rows.micro_batches(step, cfg, world.rank, world.size):
                 inputs, targets = inputs.to(world.device), targets.to(world.device)
-                part = model(inputs, targets, window_frac(cfg, progress)) * scale
-                part.backward()
+                part = model(inputs, targets, window_frac(cfg, progress)) / num_targets
+                loss_scale.backward(part)
                 loss += part.detach()
             world.sum_gradients(model)
-            train_loss = world.sum(loss).item() / loss_scale.value
-            used_lr_scale = lr_scale(cfg, step, progress)
-            grad_norm = None
+            values = {"train_loss": world.sum(loss).item(), "lr_scale": lr_scale(cfg, step, progress)}
             if loss_scale.unscale(model):
-                grad_norm = gradient_norm(model, train_loss, step + 1)
-                optimizer.step(used_lr_scale)
+                values["grad_norm"] = gradient_norm(model, values["train_loss"], step + 1)
+                optimizer.step(values["lr_scale"])
         step += 1
-        progress = step / cfg.num_steps
-        if cfg.train_minutes:
-            progress = max(progress, world.same(clock.seconds) / (60 * cfg.train_minutes))
+        progress = budget_used(cfg, world, step, clock)
         validates = progress >= 1 or (cfg.val_every and step % cfg.val_every == 0)
         if validates or step == 1 or step % cfg.log_every == 0:
-            speed = cfg.batch_tokens * (step - since[0]) / (clock.seconds - since[1])
+            values |= pace(cfg, world, model, rows, step, clock, since)
             since = (step, clock.seconds)
-            values = {"step": step, "tokens": step * cfg.batch_tokens,
-                      "epoch": step * cfg.rows_per_step / rows.num_rows, "train_seconds": clock.seconds,
-                      "train_loss": train_loss, "lr_scale": used_lr_scale, "grad_norm": grad_norm,
-                      "tokens_per_second": speed, "peak_memory_mib": world.peak_memory_mib()}
-            if world.peak_flops(cfg):
-                values["mfu"] = speed * model.flops_per_token() / world.peak_flops(cfg)
             if validates:
                 values |= dataclasses.asdict(held_out.evaluate(model, rows_at_once, world))
-            log.row(values, min(1.0, progress))
+            log.row(values, progress)
             if validates:
                 log.picture()
     return values
 
 
+def budget_used(cfg: Config, world: World, step: int, clock: Clock) -> float:
+    """Share of the budget that is used, 0 to 1: of the steps, or of the minutes if that is more."""
+    shares = [step / cfg.num_steps]
+    if cfg.train_minutes:
+        shares.append(world.same(clock.seconds) / (60 * cfg.train_minutes))
+    return min(1.0, max(shares))
+
+
+def pace(cfg: Config, world: World, model: GPT, rows: Rows, step: int, clock: Clock,
+         since: tuple[int, float]) -> dict[str, float]:
+    """How far a run is and how fast since the (step, seconds) of the last row."""
+    speed = cfg.batch_tokens * (step - since[0]) / (clock.seconds - since[1])
+    values = {"step": step, "tokens": step * cfg.batch_tokens,
+              "epoch": step * cfg.rows_per_step / rows.num_rows, "train_seconds": clock.seconds,
+              "tokens_per_second": speed, "peak_memory_mib": world.peak_memory_mib()}
+    peak = world.peak_flops(cfg)
+    return values | ({"mfu": speed * model.flops_per_token() / peak} if peak else {})
+
+
 class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740); 1 where not enabled.
 
-    Twice as large after 1,000 steps without overflow; half as large, and the step left out, after one with.
+    float16 has few small numbers: losses are scaled up before backward, gradients down after. The scale
+    doubles after 1,000 steps without overflow; after one with, it halves and the step is left out.
     """
 
     def __init__(self, enabled: bool):
         self.enabled, self.value, self.good_steps = enabled, 2.0**16 if enabled else 1.0, 0
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.value).backward()
 
     def unscale(self, model: nn.Module) -> bool:
         """Bring gradients to their true size; False if they overflowed, and then they are cleared.

@@ -146,9 +146,9 @@ def ranks_file_of(tokens: list[bytes]) -> bytes:
 
 
 def tokenizer_sha256(tokenizer: tiktoken.Encoding) -> str:
-    """What identifies a tokenizer: the SHA-256 of its ranks file."""
+    """What identifies a tokenizer: the SHA-256 of its ranks file and its pattern, one after the other."""
     tokens = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
-    return hashlib.sha256(ranks_file_of(tokens)).hexdigest()
+    return hashlib.sha256(ranks_file_of(tokens) + tokenizer._pat_str.encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -447,6 +447,8 @@ def parse_arguments() -> argparse.Namespace:
 @documents.command
 def main() -> None:
     args = parse_arguments()
+    if not documents.is_first_process():
+        return
     if args.vocabsize < 256:
         raise UserError("--vocabsize must be at least 256, since every byte is a token; "
                         f"it is {args.vocabsize}")

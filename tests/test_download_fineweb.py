@@ -97,9 +97,10 @@ def test_the_manifest_is_true(bench, command, small, pages):
             assert entry["bytes"] == sum(len(tokenizer.decode_bytes(ids)) for ids in shard)
             assert entry["sha256"] == hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
     ranks = (bench / "tokenizers" / small / "ranks.tiktoken").read_bytes()
+    identity = hashlib.sha256(ranks + tokenizer._pat_str.encode()).hexdigest()
     source = documents.open_source("pages.jsonl")
     assert manifest.items() >= {
-        "format_version": 1, "tokenizer": small, "tokenizer_sha256": hashlib.sha256(ranks).hexdigest(),
+        "format_version": 1, "tokenizer": small, "tokenizer_sha256": identity,
         "vocab_size": 301, "eot_id": 300, "seed": 5, "shard_size": 2000, "num_shards": 0,
         "source": source.label, "source_fingerprint": source.fingerprint, "held_out_one_in": 64,
     }.items()
@@ -519,3 +520,20 @@ def test_a_shard_entry_that_does_not_fit_is_noticed(made, good, change):
     (made / "manifest.json").write_text(json.dumps(good))
     with pytest.raises(UserError):
         read_all()
+
+
+def test_torchrun_gives_the_same_dataset(bench, small, pages, command, monkeypatch, capsys):
+    """Each process of torchrun runs the script; the first does the work."""
+    for rank in ("1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        command(f"download_fineweb.py --version pages.jsonl --tokenizer {small} --name by_ranks "
+                "--num_workers 1")
+        assert (bench / "data" / "by_ranks").exists() == (rank != "1")
+    assert capsys.readouterr().out.count("wrote data/by_ranks") == 1
+
+
+def test_a_reused_dataset_has_all_its_shards(bench, small, pages, command, refusal):
+    line = f"download_fineweb.py --version pages.jsonl --tokenizer {small} --name mine --num_workers 1"
+    command(line)
+    (bench / "data" / "mine" / "train_000001.bin").unlink()
+    assert "train_000001.bin is missing" in refusal(line)

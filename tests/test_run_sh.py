@@ -118,6 +118,14 @@ def test_each_readme_command_runs(checkout):
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+def test_the_first_experiment_of_the_readme_fits_the_file():
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    old, new = ([line[1:] for line in diff.splitlines() if line.startswith(sign)] for sign in "-+")
+    assert len(old) == len(new) == 1 and source.count(old[0] + "\n") == 1
+    compile(source.replace(old[0], new[0]), "my_experiment.py", "exec")
+
+
 def test_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in ROOT.iterdir():

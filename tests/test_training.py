@@ -125,7 +125,10 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
     summary = summary_of(folder)
     assert summary["status"] == "finished" and summary["step"] == 4 and summary["tokens"] == 512
     assert summary["cost"] == pytest.approx(summary["total_seconds"], abs=0.06)
-    assert summary["tokenizer_sha256"] == json.loads((folder / "meta.json").read_text())["ranks_sha256"]
+    tokenizer = lab / "tokenizers" / "tiny_v300_n134217728"
+    assert (folder / "meta.json").read_text() == (tokenizer / "meta.json").read_text()
+    identity = (tokenizer / "ranks.tiktoken").read_bytes() + train_tokenizer.PATTERNS["gpt4"].encode()
+    assert summary["tokenizer_sha256"] == hashlib.sha256(identity).hexdigest()
     assert summary["code_sha256"] == hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
     assert f"torch=={torch.__version__}" in (folder / "requirements.txt").read_text()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

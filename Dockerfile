@@ -1,5 +1,5 @@
 # docker build -t benchtop . && docker run --gpus all -v "$PWD/experiments:/benchtop/experiments" benchtop
-FROM pytorch/pytorch:2.9.1-cuda12.8-cudnn9-devel
+FROM pytorch/pytorch:2.9.0-cuda12.8-cudnn9-devel
 RUN apt-get update && apt-get install -y --no-install-recommends git python3-venv && rm -rf /var/lib/apt/lists/*
 WORKDIR /benchtop
 COPY . .

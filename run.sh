@@ -46,7 +46,8 @@ set_up() {
 
 make_environment() {
     local python torch
-    [ ! -x .venv/bin/python ] || return 0
+    # an interrupted attempt leaves an environment without pip; it is made again
+    ! .venv/bin/python -c 'import pip' 2> /dev/null || return 0
     python="$(find_python)"
     torch="$(torch_of "$python")"
     say "making .venv with $("$python" --version)"

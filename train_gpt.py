@@ -1212,9 +1212,10 @@ def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) ->
         if xz_bpb:
             right.axhline(xz_bpb, color="#b5532a", linestyle="--", linewidth=1, label=f"xz -9e: {xz_bpb:.3f}")
         right.set(title="held-out text", xlabel="million tokens trained on", ylabel="bits per byte")
-        for axes in (left, right):
+        for axes, place in ((left, "upper right"), (right, "lower left")):
+            axes.set_xlim(left=0)
             if axes.lines:
-                axes.legend(frameon=False, loc="upper right")
+                axes.legend(frameon=False, loc=place)
         partial = path.with_suffix(".png.partial")
         figure.savefig(partial, dpi=150, format="png")
         pyplot.close(figure)

@@ -125,6 +125,24 @@ def test_flex_attention_has_the_gradients_of_scaled_dot_product_attention():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flex", [False, True])
+def test_compiled_layers_serve_all_windows_and_documents(flex):
+    """One graph for every layer, step and window, equal to the eager model (forward only: see DESIGN on the CPU)."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg = small_config(model_dim=64, seq_len=256, batch_tokens=512, long_window=200, short_window=130,
+                       value_embeddings=0)
+    compiled, eager = awake_model(cfg, flex=flex), awake_model(cfg)
+    compiled.compile_parts()
+    with torch.no_grad():
+        for seed, frac in enumerate((0, 0.7, 0.9, 1)):
+            tokens = torch.randint(0, 101, (2, 256), generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(compiled.hidden(tokens, frac), eager.hidden(tokens, frac),
+                                       rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_attention_has_the_gradients_of_the_plain_formula():
     torch.manual_seed(0)
     docs = (some_tokens(2, 40) == EOT).cumsum(1)

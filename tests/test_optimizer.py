@@ -75,13 +75,15 @@ def test_muon_is_that_of_torch():
     theirs = nn.Parameter(model.layers[0].out.detach().clone())
     reference = torch.optim.Muon([theirs], lr=0.04, weight_decay=0, momentum=0.85, nesterov=True,
                                  ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    theirs.grad = model.layers[0].out.grad.clone()
-    reference.step()
-    optimizer.step(1.0)
-    # theirs is in bfloat16
-    torch.testing.assert_close(model.layers[0].out.detach(), theirs.detach(), atol=2e-3, rtol=0)
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        theirs.grad = model.layers[0].out.grad.clone()
+        reference.step()
+        optimizer.step(1.0)
+        reference.param_groups[0]["momentum"] = 0.95    # ours has warmed up after the first of its single step
+        # theirs multiplies in bfloat16
+        torch.testing.assert_close(model.layers[0].out.detach(), theirs.detach(), atol=4e-3, rtol=0)
 
 
 def test_matrices_of_one_shape_are_updated_each_by_itself():

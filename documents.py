@@ -90,6 +90,11 @@ def positive(text: str, least: int = 1) -> int:
     return number
 
 
+def end(complaint: str) -> None:
+    """Leave with one line and exit code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(complaint.splitlines())}")
+
+
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code."""
 
@@ -98,10 +103,13 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            sys.exit(f"{Path(sys.argv[0]).name}: error: " + " ".join(str(error).splitlines()))
+            end(str(error))
         except BrokenProcessPool:
-            sys.exit(f"{Path(sys.argv[0]).name}: error: a worker process was killed, "
-                     "perhaps for want of memory; try again with --num_workers 1")
+            end("a worker process was killed, perhaps for want of memory; try again with --num_workers 1")
+        except OSError as error:
+            if error.filename is None:
+                raise
+            end(f"{error.strerror}: {error.filename}")
         except KeyboardInterrupt:
             print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
                   file=sys.stderr)
@@ -116,16 +124,16 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 class Source:
     """Documents in a fixed order, read one at a time.
 
-    label        short name, safe in a file name; sources with other files have other labels
-    fingerprint  SHA-256 over the names, sizes and times of the files; changes when the source changes
+    fingerprint  SHA-256 over the names and contents of the files; changes when the source changes
+    label        `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
     replaced     invalid UTF-8 sequences that were replaced by U+FFFD so far
     """
 
-    def __init__(self, label: str, files: list[tuple[str, Path]], stamp: list):
-        self.label = label
+    def __init__(self, word: str, files: list[tuple[str, Path]], stamp: list):
         self.files = files
         self.replaced = 0
         self.fingerprint = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+        self.label = f"{word}-{self.fingerprint[:8]}"
 
     def __iter__(self) -> Iterator[Document]:
         self.replaced = 0
@@ -143,16 +151,20 @@ class Source:
         elif kind == ".jsonl":
             with open_bytes(path) as file:
                 for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{name}:{number}", self._field(line, f"{path} line {number}")
+                    text = self._field(line, f"{path} line {number}") if line.strip() else None
+                    if text is not None:
+                        yield f"{name}:{number}", text
         else:
             yield from self._read_parquet(name, path)
 
-    def _field(self, line: bytes, where: str) -> str:
+    def _field(self, line: bytes, where: str) -> str | None:
+        """The text of a row; None where it is null, as in parquet."""
         try:
             row = json.loads(self._decode(line))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error})") from error
+        if isinstance(row, dict) and row.get("text", "") is None:
+            return None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             has = ("its columns are " + ", ".join(map(str, row)) if isinstance(row, dict)
                    else "it is no object")
@@ -213,12 +225,12 @@ def open_source(spec: str | list[str]) -> Source:
                             "use stdlib, or local files (.txt .md .py .jsonl .parquet)")
     try:
         paths = list(dict.fromkeys(path for item in specs for path in find_files(item)))
-        stamp = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        stamp = [[os.fsencode(path.name).hex(), sha256_of(path)] for path in paths]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     # a file's name need not be UTF-8, an id must be
     ids = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]
-    return Source(label_of(specs, paths), list(zip(ids, paths, strict=True)), stamp)
+    return Source(word_for(specs), list(zip(ids, paths, strict=True)), stamp)
 
 
 def python_library() -> Source:
@@ -230,7 +242,7 @@ def python_library() -> Source:
     files = [(f"stdlib/{name}", top / name) for name in names]
     if not files:
         raise UserError(f"no modules in {top}; this Python was installed without its library's source")
-    return Source("stdlib", files, [[name, path.stat().st_size] for name, path in files])
+    return Source("stdlib", files, [[name, sha256_of(path)] for name, path in files])
 
 
 def find_files(item: str) -> list[Path]:
@@ -264,12 +276,20 @@ def is_known(path: Path) -> bool:
     return kind_of(path) in FILE_IS_DOCUMENT + ROW_IS_DOCUMENT
 
 
-def label_of(specs: list[str], paths: list[Path]) -> str:
-    """`books-1f0c9a3e`: a word for people, and a hash of the full paths so that others get another label."""
+def word_for(specs: list[str]) -> str:
+    """What people would call these files: the file's name, or its folder's."""
     first = Path(specs[0])
     word = first.parent.name if glob.has_magic(first.name) or len(specs) > 1 else first.name.split(".")[0]
-    digest = hashlib.sha256(b"\n".join(os.fsencode(path.resolve()) for path in paths)).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9-]+', '-', word).strip('-')[:30] or 'files'}-{digest[:8]}"
+    return re.sub(r"[^A-Za-z0-9-]+", "-", word).strip("-")[:30] or "files"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -301,14 +321,14 @@ def open_compressed(path: Path, suffix: str):
 # Order, held-out documents, and work for several processes
 # ------------------------------------------------------------------------------------------------
 
-def is_held_out(text: str) -> bool:
+def is_held_out(text: str, one_in: int = HELD_OUT_ONE_IN) -> bool:
     """Whether a document is kept for validation: a hash of its own text decides, and nothing else.
 
     So everybody holds out the same documents, with any tokenizer, seed or number of shards, and no text
     stands on both sides.
     """
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+    return int.from_bytes(digest[:8], "big") % one_in == 0
 
 
 def shuffled(documents: Iterable[Document], seed: int, characters: int = SHUFFLE_CHARACTERS,

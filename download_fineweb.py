@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -53,10 +54,11 @@ def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
 # Held-out documents
 # ------------------------------------------------------------------------------------------------
 
-def choose_held_out(stream: Iterable[Document], budget: int) -> tuple[list[str], int, int]:
+def choose_held_out(stream: Iterable[Document], budget: int, share: int) -> tuple[list[str], int, int]:
     """The texts to validate on: of all held-out texts those with the smallest hashes, each once.
 
     budget   UTF-8 bytes after which to stop
+    share    one document in so many is held out
     returns  (texts in the order of their hashes, characters of the whole stream, documents left to train on)
     """
     held: dict[bytes, str] = {}
@@ -65,7 +67,7 @@ def choose_held_out(stream: Iterable[Document], budget: int) -> tuple[list[str],
         characters += len(text)
         if not text:
             continue
-        if not documents.is_held_out(text):
+        if not documents.is_held_out(text, share):
             trainable += 1
             continue
         digest = hashlib.sha256(text.encode()).digest()
@@ -106,6 +108,11 @@ class Parts:
                 yield f"{name}#{number}", part
 
 
+def one_in(part: int) -> int:
+    """Of how many documents one is held out; parts of documents are few and small, and more are needed."""
+    return 16 if part else documents.HELD_OUT_ONE_IN
+
+
 def split_source(source: Source, val_tokens: int) -> tuple[Source | Parts, list[str], int]:
     """The documents to shard, and the texts to validate on.
 
@@ -114,12 +121,13 @@ def split_source(source: Source, val_tokens: int) -> tuple[Source | Parts, list[
     """
     stream, part = source, 0
     while True:
-        held_out, characters, trainable = choose_held_out(stream, BYTES_PER_TOKEN * val_tokens)
+        budget = BYTES_PER_TOKEN * val_tokens
+        held_out, characters, trainable = choose_held_out(stream, budget, one_in(part))
         if not characters:
             raise UserError(f"the source {source.label} is empty: no text to tokenize")
         if held_out and trainable:
             return stream, held_out, part
-        part = (part or min(characters, 20_000 * 256) // 128) // 2
+        part = part // 2 or min(20_000, max(200, characters // 256))
         if part < 50:
             raise UserError(f"the source {source.label} has only {characters:,} characters, too few to train "
                             "on one part and validate on another; give it more text")
@@ -220,7 +228,8 @@ def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[str],
 
     train = ShardWriter(folder, "train", tokenizer.n_vocab, args.shard_size, args.num_shards)
     order = documents.shuffled((document for document in stream if document[1]), args.seed)
-    trainable = (document for document in order if not documents.is_held_out(document[1]))
+    trainable = (document for document in order
+                 if not documents.is_held_out(document[1], facts["held_out_one_in"]))
     with tqdm(unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         for tokens, num_bytes in tokenized(trainable, tokenizer_name, args.num_workers):
             if not train.add(tokens, num_bytes):
@@ -237,16 +246,16 @@ def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[str],
 
 def report_existing(folder: Path, settings: dict) -> None:
     """Say that the dataset is there already, or refuse if it was made from something else."""
+    remove = f"rm -r {shlex.quote(str(folder))}"
     try:
         manifest = read_manifest(folder / "manifest.json")
-        for shard in manifest["shards"]:
-            read_shard(folder / shard["file"], shard["tokens"])
+        Dataset(folder, manifest).verify()
     except UserError as error:
-        raise UserError(f"{error}; first remove the old with: rm -r {folder}") from error
+        raise UserError(f"{error}; first remove the old with: {remove}") from error
     differing = [key for key, value in settings.items() if manifest.get(key) != value]
     if differing:
         raise UserError(f"{folder.relative_to(ROOT)} exists and was made with another "
-                        f"{', '.join(differing)}; choose another --name or remove it with: rm -r {folder}")
+                        f"{', '.join(differing)}; choose another --name or remove it with: {remove}")
     print(f"reusing {describe(folder, manifest)}")
 
 
@@ -270,8 +279,21 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """What identifies the data: the hash of the manifest, which has those of the shards."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        """What identifies the data, wherever they were made: the shards in order and their tokenizer."""
+        shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
+        return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
+
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        """Read every num_parts-th shard, and raise UserError if one is not what the manifest says."""
+        for shard in self.manifest["shards"][part::num_parts]:
+            path = self.folder / shard["file"]
+            tokens = read_shard(path, shard["tokens"])
+            if shard["sha256"] and documents.sha256_of(path) != shard["sha256"]:
+                raise UserError(f"{path} has changed since it was written (its SHA-256 is not that of the "
+                                "manifest); make the data again with download_fineweb.py")
+            if len(tokens) and int(tokens.max()) >= self.manifest["vocab_size"]:
+                raise UserError(f"{path} has token {int(tokens.max())}, but {self.manifest['tokenizer']} has "
+                                f"{self.manifest['vocab_size']}; name the tokenizer it was made with")
 
     def tokens(self, split: str) -> list[np.ndarray]:
         """The memory-mapped tokens of each shard of "train" or "val"."""
@@ -420,7 +442,7 @@ def main() -> None:
     if not re.fullmatch(FOLDER_NAME, name):
         raise UserError("--name must have only letters, digits, '.', '_' and '-', since it becomes a folder; "
                         f"it is {name!r}")
-    settings = {"source": source.label, "source_fingerprint": source.fingerprint, "tokenizer": tokenizer.name,
+    settings = {"source": source.label, "tokenizer": tokenizer.name,
                 "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed,
                 "shard_size": args.shard_size, "num_shards": args.num_shards, "val_tokens": args.val_tokens}
     folder = DATA / name
@@ -435,7 +457,8 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        facts = settings | {"held_out_one_in": documents.HELD_OUT_ONE_IN, "cut_characters": part}
+        facts = settings | {"source_fingerprint": source.fingerprint, "held_out_one_in": one_in(part),
+                            "cut_characters": part}
         manifest = write_dataset(partial, stream, held_out, tokenizer.name, args, facts)
         os.replace(partial, folder)
     finally:

@@ -6,7 +6,8 @@
     python train_gpt.py --help                                     every knob with its help
 
 It reads token shards (download_fineweb.py makes them) and a tokenizer (train_tokenizer.py makes it), and
-leaves a folder experiments/DATE_TIME_NAME with all that made the result. It never touches the network.
+leaves a folder experiments/DATE_TIME_NAME with all that made the result. It touches no network, but that
+tiktoken fetches its own `gpt2` encoding the first time it is asked for.
 
 Sections, by how soon you need them: Config, Model, Optimizer, Data, Evaluation, World, Run log, Training.
 Where experiments usually edit, search for "EDIT": config | mask | layer | optimizer | schedule.
@@ -21,13 +22,14 @@ import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
-import lzma
 import math
 import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -134,11 +136,11 @@ class Config:
             self.require(knob, getattr(self, knob) >= 2, "at least 2")
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
                      f"a multiple of --seq_len, {self.seq_len}")
+        self.require("micro_batch_tokens", self.micro_batch_tokens >= self.seq_len,
+                     f"at least --seq_len, {self.seq_len}")
         self.require("model_dim", self.model_dim % (4 * self.num_heads) == 0,
                      f"a multiple of 4 x --num_heads, {4 * self.num_heads}, "
                      "so that heads can rotate by pairs")
-        self.require("value_embeddings", self.value_embeddings <= self.num_layers // 2,
-                     f"at most half of --num_layers, {self.num_layers // 2}")
         self.require("sample_tokens", self.sample_tokens > 0 or self.num_samples == 0,
                      "more than 0 for samples")
 
@@ -149,6 +151,11 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def num_value_tables(self) -> int:
+        """A table serves two layers, so there are no more than half as many."""
+        return min(self.value_embeddings, self.num_layers // 2)
 
     @property
     def rows_per_step(self) -> int:
@@ -336,7 +343,7 @@ class GPT(nn.Module):
         self.cfg, self.eot_id, self.dtype, self.flex = cfg, eot_id, dtype, flex
         self.embed = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim))
         self.value_embeds = nn.ParameterList(
-            torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.value_embeddings))
+            torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
         self.chunk_kernel = chunk_loss_and_gradient
@@ -355,10 +362,10 @@ class GPT(nn.Module):
         return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding,
                                  self.cfg.logit_cap, self.chunk_kernel)
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def token_losses(self, inputs: Tensor, targets: Tensor, window_frac: float = 1.0) -> Tensor:
         """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph."""
         # detached only here: with gradients on, the layers compiled for training serve for validation too
-        x = self.hidden(inputs).detach().flatten(0, 1)                                      # (BT, D)
+        x = self.hidden(inputs, window_frac).detach().flatten(0, 1)                         # (BT, D)
         weight = self.head.detach().to(x.dtype)                                             # (V, D)
         with torch.no_grad():
             losses = [self.chunk_kernel(chunk, weight, wanted, self.padding, self.cfg.logit_cap)[0]
@@ -684,6 +691,9 @@ class Rows:
             starts.append(begins + base)
             lengths.append(np.diff(begins, append=len(shard)))
         start, length = np.concatenate(starts), np.concatenate(lengths)
+        if not len(start):
+            raise UserError(f"the training data have no <|endoftext|> (token {self.eot_id}) at a document's "
+                            "beginning; they were made with another tokenizer")
         # the first part holds `longest` tokens, each later one its own <|endoftext|> and longest - 1 more
         parts = 1 + np.maximum(0, -(-(length - longest) // (longest - 1)))
         document = np.repeat(np.arange(len(start)), parts)
@@ -818,15 +828,15 @@ class HeldOut:
         inputs[:, 0] = self.eot_id
         return torch.from_numpy(np.where(inputs < 0, self.eot_id, inputs)), torch.from_numpy(targets)
 
-    def evaluate(self, model: GPT, rows: int, world: "World") -> Validation:
-        """Validate with `rows` windows at a time; the sums are made in float64."""
+    def evaluate(self, model: GPT, rows: int, world: "World", window_frac: float = 1.0) -> Validation:
+        """Validate with `rows` rows at a time and the attention windows of the moment; sums in float64."""
         sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # nats, tokens, nats in text, bytes
         num_bytes = self.num_bytes.to(world.device)
         rounds = math.ceil(self.num_windows / (rows * world.size))
         for start in range(world.rank * rows, rounds * rows * world.size, rows * world.size):
             inputs, targets = self.windows(list(range(start, start + rows)))
             targets = targets.to(world.device)
-            losses = model.token_losses(inputs.to(world.device), targets).double()          # (B, T)
+            losses = model.token_losses(inputs.to(world.device), targets, window_frac).double()     # (B, T)
             counted = targets >= 0
             byte_count = num_bytes[targets.clamp(min=0)] * counted                          # (B, T)
             sums += torch.stack([losses.sum(), counted.sum(), losses[byte_count > 0].sum(), byte_count.sum()])
@@ -834,8 +844,11 @@ class HeldOut:
         return Validation(nats / tokens, text_nats / math.log(2) / text_bytes)
 
 
-def xz_bits_per_byte(text: bytes) -> float:
-    """Bits per byte that `xz -9e` needs for a text: what a model has to beat."""
+def xz_bits_per_byte(text: bytes) -> float | None:
+    """Bits per byte that `xz -9e` needs for a text: what a model has to beat. None without Python's lzma."""
+    if not importlib.util.find_spec("_lzma"):
+        return None
+    import lzma
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
@@ -969,8 +982,9 @@ class World:
 
     def peak_flops(self, cfg: Config) -> float:
         """Floating-point operations per second that all devices could do; 0 if that is not known."""
-        device = self.device_name() if self.device.type == "cuda" else ""
-        known = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device))
+        device = self.device_name() if self.device.type == "cuda" and self.dtype != torch.float32 else ""
+        suffix = r"(-(SXM\d?|PCIE))?(-\d+GB)?( \d+GB( HBM\w+)?)?"    # memory and socket, but no other model
+        known = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}{suffix}$", device))
         return 1e12 * self.size * (cfg.peak_tflops or next(known, 0))
 
 
@@ -1007,8 +1021,11 @@ def choose_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if cfg.compile == "off":
         return False, "asked for with --compile off"
     try:
-        ones = torch.ones(8, device=device, requires_grad=True)
-        torch.compile(lambda x: (x.sin() + 1).sum())(ones).backward()
+        torch.compile(lambda x: (x.sin() + 1).sum())(
+            torch.ones(8, device=device, requires_grad=True)).backward()
+        # with its scalars on the CPU, this one needs a C++ compiler even where the rest runs on a GPU
+        one = torch.tensor(1.0)
+        torch.compile(adam_update)(*torch.ones(4, 8, device=device).unbind(), one, 0.9, 0.9, one, 1e-8)
         return True, "a tiny function compiled"
     except Exception as error:      # a missing compiler, header or kernel: each has its own; all say "no"
         first_line = (str(error).strip() or "no message").splitlines()[0][:200]
@@ -1270,9 +1287,14 @@ def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
     return (states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
 
 
+def uses_flex_attention(cfg: Config, world: World, compiled: bool) -> bool:
+    """FlexAttention is a compiled CUDA kernel for heads of at least 16."""
+    return world.device.type == "cuda" and compiled and cfg.head_dim >= 16
+
+
 def make_model(cfg: Config, tokenizer: Encoding, world: World, compiled: bool) -> tuple[GPT, Optimizer]:
     torch.manual_seed(cfg.seed)
-    flex = world.device.type == "cuda" and compiled
+    flex = uses_flex_attention(cfg, world, compiled)
     model = GPT(cfg, tokenizer.eot_token, world.dtype, flex).to(world.device)
     world.share_weights(model)
     optimizer = Optimizer(model, cfg, torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32)
@@ -1319,6 +1341,7 @@ def gradient_norm(model: GPT, loss: float, step: int) -> float:
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder."""
     cfg, dataset, tokenizer = open_data(cfg)
+    dataset.verify(world.rank, world.size)
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
     held_out = HeldOut(dataset.tokens("val"), cfg, tokenizer)
     compiled, compile_reason = choose_compile(cfg, world.device)
@@ -1374,7 +1397,8 @@ def training_loop(cfg: Config, world: World, model: GPT, optimizer: Optimizer, r
             values |= pace(cfg, world, model, rows, step, clock, since)
             since = (step, clock.seconds)
             if validates:
-                values |= dataclasses.asdict(held_out.evaluate(model, rows_at_once, world))
+                result = held_out.evaluate(model, rows_at_once, world, window_frac(cfg, progress))
+                values |= dataclasses.asdict(result)
             log.row(values, progress)
             if validates:
                 log.picture()
@@ -1445,7 +1469,7 @@ def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_
         f"compile     {'on' if compiled else 'off'}: {compile_reason}; attention by {kernel}",
         f"model       {model.num_parameters():,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
         f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens, "
-        f"{cfg.value_embeddings} value embeddings",
+        f"{cfg.num_value_tables} value embeddings",
         f"budget      {cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens"
         + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
         + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
@@ -1467,7 +1491,8 @@ def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out:
     """Weights, samples, the comparison with xz, picture, summary, and last what a newcomer wants to know."""
     if cfg.save_model:
         log.weights(model)
-    with torch.compiler.set_stance("force_eager"):      # texts have many lengths; none is worth compiling for
+    model.flex = False      # texts have many lengths, and none is worth compiling for
+    with torch.compiler.set_stance("force_eager"):
         samples = write_samples(cfg, world, model, tokenizer, held_out)
     log.samples(samples)
     text = held_out.text()
@@ -1498,12 +1523,12 @@ def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, he
 
 def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) -> list[str]:
     xz = ""
-    if "xz_bpb" in summary:
+    if summary.get("xz_bpb"):
         verdict = "more than this model" if summary["xz_bpb"] > summary["val_bpb"] else "less than this model"
         xz = f"; xz -9e needs {summary['xz_bpb']:.3f} for the same text, {verdict}"
-    python = Path(sys.executable)
-    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else "python"
-    again = f"{python} {Path(sys.argv[0]).name}" + (f" --preset {cfg.preset}" if cfg.preset else "")
+    python = ".venv/bin/python" if Path(sys.prefix).resolve() == ROOT / ".venv" else "python"
+    change = ["--muon_lr", f"{2 * cfg.muon_lr:g}", "--model_name", "try"]
+    again = shlex.join([python, Path(sys.argv[0]).name, *sys.argv[1:], *change])
     lines = ["", "=" * 100,
              f"run         {os.path.relpath(folder)}  "
              "(loss.png, summary.json, samples.jsonl and the code that ran)",
@@ -1520,8 +1545,7 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
         text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
         lines += ["sample      held-out beginning ⟨⟩ continuation:",
                   *("            " + line for line in text.splitlines())]
-    lines += ["try next    change one thing and compare: "
-              f"{again} --muon_lr {2 * cfg.muon_lr:g} --model_name try",
+    lines += [f"try next    change one thing and compare: {again}",
               "            your own text: see \"Your own text\" in README.md", "=" * 100]
     return lines
 
@@ -1532,16 +1556,16 @@ def check(cfg: Config, world: World) -> bool:
     compiled, compile_reason = choose_compile(cfg, world.device)
     try:
         cfg, dataset, tokenizer = open_data(cfg)
+        dataset.verify(world.rank, world.size)
         rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
         held_out = HeldOut(dataset.tokens("val"), cfg, tokenizer)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:
         problems.append(str(error))
-        about_data = ["data        not found, so a vocabulary of 50,257 is assumed" if not cfg.vocab_size else
-                      "data        not found"]
         cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 50257)
+        about_data = [f"data        not usable; a vocabulary of {cfg.vocab_size:,} is assumed"]
     with torch.device("meta"):
-        model = GPT(cfg, 0, world.dtype, world.device.type == "cuda" and compiled)
+        model = GPT(cfg, 0, world.dtype, uses_flex_attention(cfg, world, compiled))
     free_memory, free_disk = free_memory_mib(world), shutil.disk_usage(ROOT).free / 2**20
     lines = [*introduction(cfg, world, model, compiled, compile_reason), *about_data,
              f"free        {free_memory:,.0f} MiB of memory, {free_disk:,.0f} MiB of disk"]

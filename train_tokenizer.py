@@ -33,6 +33,7 @@ import heapq
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -456,9 +457,9 @@ def main() -> None:
     pattern = PATTERNS[args.regex]
     source = documents.open_source(args.source)
     settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": args.samples,
-                "min_count": MIN_COUNT, "source": source.label, "source_fingerprint": source.fingerprint}
+                "min_count": MIN_COUNT, "source": source.label}
     if (TOKENIZERS / name).exists():
-        report_existing(name, settings)
+        report_existing(name, settings, args.demo)
         return
     pieces, sizes = count_source(source, pattern, args.samples, args.num_workers)
     print(f"counted {sizes['unique_pieces']:,} distinct pieces in {sizes['documents']:,} documents, "
@@ -469,7 +470,8 @@ def main() -> None:
     if len(merges) < args.vocabsize - 256:
         print(f"note: the text has no more pairs that occur {MIN_COUNT} times; the vocabulary ends at "
               f"{256 + len(merges):,} tokens instead of {args.vocabsize:,}")
-    folder = save_tokenizer(name, merges, pattern, settings | sizes)
+    facts = settings | {"source_fingerprint": source.fingerprint} | sizes
+    folder = save_tokenizer(name, merges, pattern, facts)
     tokenizer = load_tokenizer(name)
     text = DEMO_TEXT + "".join(piece for piece in islice(pieces, 100_000))
     if tokenizer.decode(tokenizer.encode_ordinary(text)) != text:
@@ -489,15 +491,17 @@ def learn(pieces: Counter[str], num_merges: int, pattern: str, demo: bool) -> li
         return learn_merges(as_bytes, num_merges, on_merge=lambda left, right, count: bar.update())
 
 
-def report_existing(name: str, settings: dict) -> None:
+def report_existing(name: str, settings: dict, demo: bool) -> None:
     """Say that the tokenizer is there already, or refuse if it was made from something else."""
-    load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
     meta = json.loads((TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
     differing = [key for key, value in settings.items() if meta.get(key) != value]
     if differing:
-        raise UserError(f"tokenizers/{name} exists and was made with another {', '.join(differing)}; "
-                        f"choose another --name or remove it with: rm -r {TOKENIZERS / name}")
+        raise UserError(f"tokenizers/{name} exists and was made with another {', '.join(differing)}; choose "
+                        f"another --name or remove it with: rm -r {shlex.quote(str(TOKENIZERS / name))}")
     print(f"reusing tokenizers/{name}, which was made from the same source with the same settings")
+    if demo:
+        print(coloured(tokenizer, tokenizer.encode_ordinary(DEMO_TEXT)))
 
 
 if __name__ == "__main__":

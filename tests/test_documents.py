@@ -156,16 +156,18 @@ def test_a_file_whose_name_is_not_utf8_is_read(tmp_path):
 def test_another_file_has_another_label_and_a_change_another_fingerprint(bench):
     for folder in ("old", "new"):
         (bench / folder).mkdir()
-        (bench / folder / "notes.txt").write_text("same")
+        (bench / folder / "notes.txt").write_text(folder)
     old, new = open_source("old/notes.txt"), open_source("new/notes.txt")
     assert old.label != new.label and old.label.startswith("notes-")
+    (bench / "new/notes.txt").write_text("old")
+    assert open_source("new/notes.txt").label == old.label, "wherever the same file lies"
     assert open_source(str(bench / "old/notes.txt")).label == old.label, "however the file is called"
 
     again = open_source("old/notes.txt")
     assert (again.label, again.fingerprint) == (old.label, old.fingerprint)
     (bench / "old/notes.txt").write_text("other")
     changed = open_source("old/notes.txt")
-    assert changed.label == old.label and changed.fingerprint != old.fingerprint
+    assert changed.label != old.label and changed.fingerprint != old.fingerprint
 
 
 @pytest.mark.parametrize("name", [
@@ -221,7 +223,6 @@ def test_half_surrogate_pairs_in_json_are_replaced_and_counted(tmp_path_factory,
 DAMAGED = {
     "column.jsonl": b'{"body": "a", "two\\nlines": 1}',
     "number.jsonl": b'{"text": 5}',
-    "null.jsonl": b'{"text": null}',
     "list.jsonl": b'["text"]',
     "half.jsonl": b'{"text": "a"}\n{"text": "b',
     "deep.jsonl": b"[" * 100_000,
@@ -475,3 +476,8 @@ def test_importing_does_nothing(bench, shell):
     program = "import sys, documents, train_tokenizer, download_fineweb; sys.exit('torch' in sys.modules)"
     result = shell(f'-B -W error -c "{program}" --argument', stderr=subprocess.STDOUT)
     assert (result.returncode, result.stdout) == (0, "") and sorted(bench.iterdir()) == before
+
+
+def test_a_null_is_no_document(bench):
+    (bench / "null.jsonl").write_text('{"text": null}\n{"text": "a"}\n')
+    assert [text for _, text in open_source("null.jsonl")] == ["a"]

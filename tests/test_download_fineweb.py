@@ -248,7 +248,7 @@ def test_the_held_out_documents_of_smallest_hash_are_chosen(monkeypatch, given_t
     expected = []
     while held_out and sum(len(text.encode()) for text in expected) < budget:
         expected.append(held_out.pop(0))
-    chosen = download_fineweb.choose_held_out([("", text) for text in given_texts], budget)
+    chosen = download_fineweb.choose_held_out([("", text) for text in given_texts], budget, 64)
     trainable = sum(1 for text in given_texts if text and not documents.is_held_out(text))
     assert chosen == (expected, sum(map(len, given_texts)), trainable)
 
@@ -331,7 +331,7 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     for flag in ("seed", "shard_size", "num_shards", "val_tokens"):
         assert f"another {flag};" in refusal(f"{SHARD} --{flag} 7")
     write_rows(bench / "pages.jsonl", [*pages, "one more"])
-    assert "another source_fingerprint;" in refusal(SHARD)
+    assert "another source;" in refusal(SHARD)
     assert content(bench / "data/set") == before
 
 
@@ -537,3 +537,13 @@ def test_a_reused_dataset_has_all_its_shards(bench, small, pages, command, refus
     command(line)
     (bench / "data" / "mine" / "train_000001.bin").unlink()
     assert "train_000001.bin is missing" in refusal(line)
+
+
+def test_a_changed_byte_is_found(bench, small, pages, command, refusal):
+    line = f"download_fineweb.py --version pages.jsonl --tokenizer {small} --name mine --num_workers 1"
+    command(line)
+    shard = bench / "data" / "mine" / "train_000001.bin"
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 1
+    shard.write_bytes(content)
+    assert "train_000001.bin has changed" in refusal(line)

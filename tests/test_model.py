@@ -128,7 +128,7 @@ def test_flex_attention_has_the_gradients_of_scaled_dot_product_attention():
 @pytest.mark.slow
 @pytest.mark.parametrize("flex", [False, True])
 def test_compiled_layers_serve_all_windows_and_documents(flex):
-    """One graph for every layer, step and window, equal to the eager model (forward only: see DESIGN on the CPU)."""
+    """One graph for every layer, step and window, equal to the eager model. Forward only."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cfg = small_config(model_dim=64, seq_len=256, batch_tokens=512, long_window=200, short_window=130,

@@ -392,9 +392,9 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     command(f"{TRAIN} pages")
     assert "another regex;" in refusal(f"{TRAIN} pages --regex gpt2")
     write_rows(bench / "pages.jsonl", [*pages, "one more"])
-    assert "another source_fingerprint;" in refusal(f"{TRAIN} pages")
+    assert "another source;" in refusal(f"{TRAIN} pages")
     write_rows(bench / "other.jsonl", pages)
-    assert "another source, source_fingerprint;" in refusal(f"{TRAIN} pages --source other.jsonl")
+    assert "another source;" in refusal(f"{TRAIN} pages --source other.jsonl")
 
 
 @pytest.mark.parametrize("flags, hint", [

@@ -47,7 +47,7 @@ set_up() {
 make_environment() {
     local python torch
     # an interrupted attempt leaves an environment without pip; it is made again
-    ! .venv/bin/python -c 'import pip' 2> /dev/null || return 0
+    ! .venv/bin/python -c 'import pip, sys; sys.exit(not pip.__file__.startswith(sys.prefix))' 2> /dev/null || return 0
     python="$(find_python)"
     torch="$(torch_of "$python")"
     say "making .venv with $("$python" --version)"
@@ -76,10 +76,13 @@ install() {
 }
 
 demo() {
-    local tokenizer=demo_v4096_n20000000
-    .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name demo
-    .venv/bin/python download_fineweb.py --version stdlib --tokenizer $tokenizer
-    exec .venv/bin/python train_gpt.py --preset demo --tokenizer $tokenizer --data stdlib_$tokenizer "$@"
+    local name tokenizer
+    # another Python has another library, and so another tokenizer and other data
+    name="demo-py$(.venv/bin/python -c 'import platform; print(platform.python_version())')"
+    tokenizer="${name}_v4096_n20000000"
+    .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name "$name"
+    .venv/bin/python download_fineweb.py --version stdlib --tokenizer "$tokenizer" --name "$name"
+    exec .venv/bin/python train_gpt.py --preset demo --tokenizer "$tokenizer" --data "$name" "$@"
 }
 
 case "${1:-demo}" in

@@ -107,10 +107,7 @@ def test_each_readme_command_runs(checkout):
              "--device", "cpu", "--batch_tokens", "1024"]
     for line in commands:
         words = line.replace(".venv/bin/", "").split()
-        if words[0] == "torchrun":
-            words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words[2:]]
-        else:
-            words = words[1:]
+        words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words[1:]]
         if any(word in ("train_gpt.py", "my_experiment.py") for word in words) and "--help" not in words:
             words += short
         done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True,

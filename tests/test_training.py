@@ -363,7 +363,7 @@ def test_shards_without_manifest_need_a_tokenizer(lab, here, monkeypatch):
     (["--preset", "xxl"], "--preset must be one of demo, xs"),
     (["--model_name", "../../x"], "--model_name must be letters"),
     (["--num_layer", "3"], "there is no flag --num_layer; did you mean --num_layers?"),
-    (["--value_embeddings", "4"], "--value_embeddings must be at most half of --num_layers, 3"),
+    (["--micro_batch_tokens", "8"], "--micro_batch_tokens must be at least --seq_len, 512"),
     (["--data", "../secrets"], "--data must be the name of a folder"),
     (["--tokenizer", "nobody"], "no data of tokenizer nobody"),
     (["--data", "nobody"], "there is no nobody in"),

@@ -128,3 +128,10 @@ def test_the_readme_names_every_file():
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".sh") or path.name in ("Dockerfile", "LICENSE", "requirements.txt"):
             assert f"`{path.name}`" in readme, path.name
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    assert not re.search(r"\b[A-Z]+_BLOCK\b|TODO|TBD", readme)

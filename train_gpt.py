@@ -1265,13 +1265,16 @@ class NonFinite(UserError):
     """A loss or gradient that is not a number; the run cannot go on."""
 
 
-def open_data(cfg: Config) -> tuple[Config, Dataset, Encoding]:
-    """The dataset and tokenizer of a run, and its Config with the vocabulary that follows from them."""
+def open_data(cfg: Config, world: World) -> tuple[Config, Dataset, Encoding, Rows, HeldOut]:
+    """The verified data of a run with their tokenizer, and its Config with the vocabulary that follows."""
     dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
     if cfg.vocab_size not in (0, tokenizer.n_vocab):
         raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
                         f"<|endoftext|>; it is {cfg.vocab_size}")
-    return dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab), dataset, tokenizer
+    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+    dataset.verify(world.rank, world.size)
+    rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
+    return cfg, dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer)
 
 
 def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
@@ -1340,10 +1343,7 @@ def gradient_norm(model: GPT, loss: float, step: int) -> float:
 
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder."""
-    cfg, dataset, tokenizer = open_data(cfg)
-    dataset.verify(world.rank, world.size)
-    rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-    held_out = HeldOut(dataset.tokens("val"), cfg, tokenizer)
+    cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
     compiled, compile_reason = choose_compile(cfg, world.device)
     model, optimizer = make_model(cfg, tokenizer, world, compiled)
     log = RunLog(cfg, world, tokenizer, dataset)
@@ -1555,10 +1555,7 @@ def check(cfg: Config, world: World) -> bool:
     problems = []
     compiled, compile_reason = choose_compile(cfg, world.device)
     try:
-        cfg, dataset, tokenizer = open_data(cfg)
-        dataset.verify(world.rank, world.size)
-        rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-        held_out = HeldOut(dataset.tokens("val"), cfg, tokenizer)
+        cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:
         problems.append(str(error))

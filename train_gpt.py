@@ -18,11 +18,11 @@ Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one 
 
 import argparse
 import contextlib
-import csv
 import dataclasses
+import functools
 import hashlib
-import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -31,13 +31,14 @@ import re
 import resource
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -50,10 +51,25 @@ from tqdm import tqdm
 
 from documents import Parser, UserError, available_cores, command
 from download_fineweb import Dataset, open_dataset
+from run_folder import (
+    draw_loss,
+    find_run,
+    git,
+    installed_packages,
+    keep_best_checkpoint,
+    lock,
+    new_folder,
+    own_sources,
+    read_checkpoint,
+    remove_checkpoints,
+    saved_knobs,
+    without_secrets,
+    write_checkpoint,
+    write_whole,
+)
 from train_tokenizer import TOKENIZERS, token_bytes, tokenizer_sha256
 
 ROOT = Path(__file__).resolve().parent
-EXPERIMENTS = ROOT / "experiments"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,11 +86,16 @@ class Config:
     data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
     seed: int = 0                     # decides weights, order of the data and samples
     check: bool = False               # only say what the run would do, and whether it could
+    # stopping and going on
+    resume: str = ""                  # folder of a run to go on with; auto: newest unfinished one of the name
+    resume_changed: bool = False      # go on although code, data or knobs are not those the run began with
+    save_every_steps: int = 0         # steps between checkpoints; 0: by minutes and before validations only
+    save_every_minutes: float = 10    # minutes between checkpoints; 0: by steps and before validations only
     # the budget
     num_steps: int = 500              # optimizer steps
     train_minutes: float = 0          # end the schedule after so much training if that comes first; 0: never
     batch_tokens: int = 8192          # tokens of a step, over all processes and micro-batches
-    micro_batch_tokens: int = 16384   # tokens a process takes at once, at most; smaller needs less memory
+    micro_batch_tokens: int = 0       # tokens a process takes at once, at most; 0: as many as memory holds
     seq_len: int = 512                # tokens in a row
     max_doc_len: int = 2048           # longer documents are cut into parts of this many tokens
     # the model
@@ -112,6 +133,8 @@ class Config:
     dtype: str = "auto"               # bfloat16, float16, float32, or auto: what is native to the hardware
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
     peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, or no MFU if not there
+    deterministic: bool = False       # only kernels that repeat to the bit, as CPUs have; slower on a GPU
+    timeout_seconds: float = 600      # give up on another process that is silent for so long
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.model_name):
@@ -125,8 +148,8 @@ class Config:
             value = getattr(self, field.name)
             if field.type in (int, float):
                 self.require(field.name, math.isfinite(value) and value >= 0, "0 or more")
-        for knob in ("num_steps", "batch_tokens", "micro_batch_tokens", "num_layers", "num_heads",
-                     "model_dim", "mlp_ratio", "log_every", "attention_cap", "logit_cap"):
+        for knob in ("num_steps", "batch_tokens", "num_layers", "num_heads", "model_dim", "mlp_ratio",
+                     "log_every", "attention_cap", "logit_cap", "timeout_seconds"):
             self.require(knob, getattr(self, knob) > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
@@ -136,8 +159,8 @@ class Config:
             self.require(knob, getattr(self, knob) >= 2, "at least 2")
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
                      f"a multiple of --seq_len, {self.seq_len}")
-        self.require("micro_batch_tokens", self.micro_batch_tokens >= self.seq_len,
-                     f"at least --seq_len, {self.seq_len}")
+        self.require("micro_batch_tokens", not 0 < self.micro_batch_tokens < self.seq_len,
+                     f"at least --seq_len, {self.seq_len}, or 0")
         self.require("model_dim", self.model_dim % (4 * self.num_heads) == 0,
                      f"a multiple of 4 x --num_heads, {4 * self.num_heads}, "
                      "so that heads can rotate by pairs")
@@ -205,7 +228,13 @@ def parse_config(argv: list[str]) -> Config:
             group.add_argument(f"--{knob}", **how)
     parser.add_argument("-h", "--help", action="help", help="show this help")
     flags = vars(parser.parse_args(argv))
-    return Config(**{**PRESETS.get(flags.get("preset", ""), {}), **flags})
+    knobs = {**PRESETS.get(flags.get("preset", ""), {}), **flags}
+    if "resume" not in knobs:
+        return Config(**knobs)
+    folder = find_run(knobs["resume"], Config(**knobs).model_name)
+    saved = {knob: types[knob](value) for knob, value in (saved_knobs(folder) if folder else {}).items()
+             if knob in types}
+    return Config(**{**saved, **knobs, "resume": str(folder or "")})
 
 
 def knob_helps() -> dict[str, dict[str, str]]:
@@ -513,7 +542,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimizer: knows parameters, their names and gradients; no ranks.
+# Optimizer: knows parameters, their names and gradients, and which process owns which piece of them.
 # ------------------------------------------------------------------------------------------------
 
 def group_of(name: str, parameter: Tensor) -> str:
@@ -558,6 +587,24 @@ def adam_update(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, l
     parameter.sub_(lr * mean_hat / (square_hat.sqrt() + eps))
 
 
+@dataclass
+class Piece:
+    """Rows of a parameter that one process, the owner, updates; only there `state` has tensors."""
+    name: str
+    parameter: nn.Parameter
+    rows: slice | EllipsisType      # ... is the whole parameter
+    owner: int
+    state: dict[str, Tensor]
+
+    @property
+    def weights(self) -> Tensor:
+        return self.parameter.detach()[self.rows]
+
+    @property
+    def grad(self) -> Tensor:
+        return self.parameter.grad[self.rows]
+
+
 class Optimizer:
     """Muon for matrices in layers, Adam for everything else; every parameter is in exactly one group.
 
@@ -567,31 +614,83 @@ class Optimizer:
     is a compromise: at 8,192 tokens a step the square root leaves all rates too low (measured), and from
     131,072 to 524,288 the best rates of published runs hardly differ. Momentum climbs from 0.85 to 0.95 over
     the first 300 steps, or the first fifth of a shorter run.
+
+    With several processes each parameter is cut into pieces: a matrix that Muon orthogonalises is one piece,
+    a table of Adam's has as many blocks of rows as there are processes. Gradients are added up where a piece
+    is owned, only the owner keeps its state and updates it, and then all copy its weights.
+    source  Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054
     """
 
     betas, eps = (0.8, 0.95), 1e-10
+    kinds = {"matrices": ("momentum",), "embeddings": ("mean", "square"), "head": ("mean", "square"),
+             "scalars": ("mean", "square")}
 
-    def __init__(self, model: GPT, cfg: Config, product_dtype: torch.dtype = torch.float32):
-        self.cfg, self.product_dtype = cfg, product_dtype
+    def __init__(self, model: GPT, cfg: Config, world: "World", product_dtype: torch.dtype = torch.float32):
+        self.cfg, self.world, self.product_dtype = cfg, world, product_dtype
         by_batch = (cfg.batch_tokens / 524288) ** 0.25
         by_width = math.sqrt(768 / cfg.model_dim)
         self.lrs = {"matrices": cfg.muon_lr * by_batch, "embeddings": cfg.embed_lr * by_batch * by_width,
                     "head": cfg.head_lr * by_batch * by_width, "scalars": cfg.scalar_lr * by_batch}
-        self.groups: dict[str, dict[str, nn.Parameter]] = {group: {} for group in self.lrs}
-        for name, parameter in model.named_parameters():
-            self.groups[group_of(name, parameter)][name] = parameter
+        self.parameters = dict(model.named_parameters())
+        self.groups: dict[str, list[Piece]] = {group: [] for group in self.lrs}
+        # parameters of one shape follow each other, so that their pieces are dealt to the processes evenly
+        for name, parameter in sorted(self.parameters.items(), key=lambda item: tuple(item[1].shape)):
+            group = group_of(name, parameter)
+            pieces = self._cut(name, parameter, group, dealt=len(self.groups[group]))
+            self.groups[group] += pieces
+            if world.size > 1:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._send, pieces))
+        self.pieces = [piece for group in self.groups.values() for piece in group]
         self.adam_kernel = adam_update
         self.steps_done = 0
-        self.state = {name: self._new_state(group, parameter)
-                      for group, members in self.groups.items() for name, parameter in members.items()}
+        self.last_backward = False      # then gradients set out for their owners while it still runs
 
-    @staticmethod
-    def _new_state(group: str, parameter: Tensor) -> dict[str, Tensor]:
-        kinds = ("momentum",) if group == "matrices" else ("mean", "square")
-        return {kind: torch.zeros_like(parameter) for kind in kinds}
+    def _cut(self, name: str, parameter: nn.Parameter, group: str, dealt: int) -> list[Piece]:
+        """The pieces of a parameter; `dealt` of its group exist already."""
+        size, cuts = self.world.size, []
+        if group == "matrices" and parameter.ndim > 2:
+            cuts = range(len(parameter) + 1)
+        elif group in ("embeddings", "head"):
+            cuts = sorted({len(parameter) * rank // size for rank in range(size + 1)})
+        rows = [slice(first, last) for first, last in itertools.pairwise(cuts)] or [...]
+        pieces = [Piece(name, parameter, part, (dealt + number) % size, {})
+                  for number, part in enumerate(rows)]
+        for piece in self._own(pieces):
+            piece.state = {kind: torch.zeros_like(piece.weights) for kind in self.kinds[group]}
+        return pieces
+
+    def _own(self, pieces: list[Piece]) -> list[Piece]:
+        return [piece for piece in pieces if piece.owner == self.world.rank]
+
+    def _send(self, pieces: list[Piece], _parameter: nn.Parameter) -> None:
+        for piece in pieces if self.last_backward else ():
+            self.world.begin_sum(piece.grad, piece.owner)
 
     def compile_parts(self) -> None:
         self.adam_kernel = torch.compile(adam_update, dynamic=True)
+
+    def gradient_norms(self) -> Tensor:
+        """(P) norms of the parameters' gradients, added up over all processes.
+
+        raises  RuntimeError that names a parameter without gradient, before any process waits for another
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                raise RuntimeError(f"parameter {name} has no gradient: the loss does not depend on it")
+        self.world.wait()
+        places = {name: place for place, name in enumerate(self.parameters)}
+        squares = torch.zeros(len(places), device=self.world.device)                        # (P)
+        for piece in self._own(self.pieces):
+            squares[places[piece.name]] += torch.linalg.vector_norm(piece.grad).square()
+        return self.world.sum(squares).sqrt()                                               # (P)
+
+    def divide_gradients(self, divisor: float) -> None:
+        for piece in self._own(self.pieces):
+            piece.grad.div_(divisor)
+
+    def clear_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
@@ -602,27 +701,32 @@ class Optimizer:
         warmup = min(300, math.ceil(0.2 * self.cfg.num_steps))
         momentum = 0.85 + 0.1 * min(1, self.steps_done / warmup)
         self.steps_done += 1
-        self.muon_step(self.groups["matrices"], self.lrs["matrices"] * scale, momentum)
-        for group in ("embeddings", "head", "scalars"):
-            for name, parameter in self.groups[group].items():
-                state = self.state[name]
-                self.adam_kernel(parameter.detach().view(-1), parameter.grad.view(-1),
-                                 state["mean"].view(-1), state["square"].view(-1),
-                                 torch.tensor(self.lrs[group] * scale), *self.betas,
-                                 torch.tensor(float(self.steps_done)), self.eps)
-        for members in self.groups.values():
-            for parameter in members.values():
-                parameter.grad = None
+        for group, pieces in self.groups.items():
+            lr = self.lrs[group] * scale
+            if group == "matrices":
+                self.muon_step(self._own(pieces), lr, momentum)
+            else:
+                self.adam_step(self._own(pieces), lr)
+            for piece in pieces:    # they travel while the next group is computed
+                self.world.begin_copy(piece.weights, piece.owner)
+        self.world.wait()
+        self.clear_gradients()
 
-    def muon_step(self, members: dict[str, nn.Parameter], lr: float, momentum: float) -> None:
+    def adam_step(self, pieces: list[Piece], lr: float) -> None:
+        for piece in pieces:
+            self.adam_kernel(piece.weights.view(-1), piece.grad.view(-1), piece.state["mean"].view(-1),
+                             piece.state["square"].view(-1), torch.tensor(lr), *self.betas,
+                             torch.tensor(float(self.steps_done)), self.eps)
+
+    def muon_step(self, pieces: list[Piece], lr: float, momentum: float) -> None:
         """Muon with Nesterov momentum; matrices of one shape are orthogonalised as one batch."""
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        for name, parameter in members.items():
-            average = self.state[name]["momentum"]
-            average.lerp_(parameter.grad, 1 - momentum)
-            ahead = parameter.grad.lerp(average, momentum)
-            shape = parameter.shape[-2:]
-            matrices = zip(parameter.view(-1, *shape), ahead.view(-1, *shape), strict=True)
+        for piece in pieces:
+            average = piece.state["momentum"]
+            average.lerp_(piece.grad, 1 - momentum)
+            ahead = piece.grad.lerp(average, momentum)
+            shape = ahead.shape[-2:]
+            matrices = zip(piece.weights.view(-1, *shape), ahead.view(-1, *shape), strict=True)
             by_shape.setdefault(shape, []).extend(matrices)
         for (rows, columns), pairs in by_shape.items():
             updates = newton_schulz(torch.stack([ahead for _, ahead in pairs]), dtype=self.product_dtype)
@@ -632,10 +736,37 @@ class Optimizer:
     @torch.no_grad()
     def warm_up(self) -> None:
         """Compile the kernels on tensors of their own, so that nothing changes."""
-        for group in ("embeddings", "head", "scalars"):
-            for parameter in self.groups[group].values():
-                tensors = [torch.zeros_like(parameter).view(-1) for _ in range(4)]
+        for group, pieces in self.groups.items():
+            for piece in self._own(pieces) if group != "matrices" else ():
+                tensors = [torch.zeros_like(piece.weights).view(-1) for _ in range(4)]
                 self.adam_kernel(*tensors, torch.tensor(0.0), *self.betas, torch.tensor(1.0), self.eps)
+
+    def state(self) -> dict:
+        """All state, as one process alone would have it; tensors are whole on the first process only."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for group, pieces in self.groups.items():
+            for piece, kind in itertools.product(pieces, self.kinds[group]):
+                part = piece.state.get(kind, torch.empty_like(piece.weights))
+                self.world.begin_copy(part, piece.owner)
+                self.world.wait()
+                if self.world.is_main:
+                    whole = tensors.setdefault(piece.name, {}).setdefault(
+                        kind, torch.empty(piece.parameter.shape))
+                    whole[piece.rows] = part.cpu()
+        return {"steps_done": self.steps_done, "tensors": tensors}
+
+    def load(self, state: dict | None) -> None:
+        """Take over what `state` gave, from the first process; the others pass None."""
+        self.steps_done = self.world.same(state and state["steps_done"])
+        for group, pieces in self.groups.items():
+            for piece, kind in itertools.product(pieces, self.kinds[group]):
+                part = torch.empty_like(piece.weights)
+                if self.world.is_main:
+                    part.copy_(state["tensors"][piece.name][kind][piece.rows])
+                self.world.begin_copy(part, 0)
+                self.world.wait()
+                if piece.state:
+                    piece.state[kind] = part
 
 
 def lr_scale(cfg: Config, step: int, progress: float) -> float:
@@ -785,7 +916,7 @@ class Rows:
 def micro_batch_shape(cfg: Config, world_size: int) -> tuple[int, int]:
     """(micro-batches a step, rows in each) for every process."""
     rows = math.ceil(cfg.rows_per_step / world_size)
-    count = math.ceil(rows / max(1, cfg.micro_batch_tokens // cfg.seq_len))
+    count = math.ceil(rows / (cfg.micro_batch_tokens // cfg.seq_len or rows))
     return count, math.ceil(rows / count)
 
 
@@ -893,6 +1024,10 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H1
                "RTX 5090": 209.5}
 
 
+class EveryonesError(UserError):
+    """Raised on all processes at once, so one of each machine says it."""
+
+
 class World:
     """One process, or as many as torchrun started. With one, every method leaves things as they are."""
 
@@ -902,6 +1037,12 @@ class World:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0
+        self.timeout_seconds = cfg.timeout_seconds
+        self._pending, self._lost = [], False
+        self.phase, self.peaks = "training", {}
+        if cfg.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"   # cuBLAS reads it once, when it starts
+            torch.use_deterministic_algorithms(True)
         self.device = self._choose_device(cfg, local_rank)
         self.dtype, self.dtype_reason = choose_dtype(cfg, self.device)
         if self.device.type == "cuda":
@@ -911,7 +1052,9 @@ class World:
             torch.set_num_threads(max(1, threads))
         if self.size > 1:
             gpu = self.device.type == "cuda"
-            dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
+            with self._contact():
+                dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None,
+                                        timeout=timedelta(seconds=cfg.timeout_seconds))
 
     def _choose_device(self, cfg: Config, local_rank: int) -> torch.device:
         if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
@@ -928,38 +1071,80 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._contact():
+                dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Add up all processes' gradients.
-
-        raises  RuntimeError that names a parameter without gradient, before any process waits for another
-        """
-        for name, parameter in model.named_parameters():
-            if parameter.grad is None:
-                raise RuntimeError(f"parameter {name} has no gradient: the loss does not depend on it")
+    def begin_sum(self, tensor: Tensor, owner: int) -> None:
+        """Begin to add up every process's tensor on the owner, in place; done after wait()."""
         if self.size > 1:
-            waiting = [dist.all_reduce(parameter.grad, async_op=True) for parameter in model.parameters()]
-            for work in waiting:
+            with self._contact():
+                self._pending.append(dist.reduce(tensor, dst=owner, async_op=True))
+
+    def begin_copy(self, tensor: Tensor, owner: int) -> None:
+        """Begin to give every process the owner's tensor, in place; done after wait()."""
+        if self.size > 1:
+            with self._contact():
+                self._pending.append(dist.broadcast(tensor, src=owner, async_op=True))
+
+    def wait(self) -> None:
+        """Wait for all that was begun."""
+        with self._contact():
+            for work in self._pending:
                 work.wait()
+        self._pending.clear()
 
     def share_weights(self, model: nn.Module) -> None:
         """Give every process the weights of the first."""
-        if self.size > 1:
-            for parameter in model.parameters():
-                dist.broadcast(parameter.data, src=0)
+        for parameter in model.parameters():
+            self.begin_copy(parameter.detach(), 0)
+        self.wait()
 
-    def same(self, value: float) -> float:
-        """The first process's value, on every process."""
+    def gather(self, thing: object) -> list:
+        """Every process's thing, in the order of ranks."""
         if self.size == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(tensor, src=0)
-        return tensor.item()
+            return [thing]
+        things = [None] * self.size
+        with self._contact():
+            dist.all_gather_object(things, thing)
+        return things
+
+    def same(self, thing: object) -> object:
+        """The first process's thing, on every process."""
+        if self.size == 1:
+            return thing
+        things = [thing]
+        with self._contact():
+            dist.broadcast_object_list(things, src=0)
+        return things[0]
+
+    def together(self, work: Callable) -> object:
+        """What `work` returns; where it fails on one process with a UserError, all raise it."""
+        problem = result = None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        problem = next(filter(None, self.gather(problem)), None)
+        if problem:
+            raise EveryonesError(problem)
+        return result
+
+    @contextlib.contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Turn the loss of another process into one clear line."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._lost = True
+            first_line = str(error).splitlines()[0][:200]
+            raise UserError(f"process {self.rank} of {self.size} lost another one, which died or was silent "
+                            f"for {self.timeout_seconds:g} s (--timeout_seconds); see what it said, then "
+                            f"go on with --resume auto ({first_line})") from error
 
     def close(self) -> None:
-        if self.size > 1:
+        """Leave the other processes; at once if one of them is lost, or this could wait for it."""
+        if self.size > 1 and not self._lost:
             dist.destroy_process_group()
 
     def synchronize(self) -> None:
@@ -967,12 +1152,34 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak_memory_mib(self) -> float:
-        """Peak memory of this process: on its GPU, or as a whole on a CPU."""
+    @contextlib.contextmanager
+    def memory_of(self, phase: str) -> Iterator[None]:
+        """Count memory for `phase`, and no more for the phase around it."""
+        around, self.phase = self.phase, self._close_phase(phase)
+        yield
+        self.phase = self._close_phase(around)
+
+    def _close_phase(self, following: str) -> str:
+        self.peaks[self.phase] = self.peak_memory_mib(self.phase)
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):      # where it cannot be reset, the peak is the process's
+                Path("/proc/self/clear_refs").write_text("5")
+        return following
+
+    def peak_memory_mib(self, phase: str = "training") -> float:
+        """Peak memory of this process in a phase so far: on its GPU, or as a whole on a CPU."""
+        known = self.peaks.get(phase, 0.0)
+        if phase != self.phase:
+            return known
+        if self.device.type == "cuda":
+            return max(known, torch.cuda.max_memory_allocated() / 2**20)
+        status = Path("/proc/self/status")
+        if status.exists():
+            return max(known, int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS, else KiB
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+        return max(known, peak / (2**20 if sys.platform == "darwin" else 2**10))
 
     def device_name(self) -> str:
         if self.device.type == "cuda":
@@ -1044,43 +1251,49 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
 
 
 class RunLog:
-    """Writes all that made a result into experiments/DATE_TIME_NAME, and what one wants to see on screen."""
+    """Writes all that made a result into experiments/DATE_TIME_NAME, and what one wants to see on screen.
 
-    def __init__(self, cfg: Config, world: World, tokenizer: Encoding, dataset: Dataset):
+    A resumed run (`saved` is its checkpoint) goes on in its folder: metrics.csv is cut back to the
+    checkpoint's step, the log says where it goes on, and what code or knobs were before is kept.
+    """
+
+    def __init__(self, cfg: Config, world: World, tokenizer: Encoding, identity: dict, saved: dict | None):
         self.cfg, self.active = cfg, world.is_main
-        self.rows: list[dict] = []
-        self.begun = self.last_line = time.perf_counter()
+        self.rows: list[dict] = saved["rows"] if saved else []
+        self.saved_step = saved["step"] if saved else 0
+        self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
+        self.last_line = time.perf_counter()
         if not self.active:
             return
-        self.folder = new_folder(cfg.model_name)
-        self.text = open(self.folder / "training_log.txt", "w", encoding="utf-8")  # noqa: SIM115
-        self.csv = open(self.folder / "metrics.csv", "w", encoding="utf-8", newline="")  # noqa: SIM115
-        csv.writer(self.csv, lineterminator="\n").writerow(COLUMNS)
+        self.folder = Path(cfg.resume) if saved else new_folder(cfg.model_name)
+        self.text = open(self.folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        lock(self.text)
         # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
         self.bar = tqdm(total=cfg.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False,
+                        initial=self.saved_step,
                         bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} {postfix}")
-        self._write("config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        self._write("requirements.txt", installed_packages())
-        self._write("git.diff", git("diff", "HEAD"))
-        self._write("meta.json", tokenizer_meta(tokenizer))
+        self.identity = identity
+        self.sessions = [*(saved["sessions"] if saved else []), {
+            "from_step": self.saved_step, "processes": world.size, "device": world.device_name(),
+            "code_sha256": identity["code_sha256"]}]
+        self._renew("config.json", knobs_json(cfg))
+        self._renew("requirements.txt", installed_packages())
+        self._renew("git.diff", git("diff", "HEAD"))
+        self._renew("meta.json", tokenizer_meta(tokenizer))
         for path in own_sources():
-            self._write(f"{path.stem}.txt", path.read_text(encoding="utf-8"))
-        self.made_with = {
-            "model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
-            "data": dataset.folder.name, "data_sha256": dataset.sha256,
-            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-            "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
-            "device": world.device_name(), "processes": world.size,
-            "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
-            "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+            self._renew(f"{path.stem}.txt", path.read_text(encoding="utf-8"))
+        self._write("metrics.csv", "\n".join([",".join(COLUMNS), *map(csv_row, self.rows), ""]))
+        self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
+
+    def _renew(self, name: str, content: str) -> None:
+        """Write a file; another content that a resumed run had under that name stays beside it."""
+        path = self.folder / name
+        if path.exists() and path.read_text(encoding="utf-8") != without_secrets(content):
+            os.replace(path, path.with_stem(f"{path.stem}_until_step_{self.saved_step}"))
+        self._write(name, content)
 
     def _write(self, name: str, content: str) -> None:
-        """A file appears under its name when it is complete."""
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, self.folder / name)
+        write_whole(self.folder / name, content)
 
     def say(self, line: str) -> None:
         """A line for the log and the screen."""
@@ -1093,7 +1306,7 @@ class RunLog:
     def note(self, line: str) -> None:
         """A line for the log only."""
         if self.active:
-            self.text.write(line + "\n")
+            self.text.write(without_secrets(line) + "\n")
             self.text.flush()
 
     def row(self, values: dict, progress: float) -> None:
@@ -1101,8 +1314,7 @@ class RunLog:
         if not self.active:
             return
         self.rows.append(values)
-        cells = [csv_cell(values.get(column)) for column in COLUMNS]
-        csv.writer(self.csv, lineterminator="\n").writerow(cells)
+        self.csv.write(csv_row(values) + "\n")
         self.csv.flush()
         left = values["train_seconds"] * (1 - progress) / progress
         line = (f"step {values['step']:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}  "
@@ -1140,59 +1352,66 @@ class RunLog:
         if not self.active:
             return {}
         hours = (time.perf_counter() - self.begun) / 3600
-        results = {"status": status, **results, "total_seconds": round(3600 * hours, 1), **self.made_with}
+        results = {"status": status, **results, "total_seconds": round(3600 * hours, 1),
+                   "sessions": self.sessions, **self.identity}
         if self.cfg.gpu_cost_per_hour:
             results["cost"] = round(hours * self.cfg.gpu_cost_per_hour, 4)
         self._write("summary.json", json.dumps(results, indent=2) + "\n")
         return results
 
-    def close(self) -> None:
+    def checkpoint(self, state: dict) -> None:
+        """Save all that a run needs to go on; a full disk leaves the checkpoints that are there."""
+        if not self.active:
+            return
+        state |= {"rows": self.rows, "sessions": self.sessions, "identity": self.identity,
+                  "config": dataclasses.asdict(self.cfg), "total_seconds": time.perf_counter() - self.begun}
+        try:
+            write_checkpoint(self.folder, state)
+            self.saved_step = state["step"]
+        except OSError as error:
+            self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
+
+    def last_good(self) -> str:
+        if not self.active or not self.saved_step:
+            return "there is no checkpoint"
+        return (f"the last good checkpoint is of step {self.saved_step}; go on with: "
+                f"{shlex.join([*program(), '--resume', os.path.relpath(self.folder)])}")
+
+    def keep_best(self, step: int) -> None:
+        """The checkpoint of this step, if it was saved, is the best so far."""
+        if self.active and self.saved_step == step:
+            keep_best_checkpoint(self.folder)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
         if self.active:
             self.bar.close()
-            self.text.close()
-            self.csv.close()
+            for file in (self.text, self.csv):
+                with contextlib.suppress(OSError):      # a full disk, which has been reported
+                    file.close()
 
 
-def new_folder(name: str) -> Path:
-    """experiments/DATE_TIME_NAME, with a number behind when two runs of a name begin in the same second."""
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    for attempt in range(1, 1000):
-        folder = EXPERIMENTS / (f"{stamp}_{name}" if attempt == 1 else f"{stamp}_{name}_{attempt}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise UserError(f"{EXPERIMENTS} has too many runs of {name} from this second")
+def knobs_json(cfg: Config) -> str:
+    """Every knob; those of resuming speak of one session only, and are off."""
+    return json.dumps(dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}, indent=2) + "\n"
 
 
-def csv_cell(value) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+def program() -> list[str]:
+    """What one types to start this script."""
+    python = ".venv/bin/python" if Path(sys.prefix).resolve() == ROOT / ".venv" else "python"
+    return [python, Path(sys.argv[0]).name]
+
+
+def csv_row(values: dict) -> str:
+    """The line of metrics.csv; a cell is empty where nothing was measured."""
+    cells = (values.get(column, "") for column in COLUMNS)
+    return ",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
 
 
 def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def installed_packages() -> str:
-    """What pip freeze would say."""
-    found = {f"{package.metadata['Name']}=={package.version}"
-             for package in importlib.metadata.distributions()}
-    return "\n".join(sorted(found, key=str.lower)) + "\n"
-
-
-def git(*arguments: str) -> str:
-    """What git says in this folder; nothing where there is no repository or no git."""
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
-                              errors="replace").stdout
-    except FileNotFoundError:
-        return ""
-
-
-def own_sources() -> list[Path]:
-    """Every .py file beside this one that this process runs."""
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
-             if getattr(module, "__file__", None)}
-    return sorted(path for path in files if path.parent == ROOT and path.suffix == ".py" and path.is_file())
 
 
 def tokenizer_meta(tokenizer: Encoding) -> str:
@@ -1203,47 +1422,12 @@ def tokenizer_meta(tokenizer: Encoding) -> str:
                        "tokenizer_sha256": tokenizer_sha256(tokenizer)}, indent=2) + "\n"
 
 
-def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) -> None:
-    """Loss in nats per token on the left, bits per byte of the held-out text on the right, over tokens."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    validated = [row for row in rows if "val_loss" in row]
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.25,
-                            "axes.titleweight": "bold", "axes.titlelocation": "left"}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        left.plot([row["tokens"] / 1e6 for row in rows], [row["train_loss"] for row in rows],
-                  color="#9bb7d4", linewidth=1, label="training batches")
-        left.plot([row["tokens"] / 1e6 for row in validated], [row["val_loss"] for row in validated],
-                  color="#1f4e79", marker="o", markersize=4, label="held-out text")
-        left.set(title=f"{title}: loss", xlabel="million tokens trained on", ylabel="nats per token")
-        right.plot([row["tokens"] / 1e6 for row in validated], [row["val_bpb"] for row in validated],
-                   color="#1f4e79", marker="o", markersize=4, label="this model")
-        if validated:
-            last = validated[-1]
-            right.annotate(f"{last['val_bpb']:.3f}", (last["tokens"] / 1e6, last["val_bpb"]),
-                           textcoords="offset points", xytext=(0, -14),
-                           ha="right", color="#1f4e79", weight="bold")
-            right.set_ylim(0, 1.1 * max([row["val_bpb"] for row in validated] + [xz_bpb or 0]))
-        if xz_bpb:
-            right.axhline(xz_bpb, color="#b5532a", linestyle="--", linewidth=1, label=f"xz -9e: {xz_bpb:.3f}")
-        right.set(title="held-out text", xlabel="million tokens trained on", ylabel="bits per byte")
-        for axes, place in ((left, "upper right"), (right, "lower left")):
-            axes.set_xlim(left=0)
-            if axes.lines:
-                axes.legend(frameon=False, loc=place)
-        partial = path.with_suffix(".png.partial")
-        figure.savefig(partial, dpi=150, format="png")
-        pyplot.close(figure)
-    os.replace(partial, path)
-
-
 # ------------------------------------------------------------------------------------------------
 # Training: the sections above, put together.
 # ------------------------------------------------------------------------------------------------
 
-LARGEST_XZ_TEXT = 2**24     # bytes; xz -9e takes a second for each two million
+LARGEST_XZ_TEXT = 2**24             # bytes; xz -9e takes a second for each two million
+LARGEST_CPU_MICRO_BATCH = 2**14     # tokens; more are not faster on a CPU
 
 
 class Clock:
@@ -1261,7 +1445,7 @@ class Clock:
         self.seconds += time.perf_counter() - self.begun
 
 
-class NonFinite(UserError):
+class NonFinite(EveryonesError):
     """A loss or gradient that is not a number; the run cannot go on."""
 
 
@@ -1281,13 +1465,50 @@ def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
     """Roughly what a process needs: weights, gradients, optimizer state, activations and loss chunks."""
     matrices = sum(p.numel() for layer in model.layers for p in layer.parameters())
     others = model.num_parameters() - matrices
-    states = 4 * (3 * matrices + 4 * others)
+    states = 4 * (2 * (matrices + others) + (matrices + 2 * others) / world.size)
     _, rows = micro_batch_shape(cfg, world.size)
     width = model.dtype.itemsize
     per_token = cfg.num_layers * width * cfg.model_dim * (12 + 3 * cfg.mlp_ratio) + 2 * width * cfg.model_dim
     masks = 0 if model.flex else 2 * rows * cfg.seq_len**2 * width
     loss = 4 * model.head.numel() * 2 + (2**25 if world.device.type == "cpu" else 2**28) * 4
     return (states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
+
+
+def choose_micro_batch(cfg: Config, model: GPT, world: World, saved: dict | None = None) -> Config:
+    """The Config with micro-batches that seem to fit: all a process has in a step, or half, and so on."""
+    if cfg.micro_batch_tokens:
+        return cfg
+    if saved and saved["identity"]["processes"] == world.size:
+        # sums over other micro-batches would differ in the last bit
+        return dataclasses.replace(cfg, micro_batch_tokens=saved["micro_batch_tokens"])
+    share = cfg.seq_len * math.ceil(cfg.rows_per_step / world.size)
+    if world.device.type == "cpu":
+        share = min(share, max(cfg.seq_len, LARGEST_CPU_MICRO_BATCH))
+    cfg = dataclasses.replace(cfg, micro_batch_tokens=share)
+    while memory_estimate_mib(cfg, model, world) > 0.8 * free_memory_mib(world) and share > cfg.seq_len:
+        cfg = with_half_micro_batch(cfg)
+        share = cfg.micro_batch_tokens
+    return cfg
+
+
+def with_half_micro_batch(cfg: Config) -> Config:
+    rows = math.ceil(cfg.micro_batch_tokens / cfg.seq_len / 2)
+    return dataclasses.replace(cfg, micro_batch_tokens=rows * cfg.seq_len)
+
+
+def memory_advice(cfg: Config, world: World, flex: bool) -> str:
+    """The three flags that would save most memory, by the estimate, the most effective first."""
+    smaller = {"seq_len": cfg.seq_len // 2, "model_dim": cfg.model_dim // 2,
+               "num_layers": cfg.num_layers // 2, "value_embeddings": 0, "mlp_ratio": cfg.mlp_ratio // 2}
+    needs = []
+    for knob, value in smaller.items():
+        with contextlib.suppress(UserError):    # a rule of Config forbids this one
+            changed = dataclasses.replace(cfg, **{knob: value, "micro_batch_tokens": 0})
+            changed = dataclasses.replace(changed, micro_batch_tokens=changed.seq_len)
+            with torch.device("meta"):
+                model = GPT(changed, 0, world.dtype, flex)
+            needs.append((memory_estimate_mib(changed, model, world), f"--{knob} {value}"))
+    return ", then ".join(f"{flag} (about {mib:,.0f} MiB)" for mib, flag in sorted(needs)[:3])
 
 
 def uses_flex_attention(cfg: Config, world: World, compiled: bool) -> bool:
@@ -1300,109 +1521,338 @@ def make_model(cfg: Config, tokenizer: Encoding, world: World, compiled: bool) -
     flex = uses_flex_attention(cfg, world, compiled)
     model = GPT(cfg, tokenizer.eot_token, world.dtype, flex).to(world.device)
     world.share_weights(model)
-    optimizer = Optimizer(model, cfg, torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32)
+    products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+    optimizer = Optimizer(model, cfg, world, products)
     if compiled:
         model.compile_parts()
         optimizer.compile_parts()
     return model, optimizer
 
 
-def warm_up(model: GPT, optimizer: Optimizer, cfg: Config, world: World) -> float:
-    """Compile every kernel before the clock starts, on rows that predict nothing; weights stay as they are.
-
-    returns  seconds that it took
-    """
-    begun = time.perf_counter()
+def warm_up(model: GPT, optimizer: Optimizer, cfg: Config, world: World) -> None:
+    """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
     _, rows = micro_batch_shape(cfg, world.size)
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     targets = torch.full_like(inputs, -1)
     model(inputs, targets, window_frac(cfg, 0)).backward()
     model.token_losses(inputs, targets)
-    model.zero_grad(set_to_none=True)
+    optimizer.clear_gradients()
     optimizer.warm_up()
     world.synchronize()
-    return time.perf_counter() - begun
 
 
-def gradient_norm(model: GPT, loss: float, step: int) -> float:
-    """The norm of all gradients together.
+def fit_micro_batch(model: GPT, optimizer: Optimizer, cfg: Config, world: World, log: RunLog) -> Config:
+    """Warm up with the micro-batch of cfg, or half of it, and so on, until all processes have the memory.
+
+    The tokens of a step stay the same, so nothing changes but its speed.
+    raises  UserError with three flags that need less memory if one row is too much
+    """
+    while True:
+        fits = True
+        try:
+            warm_up(model, optimizer, cfg, world)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        if all(world.gather(fits)):
+            return cfg
+        optimizer.clear_gradients()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = with_half_micro_batch(cfg)
+        if smaller == cfg:
+            raise EveryonesError(f"not even one row of {cfg.seq_len} tokens fits into memory; use "
+                                 + memory_advice(cfg, world, model.flex))
+        log.say(f"micro-batches of {cfg.micro_batch_tokens:,} tokens do not fit into memory; "
+                f"trying {smaller.micro_batch_tokens:,}")
+        cfg = smaller
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class for it on GPUs, and for CPUs only words."""
+    return (isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or "can't allocate memory" in str(error) or "not enough memory" in str(error))
+
+
+class StopSignals:
+    """SIGTERM and SIGINT (Ctrl-C) let a run save and stop after its step; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._receive)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class Stopped(Exception):
+    """The run was told to stop by the signal of this number, and is saved."""
+
+
+@dataclass
+class Run:
+    """All that a run consists of, and how far it is."""
+    cfg: Config
+    world: World
+    model: GPT
+    optimizer: Optimizer
+    rows: Rows
+    held_out: HeldOut
+    log: RunLog
+    clock: Clock
+    loss_scale: "LossScale"
+    step: int = 0
+    progress: float = 0.0               # share of the budget that is used
+    values: dict = dataclasses.field(default_factory=dict)      # of the last step, as metrics.csv has them
+    logged: tuple[int, float] = (0, 0.0)            # step and seconds of the last row of metrics.csv
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    save_seconds: float = 0.0           # time that went into checkpoints
+    last_save: float = dataclasses.field(default_factory=time.perf_counter)
+
+    @property
+    def validates(self) -> bool:
+        return self.progress >= 1 or is_multiple(self.step, self.cfg.val_every)
+
+    @property
+    def is_time_to_save(self) -> bool:
+        """Whether the first process finds the last checkpoint old."""
+        age = time.perf_counter() - self.last_save
+        return self.world.is_main and 0 < 60 * self.cfg.save_every_minutes < age
+
+    def save(self) -> None:
+        """Write a checkpoint: all a run needs to go on, on any number of processes."""
+        begun = time.perf_counter()
+        self.world.synchronize()
+        state = {
+            "step": self.step, "tokens": self.step * self.cfg.batch_tokens,
+            "model": {name: value.cpu() for name, value in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state(),
+            "loss_scale": self.loss_scale.state(),
+            "random_states": self.world.gather(random_state(self.world)),
+            "progress": self.progress, "values": self.values, "logged": self.logged,
+            "best": {"val_loss": self.best_val_loss, "step": self.best_step},
+            "train_seconds": self.clock.seconds, "save_seconds": self.save_seconds,
+            "peak_memory_mib": {phase: self.world.peak_memory_mib(phase) for phase in self.world.peaks},
+            "micro_batch_tokens": self.cfg.micro_batch_tokens}
+        self.log.checkpoint(state)
+        self.last_save = time.perf_counter()
+        self.save_seconds += self.last_save - begun
+
+    def load(self, saved: dict | None) -> None:
+        """Go on where the first process's checkpoint was made; the other processes pass None."""
+        if saved:
+            self.model.load_state_dict(saved["model"])
+        self.world.share_weights(self.model)
+        self.optimizer.load(saved and saved["optimizer"])
+        large = ("model", "optimizer", "rows")
+        small = self.world.same(saved and {key: saved[key] for key in saved if key not in large})
+        self.step, self.progress, self.values = small["step"], small["progress"], small["values"]
+        self.logged, self.clock.seconds = small["logged"], small["train_seconds"]
+        self.best_val_loss, self.best_step = small["best"]["val_loss"], small["best"]["step"]
+        self.save_seconds = small["save_seconds"]
+        self.loss_scale.load(small["loss_scale"])
+        self.world.peaks |= small["peak_memory_mib"]
+        states = small["random_states"]
+        if len(states) == self.world.size:      # another number of processes draws other random numbers
+            set_random_state(self.world, states[self.world.rank])
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    gpu = {"cuda": torch.cuda.get_rng_state()} if world.device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | gpu
+
+
+def set_random_state(world: World, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if world.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_norms(optimizer: Optimizer, norms: Tensor, loss: float, step: int) -> float:
+    """The norm of all gradients together, from the norms of each parameter's, (P).
 
     raises  NonFinite that names the step and what is not finite
     """
-    norms = torch.stack([torch.linalg.vector_norm(parameter.grad) for parameter in model.parameters()])
     total = torch.linalg.vector_norm(norms).item()
     if not math.isfinite(loss):
         raise NonFinite(f"the loss of step {step} is {loss}; try a lower learning rate, or --dtype float32")
     if not math.isfinite(total):
-        culprit = next(name for (name, _), norm in zip(model.named_parameters(), norms, strict=True)
+        culprit = next(name for name, norm in zip(optimizer.parameters, norms.tolist(), strict=True)
                        if not math.isfinite(norm))
         raise NonFinite(f"the gradient of {culprit} is not finite in step {step}; try a lower learning rate, "
                         "or --dtype float32")
     return total
 
 
+def open_checkpoint(cfg: Config, world: World) -> tuple[Config, dict | None]:
+    """The first process's knobs for all; and, on the first process only, the checkpoint that they name."""
+    cfg = world.same(cfg)
+    reads = cfg.resume and world.is_main
+    return cfg, world.together(lambda: read_checkpoint(Path(cfg.resume)) if reads else None)
+
+
+# knobs that leave every result as it is, but for its speed
+NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_every_minutes",
+                 "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour")
+
+
+def changes_since(saved: dict, cfg: Config, identity: dict) -> list[str]:
+    """What differs between the run that was saved and the one that would go on with it."""
+    now, then = dataclasses.asdict(cfg), saved["config"]
+    changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
+               if knob not in NEUTRAL_KNOBS and now.get(knob) != then.get(knob)]
+    for thing in ("data", "tokenizer"):
+        if identity[f"{thing}_sha256"] != saved["identity"][f"{thing}_sha256"]:
+            changes.append(f"the {thing} changed")
+    now, then = identity["sources"], saved["identity"]["sources"]
+    return changes + [f"{name} changed" for name in {**then, **now} if now.get(name) != then.get(name)]
+
+
+def identity_of(cfg: Config, world: World, tokenizer: Encoding, dataset: Dataset) -> dict:
+    """What made a result, for its summary and for whoever resumes it."""
+    sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in own_sources()}
+    return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
+            "data": dataset.folder.name, "data_sha256": dataset.sha256,
+            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "code_sha256": sources[Path(__file__).name], "sources": sources,
+            "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
+            "device": world.device_name(), "processes": world.size,
+            "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
+            "python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform(),
+            "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
+
+
 def train(cfg: Config, world: World) -> None:
-    """Train, validate, sample, and leave a run folder."""
-    cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
+    """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
+    cfg, saved = open_checkpoint(cfg, world)
+    cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
+    identity = identity_of(cfg, world, tokenizer, dataset)
+    changes = world.same(saved and changes_since(saved, cfg, identity)) or []
+    if changes and not cfg.resume_changed:
+        raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "
+                             "Undo that, or go on all the same with --resume_changed")
     compiled, compile_reason = choose_compile(cfg, world.device)
     model, optimizer = make_model(cfg, tokenizer, world, compiled)
-    log = RunLog(cfg, world, tokenizer, dataset)
-    try:
-        log.say("\n".join([*introduction(cfg, world, model, compiled, compile_reason),
+    with world.together(lambda: RunLog(cfg, world, tokenizer, identity, saved)) as log, last_words(log):
+        sized = world.same(choose_micro_batch(cfg, model, world, saved))
+        log.say("\n".join([*introduction(sized, world, model, compiled, compile_reason),
                            describe_data(cfg, dataset, rows, held_out)]))
-        compile_seconds = warm_up(model, optimizer, cfg, world)
-        log.say(f"kernels ready after {compile_seconds:.1f} s; training begins")
-        clock = Clock(world)
-        try:
-            last = training_loop(cfg, world, model, optimizer, rows, held_out, log, clock)
-        except NonFinite as error:
-            log.note(str(error))
-            log.summary(f"failed: {error}", {"train_seconds": clock.seconds})
-            raise
+        begun = time.perf_counter()
+        sized = fit_micro_batch(model, optimizer, sized, world, log)
+        compile_seconds = time.perf_counter() - begun
+        run = Run(sized, world, model, optimizer, rows, held_out, log, Clock(world),
+                  LossScale(enabled=world.dtype == torch.float16))
+        torch.manual_seed(cfg.seed + 1 + world.rank)
+        if cfg.resume:
+            run.load(saved)
+        for change in changes:
+            log.say(f"resumed although {change}")
+        log.say(f"kernels ready after {compile_seconds:.1f} s; training "
+                + (f"goes on after step {run.step}" if cfg.resume else "begins"))
+        saved = None    # its memory is needed
+        training_loop(run)
         if world.is_main:
-            results = last | {"compile_seconds": round(compile_seconds, 1)}
-            finish(cfg, world, model, tokenizer, held_out, log, results)
+            finish(run, tokenizer, compile_seconds)
+
+
+@contextlib.contextmanager
+def last_words(log: RunLog) -> Iterator[None]:
+    """Let whatever ends a run early say in one line how to go on."""
+    try:
+        yield
+    except NonFinite as error:
+        log.note(str(error))
+        log.summary(f"failed: {error}", {})
+        raise EveryonesError(f"{error}; {log.last_good()}") from error
+    except Stopped as stop:
+        log.say(f"stopped by {signal.Signals(stop.args[0]).name}; {log.last_good()}")
+        sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
-        log.note("interrupted")
+        log.note(f"interrupted; {log.last_good()}")
         raise
-    finally:
-        log.close()
+    except OSError as error:
+        raise UserError(f"{error.strerror}: {error.filename or log.folder}; {log.last_good()}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("the memory does not suffice; a smaller --micro_batch_tokens needs less and changes "
+                        f"no result; {log.last_good()}") from error
 
 
-def training_loop(cfg: Config, world: World, model: GPT, optimizer: Optimizer, rows: Rows, held_out: HeldOut,
-                  log: RunLog, clock: Clock) -> dict:
-    """Step until the budget is used; returns the values of the last row of metrics.csv."""
-    loss_scale = LossScale(enabled=world.dtype == torch.float16)
-    _, rows_at_once = micro_batch_shape(cfg, world.size)
-    step, progress, since = 0, 0.0, (0, 0.0)
-    while progress < 1:
-        with clock:
-            # the loss of a step is the mean over all its targets, whoever computes them
-            loss = torch.zeros((), device=world.device)
-            num_targets = rows.targets_in_step(step, cfg.rows_per_step)
-            for inputs, targets in rows.micro_batches(step, cfg, world.rank, world.size):
-                inputs, targets = inputs.to(world.device), targets.to(world.device)
-                part = model(inputs, targets, window_frac(cfg, progress)) / num_targets
-                loss_scale.backward(part)
-                loss += part.detach()
-            world.sum_gradients(model)
-            values = {"train_loss": world.sum(loss).item(), "lr_scale": lr_scale(cfg, step, progress)}
-            if loss_scale.unscale(model):
-                values["grad_norm"] = gradient_norm(model, values["train_loss"], step + 1)
-                optimizer.step(values["lr_scale"])
-        step += 1
-        progress = budget_used(cfg, world, step, clock)
-        validates = progress >= 1 or (cfg.val_every and step % cfg.val_every == 0)
-        if validates or step == 1 or step % cfg.log_every == 0:
-            values |= pace(cfg, world, model, rows, step, clock, since)
-            since = (step, clock.seconds)
-            if validates:
-                result = held_out.evaluate(model, rows_at_once, world, window_frac(cfg, progress))
-                values |= dataclasses.asdict(result)
-            log.row(values, progress)
-            if validates:
-                log.picture()
-    return values
+def training_loop(run: Run) -> None:
+    """Step until the budget is used.
+
+    raises  Stopped, saved, on all processes when one of them was told to stop
+    """
+    cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
+    num_micro_batches, _ = micro_batch_shape(cfg, world.size)
+    if run.step:
+        look(run)       # checkpoints are made before the look that belongs to their step
+    with StopSignals() as signals:
+        while run.progress < 1:
+            with run.clock:
+                # the loss of a step is the mean over all its targets, whoever computes them
+                loss = torch.zeros((), device=world.device)
+                num_targets = run.rows.targets_in_step(run.step, cfg.rows_per_step)
+                batches = run.rows.micro_batches(run.step, cfg, world.rank, world.size)
+                for number, (inputs, targets) in enumerate(batches, start=1):
+                    optimizer.last_backward = number == num_micro_batches
+                    inputs, targets = inputs.to(world.device), targets.to(world.device)
+                    part = model(inputs, targets, window_frac(cfg, run.progress)) / num_targets
+                    run.loss_scale.backward(part)
+                    loss += part.detach()
+                # all processes learn the loss, whether one was told to stop, whether the first wants to save
+                told = torch.tensor([signals.received, run.is_time_to_save], device=world.device)
+                loss, stops, saves = world.sum(torch.cat([loss[None], told])).tolist()
+                norms = optimizer.gradient_norms()                                          # (P)
+                run.values = {"train_loss": loss, "lr_scale": lr_scale(cfg, run.step, run.progress)}
+                if run.loss_scale.unscale(optimizer, norms):
+                    run.values["grad_norm"] = check_norms(optimizer, norms, loss, run.step + 1)
+                    optimizer.step(run.values["lr_scale"])
+            run.step += 1
+            run.progress = budget_used(cfg, world, run.step, run.clock)
+            if stops or saves or run.validates or is_multiple(run.step, cfg.save_every_steps):
+                run.save()
+            if stops:
+                raise Stopped(signals.received or signal.SIGTERM)
+            look(run)
+
+
+def look(run: Run) -> None:
+    """Validate and write a row of metrics.csv, where the step is one for that."""
+    if not (run.validates or run.step == 1 or is_multiple(run.step, run.cfg.log_every)):
+        return
+    run.values |= pace(run)
+    run.logged = (run.step, run.clock.seconds)
+    if run.validates:
+        _, rows_at_once = micro_batch_shape(run.cfg, run.world.size)
+        with run.world.memory_of("validation"):
+            result = run.held_out.evaluate(run.model, rows_at_once, run.world,
+                                           window_frac(run.cfg, run.progress))
+        run.values |= dataclasses.asdict(result)
+        if result.val_loss < run.best_val_loss:
+            run.best_val_loss, run.best_step = result.val_loss, run.step
+            run.log.keep_best(run.step)
+    run.log.row(run.values, run.progress)
+    if run.validates:
+        run.log.picture()
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether `step` is one of every so many; never where that is 0."""
+    return every > 0 and step % every == 0
 
 
 def budget_used(cfg: Config, world: World, step: int, clock: Clock) -> float:
@@ -1413,15 +1863,15 @@ def budget_used(cfg: Config, world: World, step: int, clock: Clock) -> float:
     return min(1.0, max(shares))
 
 
-def pace(cfg: Config, world: World, model: GPT, rows: Rows, step: int, clock: Clock,
-         since: tuple[int, float]) -> dict[str, float]:
-    """How far a run is and how fast since the (step, seconds) of the last row."""
-    speed = cfg.batch_tokens * (step - since[0]) / (clock.seconds - since[1])
-    values = {"step": step, "tokens": step * cfg.batch_tokens,
-              "epoch": step * cfg.rows_per_step / rows.num_rows, "train_seconds": clock.seconds,
-              "tokens_per_second": speed, "peak_memory_mib": world.peak_memory_mib()}
-    peak = world.peak_flops(cfg)
-    return values | ({"mfu": speed * model.flops_per_token() / peak} if peak else {})
+def pace(run: Run) -> dict[str, float]:
+    """How far a run is, and how fast since the last row."""
+    cfg, seconds = run.cfg, run.clock.seconds
+    speed = cfg.batch_tokens * (run.step - run.logged[0]) / (seconds - run.logged[1])
+    values = {"step": run.step, "tokens": run.step * cfg.batch_tokens,
+              "epoch": run.step * cfg.rows_per_step / run.rows.num_rows, "train_seconds": seconds,
+              "tokens_per_second": speed, "peak_memory_mib": run.world.peak_memory_mib("training")}
+    peak = run.world.peak_flops(cfg)
+    return values | ({"mfu": speed * run.model.flops_per_token() / peak} if peak else {})
 
 
 class LossScale:
@@ -1437,17 +1887,16 @@ class LossScale:
     def backward(self, loss: Tensor) -> None:
         (loss * self.value).backward()
 
-    def unscale(self, model: nn.Module) -> bool:
-        """Bring gradients to their true size; False if they overflowed, and then they are cleared.
+    def unscale(self, optimizer: Optimizer, norms: Tensor) -> bool:
+        """Bring gradients and their norms (P) to their true size; False if they overflowed and were cleared.
 
         raises  NonFinite if even a scale of 1 overflows
         """
         if not self.enabled:
             return True
-        finite = all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
-        if finite:
-            for parameter in model.parameters():
-                parameter.grad /= self.value
+        if norms.isfinite().all():
+            optimizer.divide_gradients(self.value)
+            norms /= self.value
             self.good_steps += 1
             if self.good_steps % 1000 == 0:
                 self.value *= 2
@@ -1455,8 +1904,14 @@ class LossScale:
         if self.value <= 1:
             raise NonFinite("gradients overflow float16 at any scale; try --dtype float32")
         self.value, self.good_steps = self.value / 2, 0
-        model.zero_grad(set_to_none=True)
+        optimizer.clear_gradients()
         return False
+
+    def state(self) -> dict:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load(self, state: dict) -> None:
+        self.value, self.good_steps = state["value"], state["good_steps"]
 
 
 def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_reason: str) -> list[str]:
@@ -1486,15 +1941,16 @@ def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) 
             f"            {cfg.num_steps:,} steps are {epochs:.2f} epochs{advice}")
 
 
-def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut, log: RunLog,
-           results: dict) -> None:
+def finish(run: Run, tokenizer: Encoding, compile_seconds: float) -> None:
     """Weights, samples, the comparison with xz, picture, summary, and last what a newcomer wants to know."""
+    cfg, model, held_out, log = run.cfg, run.model, run.held_out, run.log
     if cfg.save_model:
         log.weights(model)
     model.flex = False      # texts have many lengths, and none is worth compiling for
-    with torch.compiler.set_stance("force_eager"):
-        samples = write_samples(cfg, world, model, tokenizer, held_out)
+    with run.world.memory_of("evaluation"), torch.compiler.set_stance("force_eager"):
+        samples = write_samples(cfg, run.world, model, tokenizer, held_out)
     log.samples(samples)
+    results = run.values | {"compile_seconds": round(compile_seconds, 1)}
     text = held_out.text()
     if len(text) <= LARGEST_XZ_TEXT:
         results["xz_bpb"] = xz_bits_per_byte(text)
@@ -1502,7 +1958,12 @@ def finish(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out:
     results["parameters"] = model.num_parameters()
     results["tokens_per_second"] = results["tokens"] / results["train_seconds"]
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
+    results["best_val_loss"], results["best_step"] = run.best_val_loss, run.best_step
+    results["checkpoint_seconds"] = round(run.save_seconds, 2)
+    for phase in ("training", "validation", "evaluation"):
+        results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)
     summary = log.summary("finished", results)
+    remove_checkpoints(log.folder, keep_best=cfg.save_model and run.best_step < run.step)
     for line in conclusion(cfg, log.folder, summary, samples):
         log.say(line)
 
@@ -1526,9 +1987,8 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     if summary.get("xz_bpb"):
         verdict = "more than this model" if summary["xz_bpb"] > summary["val_bpb"] else "less than this model"
         xz = f"; xz -9e needs {summary['xz_bpb']:.3f} for the same text, {verdict}"
-    python = ".venv/bin/python" if Path(sys.prefix).resolve() == ROOT / ".venv" else "python"
     change = ["--muon_lr", f"{2 * cfg.muon_lr:g}", "--model_name", "try"]
-    again = shlex.join([python, Path(sys.argv[0]).name, *sys.argv[1:], *change])
+    again = shlex.join([*program(), *sys.argv[1:], *change])
     lines = ["", "=" * 100,
              f"run         {os.path.relpath(folder)}  "
              "(loss.png, summary.json, samples.jsonl and the code that ran)",
@@ -1590,15 +2050,25 @@ def free_memory_mib(world: World) -> float:
 
 @command
 def main() -> None:
-    cfg = parse_config(sys.argv[1:])
-    world = World(cfg)
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    world = None
     try:
+        try:
+            cfg = parse_config(sys.argv[1:])
+        except UserError as error:
+            raise EveryonesError(str(error)) from error
+        world = World(cfg)
         if not cfg.check:
             train(cfg, world)
         elif not check(cfg, world):
             sys.exit(1)
+    except EveryonesError:
+        if not first_here:      # once on each machine is enough
+            sys.exit(1)
+        raise
     finally:
-        world.close()
+        if world:
+            world.close()
 
 
 if __name__ == "__main__":

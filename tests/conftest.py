@@ -1,4 +1,4 @@
-"""What the tests of the text scripts share: an empty Benchtop in a temporary folder, and its scripts."""
+"""What tests share: an empty Benchtop with its scripts, and one with a tokenizer and a data set."""
 
 import json
 import random
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tiny_runs import ROOT, run
 
 import documents
 import download_fineweb
+import run_folder
+import train_gpt
 import train_tokenizer
 
 SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer,
@@ -89,3 +92,31 @@ def write_rows(path: Path, texts: list[str]) -> None:
 def _write_rows():
     """write_rows(path, texts) makes a .jsonl file of one row a text."""
     return write_rows
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """A copy of the scripts with a tokenizer and a data set of 300 short documents."""
+    folder = tmp_path_factory.mktemp("lab")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    rng = random.Random(0)
+    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under",
+             "mat", "tree", "and", "then", "saw", "big", "small"]
+    rows = [{"text": " ".join(rng.choices(words, k=rng.randint(5, 120))) + "."} for _ in range(300)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(folder, "train_tokenizer.py", "--source", "text.jsonl", "--vocabsize", "300", "--name", "tiny",
+        "--num_workers", "1")
+    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny_v300_n134217728",
+        "--num_workers", "1", "--name", "tiny")
+    return folder
+
+
+@pytest.fixture
+def here(lab, tmp_path, monkeypatch) -> Path:
+    """The lab's data for code that runs in this process; run folders land in a folder of the test's own."""
+    monkeypatch.setattr(download_fineweb, "DATA", lab / "data")
+    for module in (train_tokenizer, train_gpt):
+        monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
+    monkeypatch.setattr(run_folder, "EXPERIMENTS", tmp_path / "experiments")
+    return tmp_path

@@ -1,5 +1,6 @@
 """Muon, Adam and the schedule. Run: ./run.sh test tests/test_optimizer.py"""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, Config, LossScale, Optimizer, adam_update, group_of, lr_scale, newton_schulz
+from train_gpt import (
+    GPT,
+    Config,
+    LossScale,
+    Optimizer,
+    World,
+    adam_update,
+    group_of,
+    lr_scale,
+    newton_schulz,
+)
 
 
 def small_config(**knobs) -> Config:
@@ -38,11 +49,11 @@ def test_newton_schulz_of_nothing_is_nothing():
 
 def test_every_parameter_is_in_exactly_one_group():
     model = GPT(small_config(), 100)
-    optimizer = Optimizer(model, model.cfg)
-    grouped = [name for members in optimizer.groups.values() for name in members]
-    assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
-    assert all(optimizer.groups.values())
-    assert all(parameter.ndim >= 2 for parameter in optimizer.groups["matrices"].values())
+    optimizer = Optimizer(model, model.cfg, World(model.cfg))
+    groups = {group: {piece.name for piece in pieces} for group, pieces in optimizer.groups.items()}
+    assert sorted(itertools.chain(*groups.values())) == sorted(name for name, _ in model.named_parameters())
+    assert all(groups.values())
+    assert all(piece.parameter.ndim >= 2 for piece in optimizer.groups["matrices"])
 
 
 @pytest.mark.parametrize(("name", "shape", "group"), [
@@ -71,7 +82,7 @@ def test_muon_is_that_of_torch():
     torch.manual_seed(0)
     cfg = small_config(num_layers=1, value_embeddings=0, muon_lr=0.04, batch_tokens=524288, num_steps=1)
     model = GPT(cfg, 100)
-    optimizer = Optimizer(model, cfg)
+    optimizer = Optimizer(model, cfg, World(cfg))
     theirs = nn.Parameter(model.layers[0].out.detach().clone())
     reference = torch.optim.Muon([theirs], lr=0.04, weight_decay=0, momentum=0.85, nesterov=True,
                                  ns_coefficients=(3.4445, -4.7750, 2.0315), eps=1e-7)
@@ -91,14 +102,14 @@ def test_matrices_of_one_shape_are_updated_each_by_itself():
     torch.manual_seed(0)
     cfg = small_config(num_layers=3)
     model = GPT(cfg, 100)
-    optimizer = Optimizer(model, cfg)
+    optimizer = Optimizer(model, cfg, World(cfg))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     optimizer.step(0.5)
     lr = 0.5 * cfg.muon_lr * (cfg.batch_tokens / 524288) ** 0.25
-    for name in optimizer.groups["matrices"]:
+    for name in {piece.name for piece in optimizer.groups["matrices"]}:
         grad, weight = grads[name], before[name]
         for index in range(grad.numel() // (grad.size(-2) * grad.size(-1))):
             matrix = grad.view(-1, *grad.shape[-2:])[index]
@@ -111,7 +122,7 @@ def test_matrices_of_one_shape_are_updated_each_by_itself():
 def test_learning_rates_follow_batch_and_width_as_stated():
     def lrs(**knobs) -> dict[str, float]:
         cfg = small_config(**knobs)
-        return Optimizer(GPT(cfg, 100), cfg).lrs
+        return Optimizer(GPT(cfg, 100), cfg, World(cfg)).lrs
     base, batch, width = lrs(), lrs(batch_tokens=1024), lrs(model_dim=64)
     for group in base:
         assert batch[group] == pytest.approx(2 * base[group])
@@ -134,24 +145,30 @@ def test_the_schedule_warms_up_stays_and_cools_down():
 def test_warming_up_changes_nothing():
     torch.manual_seed(0)
     model = GPT(small_config(), 100)
-    optimizer = Optimizer(model, model.cfg)
+    optimizer = Optimizer(model, model.cfg, World(model.cfg))
     before = [value.clone() for value in model.state_dict().values()]
     optimizer.warm_up()
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
-    assert all(not tensor.any() for state in optimizer.state.values() for tensor in state.values())
+    assert all(not tensor.any() for piece in optimizer.pieces for tensor in piece.state.values())
     assert optimizer.steps_done == 0
 
 
 def test_a_loss_scale_leaves_out_steps_that_overflow():
-    model = nn.Linear(2, 2)
+    model = GPT(small_config(), 100)
+    optimizer = Optimizer(model, model.cfg, World(model.cfg))
     scale = LossScale(enabled=True)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, scale.value)
-    assert scale.unscale(model) and all((parameter.grad == 1).all() for parameter in model.parameters())
-    model.weight.grad[0, 0] = math.inf
-    assert not scale.unscale(model)
-    assert scale.value == 2**15 and model.weight.grad is None
+
+    def gradients(value: float) -> torch.Tensor:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        return optimizer.gradient_norms()
+    norms = gradients(scale.value)
+    assert scale.unscale(optimizer, norms)
+    assert all((parameter.grad == 1).all() for parameter in model.parameters())
+    wanted = torch.tensor([math.sqrt(parameter.numel()) for parameter in model.parameters()])
+    torch.testing.assert_close(norms, wanted)
+    assert not scale.unscale(optimizer, gradients(math.inf))
+    assert scale.value == 2**15 and model.head.grad is None
     scale.value = 1.0
-    model.weight.grad, model.bias.grad = torch.full((2, 2), math.nan), torch.zeros(2)
     with pytest.raises(train_gpt.NonFinite):
-        scale.unscale(model)
+        scale.unscale(optimizer, gradients(math.nan))

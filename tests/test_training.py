@@ -1,11 +1,9 @@
 """Whole tiny runs: what they learn, write, refuse and survive. Run: ./run.sh test tests/test_training.py"""
 
-import csv
 import dataclasses
 import hashlib
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -17,69 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import TINY, rows_of, run, summary_of, train_here
 
 import download_fineweb
 import train_gpt
 import train_tokenizer
 from documents import UserError
 from train_gpt import GPT, PRESETS, Config, HeldOut, World, generate, parse_config, xz_bits_per_byte
-
-ROOT = Path(train_gpt.__file__).parent
-TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len=32, batch_tokens=128,
-            num_steps=4, val_every=2, log_every=1, num_samples=2, sample_tokens=5,
-            compile="off", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory) -> Path:
-    """A copy of the scripts with a tokenizer and a data set of 300 short documents."""
-    folder = tmp_path_factory.mktemp("lab")
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
-    rng = random.Random(0)
-    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under",
-             "mat", "tree", "and", "then", "saw", "big", "small"]
-    rows = [{"text": " ".join(rng.choices(words, k=rng.randint(5, 120))) + "."} for _ in range(300)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run(folder, "train_tokenizer.py", "--source", "text.jsonl", "--vocabsize", "300", "--name", "tiny",
-        "--num_workers", "1")
-    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny_v300_n134217728",
-        "--num_workers", "1", "--name", "tiny")
-    return folder
-
-
-@pytest.fixture
-def here(lab, tmp_path, monkeypatch) -> Path:
-    """The lab's data for code that runs in this process; run folders land in a folder of the test's own."""
-    monkeypatch.setattr(download_fineweb, "DATA", lab / "data")
-    for module in (train_tokenizer, train_gpt):
-        monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
-    monkeypatch.setattr(train_gpt, "EXPERIMENTS", tmp_path / "experiments")
-    return tmp_path
-
-
-def run(folder: Path, script: str, *arguments: str, expect: int = 0, **options,
-        ) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True,
-                          timeout=120, **options)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def train_here(folder: Path, **knobs) -> Path:
-    cfg = Config(**{**TINY, **knobs})
-    train_gpt.train(cfg, World(cfg))
-    return max((folder / "experiments").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-
-
-def rows_of(run_folder: Path) -> list[dict]:
-    with open(run_folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def summary_of(run_folder: Path) -> dict:
-    return json.loads((run_folder / "summary.json").read_text())
-
 
 # ------------------------------------------------------------------------------------------------
 # What a run learns and leaves
@@ -95,7 +37,7 @@ def test_a_tiny_model_learns_a_repeated_text(lab, here):
     rows = train_gpt.Rows(shards, cfg, 300)
     torch.manual_seed(0)
     model = GPT(cfg, 300)
-    optimizer = train_gpt.Optimizer(model, cfg)
+    optimizer = train_gpt.Optimizer(model, cfg, World(cfg))
     losses = []
     for step in range(60):
         for inputs, targets in rows.micro_batches(step, cfg):
@@ -290,16 +232,13 @@ def test_sampling_keeps_to_the_top_k():
 # ------------------------------------------------------------------------------------------------
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_name(lab, here, monkeypatch):
-    real = train_gpt.World.sum_gradients
+    real = train_gpt.Optimizer.gradient_norms
 
-    def poisoned(world, model):
-        real(world, model)
-        if rows_written() == 2:
-            model.layers[1].up.grad[0, 0] = math.nan
-
-    def rows_written() -> int:
-        return len(rows_of(next((here / "experiments").iterdir())))
-    monkeypatch.setattr(train_gpt.World, "sum_gradients", poisoned)
+    def poisoned(optimizer):
+        if optimizer.steps_done == 2:
+            optimizer.parameters["layers.1.up"].grad[0, 0] = math.nan
+        return real(optimizer)
+    monkeypatch.setattr(train_gpt.Optimizer, "gradient_norms", poisoned)
     with pytest.raises(UserError, match=r"layers\.1\.up .* step 3"):
         train_here(here)
     folder = next((here / "experiments").iterdir())

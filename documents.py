@@ -71,6 +71,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
+        if os.environ.get("LOCAL_RANK", "0") != "0":    # of processes with the same flags, one says it
+            self.exit(2)
         unknown = re.match(r"unrecognized arguments: (--?\w[\w-]*)", message)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

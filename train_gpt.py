@@ -231,7 +231,7 @@ def parse_config(argv: list[str]) -> Config:
     knobs = {**PRESETS.get(flags.get("preset", ""), {}), **flags}
     if "resume" not in knobs:
         return Config(**knobs)
-    folder = find_run(knobs["resume"], Config(**knobs).model_name)
+    folder = find_run(knobs["resume"], knobs.get("model_name", defaults["model_name"]))
     saved = {knob: types[knob](value) for knob, value in (saved_knobs(folder) if folder else {}).items()
              if knob in types}
     return Config(**{**saved, **knobs, "resume": str(folder or "")})
@@ -1730,7 +1730,8 @@ def identity_of(cfg: Config, world: World, tokenizer: Encoding, dataset: Dataset
             "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
             "device": world.device_name(), "processes": world.size,
             "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
-            "python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "platform": platform.platform(),
             "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
 
 

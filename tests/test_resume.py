@@ -3,6 +3,11 @@
 Run: ./run.sh test tests/test_resume.py
 """
 
+import errno
+import json
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,9 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import flags, newest, rows_of, summary_of, torchrun
+from tiny_runs import flags, newest, rows_of, summary_of, torchrun, train_here
 
 import run_folder
+import train_gpt
+from documents import UserError
+from train_gpt import parse_config
 
 DRIVE = str(Path(__file__).with_name("drive.py"))
 TIMES = ("train_seconds", "tokens_per_second", "mfu", "peak_memory_mib")
@@ -116,3 +124,315 @@ def test_a_killed_compiled_run_goes_on_to_the_bit(lab):
     done = drive(lab, KEEP, "--resume", "auto", *arguments("compiledkilled"))
     assert done.returncode == 0, done.stderr
     assert_same_run(newest(lab, "compiledkilled"), newest(lab, "compiled"))
+
+
+# ------------------------------------------------------------------------------------------------
+# On any number of processes
+# ------------------------------------------------------------------------------------------------
+
+KEEP_FIRST = """
+import shutil
+real_checkpoint = train_gpt.RunLog.checkpoint
+def checkpoint(log, state):
+    real_checkpoint(log, state)
+    if log.active and state["step"] == 1:
+        shutil.copy(log.folder / "checkpoint.pt", log.folder / "first.pt")
+train_gpt.RunLog.checkpoint = checkpoint
+"""
+
+
+@pytest.fixture(scope="session")
+def four_micro_batches(lab) -> Path:
+    """Twenty steps of 1 process x 4 micro-batches, with checkpoints of the first and the last."""
+    return equal_run(lab, "1x4", processes=1)
+
+
+def equal_run(lab: Path, name: str, processes: int) -> Path:
+    knobs = dict(num_steps=20, val_every=5, model_name=name, save_every_steps=1, micro_batch_tokens=32)
+    done = drive(lab, KEEP + KEEP_FIRST, *flags(**knobs), processes=processes)
+    assert done.returncode == 0, done.stderr
+    return newest(lab, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_ends_where_one_does(lab, four_micro_batches, processes):
+    """1x4 = 2x2 = 4x1 (processes x micro-batches), and 3 processes, after one step and after twenty."""
+    folder = equal_run(lab, f"by{processes}", processes)
+    for checkpoint, tolerance in (("first.pt", 1e-6), ("checkpoint.pt", 1e-4)):
+        ours = tensors_of(run_folder.load_checkpoint(folder / checkpoint))
+        theirs = tensors_of(run_folder.load_checkpoint(four_micro_batches / checkpoint))
+        assert set(ours) == set(theirs)
+        most = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+        print(f"{processes} processes, {checkpoint}: largest difference {most:.2e}")
+        assert most < tolerance
+    for row, wanted in zip(timeless(rows_of(folder)), timeless(rows_of(four_micro_batches)), strict=True):
+        for column, value in wanted.items():
+            assert value == row[column] or float(value) == pytest.approx(float(row[column]), rel=1e-4), column
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_on_another_number_of_processes(lab, whole, before, after):
+    name = f"from{before}to{after}"
+    arguments = flags(num_steps=20, val_every=5, model_name=name, save_every_steps=10)
+    killed = drive(lab, DIE_AFTER.format(step=13, rank=0), *arguments, processes=before)
+    assert killed.returncode
+    done = drive(lab, KEEP, "--resume", str(newest(lab, name)), processes=after)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(newest(lab, name), whole, exact=False)
+    assert [session["processes"] for session in summary_of(newest(lab, name))["sessions"]] == [before, after]
+
+
+SLOWLY = """
+import time
+real_look = train_gpt.look
+def look(run):
+    real_look(run)
+    time.sleep(0.05)
+    if run.step == 3 and run.world.rank == {rank}:
+        import os
+        os.kill(os.getpid(), {signal})
+train_gpt.look = look
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
+    name = f"signal{int(number)}"
+    arguments = flags(num_steps=20, val_every=5, model_name=name)
+    stopped = drive(lab, KEEP + SLOWLY.format(rank=0, signal=int(number)), *arguments)
+    assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr, stopped.stderr
+    folder = newest(lab, name)
+    last_line = stopped.stdout.strip().splitlines()[-1]
+    assert f"--resume {folder.relative_to(lab)}" in last_line and "of step 4" in last_line
+    assert not (folder / "summary.json").exists() and rows_of(folder)[-1]["step"] == "3"
+    command = shlex.split(last_line.split("go on with: python ")[1])
+    done = drive(lab, KEEP, *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(lab):
+    stopped = drive(lab, SLOWLY.format(rank=1, signal=int(signal.SIGTERM)),
+                    *flags(num_steps=20, model_name="oneofall"), processes=2)
+    assert stopped.returncode and "exitcode: 143" in re.sub(r"exitcode\s*: ", "exitcode: ", stopped.stderr)
+    assert stopped.stdout.count("stopped by SIGTERM; the last good checkpoint is of step 4") == 1
+    assert last_state(newest(lab, "oneofall"))["step"] == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Which run, and whether it is the same
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def stopped_run(here) -> Path:
+    """A run in this process that was stopped after step 3 of 6; checkpoints of steps 2 and 3 are there."""
+    return stop_here(here)
+
+
+def stop_here(here: Path, **knobs) -> Path:
+    real_look = train_gpt.look
+
+    def look(run):
+        real_look(run)
+        if run.step == 3:
+            raise KeyboardInterrupt
+    before = set(here.glob("experiments/*"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_gpt, "look", look)
+        train_here(here, num_steps=6, save_every_steps=1, **knobs)
+    folder, = set(here.glob("experiments/*")) - before
+    assert last_state(folder)["step"] == 3
+    return folder
+
+
+def resume_here(*arguments: str) -> None:
+    cfg = parse_config(list(arguments))
+    train_gpt.train(cfg, train_gpt.World(cfg))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped_run, capsys, damage):
+    path = stopped_run / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    {"flip": lambda: path.write_bytes(content), "cut": lambda: path.write_bytes(content[:5000]),
+     "empty": lambda: path.write_bytes(b""), "gone": path.unlink}[damage]()
+    resume_here("--resume", str(stopped_run))
+    said = capsys.readouterr()
+    assert "warning: going on from the one before it, of step 2" in said.err
+    assert "goes on after step 2" in said.out
+    assert [row["step"] for row in rows_of(stopped_run)] == list("123456")
+    assert summary_of(stopped_run)["status"] == "finished" and not list(stopped_run.glob("*.pt*"))
+
+
+def test_two_damaged_checkpoints_are_one_clear_line(stopped_run, capsys):
+    for path in stopped_run.glob("checkpoint*.pt"):
+        path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="no whole checkpoint to go on from"):
+        resume_here("--resume", str(stopped_run))
+
+
+def test_a_checkpoint_cannot_run_code(stopped_run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+    for path in stopped_run.glob("checkpoint*.pt"):
+        torch.save({"format": run_folder.CHECKPOINT_FORMAT, "step": Evil()}, path)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        resume_here("--resume", str(stopped_run))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_other_knobs_are_named_and_refused_unless_told(stopped_run):
+    with pytest.raises(UserError, match=r"--muon_lr is 0\.1, was 0\.05\. Undo that, .* --resume_changed"):
+        resume_here("--resume", str(stopped_run), "--muon_lr", "0.1")
+    resume_here("--resume", str(stopped_run), "--muon_lr", "0.1", "--resume_changed")
+    log = (stopped_run / "training_log.txt").read_text()
+    assert "resumed although --muon_lr is 0.1, was 0.05" in log
+    assert json.loads((stopped_run / "config.json").read_text())["muon_lr"] == 0.1
+    assert json.loads((stopped_run / "config_until_step_3.json").read_text())["muon_lr"] == 0.05
+
+
+def test_knobs_that_change_no_result_may_change(stopped_run):
+    resume_here("--resume", str(stopped_run), "--micro_batch_tokens", "32", "--save_every_steps", "2")
+    assert summary_of(stopped_run)["status"] == "finished"
+
+
+def test_other_code_and_data_are_named_and_refused(stopped_run, monkeypatch):
+    real = train_gpt.identity_of
+
+    def other(*arguments):
+        identity = real(*arguments)
+        identity["sources"]["train_gpt.py"] = "other"
+        return identity | {"data_sha256": "other"}
+    monkeypatch.setattr(train_gpt, "identity_of", other)
+    with pytest.raises(UserError, match=r"the data changed; train_gpt\.py changed\. Undo"):
+        resume_here("--resume", str(stopped_run))
+
+
+def test_auto_takes_the_newest_unfinished_run_of_the_name(here):
+    others = stop_here(here, model_name="gpt_2")
+    first, second = stop_here(here), stop_here(here)
+    again = flags(num_steps=6, save_every_steps=1)
+    with open(second / "training_log.txt", encoding="utf-8") as log:
+        run_folder.lock(log)        # as if another process trained it
+        assert run_folder.find_run("auto", "gpt") == first
+    for wanted in (second, first):
+        resume_here("--resume", "auto", *again)
+        assert summary_of(wanted)["status"] == "finished"
+    assert not (others / "summary.json").exists()
+    before = set((here / "experiments").iterdir())
+    resume_here("--resume", "auto", *again)       # nothing is left, so a new run begins
+    new, = set((here / "experiments").iterdir()) - before
+    assert summary_of(new)["sessions"][0]["from_step"] == 0
+
+
+def test_auto_does_not_repeat_a_failure(stopped_run):
+    (stopped_run / "summary.json").write_text('{"status": "failed: the loss is nan"}')
+    with pytest.raises(UserError, match=r"the newest run of gpt, .* failed: the loss is nan; name its "):
+        resume_here("--resume", "auto")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(stopped_run):
+    with open(stopped_run / "training_log.txt", encoding="utf-8") as log:
+        run_folder.lock(log)
+        with pytest.raises(UserError, match="is being trained by another process"):
+            resume_here("--resume", str(stopped_run))
+
+
+def test_what_cannot_be_resumed_says_so(here, stopped_run):
+    with pytest.raises(UserError, match="must be the folder of a run, or auto; nowhere has no config"):
+        resume_here("--resume", "nowhere")
+    resume_here("--resume", str(stopped_run))
+    with pytest.raises(UserError, match="is finished; begin a new run"):
+        resume_here("--resume", str(stopped_run))
+    (stopped_run / "config.json").write_text("[1, 2")
+    (stopped_run / "summary.json").unlink()
+    with pytest.raises(UserError, match="is not what a run writes"):
+        resume_here("--resume", str(stopped_run))
+
+
+def test_the_best_checkpoint_is_of_the_best_validation(here, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 4.0])
+    monkeypatch.setattr(train_gpt.HeldOut, "evaluate",
+                        lambda *_: train_gpt.Validation(next(losses), 1.0))
+    folder = train_here(here, num_steps=8, save_model=True)
+    assert run_folder.load_checkpoint(folder / "checkpoint_best.pt")["step"] == 4
+    assert {path.name for path in folder.glob("checkpoint*")} == {"checkpoint_best.pt"}
+    assert summary_of(folder)["best_step"] == 4 and summary_of(folder)["best_val_loss"] == 2.0
+
+
+# ------------------------------------------------------------------------------------------------
+# A full disk
+# ------------------------------------------------------------------------------------------------
+
+def test_a_disk_full_while_saving_leaves_the_last_good_checkpoint(here, monkeypatch, capsys):
+    real_save = torch.save
+
+    class Full:
+        """A file on a disk that is full after 1,000 bytes."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 1000
+
+        def write(self, content):
+            self.left -= len(content)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content)
+
+        def flush(self):
+            self.file.flush()
+
+    def save(state, file):
+        real_save(state, Full(file) if state["step"] >= 3 else file)
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(train_gpt, "remove_checkpoints", lambda *_, **__: None)
+    folder = train_here(here, save_every_steps=1)
+    said = capsys.readouterr().out
+    assert ("warning: no checkpoint of step 3 (No space left on device); "
+            "the last good checkpoint is of step 2; go on with: python") in said
+    assert last_state(folder)["step"] == 2 and not list(folder.glob("*.partial"))
+    assert summary_of(folder)["status"] == "finished"       # training needed no disk
+
+
+def test_a_real_disk_full_while_saving(lab, whole, tmp_path):
+    """The run folder on a file system of 2 MiB, in a mount namespace of its own."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = f"mount -t tmpfs -o size=2m none {small} && exec \"$@\""
+    inside = ["unshare", "-rm", "sh", "-c", mount, "sh"]
+    probe = subprocess.run([*inside, "true"], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"no mount namespaces here: {probe.stderr.strip()}")
+    lines = KEEP + f"""
+import run_folder, pathlib
+run_folder.EXPERIMENTS = pathlib.Path({str(small)!r})""" + """
+real_look = train_gpt.look
+def look(run):
+    if run.step == 2:       # then all that is left of the disk is taken
+        (run_folder.EXPERIMENTS / "filler").write_bytes(b"x" * 2**20)
+    if run.step == 3:
+        state = run_folder.load_checkpoint(next(run_folder.EXPERIMENTS.glob("*/checkpoint.pt")))
+        print("found whole:", state["step"], flush=True)
+    real_look(run)
+train_gpt.look = look
+"""
+    done = subprocess.run([*inside, sys.executable, DRIVE, str(lab), lines,
+                           *flags(num_steps=4, val_every=0, save_every_steps=1, model_dim=24)],
+                          cwd=lab, capture_output=True, text=True, timeout=120)
+    assert "no checkpoint of step 3 (No space left on device); the last good checkpoint is of step 2" \
+        in done.stdout, done.stdout + done.stderr
+    assert "found whole: 2" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_disk_full_while_logging_ends_in_one_line(here, monkeypatch):
+    def full(log, values, progress):
+        if values["step"] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(train_gpt.RunLog, "row", full)
+    with pytest.raises(UserError, match=r"No space left .*; the last good checkpoint is of step 2; go on"):
+        train_here(here)

@@ -1,0 +1,195 @@
+"""Several processes and machines: they do what one does, or end promptly with a clear line.
+
+Run: ./run.sh test tests/test_processes.py
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import DRIVE, drive
+from tiny_runs import flags, newest, rows_of, summary_of, torchrun
+
+pytestmark = pytest.mark.slow
+
+AT_STEP_3 = """
+import os, signal, time
+real_look = train_gpt.look
+def look(run):
+    real_look(run)
+    if run.step == 3 and run.world.rank == 1:
+        {deed}
+train_gpt.look = look
+"""
+
+
+def plain(error: str) -> str:
+    """What processes say, without what torchrun adds."""
+    return "\n".join(line for line in error.splitlines() if line.startswith("train_gpt.py: error"))
+
+
+@pytest.mark.parametrize(("deed", "seconds"), [("os.kill(os.getpid(), signal.SIGKILL)", 30),
+                                               ("time.sleep(1000)", 60)])
+def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed, seconds):
+    begun = time.time()
+    done = drive(lab, AT_STEP_3.format(deed=deed),
+                 *flags(num_steps=10**6, model_name="lost", timeout_seconds=5), processes=2)
+    assert done.returncode and time.time() - begun < seconds
+    assert re.search(r"process 0 of 2 lost another one, which died or was silent for 5 s", plain(done.stderr))
+    assert "go on with --resume auto" in plain(done.stderr)
+    assert not (newest(lab, "lost") / "summary.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_stops_all_at_that_step(lab):
+    poison = """
+real = train_gpt.GPT.forward
+def forward(model, *arguments):
+    loss = real(model, *arguments)
+    calls.append(1)
+    if len(calls) == 4 and int(os.environ["RANK"]) == 1:      # the warm-up is the first call
+        return loss * math.nan
+    return loss
+import os, math
+calls = []
+train_gpt.GPT.forward = forward
+"""
+    done = drive(lab, poison, *flags(num_steps=10, model_name="poisoned"), processes=2)
+    assert done.returncode
+    assert len(re.findall("error: .* of step 3 ", plain(done.stderr))) == 1
+    folder = newest(lab, "poisoned")
+    assert summary_of(folder)["status"].startswith("failed: the loss of step 3 is nan")
+    assert len(rows_of(folder)) == 2
+
+
+def test_a_gradient_gone_wrong_is_named_on_all(lab):
+    poison = """
+import math
+real = train_gpt.Optimizer.gradient_norms
+def gradient_norms(optimizer):
+    if optimizer.steps_done == 2 and optimizer.world.rank == 1:
+        optimizer.world.wait()
+        for piece in optimizer.pieces:
+            if piece.name == "embed" and piece.owner == 1:
+                piece.grad[0] = math.nan
+    return real(optimizer)
+train_gpt.Optimizer.gradient_norms = gradient_norms
+"""
+    done = drive(lab, poison, *flags(num_steps=10, model_name="poisoned2"), processes=2)
+    assert done.returncode
+    assert plain(done.stderr).count("the gradient of embed is not finite in step 3") == 1
+
+
+def test_a_mistake_is_said_once_by_all_processes(lab):
+    done = subprocess.run([*torchrun(3), "train_gpt.py", *flags(num_layers=-1)], cwd=lab, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode and done.stderr.count("--num_layers must be 0 or more") == 1
+    done = subprocess.run([*torchrun(3), "train_gpt.py", *flags(), "--dta=x"], cwd=lab, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode and done.stderr.count("there is no flag --dta; did you mean --data?") == 1
+
+
+def test_a_shard_that_one_process_finds_damaged_stops_all(lab, tmp_path):
+    there = tmp_path / "there"
+    shutil.copytree(lab, there, ignore=shutil.ignore_patterns("experiments"))
+    shard = next(there.glob("data/tiny/train_*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    done = subprocess.run([*torchrun(2), "train_gpt.py", *flags()], cwd=there, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode and plain(done.stderr).count("error") == 1
+    assert f"{shard.name} has changed since it was written" in plain(done.stderr)
+    assert not (there / "experiments").exists()
+
+
+def test_two_jobs_share_a_machine(lab):
+    jobs = [subprocess.Popen([*torchrun(2), "train_gpt.py", *flags(num_steps=20, model_name=name)], cwd=lab,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for name in ("joba", "jobb")]
+    for job in jobs:
+        _, error = job.communicate(timeout=120)
+        assert job.returncode == 0, error
+    assert rows_of(newest(lab, "joba"))[-1]["val_loss"] == rows_of(newest(lab, "jobb"))[-1]["val_loss"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Two machines
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
+    names = [f"bench{os.getpid()}a", f"bench{os.getpid()}b"]
+    made = []
+
+    def ip(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+    try:
+        for name in names:
+            done = ip("netns", "add", name)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+            made.append(name)
+        ends = [f"bv{os.getpid()}a"[-15:], f"bv{os.getpid()}b"[-15:]]
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            for words in (("link", "set", end, "netns", name),):
+                done = ip(*words)
+                if done.returncode:
+                    pytest.skip(f"no veth pairs here: {done.stderr.strip()}")
+            inside = ("netns", "exec", name, "ip")
+            ip(*inside, "link", "set", "lo", "up")
+            ip(*inside, "link", "set", end, "name", "eth0")
+            ip(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip(*inside, "link", "set", "eth0", "up")
+        yield names
+    finally:
+        for name in made:
+            ip("netns", "del", name)
+
+
+def on_both(hosts, lab: Path, *command: str) -> list[subprocess.Popen]:
+    """README's command for several machines, on each host."""
+    return [subprocess.Popen(
+        ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+         "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29500", "--rdzv_id=tests",
+         f"--local_addr=10.77.0.{number}", *command],
+        cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "eth0"}) for number, host in enumerate(hosts, start=1)]
+
+
+def test_two_hosts_end_where_one_does(hosts, lab):
+    one = subprocess.run([sys.executable, "train_gpt.py", *flags(num_steps=8, model_name="onehost")], cwd=lab,
+                         capture_output=True, text=True, timeout=120)
+    assert one.returncode == 0, one.stderr
+    jobs = on_both(hosts, lab, "train_gpt.py", *flags(num_steps=8, model_name="twohosts"))
+    for job in jobs:
+        _, error = job.communicate(timeout=120)
+        assert job.returncode == 0, error
+    ours, theirs = rows_of(newest(lab, "twohosts")), rows_of(newest(lab, "onehost"))
+    assert summary_of(newest(lab, "twohosts"))["processes"] == 2
+    for row, wanted in zip(ours, theirs, strict=True):
+        for column in ("train_loss", "grad_norm", "val_loss"):
+            assert float(row[column] or 0) == pytest.approx(float(wanted[column] or 0), rel=1e-4)
+
+
+def test_a_host_that_dies_ends_the_other(hosts, lab):
+    dies = AT_STEP_3.format(deed="os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)")
+    jobs = on_both(hosts, lab, DRIVE, str(lab), dies,
+                   *flags(num_steps=10**6, model_name="losthost", timeout_seconds=10))
+    begun = time.time()
+    try:
+        outputs = [job.communicate(timeout=150) for job in jobs]
+    finally:
+        for job in jobs:
+            job.send_signal(signal.SIGKILL)
+    assert all(job.returncode for job in jobs)
+    print(f"both hosts ended after {time.time() - begun:.0f} s")
+    said = "".join(error for _, error in outputs)
+    assert re.search(r"process \d of 2 lost another one, which died or was silent for 10 s", said)

@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -71,8 +72,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
-        if os.environ.get("LOCAL_RANK", "0") != "0":    # of processes with the same flags, one says it
-            self.exit(2)
+        leave_the_word_to_the_first()
         unknown = re.match(r"unrecognized arguments: (--?\w[\w-]*)", message)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -90,6 +90,16 @@ def positive(text: str, least: int = 1) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, is {number}")
     return number
+
+
+def leave_the_word_to_the_first() -> None:
+    """For an error that all processes have: end, unless this is the first one that torchrun started here.
+
+    It waits, since torchrun would otherwise kill the first before it has spoken; when that one has, this one.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+        sys.exit(1)
 
 
 def end(complaint: str) -> None:

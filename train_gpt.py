@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-from documents import Parser, UserError, available_cores, command
+from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
 from download_fineweb import Dataset, open_dataset
 from run_folder import (
     draw_loss,
@@ -2051,7 +2051,6 @@ def free_memory_mib(world: World) -> float:
 
 @command
 def main() -> None:
-    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     world = None
     try:
         try:
@@ -2064,8 +2063,7 @@ def main() -> None:
         elif not check(cfg, world):
             sys.exit(1)
     except EveryonesError:
-        if not first_here:      # once on each machine is enough
-            sys.exit(1)
+        leave_the_word_to_the_first()
         raise
     finally:
         if world:

@@ -155,11 +155,11 @@ def hosts():
 
 
 def on_both(hosts, lab: Path, *command: str) -> list[subprocess.Popen]:
-    """README's command for several machines, on each host."""
+    """README's command for several machines; as these share a name, each is told whether it is the first."""
     return [subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
          "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29500", "--rdzv_id=tests",
-         f"--local_addr=10.77.0.{number}", *command],
+         f"--local_addr=10.77.0.{number}", f"--rdzv_conf=is_host={int(number == 1)}", *command],
         cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"GLOO_SOCKET_IFNAME": "eth0"}) for number, host in enumerate(hosts, start=1)]
 

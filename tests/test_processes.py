@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_resume import DRIVE, drive
-from tiny_runs import flags, newest, rows_of, summary_of, torchrun
+from tiny_runs import DRIVE, drive, flags, newest, rows_of, summary_of, torchrun
 
 pytestmark = pytest.mark.slow
 

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import flags, newest, rows_of, summary_of, torchrun, train_here
+from tiny_runs import DRIVE, drive, flags, newest, rows_of, summary_of, train_here
 
 import run_folder
 import train_gpt
 from documents import UserError
 from train_gpt import parse_config
 
-DRIVE = str(Path(__file__).with_name("drive.py"))
 TIMES = ("train_seconds", "tokens_per_second", "mfu", "peak_memory_mib")
 
 # lines for drive.py
@@ -36,18 +35,6 @@ def look(run):
         os.kill(os.getpid(), signal.SIGKILL)
 train_gpt.look = look
 """
-
-
-def drive(lab: Path, lines: str, *arguments: str, processes: int = 1, **options,
-          ) -> subprocess.CompletedProcess:
-    launcher = [sys.executable] if processes == 1 else torchrun(processes)
-    return subprocess.run([*launcher, DRIVE, str(lab), lines, *arguments], cwd=lab, capture_output=True,
-                          text=True, timeout=180, **options)
-
-
-def in_lab(lab: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train_gpt.py", *arguments], cwd=lab, capture_output=True,
-                          text=True, timeout=120)
 
 
 def last_state(folder: Path) -> dict:

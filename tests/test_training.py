@@ -4,18 +4,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, rows_of, run, summary_of, train_here
+from tiny_runs import TINY, drive, flags, newest, rows_of, run, summary_of, train_here
 
 import download_fineweb
 import train_gpt
@@ -316,21 +315,6 @@ def test_each_mistake_is_one_line_that_says_what_to_do(lab, here, capsys, monkey
     assert not (here / "experiments").exists()
 
 
-def test_ctrl_c_ends_a_run_without_a_result(lab):
-    knobs = {**TINY, "num_steps": 10**6, "model_name": "stopped"}
-    tiny = [f"--{knob}={value}" for knob, value in knobs.items()]
-    process = subprocess.Popen([sys.executable, "train_gpt.py", *tiny], cwd=lab, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not (found := list(lab.glob("experiments/*_stopped/metrics.csv"))) or found[0].stat().st_size < 500:
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
-    assert not (found[0].parent / "summary.json").exists()
-
-
 # ------------------------------------------------------------------------------------------------
 # The command line, the file and the machine
 # ------------------------------------------------------------------------------------------------
@@ -438,22 +422,157 @@ def test_a_compiled_run_is_the_eager_run(lab, here):
 
 
 # ------------------------------------------------------------------------------------------------
-# Several processes
+# Memory
 # ------------------------------------------------------------------------------------------------
 
+def out_of_memory_above(tokens: int, monkeypatch) -> list[int]:
+    """The model's forward pass runs out of memory with more tokens at a time; returns what was tried."""
+    real, tried = GPT.forward, []
+
+    def forward(model, inputs, *arguments):
+        tried.append(inputs.numel())
+        if inputs.numel() > tokens:
+            raise torch.OutOfMemoryError("as a GPU says it")
+        return real(model, inputs, *arguments)
+    monkeypatch.setattr(GPT, "forward", forward)
+    return tried
+
+
+def test_micro_batches_halve_until_they_fit_and_change_no_result(lab, here, monkeypatch, capsys):
+    wanted = train_here(here, batch_tokens=320)
+    tried = out_of_memory_above(100, monkeypatch)
+    folder = train_here(here, batch_tokens=320)
+    said = capsys.readouterr().out
+    assert tried[:3] == [320, 160, 96]      # 10 rows, 5, 3
+    assert "micro-batches of 320 tokens do not fit into memory; trying 160" in said
+    for row, other in zip(rows_of(folder), rows_of(wanted), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-5)
+        assert row["tokens"] == other["tokens"]
+
+
+def test_where_nothing_fits_three_flags_are_named_the_most_effective_first(lab, here, monkeypatch):
+    out_of_memory_above(31, monkeypatch)
+    with pytest.raises(UserError) as error:
+        train_here(here, seq_len=32, model_dim=512, num_layers=2, vocab_size=301)
+    assert "not even one row of 32 tokens fits" in str(error.value)
+    flags_named = re.findall(r"--(\w+) (\d+) \(about ([\d,]+) MiB\)", str(error.value))
+    needs = [int(mib.replace(",", "")) for *_, mib in flags_named]
+    assert len(flags_named) == 3 and needs == sorted(needs) and flags_named[0][:2] == ("model_dim", "256")
+    for knob, value, _ in flags_named:
+        dataclasses.replace(Config(**{**TINY, "model_dim": 512}), **{knob: int(value)})
+
+
+def test_a_micro_batch_that_was_asked_for_is_tried_first(lab, here, monkeypatch):
+    tried = out_of_memory_above(10**9, monkeypatch)
+    train_here(here, micro_batch_tokens=64)
+    assert set(tried) == {64}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_ranks_end_where_one_does(lab, processes):
-    def losses(name: str, command: list[str]) -> list[float]:
-        knobs = [f"--{knob}={value}" for knob, value in {**TINY, "num_steps": 5, "model_name": name}.items()]
-        done = subprocess.run([*command, "train_gpt.py", *knobs], cwd=lab, capture_output=True, text=True,
-                              timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        folders = list(lab.glob(f"experiments/*_{name}"))
-        assert len(folders) == 1
-        return [float(row[column]) for row in rows_of(folders[0])
-                for column in ("train_loss", "grad_norm", "val_loss") if row[column]]
-    one = losses(f"one_for_{processes}", [sys.executable])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={processes}"]
-    assert losses(f"by_{processes}", torchrun) == pytest.approx(one, rel=1e-3)
+def test_a_cpu_without_memory_takes_smaller_micro_batches(lab):
+    limited = """
+import resource, re, pathlib
+real = train_gpt.fit_micro_batch
+def fit_micro_batch(*arguments):
+    used = int(re.search(r"VmData:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 600 * 2**20, resource.RLIM_INFINITY))
+    fitting = real(*arguments)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return fitting
+train_gpt.fit_micro_batch = fit_micro_batch
+"""
+    knobs = dict(num_steps=2, batch_tokens=32768, seq_len=512, model_dim=256, num_layers=2)
+    done = drive(lab, limited, *flags(**knobs, model_name="limited"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "do not fit into memory; trying" in done.stdout
+    assert rows_of(newest(lab, "limited"))[-1]["tokens"] == "65536"
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(lab, here, monkeypatch):
+    monkeypatch.setattr(GPT, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train_here(here)
+
+
+def test_memory_is_counted_for_training_validation_and_evaluation_apart(lab, here, monkeypatch):
+    def wasting(real):
+        def function(*arguments, **options):
+            waste = torch.ones(75 * 2**20)      # 300 MiB
+            result = real(*arguments, **options)
+            del waste
+            return result
+        return function
+    plain = summary_of(train_here(here, val_every=0))
+    monkeypatch.setattr(HeldOut, "evaluate", wasting(HeldOut.evaluate))
+    summary = summary_of(train_here(here, val_every=0))
+    phases = {phase: summary[f"peak_memory_mib_{phase}"] - plain[f"peak_memory_mib_{phase}"]
+              for phase in ("training", "validation", "evaluation")}
+    assert phases["validation"] > 250 and phases["training"] < 100 and phases["evaluation"] < 100
+
+
+def test_the_estimate_is_near_what_is_used(lab):
+    done = drive(lab, "", *flags(num_steps=2, batch_tokens=8192, seq_len=512, model_dim=256, num_layers=4,
+                                 model_name="estimate", dtype="auto"))
+    estimate = float(re.search(r"about ([\d,]+) MiB", done.stdout)[1].replace(",", ""))
+    used = summary_of(newest(lab, "estimate"))["peak_memory_mib"]
+    assert 0.7 < estimate / used < 1.5, (estimate, used)
+
+
+# ------------------------------------------------------------------------------------------------
+# Determinism and secrets
+# ------------------------------------------------------------------------------------------------
+
+def test_the_seed_decides_weights_order_and_samples(lab, here):
+    one, same, other = (train_here(here, seed=seed, save_model=True) for seed in (1, 1, 2))
+    for name in ("model.safetensors", "samples.jsonl"):
+        assert (one / name).read_bytes() == (same / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_deterministic_is_asked_of_torch(lab):
+    check = "import atexit, torch, os\natexit.register(lambda: print(" \
+            "torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG']))"
+    done = drive(lab, check, *flags(num_steps=1), "--deterministic")
+    assert done.returncode == 0 and done.stdout.endswith("True :4096:8\n"), done.stderr
+
+
+def test_random_numbers_of_a_changed_model_survive_warm_up_and_resume(lab):
+    """With dropout added, as an experiment might: a killed run draws what an undisturbed one draws."""
+    dropout = """
+real = train_gpt.GPT.hidden
+def hidden(model, *arguments):
+    return torch.nn.functional.dropout(real(model, *arguments), 0.3, training=model.training)
+import torch
+train_gpt.GPT.hidden = hidden
+"""
+    stop = """
+import os
+real_look = train_gpt.look
+def look(run):
+    real_look(run)
+    if run.step == 5:
+        os.kill(os.getpid(), 9)
+train_gpt.look = look
+"""
+    whole = drive(lab, dropout, *flags(num_steps=8, save_every_steps=1, model_name="dropout"))
+    assert whole.returncode == 0, whole.stderr
+    drive(lab, dropout + stop, *flags(num_steps=8, save_every_steps=1, model_name="dropped"))
+    done = drive(lab, dropout, "--resume", str(newest(lab, "dropped")))
+    assert done.returncode == 0, done.stderr
+    columns = ("train_loss", "val_loss", "grad_norm")
+    assert ([[row[column] for column in columns] for row in rows_of(newest(lab, "dropped"))]
+            == [[row[column] for column in columns] for row in rows_of(newest(lab, "dropout"))])
+
+
+def test_no_secret_reaches_the_run_folder(lab):
+    secrets = {"HF_TOKEN": "hf_" + "abcDEF123" * 4, "WANDB_API_KEY": "0123456789abcdef",
+               "MY_PASSWORD": "swordfish1"}
+    assert run(lab, "train_gpt.py", *flags(model_name="secret", num_steps=2), env=os.environ | secrets)
+    leak = "import train_gpt\nreal = train_gpt.RunLog.say\n" \
+           "train_gpt.RunLog.say = lambda log, line: real(log, line + ' '.join(os.environ.values()))\n" \
+           "import os, run_folder\ntrain_gpt.git = lambda *words: ' '.join(os.environ.values())"
+    done = drive(lab, leak, *flags(model_name="leaky", num_steps=2), env=os.environ | secrets)
+    assert done.returncode == 0, done.stderr
+    for folder in (newest(lab, "secret"), newest(lab, "leaky")):
+        for path in folder.iterdir():
+            assert not [name for name, value in secrets.items() if value.encode() in path.read_bytes()], path
+    assert "[MY_PASSWORD]" in (newest(lab, "leaky") / "training_log.txt").read_text()

@@ -10,6 +10,7 @@ import train_gpt
 from train_gpt import Config, World
 
 ROOT = Path(train_gpt.__file__).parent
+DRIVE = str(Path(__file__).with_name("drive.py"))
 TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len=32, batch_tokens=128,
             num_steps=4, val_every=2, log_every=1, num_samples=2, sample_tokens=5,
             compile="off", device="cpu", dtype="float32")
@@ -50,3 +51,11 @@ def torchrun(processes: int) -> list[str]:
 def newest(folder: Path, name: str) -> Path:
     """The newest run of a name."""
     return max(folder.glob(f"experiments/*_{name}"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def drive(lab: Path, lines: str, *arguments: str, processes: int = 1, **options,
+          ) -> subprocess.CompletedProcess:
+    """Run the lab's train_gpt.py after these lines of Python have tampered with it."""
+    launcher = [sys.executable] if processes == 1 else torchrun(processes)
+    return subprocess.run([*launcher, DRIVE, str(lab), lines, *arguments], cwd=lab, capture_output=True,
+                          text=True, timeout=180, **options)

@@ -387,9 +387,9 @@ def test_only_world_names_torch_distributed():
 
 
 def test_the_dtype_is_what_the_hardware_multiplies(monkeypatch):
-    for flags, wanted in (("fma amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16),
+    for words, wanted in (("fma amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16),
                           ("avx2", torch.float32)):
-        monkeypatch.setattr(train_gpt, "cpu_facts", lambda flags=flags: {"flags": flags})
+        monkeypatch.setattr(train_gpt, "cpu_facts", lambda words=words: {"flags": words})
         assert train_gpt.choose_dtype(Config(), torch.device("cpu"))[0] == wanted
     for capability, wanted in (((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability",

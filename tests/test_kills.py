@@ -1,0 +1,147 @@
+"""kill -9 at fifty random moments of tokenizing, sharding, training and saving: nothing is lost.
+
+Run: ./run.sh test tests/test_kills.py -s      (-s shows where the kills fell)
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_resume import tensors_of, timeless
+from tiny_runs import ROOT, flags, rows_of, summary_of
+
+import run_folder
+
+KILLS = {"train_tokenizer": 12, "download_fineweb": 12, "train_gpt": 26}
+TOKENIZE = ["--source", "text.jsonl", "--vocabsize", "600", "--name", "tok", "--num_workers", "1"]
+SHARD = ["--version", "text.jsonl", "--tokenizer", "tok_v600_n134217728", "--num_workers", "1",
+         "--name", "cut", "--shard_size", "20000"]
+TRAIN = flags(num_steps=200, val_every=100, save_every_steps=1, model_dim=64)
+
+
+MAKES = {"train_tokenizer": "tokenizers/tok_v600_n134217728", "download_fineweb": "data/cut"}
+
+
+class Server:
+    """A Benchtop whose scripts start quickly, and can be killed at any moment of their lives."""
+
+    def __init__(self, folder: Path):
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, folder)
+        rng = random.Random(0)
+        words = ["".join(rng.choices("aeinorst", k=rng.randint(2, 9))) for _ in range(3000)]
+        rows = [{"text": " ".join(rng.choices(words, k=rng.randint(50, 900)))} for _ in range(900)]
+        (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("fork_server.py"), folder],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, script: str, arguments: list[str], seconds: float | None = None) -> int:
+        """Run a script to its end, or kill it with all its processes after so many seconds; its exit code."""
+        self.process.stdin.write(json.dumps([script, *arguments]) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            for kill in (os.kill, os.killpg):       # it may not head its group yet, or have ended
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
+        return int(self.process.stdout.readline())
+
+    def said(self) -> str:
+        return (self.folder / "said.txt").read_text()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def two_benches(tmp_path):
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    servers = []
+    for folder in folders:
+        folder.mkdir()
+        servers.append(Server(folder))
+    yield servers
+    for server in servers:
+        server.close()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file below a folder, with its SHA-256."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def final_files(folder: Path) -> list[Path]:
+    """Tokenizer and data folders under names that are not temporary."""
+    return [path for path in (*folder.glob("tokenizers/*"), *folder.glob("data/*"))
+            if not path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(two_benches):
+    undisturbed, killed = two_benches
+    durations = {}
+    jobs = {"train_tokenizer": TOKENIZE, "download_fineweb": SHARD, "train_gpt": [*TRAIN, "--resume", "auto"]}
+    for script, arguments in jobs.items():
+        begun = time.time()
+        assert undisturbed.start(script, arguments) == 0, undisturbed.said()
+        durations[script] = time.time() - begun
+    durations["train_gpt"] /= 6         # a life of the run, of which there are many
+    rng = random.Random(time.time_ns())
+    fell = Counter()
+    for script, arguments in jobs.items():
+        kills = 0
+        while kills < KILLS[script]:
+            if script != "train_gpt":       # what was finished before the kill came is made anew
+                shutil.rmtree(killed.folder / MAKES[script], ignore_errors=True)
+            code = killed.start(script, arguments, seconds=rng.uniform(0, durations[script]))
+            check_what_is_final(killed.folder, undisturbed.folder)
+            if code == -signal.SIGKILL:
+                kills += 1
+                fell[stage(killed.folder, script)] += 1
+            else:       # the kill came too late
+                durations[script] *= 0.9
+        assert killed.start(script, arguments) == 0, killed.said()
+    print(f"\nkills fell on: {dict(fell)}")
+    assert sum(fell.values()) == 50 and fell["training"] + fell["saving"] > 10
+    assert "Traceback" not in killed.said()
+    for kind in ("tokenizers", "data"):
+        assert hashes(killed.folder / kind) == hashes(undisturbed.folder / kind)
+    theirs, = undisturbed.folder.glob("experiments/*")
+    ours, = (path for path in killed.folder.glob("experiments/*") if (path / "summary.json").exists())
+    assert timeless(rows_of(ours)) == timeless(rows_of(theirs))
+    assert summary_of(ours)["val_loss"] == summary_of(theirs)["val_loss"]
+    assert len(summary_of(ours)["sessions"]) > 5
+
+
+def stage(folder: Path, script: str) -> str:
+    if script != "train_gpt":
+        return {"train_tokenizer": "tokenizing", "download_fineweb": "sharding"}[script]
+    if any(folder.glob("experiments/*/*.partial")):
+        for partial in folder.glob("experiments/*/*.partial"):
+            partial.unlink()
+        return "saving"
+    return "training"
+
+
+def check_what_is_final(folder: Path, undisturbed: Path) -> None:
+    """What has a final name is whole and right."""
+    for path in final_files(folder):
+        twin = undisturbed / path.relative_to(folder)
+        assert path.is_dir() and hashes(path) == hashes(twin)
+    for checkpoint in folder.glob("experiments/*/checkpoint*.pt"):
+        state = run_folder.load_checkpoint(checkpoint)
+        assert set(tensors_of(state)) and len(state["rows"]) == state["step"] - 1

@@ -137,6 +137,12 @@ class Config:
     timeout_seconds: float = 600      # give up on another process that is silent for so long
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else field.type
+            self.require(field.name, isinstance(value, kinds), f"of type {field.type.__name__}")
+            if field.type in (int, float):
+                self.require(field.name, 0 <= value < 2**53, "0 or more, and less than 2**53")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.model_name):
             raise UserError("--model_name must be letters, digits, '.', '_' and '-', "
                             f"since it becomes a folder; it is {self.model_name!r}")
@@ -144,15 +150,12 @@ class Config:
                               ("dtype", ("auto", "bfloat16", "float16", "float32")),
                               ("preset", ("", *PRESETS))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float):
-                self.require(field.name, math.isfinite(value) and value >= 0, "0 or more")
         for knob in ("num_steps", "batch_tokens", "num_layers", "num_heads", "model_dim", "mlp_ratio",
                      "log_every", "attention_cap", "logit_cap", "timeout_seconds"):
             self.require(knob, getattr(self, knob) > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
+        self.require("timeout_seconds", self.timeout_seconds <= 10**7, "at most 10,000,000")
         for knob in ("cooldown_frac", "final_lr_frac", "window_warmup_frac"):
             self.require(knob, getattr(self, knob) <= 1, "between 0 and 1")
         for knob in ("seq_len", "max_doc_len"):
@@ -232,9 +235,9 @@ def parse_config(argv: list[str]) -> Config:
     if "resume" not in knobs:
         return Config(**knobs)
     folder = find_run(knobs["resume"], knobs.get("model_name", defaults["model_name"]))
-    saved = {knob: types[knob](value) for knob, value in (saved_knobs(folder) if folder else {}).items()
-             if knob in types}
-    return Config(**{**saved, **knobs, "resume": str(folder or "")})
+    saved = saved_knobs(folder).items() if folder else ()
+    knobs = {**{knob: value for knob, value in saved if knob in types}, **knobs}
+    return Config(**{**knobs, "resume": str(folder or "")})
 
 
 def knob_helps() -> dict[str, dict[str, str]]:

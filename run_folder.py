@@ -1,7 +1,9 @@
-"""The folder of a run: who trains it, its checkpoints, its picture, and the facts about what made it.
+"""The folder of a run: its log, its checkpoints, its picture, and the facts about what made it.
 
     experiments/20261121_011504_demo/
-        checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt     while it is unfinished
+        config.json  metrics.csv  training_log.txt  loss.png  samples.jsonl  summary.json
+        train_gpt.txt and other .txt, git.diff, requirements.txt, meta.json      what made it
+        checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt                while it is unfinished
 
 A checkpoint is one file of torch.save: weights, optimizer state and all the rest a run needs to go on, as one
 process alone would have them. It is read with weights_only=True, so it can run no code, and only if all its
@@ -9,29 +11,207 @@ CRC-32 are right.
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import pickle
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from tiktoken import Encoding
+from tqdm import tqdm
 
 from documents import UserError
+from train_tokenizer import TOKENIZERS, tokenizer_sha256
 
 ROOT = Path(__file__).resolve().parent
 EXPERIMENTS = ROOT / "experiments"
 
 CHECKPOINT_FORMAT = "benchtop checkpoint 1"
 LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
+
+
+# ------------------------------------------------------------------------------------------------
+# The log
+# ------------------------------------------------------------------------------------------------
+
+class RunLog:
+    """Writes all that made a result into experiments/DATE_TIME_NAME, and what one wants to see on screen.
+
+    cfg       the dataclass of all knobs
+    columns   of metrics.csv
+    identity  what identity_of gives
+    active    False on processes other than the first: there every method does nothing
+
+    A resumed run (`saved` is its checkpoint) goes on in its folder: metrics.csv is cut back to the
+    checkpoint's step, the log says where it goes on, and what code or knobs were before is kept.
+    """
+
+    def __init__(self, cfg, columns: tuple[str, ...], identity: dict, tokenizer: Encoding, saved: dict | None,
+                 active: bool):
+        self.cfg, self.columns, self.active = cfg, columns, active
+        self.rows: list[dict] = saved["rows"] if saved else []
+        self.saved_step = saved["step"] if saved else 0
+        self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
+        self.last_line = time.perf_counter()
+        if not self.active:
+            return
+        self.folder = Path(cfg.resume) if saved else new_folder(cfg.model_name)
+        self.text = open(self.folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        lock(self.text)
+        # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
+        self.bar = tqdm(total=cfg.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False,
+                        initial=self.saved_step,
+                        bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} {postfix}")
+        self.identity = identity
+        self.sessions = [*(saved["sessions"] if saved else []), {
+            "from_step": self.saved_step,
+            **{fact: identity[fact] for fact in ("processes", "device", "code_sha256")}}]
+        # the knobs of resuming speak of one session only
+        knobs = dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}
+        self._renew("config.json", json.dumps(knobs, indent=2) + "\n")
+        self._renew("requirements.txt", installed_packages())
+        self._renew("git.diff", git("diff", "HEAD"))
+        self._renew("meta.json", tokenizer_meta(tokenizer))
+        for path in own_sources():
+            self._renew(f"{path.stem}.txt", path.read_text(encoding="utf-8"))
+        self._write("metrics.csv", "\n".join([",".join(columns), *map(self._csv_row, self.rows), ""]))
+        self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
+
+    def _renew(self, name: str, content: str) -> None:
+        """Write a file; another content that a resumed run had under that name stays beside it."""
+        path = self.folder / name
+        if path.exists() and path.read_text(encoding="utf-8") != without_secrets(content):
+            os.replace(path, path.with_stem(f"{path.stem}_until_step_{self.saved_step}"))
+        self._write(name, content)
+
+    def _write(self, name: str, content: str) -> None:
+        write_whole(self.folder / name, content)
+
+    def say(self, line: str) -> None:
+        """A line for the log and the screen."""
+        if self.active:
+            self.note(line)
+            self.bar.clear()
+            print(line, flush=True)
+            self.last_line = time.perf_counter()
+
+    def note(self, line: str) -> None:
+        """A line for the log only."""
+        if self.active:
+            self.text.write(without_secrets(line) + "\n")
+            self.text.flush()
+
+    def row(self, values: dict, progress: float) -> None:
+        """A row of metrics.csv, and its line in the log; on screen as a bar, or now and then as a line."""
+        if not self.active:
+            return
+        self.rows.append(values)
+        self.csv.write(self._csv_row(values) + "\n")
+        self.csv.flush()
+        left = values["train_seconds"] * (1 - progress) / progress
+        line = (f"step {values['step']:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}  "
+                f"train_loss {values['train_loss']:.4f}  "
+                + (f"val_loss {values['val_loss']:.4f}  val_bpb {values['val_bpb']:.4f}  "
+                   if "val_loss" in values else "")
+                + f"{values['tokens_per_second']:,.0f} tokens/s  "
+                + (f"mfu {values['mfu']:.1%}  " if "mfu" in values else "")
+                + f"{minutes(values['train_seconds'])} trained, {minutes(left)} to go")
+        if "val_loss" in values or (self.bar.disable and time.perf_counter() - self.last_line > 15):
+            self.say(line)
+        else:
+            self.note(line)
+        self.bar.set_postfix_str(f"loss {values['train_loss']:.3f}, {minutes(left)} to go", refresh=False)
+        self.bar.update(values["step"] - self.bar.n)
+
+    def _csv_row(self, values: dict) -> str:
+        """The line of metrics.csv; a cell is empty where nothing was measured."""
+        cells = (values.get(column, "") for column in self.columns)
+        return ",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
+
+    def picture(self, xz_bpb: float | None = None) -> None:
+        if self.active:
+            draw_loss(self.folder / "loss.png", self.rows, self.cfg.model_name, xz_bpb)
+
+    def samples(self, samples: list[dict]) -> None:
+        if self.active:
+            lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in samples]
+            self._write("samples.jsonl", "".join(lines))
+
+    def weights(self, model: torch.nn.Module) -> None:
+        if self.active:
+            from safetensors.torch import save_file
+            tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+            save_file(tensors, self.folder / "model.safetensors.partial")
+            os.replace(self.folder / "model.safetensors.partial", self.folder / "model.safetensors")
+
+    def summary(self, status: str, results: dict) -> dict:
+        """The numbers that the run ends with, and what made them."""
+        if not self.active:
+            return {}
+        hours = (time.perf_counter() - self.begun) / 3600
+        results = {"status": status, **results, "total_seconds": round(3600 * hours, 1),
+                   "sessions": self.sessions, **self.identity}
+        if self.cfg.gpu_cost_per_hour:
+            results["cost"] = round(hours * self.cfg.gpu_cost_per_hour, 4)
+        self._write("summary.json", json.dumps(results, indent=2) + "\n")
+        return results
+
+    def checkpoint(self, state: dict) -> None:
+        """Save all that a run needs to go on; a full disk leaves the checkpoints that are there."""
+        if not self.active:
+            return
+        state |= {"rows": self.rows, "sessions": self.sessions, "identity": self.identity,
+                  "config": dataclasses.asdict(self.cfg), "total_seconds": time.perf_counter() - self.begun}
+        try:
+            write_checkpoint(self.folder, state)
+            self.saved_step = state["step"]
+        except OSError as error:
+            self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
+
+    def last_good(self) -> str:
+        if not self.active or not self.saved_step:
+            return "there is no checkpoint"
+        return (f"the last good checkpoint is of step {self.saved_step}; go on with: "
+                f"{shlex.join([*program(), '--resume', os.path.relpath(self.folder)])}")
+
+    def keep_best(self, step: int) -> None:
+        """The checkpoint of this step, if it was saved, is the best so far."""
+        if self.active and self.saved_step == step:
+            keep_best_checkpoint(self.folder)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.active:
+            self.bar.close()
+            for file in (self.text, self.csv):
+                with contextlib.suppress(OSError):      # a full disk, which has been reported
+                    file.close()
+
+
+def minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def program() -> list[str]:
+    """What one types to start this script."""
+    python = ".venv/bin/python" if Path(sys.prefix).resolve() == ROOT / ".venv" else "python"
+    return [python, Path(sys.argv[0]).name]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -282,3 +462,38 @@ def own_sources() -> list[Path]:
     files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
              if getattr(module, "__file__", None)}
     return sorted(path for path in files if path.parent == ROOT and path.suffix == ".py" and path.is_file())
+
+
+def tokenizer_meta(tokenizer: Encoding) -> str:
+    path = TOKENIZERS / tokenizer.name / "meta.json"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return json.dumps({"name": tokenizer.name, "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token,
+                       "tokenizer_sha256": tokenizer_sha256(tokenizer)}, indent=2) + "\n"
+
+
+def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
+    """What made a result, for its summary and for whoever resumes it."""
+    sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in own_sources()}
+    return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
+            "data": dataset.folder.name, "data_sha256": dataset.sha256,
+            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "code_sha256": sources[script.name], "sources": sources,
+            "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
+            "device": world.device_name(), "processes": world.size,
+            "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "platform": platform.platform(),
+            "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
+
+
+def changes_since(saved: dict, cfg, identity: dict, neutral: tuple[str, ...]) -> list[str]:
+    """What differs, but for neutral knobs, between the run that was saved and the one that would go on."""
+    now, then = dataclasses.asdict(cfg), saved["config"]
+    changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
+               if knob not in neutral and now.get(knob) != then.get(knob)]
+    for thing in ("data", "tokenizer"):
+        if identity[f"{thing}_sha256"] != saved["identity"][f"{thing}_sha256"]:
+            changes.append(f"the {thing} changed")
+    now, then = identity["sources"], saved["identity"]["sources"]
+    return changes + [f"{name} changed" for name in {**then, **now} if now.get(name) != then.get(name)]

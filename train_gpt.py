@@ -20,10 +20,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import platform
@@ -47,27 +45,21 @@ import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from tqdm import tqdm
 
 from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
 from download_fineweb import Dataset, open_dataset
 from run_folder import (
-    draw_loss,
+    RunLog,
+    changes_since,
     find_run,
-    git,
-    installed_packages,
-    keep_best_checkpoint,
-    lock,
-    new_folder,
-    own_sources,
+    identity_of,
+    minutes,
+    program,
     read_checkpoint,
     remove_checkpoints,
     saved_knobs,
-    without_secrets,
-    write_checkpoint,
-    write_whole,
 )
-from train_tokenizer import TOKENIZERS, token_bytes, tokenizer_sha256
+from train_tokenizer import token_bytes
 
 ROOT = Path(__file__).resolve().parent
 
@@ -1248,183 +1240,77 @@ def choose_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Run log: the one writer of the run folder. On other processes than the first it does nothing.
+# Run log: what a run says and measures; run_folder.py writes it.
 # ------------------------------------------------------------------------------------------------
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
            "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib")
 
 
-class RunLog:
-    """Writes all that made a result into experiments/DATE_TIME_NAME, and what one wants to see on screen.
-
-    A resumed run (`saved` is its checkpoint) goes on in its folder: metrics.csv is cut back to the
-    checkpoint's step, the log says where it goes on, and what code or knobs were before is kept.
-    """
-
-    def __init__(self, cfg: Config, world: World, tokenizer: Encoding, identity: dict, saved: dict | None):
-        self.cfg, self.active = cfg, world.is_main
-        self.rows: list[dict] = saved["rows"] if saved else []
-        self.saved_step = saved["step"] if saved else 0
-        self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
-        self.last_line = time.perf_counter()
-        if not self.active:
-            return
-        self.folder = Path(cfg.resume) if saved else new_folder(cfg.model_name)
-        self.text = open(self.folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
-        lock(self.text)
-        # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
-        self.bar = tqdm(total=cfg.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False,
-                        initial=self.saved_step,
-                        bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} {postfix}")
-        self.identity = identity
-        self.sessions = [*(saved["sessions"] if saved else []), {
-            "from_step": self.saved_step, "processes": world.size, "device": world.device_name(),
-            "code_sha256": identity["code_sha256"]}]
-        self._renew("config.json", knobs_json(cfg))
-        self._renew("requirements.txt", installed_packages())
-        self._renew("git.diff", git("diff", "HEAD"))
-        self._renew("meta.json", tokenizer_meta(tokenizer))
-        for path in own_sources():
-            self._renew(f"{path.stem}.txt", path.read_text(encoding="utf-8"))
-        self._write("metrics.csv", "\n".join([",".join(COLUMNS), *map(csv_row, self.rows), ""]))
-        self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
-
-    def _renew(self, name: str, content: str) -> None:
-        """Write a file; another content that a resumed run had under that name stays beside it."""
-        path = self.folder / name
-        if path.exists() and path.read_text(encoding="utf-8") != without_secrets(content):
-            os.replace(path, path.with_stem(f"{path.stem}_until_step_{self.saved_step}"))
-        self._write(name, content)
-
-    def _write(self, name: str, content: str) -> None:
-        write_whole(self.folder / name, content)
-
-    def say(self, line: str) -> None:
-        """A line for the log and the screen."""
-        if self.active:
-            self.note(line)
-            self.bar.clear()
-            print(line, flush=True)
-            self.last_line = time.perf_counter()
-
-    def note(self, line: str) -> None:
-        """A line for the log only."""
-        if self.active:
-            self.text.write(without_secrets(line) + "\n")
-            self.text.flush()
-
-    def row(self, values: dict, progress: float) -> None:
-        """A row of metrics.csv, and its line in the log; on screen as a bar, or now and then as a line."""
-        if not self.active:
-            return
-        self.rows.append(values)
-        self.csv.write(csv_row(values) + "\n")
-        self.csv.flush()
-        left = values["train_seconds"] * (1 - progress) / progress
-        line = (f"step {values['step']:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}  "
-                f"train_loss {values['train_loss']:.4f}  "
-                + (f"val_loss {values['val_loss']:.4f}  val_bpb {values['val_bpb']:.4f}  "
-                   if "val_loss" in values else "")
-                + f"{values['tokens_per_second']:,.0f} tokens/s  "
-                + (f"mfu {values['mfu']:.1%}  " if "mfu" in values else "")
-                + f"{minutes(values['train_seconds'])} trained, {minutes(left)} to go")
-        if "val_loss" in values or (self.bar.disable and time.perf_counter() - self.last_line > 15):
-            self.say(line)
-        else:
-            self.note(line)
-        self.bar.set_postfix_str(f"loss {values['train_loss']:.3f}, {minutes(left)} to go", refresh=False)
-        self.bar.update(values["step"] - self.bar.n)
-
-    def picture(self, xz_bpb: float | None = None) -> None:
-        if self.active:
-            draw_loss(self.folder / "loss.png", self.rows, self.cfg.model_name, xz_bpb)
-
-    def samples(self, samples: list[dict]) -> None:
-        if self.active:
-            lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in samples]
-            self._write("samples.jsonl", "".join(lines))
-
-    def weights(self, model: GPT) -> None:
-        if self.active:
-            from safetensors.torch import save_file
-            tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-            save_file(tensors, self.folder / "model.safetensors.partial")
-            os.replace(self.folder / "model.safetensors.partial", self.folder / "model.safetensors")
-
-    def summary(self, status: str, results: dict) -> dict:
-        """The numbers that the run ends with, and what made them."""
-        if not self.active:
-            return {}
-        hours = (time.perf_counter() - self.begun) / 3600
-        results = {"status": status, **results, "total_seconds": round(3600 * hours, 1),
-                   "sessions": self.sessions, **self.identity}
-        if self.cfg.gpu_cost_per_hour:
-            results["cost"] = round(hours * self.cfg.gpu_cost_per_hour, 4)
-        self._write("summary.json", json.dumps(results, indent=2) + "\n")
-        return results
-
-    def checkpoint(self, state: dict) -> None:
-        """Save all that a run needs to go on; a full disk leaves the checkpoints that are there."""
-        if not self.active:
-            return
-        state |= {"rows": self.rows, "sessions": self.sessions, "identity": self.identity,
-                  "config": dataclasses.asdict(self.cfg), "total_seconds": time.perf_counter() - self.begun}
-        try:
-            write_checkpoint(self.folder, state)
-            self.saved_step = state["step"]
-        except OSError as error:
-            self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
-
-    def last_good(self) -> str:
-        if not self.active or not self.saved_step:
-            return "there is no checkpoint"
-        return (f"the last good checkpoint is of step {self.saved_step}; go on with: "
-                f"{shlex.join([*program(), '--resume', os.path.relpath(self.folder)])}")
-
-    def keep_best(self, step: int) -> None:
-        """The checkpoint of this step, if it was saved, is the best so far."""
-        if self.active and self.saved_step == step:
-            keep_best_checkpoint(self.folder)
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.active:
-            self.bar.close()
-            for file in (self.text, self.csv):
-                with contextlib.suppress(OSError):      # a full disk, which has been reported
-                    file.close()
+def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_reason: str) -> list[str]:
+    """What is about to happen, in lines for people."""
+    count, rows = micro_batch_shape(cfg, world.size)
+    kernel = "FlexAttention" if model.flex else "scaled_dot_product_attention"
+    return [
+        f"device      {world.size} x {world.device_name()}, torch {torch.__version__}",
+        f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
+        f"compile     {'on' if compiled else 'off'}: {compile_reason}; attention by {kernel}",
+        f"model       {model.num_parameters():,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
+        f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens, "
+        f"{cfg.num_value_tables} value embeddings",
+        f"budget      {cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens"
+        + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
+        + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
+        f"memory      about {memory_estimate_mib(cfg, model, world):,.0f} MiB for each process",
+    ]
 
 
-def knobs_json(cfg: Config) -> str:
-    """Every knob; those of resuming speak of one session only, and are off."""
-    return json.dumps(dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}, indent=2) + "\n"
+def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) -> str:
+    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
+    epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
+    advice = " (beyond 4, repeated text teaches little: take more text or fewer steps)" if epochs > 4 else ""
+    return (f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, "
+            f"and {len(held_out.tokens):,} held out; rows hold {used:.0%} of them\n"
+            f"            {cfg.num_steps:,} steps are {epochs:.2f} epochs{advice}")
 
 
-def program() -> list[str]:
-    """What one types to start this script."""
-    python = ".venv/bin/python" if Path(sys.prefix).resolve() == ROOT / ".venv" else "python"
-    return [python, Path(sys.argv[0]).name]
+def pace(run: "Run") -> dict[str, float]:
+    """How far a run is, and how fast since the last row."""
+    cfg, seconds = run.cfg, run.clock.seconds
+    speed = cfg.batch_tokens * (run.step - run.logged[0]) / (seconds - run.logged[1])
+    values = {"step": run.step, "tokens": run.step * cfg.batch_tokens,
+              "epoch": run.step * cfg.rows_per_step / run.rows.num_rows, "train_seconds": seconds,
+              "tokens_per_second": speed, "peak_memory_mib": run.world.peak_memory_mib("training")}
+    peak = run.world.peak_flops(cfg)
+    return values | ({"mfu": speed * run.model.flops_per_token() / peak} if peak else {})
 
 
-def csv_row(values: dict) -> str:
-    """The line of metrics.csv; a cell is empty where nothing was measured."""
-    cells = (values.get(column, "") for column in COLUMNS)
-    return ",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
-
-
-def minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def tokenizer_meta(tokenizer: Encoding) -> str:
-    path = TOKENIZERS / tokenizer.name / "meta.json"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    return json.dumps({"name": tokenizer.name, "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token,
-                       "tokenizer_sha256": tokenizer_sha256(tokenizer)}, indent=2) + "\n"
+def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) -> list[str]:
+    xz = ""
+    if summary.get("xz_bpb"):
+        verdict = "more than this model" if summary["xz_bpb"] > summary["val_bpb"] else "less than this model"
+        xz = f"; xz -9e needs {summary['xz_bpb']:.3f} for the same text, {verdict}"
+    change = ["--muon_lr", f"{2 * cfg.muon_lr:g}", "--model_name", "try"]
+    again = shlex.join([*program(), *sys.argv[1:], *change])
+    lines = ["", "=" * 100,
+             f"run         {os.path.relpath(folder)}  "
+             "(loss.png, summary.json, samples.jsonl and the code that ran)",
+             f"val_loss    {summary['val_loss']:.4f} nats per token "
+             f"on {summary['held_out_tokens']:,} held-out tokens",
+             f"val_bpb     {summary['val_bpb']:.4f} bits per byte of that text{xz}",
+             f"time        {minutes(summary['train_seconds'])} of training "
+             f"at {summary['tokens_per_second']:,.0f} tokens/s, "
+             f"{minutes(summary['compile_seconds'])} of compiling; "
+             f"peak memory {summary['peak_memory_mib']:,.0f} MiB"]
+    if "cost" in summary:
+        lines.append(f"cost        {summary['cost']:.2f}")
+    if samples:
+        text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
+        lines += ["sample      held-out beginning ⟨⟩ continuation:",
+                  *("            " + line for line in text.splitlines())]
+    lines += [f"try next    change one thing and compare: {again}",
+              "            your own text: see \"Your own text\" in README.md", "=" * 100]
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1717,45 +1603,19 @@ NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_
                  "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour")
 
 
-def changes_since(saved: dict, cfg: Config, identity: dict) -> list[str]:
-    """What differs between the run that was saved and the one that would go on with it."""
-    now, then = dataclasses.asdict(cfg), saved["config"]
-    changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
-               if knob not in NEUTRAL_KNOBS and now.get(knob) != then.get(knob)]
-    for thing in ("data", "tokenizer"):
-        if identity[f"{thing}_sha256"] != saved["identity"][f"{thing}_sha256"]:
-            changes.append(f"the {thing} changed")
-    now, then = identity["sources"], saved["identity"]["sources"]
-    return changes + [f"{name} changed" for name in {**then, **now} if now.get(name) != then.get(name)]
-
-
-def identity_of(cfg: Config, world: World, tokenizer: Encoding, dataset: Dataset) -> dict:
-    """What made a result, for its summary and for whoever resumes it."""
-    sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in own_sources()}
-    return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
-            "data": dataset.folder.name, "data_sha256": dataset.sha256,
-            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "code_sha256": sources[Path(__file__).name], "sources": sources,
-            "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
-            "device": world.device_name(), "processes": world.size,
-            "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            "platform": platform.platform(),
-            "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
-
-
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     cfg, saved = open_checkpoint(cfg, world)
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
-    identity = identity_of(cfg, world, tokenizer, dataset)
-    changes = world.same(saved and changes_since(saved, cfg, identity)) or []
+    identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
+    changes = world.same(saved and changes_since(saved, cfg, identity, NEUTRAL_KNOBS)) or []
     if changes and not cfg.resume_changed:
         raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "
                              "Undo that, or go on all the same with --resume_changed")
     compiled, compile_reason = choose_compile(cfg, world.device)
     model, optimizer = make_model(cfg, tokenizer, world, compiled)
-    with world.together(lambda: RunLog(cfg, world, tokenizer, identity, saved)) as log, last_words(log):
+    with (world.together(lambda: RunLog(cfg, COLUMNS, identity, tokenizer, saved, world.is_main)) as log,
+          last_words(log)):
         sized = world.same(choose_micro_batch(cfg, model, world, saved))
         log.say("\n".join([*introduction(sized, world, model, compiled, compile_reason),
                            describe_data(cfg, dataset, rows, held_out)]))
@@ -1873,17 +1733,6 @@ def budget_used(cfg: Config, world: World, step: int, clock: Clock) -> float:
     return min(1.0, max(shares))
 
 
-def pace(run: Run) -> dict[str, float]:
-    """How far a run is, and how fast since the last row."""
-    cfg, seconds = run.cfg, run.clock.seconds
-    speed = cfg.batch_tokens * (run.step - run.logged[0]) / (seconds - run.logged[1])
-    values = {"step": run.step, "tokens": run.step * cfg.batch_tokens,
-              "epoch": run.step * cfg.rows_per_step / run.rows.num_rows, "train_seconds": seconds,
-              "tokens_per_second": speed, "peak_memory_mib": run.world.peak_memory_mib("training")}
-    peak = run.world.peak_flops(cfg)
-    return values | ({"mfu": speed * run.model.flops_per_token() / peak} if peak else {})
-
-
 class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740); 1 where not enabled.
 
@@ -1922,33 +1771,6 @@ class LossScale:
 
     def load(self, state: dict) -> None:
         self.value, self.good_steps = state["value"], state["good_steps"]
-
-
-def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_reason: str) -> list[str]:
-    """What is about to happen, in lines for people."""
-    count, rows = micro_batch_shape(cfg, world.size)
-    kernel = "FlexAttention" if model.flex else "scaled_dot_product_attention"
-    return [
-        f"device      {world.size} x {world.device_name()}, torch {torch.__version__}",
-        f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
-        f"compile     {'on' if compiled else 'off'}: {compile_reason}; attention by {kernel}",
-        f"model       {model.num_parameters():,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
-        f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens, "
-        f"{cfg.num_value_tables} value embeddings",
-        f"budget      {cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens"
-        + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
-        + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
-        f"memory      about {memory_estimate_mib(cfg, model, world):,.0f} MiB for each process",
-    ]
-
-
-def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) -> str:
-    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
-    epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
-    advice = " (beyond 4, repeated text teaches little: take more text or fewer steps)" if epochs > 4 else ""
-    return (f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, "
-            f"and {len(held_out.tokens):,} held out; rows hold {used:.0%} of them\n"
-            f"            {cfg.num_steps:,} steps are {epochs:.2f} epochs{advice}")
 
 
 def finish(run: Run, tokenizer: Encoding, compile_seconds: float) -> None:
@@ -1991,34 +1813,6 @@ def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, he
     return [{"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(continuation),
              "temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
             for prompt, continuation in zip(prompts, continuations, strict=True)]
-
-
-def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) -> list[str]:
-    xz = ""
-    if summary.get("xz_bpb"):
-        verdict = "more than this model" if summary["xz_bpb"] > summary["val_bpb"] else "less than this model"
-        xz = f"; xz -9e needs {summary['xz_bpb']:.3f} for the same text, {verdict}"
-    change = ["--muon_lr", f"{2 * cfg.muon_lr:g}", "--model_name", "try"]
-    again = shlex.join([*program(), *sys.argv[1:], *change])
-    lines = ["", "=" * 100,
-             f"run         {os.path.relpath(folder)}  "
-             "(loss.png, summary.json, samples.jsonl and the code that ran)",
-             f"val_loss    {summary['val_loss']:.4f} nats per token "
-             f"on {summary['held_out_tokens']:,} held-out tokens",
-             f"val_bpb     {summary['val_bpb']:.4f} bits per byte of that text{xz}",
-             f"time        {minutes(summary['train_seconds'])} of training "
-             f"at {summary['tokens_per_second']:,.0f} tokens/s, "
-             f"{minutes(summary['compile_seconds'])} of compiling; "
-             f"peak memory {summary['peak_memory_mib']:,.0f} MiB"]
-    if "cost" in summary:
-        lines.append(f"cost        {summary['cost']:.2f}")
-    if samples:
-        text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
-        lines += ["sample      held-out beginning ⟨⟩ continuation:",
-                  *("            " + line for line in text.splitlines())]
-    lines += [f"try next    change one thing and compare: {again}",
-              "            your own text: see \"Your own text\" in README.md", "=" * 100]
-    return lines
 
 
 def check(cfg: Config, world: World) -> bool:

@@ -15,7 +15,6 @@ from tiny_runs import ROOT, run
 import documents
 import download_fineweb
 import run_folder
-import train_gpt
 import train_tokenizer
 
 SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer,
@@ -116,7 +115,7 @@ def lab(tmp_path_factory) -> Path:
 def here(lab, tmp_path, monkeypatch) -> Path:
     """The lab's data for code that runs in this process; run folders land in a folder of the test's own."""
     monkeypatch.setattr(download_fineweb, "DATA", lab / "data")
-    for module in (train_tokenizer, train_gpt):
+    for module in (train_tokenizer, run_folder):
         monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
     monkeypatch.setattr(run_folder, "EXPERIMENTS", tmp_path / "experiments")
     return tmp_path

@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_whole_or_refused(stopped_run, data):
 ])
 def test_odd_texts_train_or_end_in_one_line(bench, command, monkeypatch, capsys, write_rows, texts):
     write_rows(bench / "odd.jsonl", texts)
-    for module in (train_tokenizer, train_gpt):
+    for module in (train_tokenizer, run_folder):
         monkeypatch.setattr(module, "TOKENIZERS", bench / "tokenizers")
     monkeypatch.setattr(run_folder, "EXPERIMENTS", bench / "experiments")
     command("train_tokenizer.py --source odd.jsonl --vocabsize 260 --name odd --num_workers 1")

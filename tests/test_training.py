@@ -296,7 +296,7 @@ def test_shards_without_manifest_need_a_tokenizer(lab, here, monkeypatch):
     (["--model_dim", "30", "--num_heads", "4"], "--model_dim must be a multiple of 4 x --num_heads, 16"),
     (["--batch_tokens", "1000"], "--batch_tokens must be a multiple of --seq_len, 512"),
     (["--cooldown_frac", "1.5"], "--cooldown_frac must be between 0 and 1; it is 1.5"),
-    (["--muon_lr", "nan"], "--muon_lr must be 0 or more; it is nan"),
+    (["--muon_lr", "nan"], "--muon_lr must be 0 or more, and less than 2**53; it is nan"),
     (["--dtype", "int8"], "--dtype must be one of auto, bfloat16, float16, float32; it is 'int8'"),
     (["--preset", "xxl"], "--preset must be one of demo, xs"),
     (["--model_name", "../../x"], "--model_name must be letters"),
@@ -569,7 +569,7 @@ def test_no_secret_reaches_the_run_folder(lab):
     assert run(lab, "train_gpt.py", *flags(model_name="secret", num_steps=2), env=os.environ | secrets)
     leak = "import train_gpt\nreal = train_gpt.RunLog.say\n" \
            "train_gpt.RunLog.say = lambda log, line: real(log, line + ' '.join(os.environ.values()))\n" \
-           "import os, run_folder\ntrain_gpt.git = lambda *words: ' '.join(os.environ.values())"
+           "import os, run_folder\nrun_folder.git = lambda *words: ' '.join(os.environ.values())"
     done = drive(lab, leak, *flags(model_name="leaky", num_steps=2), env=os.environ | secrets)
     assert done.returncode == 0, done.stderr
     for folder in (newest(lab, "secret"), newest(lab, "leaky")):

@@ -284,6 +284,9 @@ def lock(log: TextIO) -> None:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"{Path(log.name).parent} is being trained by another process") from error
+    except OSError as error:
+        print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else trains "
+              f"{Path(log.name).parent}", file=sys.stderr)
 
 
 def is_locked(folder: Path) -> bool:
@@ -292,7 +295,7 @@ def is_locked(folder: Path) -> bool:
             fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
+    except OSError:     # no log, or no locks on this file system
         return False
     return False
 

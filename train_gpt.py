@@ -745,9 +745,10 @@ class Optimizer:
                 self.world.begin_copy(part, piece.owner)
                 self.world.wait()
                 if self.world.is_main:
-                    whole = tensors.setdefault(piece.name, {}).setdefault(
-                        kind, torch.empty(piece.parameter.shape))
-                    whole[piece.rows] = part.cpu()
+                    kinds = tensors.setdefault(piece.name, {})
+                    if kind not in kinds:
+                        kinds[kind] = torch.empty(piece.parameter.shape)
+                    kinds[kind][piece.rows] = part.cpu()
         return {"steps_done": self.steps_done, "tensors": tensors}
 
     def load(self, state: dict | None) -> None:
@@ -1032,7 +1033,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0
         self.timeout_seconds = cfg.timeout_seconds
         self._pending, self._lost = [], False
@@ -1040,7 +1041,7 @@ class World:
         if cfg.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"   # cuBLAS reads it once, when it starts
             torch.use_deterministic_algorithms(True)
-        self.device = self._choose_device(cfg, local_rank)
+        self.device = self._choose_device(cfg, self.local_rank)
         self.dtype, self.dtype_reason = choose_dtype(cfg, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -1347,7 +1348,7 @@ def open_data(cfg: Config, world: World) -> tuple[Config, Dataset, Encoding, Row
         raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
                         f"<|endoftext|>; it is {cfg.vocab_size}")
     cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
-    dataset.verify(world.rank, world.size)
+    dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
     return cfg, dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer)
 
@@ -1530,13 +1531,14 @@ class Run:
         """Write a checkpoint: all a run needs to go on, on any number of processes."""
         begun = time.perf_counter()
         self.world.synchronize()
+        weights = self.model.state_dict().items() if self.world.is_main else ()
         state = {
             "step": self.step, "tokens": self.step * self.cfg.batch_tokens,
-            "model": {name: value.cpu() for name, value in self.model.state_dict().items()},
+            "model": {name: value.cpu() for name, value in weights},
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
             "random_states": self.world.gather(random_state(self.world)),
-            "progress": self.progress, "values": self.values, "logged": self.logged,
+            "values": self.values, "logged": self.logged,
             "best": {"val_loss": self.best_val_loss, "step": self.best_step},
             "train_seconds": self.clock.seconds, "save_seconds": self.save_seconds,
             "peak_memory_mib": {phase: self.world.peak_memory_mib(phase) for phase in self.world.peaks},
@@ -1553,8 +1555,9 @@ class Run:
         self.optimizer.load(saved and saved["optimizer"])
         large = ("model", "optimizer", "rows")
         small = self.world.same(saved and {key: saved[key] for key in saved if key not in large})
-        self.step, self.progress, self.values = small["step"], small["progress"], small["values"]
-        self.logged, self.clock.seconds = small["logged"], small["train_seconds"]
+        self.step, self.values, self.logged = small["step"], small["values"], small["logged"]
+        self.clock.seconds = small["train_seconds"]
+        self.progress = budget_used(self.cfg, self.world, self.step, self.clock)
         self.best_val_loss, self.best_step = small["best"]["val_loss"], small["best"]["step"]
         self.save_seconds = small["save_seconds"]
         self.loss_scale.load(small["loss_scale"])
@@ -1598,9 +1601,9 @@ def open_checkpoint(cfg: Config, world: World) -> tuple[Config, dict | None]:
     return cfg, world.together(lambda: read_checkpoint(Path(cfg.resume)) if reads else None)
 
 
-# knobs that leave every result as it is, but for its speed
-NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_every_minutes",
-                 "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour")
+# knobs that leave every result as it is; data and tokenizer are compared by their content
+NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_every_minutes", "data",
+                 "tokenizer", "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour")
 
 
 def train(cfg: Config, world: World) -> None:
@@ -1608,6 +1611,10 @@ def train(cfg: Config, world: World) -> None:
     cfg, saved = open_checkpoint(cfg, world)
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
     identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
+    facts = world.gather(identity)
+    for fact in ("data_sha256", "tokenizer_sha256", "sources"):
+        if any(other[fact] != identity[fact] for other in facts):
+            raise EveryonesError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
     changes = world.same(saved and changes_since(saved, cfg, identity, NEUTRAL_KNOBS)) or []
     if changes and not cfg.resume_changed:
         raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import DRIVE, drive, flags, newest, rows_of, summary_of, torchrun
 
+import run_folder
+
 pytestmark = pytest.mark.slow
 
 AT_STEP_3 = """
@@ -82,6 +84,28 @@ train_gpt.Optimizer.gradient_norms = gradient_norms
     done = drive(lab, poison, *flags(num_steps=10, model_name="poisoned2"), processes=2)
     assert done.returncode
     assert plain(done.stderr).count("the gradient of embed is not finite in step 3") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_told_to_stop_lets_all_processes_save(lab, number):
+    name = f"told{int(number)}"
+    job = subprocess.Popen([*torchrun(2), "train_gpt.py",
+                            *flags(num_steps=10**6, model_name=name, val_every=0)],
+                           cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(lab, name, job)
+    job.send_signal(number)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode and out.count(f"stopped by {number.name}; the last good checkpoint is of step") == 1
+    folder = newest(lab, name)
+    step = run_folder.load_checkpoint(folder / "checkpoint.pt")["step"]
+    assert step in (len(rows_of(folder)), len(rows_of(folder)) + 1)
+
+
+def wait_for_rows(lab: Path, name: str, job: subprocess.Popen) -> None:
+    deadline = time.time() + 60
+    while not any(len(rows_of(path.parent)) > 2 for path in lab.glob(f"experiments/*_{name}/metrics.csv")):
+        assert time.time() < deadline and job.poll() is None
+        time.sleep(0.1)
 
 
 def test_a_mistake_is_said_once_by_all_processes(lab):

@@ -2,12 +2,16 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
+
+from train_gpt import parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,12 +89,12 @@ def test_an_installed_torch_is_reused(checkout, tmp_path):
     assert run_sh(checkout, "setup", path="/usr/bin:/bin").stderr == ""
 
 
-def readme_commands() -> list[str]:
-    """Every python and torchrun command of the README's shell blocks."""
+def readme_commands(program: str) -> list[str]:
+    """Every command of the README's shell blocks that begins with, or after srun with, this program."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines
-            if re.match(r"(\.venv/bin/)?(python|torchrun)\b", line)]
+            if re.match(rf"(srun |\.venv/bin/)?{program}\b", line)]
 
 
 @pytest.mark.slow
@@ -100,7 +104,7 @@ def test_each_readme_command_runs(checkout):
     text = (ROOT / "documents.py").read_text()
     for number in range(3):
         (checkout / "my_texts" / f"{number}.txt").write_text(text * (number + 1))
-    commands = readme_commands()
+    commands = [line for line in readme_commands("python") if "DATE_TIME" not in line]
     assert len(commands) >= 8
     shutil.copy(checkout / "train_gpt.py", checkout / "my_experiment.py")
     short = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--compile", "off",
@@ -113,6 +117,18 @@ def test_each_readme_command_runs(checkout):
         done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True,
                               timeout=200)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_commands_for_many_gpus_have_flags_that_exist():
+    commands = readme_commands("torchrun")
+    assert len(commands) == 3
+    for line in commands:
+        words = shlex.split(line.removeprefix("srun "))
+        place = words.index("train_gpt.py")
+        for_torchrun, for_training = words[1:place], words[place + 1:]
+        assert parse_config(for_training).preset.startswith("gpt2-")
+        known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+        assert {flag.partition("=")[0] for flag in for_torchrun} <= known
 
 
 def test_the_first_experiment_of_the_readme_fits_the_file():

@@ -113,6 +113,41 @@ def test_a_killed_compiled_run_goes_on_to_the_bit(lab):
     assert_same_run(newest(lab, "compiledkilled"), newest(lab, "compiled"))
 
 
+@pytest.mark.parametrize(("knobs", "wanted"), [
+    (dict(save_every_minutes=0), [4, 8, 9]),
+    (dict(save_every_minutes=0, save_every_steps=3), [3, 4, 6, 8, 9]),
+    (dict(save_every_minutes=1e-9), [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    (dict(save_every_minutes=60), [4, 8, 9])])
+def test_checkpoints_come_by_steps_by_minutes_and_before_every_validation(here, monkeypatch, knobs, wanted):
+    saved, validated = [], []
+    checkpoint, evaluate = train_gpt.RunLog.checkpoint, train_gpt.HeldOut.evaluate
+
+    def recording(log, state):
+        checkpoint(log, state)
+        saved.append(state["step"])
+        assert last_state(log.folder)["step"] == state["step"]
+
+    def validating(*arguments):
+        validated.append(saved[-1])
+        return evaluate(*arguments)
+    monkeypatch.setattr(train_gpt.RunLog, "checkpoint", recording)
+    monkeypatch.setattr(train_gpt.HeldOut, "evaluate", validating)
+    train_here(here, num_steps=9, val_every=4, **knobs)
+    assert saved == wanted and validated == [4, 8, 9]
+
+
+def test_a_run_by_the_clock_goes_on_with_the_time_it_had_left(stopped_run):
+    before = float(rows_of(stopped_run)[-1]["train_seconds"])
+    resume_here("--resume", str(stopped_run), "--train_minutes", str(before / 60), "--resume_changed")
+    assert [row["step"] for row in rows_of(stopped_run)] == list("123")     # its time was up
+    assert summary_of(stopped_run)["status"] == "finished"
+
+
+def test_a_run_may_be_made_longer(stopped_run):
+    resume_here("--resume", str(stopped_run), "--num_steps", "9", "--resume_changed")
+    assert [row["step"] for row in rows_of(stopped_run)] == list("123456789")
+
+
 # ------------------------------------------------------------------------------------------------
 # On any number of processes
 # ------------------------------------------------------------------------------------------------

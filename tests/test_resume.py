@@ -143,6 +143,20 @@ def test_a_run_by_the_clock_goes_on_with_the_time_it_had_left(stopped_run):
     assert summary_of(stopped_run)["status"] == "finished"
 
 
+def test_the_loss_scale_and_the_best_go_on(here, monkeypatch):
+    monkeypatch.setattr(train_gpt, "remove_checkpoints", lambda *_, **__: None)
+    whole = last_state(train_here(here, num_steps=6, save_every_steps=1, dtype="float16"))
+    folder = stop_here(here, dtype="float16")
+    assert last_state(folder)["loss_scale"]["good_steps"] == 3
+    resume_here("--resume", str(folder))
+    for part in ("loss_scale", "best"):
+        assert last_state(folder)[part] == whole[part]
+    other = stop_here(here)
+    monkeypatch.setattr(train_gpt.HeldOut, "evaluate", lambda *_: train_gpt.Validation(99.0, 99.0))
+    resume_here("--resume", str(other))
+    assert summary_of(other)["best_step"] == 2 and summary_of(other)["val_loss"] == 99.0
+
+
 def test_a_run_may_be_made_longer(stopped_run):
     resume_here("--resume", str(stopped_run), "--num_steps", "9", "--resume_changed")
     assert [row["step"] for row in rows_of(stopped_run)] == list("123456789")
@@ -233,6 +247,25 @@ def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
     done = drive(lab, KEEP, *command[1:])
     assert done.returncode == 0, done.stderr
     assert_same_run(folder, whole)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(lab):
+    twice = SLOWLY.format(rank=0, signal=int(signal.SIGINT)) + """
+real_batches = train_gpt.Rows.micro_batches
+def micro_batches(rows, step, *arguments):
+    if step == 3:
+        import signal
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        print("not reached")
+    return real_batches(rows, step, *arguments)
+import os
+train_gpt.Rows.micro_batches = micro_batches
+"""
+    stopped = drive(lab, twice, *flags(num_steps=20, val_every=2, model_name="twice"))
+    assert stopped.returncode == 130 and "not reached" not in stopped.stdout
+    assert "Traceback" not in stopped.stderr and "interrupted" in stopped.stderr
+    assert last_state(newest(lab, "twice"))["step"] == 2
 
 
 @pytest.mark.slow
@@ -343,8 +376,10 @@ def test_auto_takes_the_newest_unfinished_run_of_the_name(here):
         run_folder.lock(log)        # as if another process trained it
         assert run_folder.find_run("auto", "gpt") == first
     for wanted in (second, first):
+        checkpoint = (wanted / "checkpoint.pt").read_bytes()
         resume_here("--resume", "auto", *again)
         assert summary_of(wanted)["status"] == "finished"
+        (wanted / "checkpoint.pt").write_bytes(checkpoint)      # as if killed before it was deleted
     assert not (others / "summary.json").exists()
     before = set((here / "experiments").iterdir())
     resume_here("--resume", "auto", *again)       # nothing is left, so a new run begins

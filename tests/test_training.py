@@ -558,9 +558,18 @@ train_gpt.look = look
     drive(lab, dropout + stop, *flags(num_steps=8, save_every_steps=1, model_name="dropped"))
     done = drive(lab, dropout, "--resume", str(newest(lab, "dropped")))
     assert done.returncode == 0, done.stderr
-    columns = ("train_loss", "val_loss", "grad_norm")
-    assert ([[row[column] for column in columns] for row in rows_of(newest(lab, "dropped"))]
-            == [[row[column] for column in columns] for row in rows_of(newest(lab, "dropout"))])
+    twice = """
+real_warm_up = train_gpt.warm_up
+def warm_up(*arguments):
+    real_warm_up(*arguments)
+    real_warm_up(*arguments)
+train_gpt.warm_up = warm_up
+"""
+    done = drive(lab, dropout + twice, *flags(num_steps=8, save_every_steps=1, model_name="warmer"))
+    assert done.returncode == 0, done.stderr
+    losses = [[[row[column] for column in ("train_loss", "val_loss", "grad_norm")]
+               for row in rows_of(newest(lab, name))] for name in ("dropout", "dropped", "warmer")]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_no_secret_reaches_the_run_folder(lab):

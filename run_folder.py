@@ -83,6 +83,7 @@ class RunLog:
         # the knobs of resuming speak of one session only
         knobs = dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}
         self._renew("config.json", json.dumps(knobs, indent=2) + "\n")
+        (self.folder / "summary.json").unlink(missing_ok=True)      # of a run that failed and goes on
         self._renew("requirements.txt", installed_packages())
         self._renew("git.diff", git("diff", "HEAD"))
         self._renew("meta.json", tokenizer_meta(tokenizer))

@@ -1466,9 +1466,10 @@ def fit_micro_batch(model: GPT, optimizer: Optimizer, cfg: Config, world: World,
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class for it on GPUs, and for CPUs only words."""
+    """torch has a class for it on GPUs; for CPUs and for cuBLAS only words."""
+    words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return (isinstance(error, torch.OutOfMemoryError | MemoryError)
-            or "can't allocate memory" in str(error) or "not enough memory" in str(error))
+            or any(word in str(error) for word in words))
 
 
 class StopSignals:
@@ -1837,9 +1838,8 @@ def check(cfg: Config, world: World) -> bool:
         model = GPT(cfg, 0, world.dtype, uses_flex_attention(cfg, world, compiled))
     free_memory, free_disk = free_memory_mib(world), shutil.disk_usage(ROOT).free / 2**20
     lines = [*introduction(cfg, world, model, compiled, compile_reason), *about_data,
-             f"free        {free_memory:,.0f} MiB of memory, {free_disk:,.0f} MiB of disk"]
-    sharing = world.local_size if world.device.type == "cpu" else 1     # processes that share this memory
-    if memory_estimate_mib(cfg, model, world) * sharing > free_memory:
+             f"free        {free_memory:,.0f} MiB of memory for each process, {free_disk:,.0f} MiB of disk"]
+    if memory_estimate_mib(cfg, model, world) > free_memory:
         problems.append("the run needs more memory than is free; halve --micro_batch_tokens, "
                         "which changes no result, or lower --model_dim or --num_layers")
     weights = 4 * model.num_parameters() / 2**20
@@ -1852,12 +1852,15 @@ def check(cfg: Config, world: World) -> bool:
 
 
 def free_memory_mib(world: World) -> float:
+    """What a process may take: of its GPU, or its share of the machine's memory."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info()[0] / 2**20
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        return int(re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())[1]) / 2**10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+        available = int(re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())[1]) / 2**10
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return available / world.local_size
 
 
 @command

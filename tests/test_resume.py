@@ -391,6 +391,10 @@ def test_auto_does_not_repeat_a_failure(stopped_run):
     (stopped_run / "summary.json").write_text('{"status": "failed: the loss is nan"}')
     with pytest.raises(UserError, match=r"the newest run of gpt, .* failed: the loss is nan; name its "):
         resume_here("--resume", "auto")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_gpt, "look", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        resume_here("--resume", str(stopped_run))
+    assert run_folder.find_run("auto", "gpt") == stopped_run       # it goes on, so it has not failed any more
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(stopped_run):

@@ -500,4 +500,8 @@ def changes_since(saved: dict, cfg, identity: dict, neutral: tuple[str, ...]) ->
         if identity[f"{thing}_sha256"] != saved["identity"][f"{thing}_sha256"]:
             changes.append(f"the {thing} changed")
     now, then = identity["sources"], saved["identity"]["sources"]
-    return changes + [f"{name} changed" for name in {**then, **now} if now.get(name) != then.get(name)]
+    for name in sorted({*then, *now}):
+        if now.get(name) != then.get(name):
+            changes.append(f"{name} " + ("changed" if name in now and name in then else
+                                         "is new" if name in now else "is missing"))
+    return changes

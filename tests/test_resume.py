@@ -455,7 +455,7 @@ def test_a_disk_full_while_saving_leaves_the_last_good_checkpoint(here, monkeypa
     folder = train_here(here, save_every_steps=1)
     said = capsys.readouterr().out
     assert ("warning: no checkpoint of step 3 (No space left on device); "
-            "the last good checkpoint is of step 2; go on with: python") in said
+            f"the last good checkpoint is of step 2; go on with: {' '.join(run_folder.program())} ") in said
     assert last_state(folder)["step"] == 2 and not list(folder.glob("*.partial"))
     assert summary_of(folder)["status"] == "finished"       # training needed no disk
 

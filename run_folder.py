@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -56,12 +55,13 @@ class RunLog:
     identity  what identity_of gives
     active    False on processes other than the first: there every method does nothing
 
-    A resumed run (`saved` is its checkpoint) goes on in its folder: metrics.csv is cut back to the
-    checkpoint's step, the log says where it goes on, and what code or knobs were before is kept.
+    A resumed run (`saved` is its checkpoint, `text` its log) goes on in its folder: metrics.csv is cut back
+    to the checkpoint's step and the log says where it goes on. When it has saved something of its own, the
+    folder tells of the new knobs and code; those before stay beside them.
     """
 
     def __init__(self, cfg, columns: tuple[str, ...], identity: dict, tokenizer: Encoding, saved: dict | None,
-                 active: bool):
+                 text: TextIO | None, active: bool):
         self.cfg, self.columns, self.active = cfg, columns, active
         self.rows: list[dict] = saved["rows"] if saved else []
         self.saved_step = saved["step"] if saved else 0
@@ -70,8 +70,7 @@ class RunLog:
         if not self.active:
             return
         self.folder = Path(cfg.resume) if saved else new_folder(cfg.model_name)
-        self.text = open(self.folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
-        lock(self.text)
+        self.text = text or locked_log(self.folder)
         # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
         self.bar = tqdm(total=cfg.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False,
                         initial=self.saved_step,
@@ -82,22 +81,27 @@ class RunLog:
             **{fact: identity[fact] for fact in ("processes", "device", "code_sha256")}}]
         # the knobs of resuming speak of one session only
         knobs = dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}
-        self._renew("config.json", json.dumps(knobs, indent=2) + "\n")
+        self.origin = {"config.json": json.dumps(knobs, indent=2) + "\n",
+                       "requirements.txt": installed_packages(), "git.diff": git("diff", "HEAD"),
+                       "meta.json": tokenizer_meta(tokenizer),
+                       **{f"{path.stem}.txt": path.read_text(encoding="utf-8") for path in own_sources()}}
+        if not saved:
+            self._tell_origin()
         (self.folder / "summary.json").unlink(missing_ok=True)      # of a run that failed and goes on
-        self._renew("requirements.txt", installed_packages())
-        self._renew("git.diff", git("diff", "HEAD"))
-        self._renew("meta.json", tokenizer_meta(tokenizer))
-        for path in own_sources():
-            self._renew(f"{path.stem}.txt", path.read_text(encoding="utf-8"))
         self._write("metrics.csv", "\n".join([",".join(columns), *map(self._csv_row, self.rows), ""]))
         self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
 
-    def _renew(self, name: str, content: str) -> None:
-        """Write a file; another content that a resumed run had under that name stays beside it."""
-        path = self.folder / name
-        if path.exists() and path.read_text(encoding="utf-8") != without_secrets(content):
-            os.replace(path, path.with_stem(f"{path.stem}_until_step_{self.saved_step}"))
-        self._write(name, content)
+    def _tell_origin(self) -> None:
+        """Write what makes this session's results; what made those before it stays beside it."""
+        began = self.sessions[-1]["from_step"]
+        for name, content in self.origin.items():
+            path = self.folder / name
+            before = path.with_stem(f"{path.stem}_until_step_{began}")
+            changed = path.exists() and path.read_text(encoding="utf-8") != without_secrets(content)
+            if changed and not before.exists():
+                os.replace(path, before)
+            self._write(name, content)
+        self.origin = {}
 
     def _write(self, name: str, content: str) -> None:
         write_whole(self.folder / name, content)
@@ -168,6 +172,7 @@ class RunLog:
                    "sessions": self.sessions, **self.identity}
         if self.cfg.gpu_cost_per_hour:
             results["cost"] = round(hours * self.cfg.gpu_cost_per_hour, 4)
+        self._tell_origin()
         self._write("summary.json", json.dumps(results, indent=2) + "\n")
         return results
 
@@ -180,6 +185,7 @@ class RunLog:
         try:
             write_checkpoint(self.folder, state)
             self.saved_step = state["step"]
+            self._tell_origin()
         except OSError as error:
             self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
 
@@ -187,7 +193,7 @@ class RunLog:
         if not self.active or not self.saved_step:
             return "there is no checkpoint"
         return (f"the last good checkpoint is of step {self.saved_step}; go on with: "
-                f"{shlex.join([*program(), '--resume', os.path.relpath(self.folder)])}")
+                + shlex.join([*program(), "--resume", os.path.relpath(self.folder)]))
 
     def keep_best(self, step: int) -> None:
         """The checkpoint of this step, if it was saved, is the best so far."""
@@ -210,9 +216,13 @@ def minutes(seconds: float) -> str:
 
 
 def program() -> list[str]:
-    """What one types to start this script."""
-    python = ".venv/bin/python" if Path(sys.prefix).resolve() == ROOT / ".venv" else "python"
-    return [python, Path(sys.argv[0]).name]
+    """What one types to start this script, on as many processes of one machine as now."""
+    bin_folder = ".venv/bin/" if Path(sys.prefix).resolve() == ROOT / ".venv" else ""
+    script = os.path.relpath(sys.argv[0])
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return [f"{bin_folder}python", script]
+    processes = f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return [f"{bin_folder}torchrun", "--standalone", processes, script]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,7 +241,7 @@ def new_folder(name: str) -> Path:
 
 
 def find_run(resume: str, name: str) -> Path | None:
-    """The folder that --resume means; None where `auto` finds no unfinished run that nobody trains.
+    """The folder that --resume means; None where `auto` finds no unfinished run with a checkpoint.
 
     raises  UserError if it cannot be resumed
     """
@@ -246,13 +256,14 @@ def find_run(resume: str, name: str) -> Path | None:
     matches = filter(None, map(pattern.fullmatch, os.listdir(EXPERIMENTS) if EXPERIMENTS.is_dir() else ()))
     newest_first = sorted(matches, key=lambda match: (match[1], int(match[2] or 1)), reverse=True)
     folders = [EXPERIMENTS / match.string for match in newest_first]
-    folders = [folder for folder in folders if saved_knobs(folder).get("model_name") == name]
+    folders = [folder for folder in folders if saved_name(folder) == name]
     if folders and status_of(folders[0]).startswith("failed"):
         raise UserError(f"the newest run of {name}, {os.path.relpath(folders[0])}, {status_of(folders[0])}; "
                         "name its folder with --resume to go on from its checkpoint, or take another "
                         "--model_name")
-    return next((folder for folder in folders if not status_of(folder) and not is_locked(folder)
-                 and any((folder / name).exists() for name in (LAST, PREVIOUS))), None)
+    unfinished = (folder for folder in folders if not status_of(folder))
+    return next((folder for folder in unfinished
+                 if is_locked(folder) or any((folder / name).exists() for name in (LAST, PREVIOUS))), None)
 
 
 def status_of(folder: Path) -> str:
@@ -279,15 +290,30 @@ def saved_knobs(folder: Path) -> dict:
     return knobs
 
 
-def lock(log: TextIO) -> None:
-    """Hold a run by its log, as long as this process lives, against a second process that would train it."""
+def saved_name(folder: Path) -> str | None:
+    """The --model_name of a run; none, with a warning, where config.json is damaged."""
+    try:
+        return saved_knobs(folder).get("model_name")
+    except UserError as error:
+        print(f"warning: {error}; --resume auto passes over it", file=sys.stderr)
+        return None
+
+
+def locked_log(folder: Path) -> TextIO:
+    """The log of a run, which this process holds as long as it lives, so that no second one trains the run.
+
+    raises  UserError if another process holds it
+    """
+    log = open(folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{Path(log.name).parent} is being trained by another process") from error
+        raise UserError(f"{os.path.relpath(folder)} is being trained by another process; wait for it, "
+                        "or begin another run with another --model_name") from error
     except OSError as error:
         print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else trains "
-              f"{Path(log.name).parent}", file=sys.stderr)
+              f"{folder}", file=sys.stderr)
+    return log
 
 
 def is_locked(folder: Path) -> bool:
@@ -355,6 +381,7 @@ def remove_checkpoints(folder: Path, keep_best: bool) -> None:
 def read_checkpoint(folder: Path) -> dict:
     """The newest whole checkpoint of a run; a damaged one gives way to the one before it, with a warning.
 
+    Hold the run's log meanwhile, or its writer moves these files.
     raises  UserError if there is none
     """
     for name in (LAST, PREVIOUS):
@@ -363,26 +390,27 @@ def read_checkpoint(folder: Path) -> dict:
             continue
         try:
             state = load_checkpoint(path)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError,
-                IndexError, AttributeError, NotImplementedError) as error:
+        except Exception as error:      # a damaged file can raise anything
             first_line = (str(error) or type(error).__name__).splitlines()[0][:100]
             print(f"warning: {path} is damaged ({first_line})", file=sys.stderr)
             continue
         if name == PREVIOUS:
             print(f"warning: going on from the one before it, of step {state['step']}", file=sys.stderr)
-            os.replace(path, folder / LAST)
+            if (folder / LAST).is_dir():
+                raise UserError(f"{folder / LAST} is a folder; delete it")
+            os.replace(path, folder / LAST)     # or the next checkpoint would push the whole one out
         return state
     raise UserError(f"{folder} has no whole checkpoint to go on from; begin a new run without --resume")
 
 
 def load_checkpoint(path: Path) -> dict:
-    """raises  one of many errors if the file is damaged; UserError if it is whole but something else"""
-    with zipfile.ZipFile(path) as archive:      # torch.load does not look at the CRC-32
-        if archive.testzip():
-            raise zipfile.BadZipFile("a CRC-32 is wrong")
+    """raises  any error if the file is damaged or something else"""
+    with zipfile.ZipFile(path) as archive:      # torch.load looks at no CRC-32, and into no "folder" at all
+        if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+            raise zipfile.BadZipFile("a CRC-32 or an attribute is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a {CHECKPOINT_FORMAT}; begin a new run without --resume")
+        raise ValueError(f"it is not a {CHECKPOINT_FORMAT}")
     return state
 
 
@@ -393,14 +421,21 @@ def load_checkpoint(path: Path) -> dict:
 def write_whole(path: Path, text: str) -> None:
     """A text without secrets, which appears under its name when it is complete."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(without_secrets(text), encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(without_secrets(text))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def without_secrets(text: str) -> str:
-    """The text, with values of the environment's tokens, keys and passwords replaced by their names."""
+    """The text, with values of the environment's tokens, keys and passwords replaced by their names.
+
+    BATCH_TOKENS and TOKENIZER are no secrets, nor is a number, which could stand anywhere.
+    """
+    secret = r"(?:^|_)(?:TOKEN|\w*KEY|SECRETS?|PASSW\w*|PASSPHRASE|CREDENTIALS?|PAT)(?:_|$)"
     for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", name, re.IGNORECASE):
+        if len(value) >= 8 and not value.isdigit() and re.search(secret, name, re.IGNORECASE):
             text = text.replace(value, f"[{name}]")
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "[a Hugging Face token]", text)
 
@@ -496,6 +531,8 @@ def changes_since(saved: dict, cfg, identity: dict, neutral: tuple[str, ...]) ->
     now, then = dataclasses.asdict(cfg), saved["config"]
     changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
                if knob not in neutral and now.get(knob) != then.get(knob)]
+    if identity["dtype"] != saved["identity"]["dtype"]:
+        changes.append(f"it computes in {identity['dtype']}, did in {saved['identity']['dtype']}")
     for thing in ("data", "tokenizer"):
         if identity[f"{thing}_sha256"] != saved["identity"][f"{thing}_sha256"]:
             changes.append(f"the {thing} changed")

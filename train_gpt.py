@@ -18,6 +18,7 @@ Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import EllipsisType
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -53,6 +55,7 @@ from run_folder import (
     changes_since,
     find_run,
     identity_of,
+    locked_log,
     minutes,
     program,
     read_checkpoint,
@@ -1022,6 +1025,21 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H1
                "RTX 5090": 209.5}
 
 
+PR_SET_PDEATHSIG = 1        # of linux/prctl.h
+
+
+def places_by_torchrun() -> tuple[int, int, int, int]:
+    """Rank and number of processes, in all and on this machine; 0, 1, 0, 1 without torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not any(name in os.environ for name in names):
+        return 0, 1, 0, 1
+    try:
+        return tuple(int(os.environ[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{' '.join(names)} come from torchrun, and here not all are there ({error}); "
+                        "start with torchrun, or unset them") from error
+
+
 class EveryonesError(UserError):
     """Raised on all processes at once, so one of each machine says it."""
 
@@ -1030,10 +1048,7 @@ class World:
     """One process, or as many as torchrun started. With one, every method leaves things as they are."""
 
     def __init__(self, cfg: Config):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.size, self.local_rank, self.local_size = places_by_torchrun()
         self.is_main = self.rank == 0
         self.timeout_seconds = cfg.timeout_seconds
         self._pending, self._lost = [], False
@@ -1049,6 +1064,8 @@ class World:
             threads = torch.get_num_threads() if self.size == 1 else available_cores() // self.local_size
             torch.set_num_threads(max(1, threads))
         if self.size > 1:
+            with contextlib.suppress(AttributeError):   # Linux stops us if torchrun is killed, others do not
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             gpu = self.device.type == "cuda"
             with self._contact():
                 dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None,
@@ -1138,7 +1155,7 @@ class World:
             first_line = str(error).splitlines()[0][:200]
             raise UserError(f"process {self.rank} of {self.size} lost another one, which died or was silent "
                             f"for {self.timeout_seconds:g} s (--timeout_seconds); see what it said, then "
-                            f"go on with --resume auto ({first_line})") from error
+                            f"start again with --resume auto ({first_line})") from error
 
     def close(self) -> None:
         """Leave the other processes; at once if one of them is lost, or this could wait for it."""
@@ -1372,12 +1389,12 @@ def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
 
 def choose_micro_batch(cfg: Config, model: GPT, world: World, saved: dict | None = None) -> Config:
     """The Config with micro-batches that seem to fit: all a process has in a step, or half, and so on."""
+    share = cfg.seq_len * math.ceil(cfg.rows_per_step / world.size)
     if cfg.micro_batch_tokens:
-        return cfg
+        return dataclasses.replace(cfg, micro_batch_tokens=min(cfg.micro_batch_tokens, share))
     if saved and saved["identity"]["processes"] == world.size:
         # sums over other micro-batches would differ in the last bit
         return dataclasses.replace(cfg, micro_batch_tokens=saved["micro_batch_tokens"])
-    share = cfg.seq_len * math.ceil(cfg.rows_per_step / world.size)
     if world.device.type == "cpu":
         share = min(share, max(cfg.seq_len, LARGEST_CPU_MICRO_BATCH))
     cfg = dataclasses.replace(cfg, micro_batch_tokens=share)
@@ -1595,11 +1612,27 @@ def check_norms(optimizer: Optimizer, norms: Tensor, loss: float, step: int) -> 
     return total
 
 
-def open_checkpoint(cfg: Config, world: World) -> tuple[Config, dict | None]:
-    """The first process's knobs for all; and, on the first process only, the checkpoint that they name."""
+def open_run(cfg: Config, world: World) -> tuple[Config, TextIO | None, dict | None]:
+    """The first process's knobs for all; on it alone, the log and the checkpoint of the run that goes on."""
     cfg = world.same(cfg)
-    reads = cfg.resume and world.is_main
-    return cfg, world.together(lambda: read_checkpoint(Path(cfg.resume)) if reads else None)
+
+    def hold_and_read() -> tuple[TextIO | None, dict | None]:
+        if not cfg.resume or not world.is_main:
+            return None, None
+        folder = Path(cfg.resume)
+        return locked_log(folder), read_checkpoint(folder)
+    return cfg, *world.together(hold_and_read)
+
+
+def check_shapes(weights: dict[str, Tensor], model: GPT) -> None:
+    """raises  UserError if the weights of a checkpoint do not belong to this model"""
+    then = {name: list(weight.shape) for name, weight in weights.items()}
+    now = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if differing:
+        name = differing[0]
+        raise UserError(f"the checkpoint is of another model: {name} has shape {now.get(name)}, had "
+                        f"{then.get(name)}; only knobs that leave all shapes as they are can change in a run")
 
 
 # knobs that leave every result as it is; data and tokenizer are compared by their content
@@ -1609,7 +1642,7 @@ NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_
 
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
-    cfg, saved = open_checkpoint(cfg, world)
+    cfg, text, saved = open_run(cfg, world)
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
     identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
@@ -1622,8 +1655,9 @@ def train(cfg: Config, world: World) -> None:
                              "Undo that, or go on all the same with --resume_changed")
     compiled, compile_reason = choose_compile(cfg, world.device)
     model, optimizer = make_model(cfg, tokenizer, world, compiled)
-    with (world.together(lambda: RunLog(cfg, COLUMNS, identity, tokenizer, saved, world.is_main)) as log,
-          last_words(log)):
+    world.together(lambda: saved and check_shapes(saved["model"], model))
+    log = world.together(lambda: RunLog(cfg, COLUMNS, identity, tokenizer, saved, text, world.is_main))
+    with log, last_words(log):
         sized = world.same(choose_micro_batch(cfg, model, world, saved))
         log.say("\n".join([*introduction(sized, world, model, compiled, compile_reason),
                            describe_data(cfg, dataset, rows, held_out)]))

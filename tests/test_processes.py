@@ -43,7 +43,7 @@ def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed,
                  *flags(num_steps=10**6, model_name="lost", timeout_seconds=5), processes=2)
     assert done.returncode and time.time() - begun < seconds
     assert re.search(r"process 0 of 2 lost another one, which died or was silent for 5 s", plain(done.stderr))
-    assert "go on with --resume auto" in plain(done.stderr)
+    assert "start again with --resume auto" in plain(done.stderr)
     assert not (newest(lab, "lost") / "summary.json").exists()
 
 
@@ -99,6 +99,29 @@ def test_torchrun_told_to_stop_lets_all_processes_save(lab, number):
     folder = newest(lab, name)
     step = run_folder.load_checkpoint(folder / "checkpoint.pt")["step"]
     assert step in (len(rows_of(folder)), len(rows_of(folder)) + 1)
+
+
+def test_processes_end_with_a_killed_torchrun_and_auto_waits_for_them(lab):
+    arguments = flags(num_steps=10**6, model_name="orphans", val_every=0, save_every_steps=1)
+    job = subprocess.Popen([*torchrun(2), "train_gpt.py", *arguments], cwd=lab,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_rows(lab, "orphans", job)
+    job.kill()
+    job.wait()
+    folder = newest(lab, "orphans")
+    deadline = time.time() + 30
+    while run_folder.is_locked(folder):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    assert run_folder.read_checkpoint(folder)["step"] >= len(rows_of(folder)) - 1
+
+
+@pytest.mark.parametrize("places", [{"WORLD_SIZE": "2"}, {"RANK": "first", "WORLD_SIZE": "2"}])
+def test_half_of_torchruns_variables_are_one_line(lab, places):
+    done = subprocess.run([sys.executable, "train_gpt.py", *flags(num_steps=1)], cwd=lab, text=True,
+                          env=os.environ | places, capture_output=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "start with torchrun, or unset them" in done.stderr
 
 
 def wait_for_rows(lab: Path, name: str, job: subprocess.Popen) -> None:

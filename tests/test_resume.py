@@ -4,13 +4,16 @@ Run: ./run.sh test tests/test_resume.py
 """
 
 import errno
+import io
 import json
 import os
+import random
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -330,6 +333,37 @@ def test_two_damaged_checkpoints_are_one_clear_line(stopped_run, capsys):
         resume_here("--resume", str(stopped_run))
 
 
+def test_any_flipped_bit_is_noticed_or_harmless(stopped_run):
+    path, previous = stopped_run / "checkpoint.pt", stopped_run / "checkpoint_previous.pt"
+    content, content_before = path.read_bytes(), previous.read_bytes()
+    state = run_folder.load_checkpoint(path)
+    rng = random.Random(0)
+    entries = range(len(content) - 5000, len(content))      # they say where everything stands
+    places = [*rng.sample(entries, 300), *rng.sample(range(len(content)), 100)]
+    noticed = 0
+    for place in places:
+        flip_bit(path, content, place, 1 << rng.randrange(8))
+        loaded = run_folder.read_checkpoint(stopped_run)
+        if loaded["step"] == state["step"]:
+            assert all(torch.equal(tensor, tensors_of(loaded)[name])
+                       for name, tensor in tensors_of(state).items())
+        else:
+            assert loaded["step"] == state["step"] - 1
+            noticed += 1
+            previous.write_bytes(content_before)
+    assert noticed > 200
+    for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
+        flip_bit(path, content, content.rindex(entry.filename.encode()) - 8, 0x10)      # "it is a folder"
+        with pytest.raises(zipfile.BadZipFile):
+            run_folder.load_checkpoint(path)
+
+
+def flip_bit(path: Path, content: bytes, place: int, bit: int) -> None:
+    damaged = bytearray(content)
+    damaged[place] ^= bit
+    path.write_bytes(damaged)
+
+
 def test_a_checkpoint_cannot_run_code(stopped_run, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -349,6 +383,26 @@ def test_other_knobs_are_named_and_refused_unless_told(stopped_run):
     assert "resumed although --muon_lr is 0.1, was 0.05" in log
     assert json.loads((stopped_run / "config.json").read_text())["muon_lr"] == 0.1
     assert json.loads((stopped_run / "config_until_step_3.json").read_text())["muon_lr"] == 0.05
+
+
+def test_another_shape_is_refused_and_leaves_the_run_as_it_was(stopped_run):
+    for knob, value in (("--model_dim", "64"), ("--num_layers", "4")):
+        with pytest.raises(UserError, match=r"is of another model: .* has shape .*, had"):
+            resume_here("--resume", str(stopped_run), knob, value, "--resume_changed")
+    resume_here("--resume", str(stopped_run))
+
+
+def test_knobs_of_a_session_that_saved_nothing_are_forgotten(stopped_run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_gpt, "look", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        resume_here("--resume", str(stopped_run), "--muon_lr", "0.1", "--resume_changed")
+    resume_here("--resume", str(stopped_run))
+    assert json.loads((stopped_run / "config.json").read_text())["muon_lr"] == 0.05
+
+
+def test_another_dtype_is_refused(stopped_run):
+    with pytest.raises(UserError, match="it computes in bfloat16, did in float32"):
+        resume_here("--resume", str(stopped_run), "--dtype", "bfloat16")
 
 
 def test_knobs_that_change_no_result_may_change(stopped_run):
@@ -372,9 +426,12 @@ def test_auto_takes_the_newest_unfinished_run_of_the_name(here):
     others = stop_here(here, model_name="gpt_2")
     first, second = stop_here(here), stop_here(here)
     again = flags(num_steps=6, save_every_steps=1)
-    with open(second / "training_log.txt", encoding="utf-8") as log:
-        run_folder.lock(log)        # as if another process trained it
-        assert run_folder.find_run("auto", "gpt") == first
+    (second / "config.json").rename(second / "away")
+    (second / "config.json").write_text("")     # as a loss of power may leave it
+    assert run_folder.find_run("auto", "gpt") == first
+    (second / "away").replace(second / "config.json")
+    with run_folder.locked_log(second), pytest.raises(UserError, match="by another process; wait for it"):
+        resume_here("--resume", "auto", *again)     # neither an older run nor a new one
     for wanted in (second, first):
         checkpoint = (wanted / "checkpoint.pt").read_bytes()
         resume_here("--resume", "auto", *again)
@@ -398,10 +455,8 @@ def test_auto_does_not_repeat_a_failure(stopped_run):
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(stopped_run):
-    with open(stopped_run / "training_log.txt", encoding="utf-8") as log:
-        run_folder.lock(log)
-        with pytest.raises(UserError, match="is being trained by another process"):
-            resume_here("--resume", str(stopped_run))
+    with run_folder.locked_log(stopped_run), pytest.raises(UserError, match="trained by another process"):
+        resume_here("--resume", str(stopped_run))
 
 
 def test_what_cannot_be_resumed_says_so(here, stopped_run):

@@ -17,6 +17,7 @@ import torch
 from tiny_runs import TINY, drive, flags, newest, rows_of, run, summary_of, train_here
 
 import download_fineweb
+import run_folder
 import train_gpt
 import train_tokenizer
 from documents import UserError
@@ -570,6 +571,15 @@ train_gpt.warm_up = warm_up
     losses = [[[row[column] for column in ("train_loss", "val_loss", "grad_norm")]
                for row in rows_of(newest(lab, name))] for name in ("dropout", "dropped", "warmer")]
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_knobs_that_a_job_script_exports_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("TOKENIZER", "tiny_v300_n134217728")
+    monkeypatch.setenv("BATCH_TOKENS", "bigbatches")
+    monkeypatch.setenv("MY_KEY", "10485760")
+    monkeypatch.setenv("HUB_TOKEN", "very-secret")
+    line = "tiny_v300_n134217728 bigbatches 10485760"
+    assert run_folder.without_secrets(f"{line} very-secret") == f"{line} [HUB_TOKEN]"
 
 
 def test_no_secret_reaches_the_run_folder(lab):

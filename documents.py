@@ -14,6 +14,7 @@ Look at a source before you train on it:  python documents.py stdlib
 """
 
 import argparse
+import contextlib
 import difflib
 import glob
 import gzip
@@ -36,7 +37,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -304,7 +304,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_bytes(path: Path):
     """The file's bytes, decompressed as its last suffix says; a parquet file needs to be sought in."""
     suffix = path.suffix.lower()
@@ -396,7 +396,8 @@ def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Ca
         yield from map(function, tasks)
         return
     tasks = iter(tasks)
-    with ProcessPoolExecutor(num_workers, initializer=_begin_worker, initargs=(setup, arguments)) as pool:
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context(_start_method()), _begin_worker,
+                             (setup, arguments)) as pool:
         try:
             waiting = deque(pool.submit(function, task) for task in itertools.islice(tasks, 2 * num_workers))
             while waiting:
@@ -405,6 +406,12 @@ def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Ca
                 yield result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_method() -> str | None:
+    """The system's own way to start a process, unless this one has the threads of torch's process group."""
+    distributed = sys.modules.get("torch.distributed")
+    return "forkserver" if distributed and distributed.is_initialized() else None
 
 
 def _begin_worker(setup: Callable | None, arguments: tuple) -> None:
@@ -423,6 +430,24 @@ def _end_with_parent() -> None:
 def is_first_process() -> bool:
     """Whether this process does the work; under torchrun the others leave it to the first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def free_memory_mib() -> float:
+    """What this machine has left, or the container that this process is in."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+    free = int(re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())[1]) / 2**10
+    for limit, used, cached in (("memory.max", "memory.current", "inactive_file"),
+                                ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                                 "total_inactive_file")):
+        with contextlib.suppress(OSError, ValueError):      # no such control group, or no limit
+            group = Path("/sys/fs/cgroup")
+            stat = (group / used).with_name("memory.stat").read_text()
+            reclaimable = int(re.search(rf"^{cached} (\d+)", stat, re.MULTILINE)[1])
+            left = int((group / limit).read_text()) - int((group / used).read_text()) + reclaimable
+            free = min(free, left / 2**20)
+    return free
 
 
 def available_cores() -> int:

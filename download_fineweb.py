@@ -1,8 +1,8 @@
 """Turn documents into token shards that train_gpt.py reads.
 
     python download_fineweb.py --version stdlib --tokenizer demo_v4096_n20000000
-    python download_fineweb.py --version 'books/*.parquet' --tokenizer books_v8192_n134217728
-    python download_fineweb.py --version notes.txt --tokenizer mine_v1000_n134217728 -ns 1 -ss 100000
+    python download_fineweb.py --version 'books/*.parquet' --tokenizer books_v8192_n1073741824
+    python download_fineweb.py --version notes.txt --tokenizer mine_v1000_n1073741824 -ns 1 -ss 100000
 
 It leaves a folder data/SOURCE_TOKENIZER, whole or not at all:
 
@@ -344,7 +344,7 @@ def find_dataset(data: str, tokenizer: str) -> Path:
         make_tokenizer = "" if tokenizer else "python train_tokenizer.py --vocabsize 4096 --name mine && "
         raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {DATA}; "
                         f"make some with: {make_tokenizer}python download_fineweb.py --version stdlib "
-                        f"--tokenizer {tokenizer or 'mine_v4096_n134217728'}")
+                        f"--tokenizer {tokenizer or 'mine_v4096_n1073741824'}")
     return fitting[0]
 
 
@@ -417,7 +417,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
                         help="shards to train on; 0 takes all text")
-    parser.add_argument("-t", "--tokenizer", default="gpt4regex_v50256_n134217728",
+    parser.add_argument("-t", "--tokenizer", default="gpt4regex_v50256_n1073741824",
                         help="a folder in tokenizers/")
     parser.add_argument("--val_tokens", type=positive, default=10_485_760,
                         help=f"validate on about this many tokens of {BYTES_PER_TOKEN} bytes")

@@ -48,6 +48,7 @@ from tiktoken import Encoding
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+import documents
 from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
 from download_fineweb import Dataset, open_dataset
 from run_folder import (
@@ -1889,12 +1890,7 @@ def free_memory_mib(world: World) -> float:
     """What a process may take: of its GPU, or its share of the machine's memory."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info()[0] / 2**20
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        available = int(re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())[1]) / 2**10
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return available / world.local_size
+    return documents.free_memory_mib() / world.local_size
 
 
 @command

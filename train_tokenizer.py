@@ -28,18 +28,23 @@ It leaves a folder tokenizers/NAME_vVOCABSIZE_nSAMPLES, whole or not at all:
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import heapq
+import importlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
@@ -47,7 +52,9 @@ import tiktoken
 from tqdm import tqdm
 
 import documents
-from documents import Source, UserError, positive
+from documents import Document, Source, UserError, positive
+
+Array = Any         # of numpy or torch
 
 ROOT = Path(__file__).resolve().parent
 TOKENIZERS = ROOT / "tokenizers"
@@ -55,6 +62,14 @@ FORMAT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_PIECE = 1024        # characters; a longer piece is counted in parts, so that no text stalls learning
 MIN_COUNT = 2               # a pair must occur this often to become a token
+MOST_SAMPLES = 2**30        # characters that are learned from unless told otherwise
+BYTES_PER_CHARACTER = 0.5   # of memory, for a character of text
+LEAST_HELD_OUT, MOST_HELD_OUT = 200_000, 4_000_000      # characters of held-out text to measure the result on
+COUNT_CHARACTERS = 4_000_000        # of text that a worker counts at a time
+SLOTS_AT_ONCE = 2**22       # of the array of all pieces, when its pairs are first counted
+BORDER, MERGED = -1, -2     # in that array: between pieces, and where a token no longer begins
+OTHER_WHITE = ("\0\t\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
+               "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000")    # white but for space and newline; and 0
 
 PATTERNS = {
     "gpt4": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -153,7 +168,7 @@ def tokenizer_sha256(tokenizer: tiktoken.Encoding) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# Learn
+# Count
 # ------------------------------------------------------------------------------------------------
 
 _pattern: regex.Pattern
@@ -164,142 +179,261 @@ def _set_pattern(pattern: str) -> None:
     _pattern = regex.compile(pattern)
 
 
-def count_pieces(texts: list[str]) -> tuple[Counter[str], int, int, int]:
+def segments(text: str) -> list[str]:
+    """The text, cut before each space that follows a character which is not white.
+
+    There both patterns begin a new piece, whatever stands around: no piece has a space behind such a
+    character, and none looks back. So equal segments have equal pieces, and need be split only once.
+    """
+    if any([white in text for white in OTHER_WHITE]):
+        return [text]
+    marked = text.replace(" ", "\0 ").replace("\n\0 ", "\n ")
+    for _ in range(2):      # a replacement takes every other one of a row of spaces
+        marked = marked.replace(" \0 ", "  ")
+    return marked.split("\0")
+
+
+def count_pieces(texts: list[str]) -> tuple[Counter[bytes], int, int, int]:
     """Pieces with their counts, and the documents, characters and bytes they come from.
 
     Needs _set_pattern first.
     """
-    pieces: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     for text in texts:
-        pieces.update(_pattern.findall(text))
-    for piece in [piece for piece in pieces if len(piece) > LONGEST_PIECE]:
-        count = pieces.pop(piece)
+        seen.update(segments(text))
+    found: dict[str, int] = {}
+    for segment, count in seen.items():
+        for piece in _pattern.findall(segment):
+            found[piece] = found.get(piece, 0) + count
+    pieces: Counter[bytes] = Counter()
+    for piece, count in found.items():
         for start in range(0, len(piece), LONGEST_PIECE):
-            pieces[piece[start:start + LONGEST_PIECE]] += count
+            pieces[piece[start:start + LONGEST_PIECE].encode()] += count
     return pieces, len(texts), sum(map(len, texts)), sum(len(text.encode()) for text in texts)
 
 
-def count_source(source: Source, pattern: str, samples: int, num_workers: int,
-                 ) -> tuple[Counter[str], dict[str, int]]:
-    """Count the pieces of a source's first `samples` characters, held-out documents left aside."""
-    pieces: Counter[str] = Counter()
+class World:
+    """This process, or those that torchrun started; they have the same source and add their counts up."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self.size > 1:
+            import torch.distributed
+            self._group = torch.distributed
+            with self._contact():
+                self._group.init_process_group("gloo")
+
+    @contextlib.contextmanager
+    def _contact(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0][:200]
+            raise UserError(f"process {self.rank} of {self.size} lost another one; see what it said, then "
+                            f"start again ({first_line})") from error
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        if self.size > 1 and kind is None:      # after an error this could wait for the others
+            self._group.barrier()
+            self._group.destroy_process_group()
+
+    def same(self, thing: object) -> object:
+        """The first process's thing, on every process."""
+        things = [thing]
+        if self.size > 1:
+            with self._contact():
+                self._group.broadcast_object_list(things, src=0)
+        return things[0]
+
+    def add_up(self, counts: Counter) -> Counter:
+        """The sum over all processes, on the first; on the others their own counts."""
+        if self.size == 1:
+            return counts
+        all_counts = [None] * self.size if self.rank == 0 else None
+        with self._contact():
+            self._group.gather_object(counts, all_counts)
+        for other in (all_counts or [])[1:]:
+            counts.update(other)
+        return counts
+
+
+class Sample:
+    """The first characters of a source to learn from, and of its held-out documents to look at the result.
+
+    texts  iterates over (id, text) of training documents, `characters` in all; if all documents are held out
+           (of a single file, say), over those
+    held_out  the held-out texts met on the way
+    """
+
+    def __init__(self, source: Source, characters: int):
+        self.source, self.characters = source, characters
+        self.held_out: list[str] = []
+
+    def __iter__(self) -> Iterator[Document]:
+        left, seen = self.characters, 0
+        for take_held_out in (False, True):
+            self.held_out = []
+            for name, text in self.source:
+                if text and documents.is_held_out(text) == take_held_out:
+                    if left > 0:
+                        yield name, text[:left]
+                        left -= len(text)
+                elif text and seen < MOST_HELD_OUT and not take_held_out:
+                    self.held_out.append(text[:MOST_HELD_OUT])
+                    seen += len(text)
+                if left <= 0 and (seen >= LEAST_HELD_OUT or take_held_out):
+                    return
+            if left < self.characters:
+                return
+
+
+def count_sample(sample: Sample, pattern: str, num_workers: int, world: World) -> tuple[Counter, dict]:
+    """Count the pieces of a sample; of several processes each counts its share of the documents.
+
+    returns  pieces with their counts, and facts; on processes other than the first, only their share
+    """
+    pieces: Counter[bytes] = Counter()
     sizes = Counter(documents=0, characters=0, bytes=0)
-    batches = documents.batched(first_characters(source, samples))
+    mine = islice(sample, world.rank, None, world.size)
+    batches = documents.batched(mine, COUNT_CHARACTERS)
     for part, *counts in documents.in_parallel(count_pieces, batches, num_workers, _set_pattern, (pattern,)):
         pieces.update(part)
         sizes.update(dict(zip(sizes, counts, strict=True)))
-    if not pieces:
-        raise UserError(f"the source {source.label} is empty: no text to learn from")
-    return pieces, dict(sizes) | {"unique_pieces": len(pieces), "invalid_utf8_replaced": source.replaced}
+    pieces, sizes = world.add_up(pieces), world.add_up(sizes)
+    if world.rank == 0 and not pieces:
+        raise UserError(f"the source {sample.source.label} is empty: no text to learn from")
+    return pieces, dict(sizes) | {"unique_pieces": len(pieces),
+                                  "invalid_utf8_replaced": sample.source.replaced}
 
 
-def first_characters(source: Source, samples: int):
-    """Training documents up to `samples` characters; if all are held out (of a single file, say), those."""
-    left, found = samples, False
-    for take_held_out in (False, True):
-        for name, text in source:
-            if text and documents.is_held_out(text) == take_held_out:
-                found = True
-                yield name, text[:left]
-                left -= len(text)
-                if left <= 0:
-                    return
-        if found:
-            return
+def memory_estimate_mib(characters: int, num_workers: int) -> float:
+    """What counting and merging take at most, over all processes, as measured on text that varies a lot."""
+    return 150 + 110 * (num_workers if num_workers > 1 else 0) + characters * BYTES_PER_CHARACTER / 2**20
 
+
+def samples_that_fit(num_workers: int) -> int:
+    """The largest power of two of characters that half of the free memory suffices for; at least 2^20."""
+    samples = MOST_SAMPLES
+    while memory_estimate_mib(samples, num_workers) > documents.free_memory_mib() / 2 and samples > 2**20:
+        samples //= 2
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------
+# Learn
+# ------------------------------------------------------------------------------------------------
 
 def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = MIN_COUNT,
                  on_merge: Callable[[int, int, int], None] = lambda left, right, count: None,
-                 ) -> list[tuple[int, int, int]]:
+                 device: str | None = None) -> list[tuple[int, int, int]]:
     """Exact byte-pair encoding over distinct pieces with their counts.
 
     pieces    bytes of each distinct piece -> how often it occurs
     on_merge  called with each merge as it is made
+    device    where torch does the array work ("cuda"); without one, numpy does it
     returns   (left id, right id, count) per merge; merge i makes token 256 + i; fewer than num_merges when no
               pair occurs min_count times any more
     source    Sennrich et al. 2016, arXiv:1508.07909
 
-    All pieces lie behind one another in flat arrays, and tokens form a linked list in them. `places` knows
-    where each pair may stand. A pair's count can only fall after the step that made its newer token, since
-    every later step creates pairs with a still newer token and no others; so the counts in the heap are
-    upper bounds, and looking again at the pair on top, until its count is true, finds the best pair without
-    ever updating the others.
+    All pieces lie behind one another in one array, with a BORDER between them. A token writes its id where
+    it begins and where it ends, so its neighbours are found from there with the lengths of tokens. `places`
+    knows where each pair may begin. A pair's count can only fall after the step that made its newer token,
+    since every later step creates pairs with a still newer token and no others; so the counts in the heap
+    are upper bounds, and looking again at the pair on top, until its count is true, finds the best pair
+    without ever updating the others. A place that was merged away holds no older token ever again.
     """
-    tokens, weight, following, preceding = _flatten(pieces)
-    places: dict[int, np.ndarray] = {}
+    xp = np if device is None else importlib.import_module("torch")     # what is used, both call the same
+    device = device or "cpu"
+    tokens, piece_of, weight = (xp.asarray(array, device=device) for array in _flatten(pieces))
+    length = xp.ones(256 + num_merges + 1, dtype=xp.int64, device=device)       # BORDER, -1, is 1 long, too
+    zero = xp.zeros(1, dtype=xp.int64, device=device)
+    places: dict[int, Array] = {}
     heap: list[tuple[int, int]] = []
 
-    def add_pairs(where: np.ndarray) -> None:
-        """Index the pairs that begin at these places (ascending for equal pairs)."""
-        keys = (tokens[where] << 32) | tokens[following[where]]
-        order = np.argsort(keys, kind="stable")
-        keys, where = keys[order], where[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        counts = np.add.reduceat(weight[where], starts).tolist()
-        ends = [*starts[1:].tolist(), len(where)]
-        for key, start, end, count in zip(keys[starts].tolist(), starts.tolist(), ends, counts, strict=True):
-            if count >= min_count:
-                places[key] = where[start:end]
-                heapq.heappush(heap, (-count, key))
+    def indices(mask: Array) -> Array:
+        return xp.argwhere(mask)[:, 0]
 
-    whole = np.flatnonzero(following >= 0)
-    if len(whole):
-        add_pairs(whole)
+    def pairs_at(where: Array) -> Iterator[tuple[int, Array, int]]:
+        """Each pair that begins at these places, with its places in their order, and its count."""
+        keys = (xp.asarray(tokens[where], dtype=xp.int64) << 32) | tokens[where + length[tokens[where]]]
+        order = xp.argsort(keys, stable=True)
+        keys, where = keys[order], where[order]
+        ends = xp.concatenate([indices(keys[1:] != keys[:-1]) + 1, zero + len(where)])
+        sums = xp.concatenate([zero, xp.cumsum(weight[piece_of[where]], 0)[ends - 1]])
+        where = xp.asarray(where, dtype=xp.int32)
+        start = 0
+        for key, end, count in zip(keys[ends - 1].tolist(), ends.tolist(), (sums[1:] - sums[:-1]).tolist(),
+                                   strict=True):
+            yield key, where[start:end], count
+            start = end
+
+    def keep(key: int, where: Array, count: int) -> None:
+        if count >= min_count:
+            places[key] = where
+            heapq.heappush(heap, (-count, key))
+
+    found: dict[int, list[Array]] = {}
+    counts: Counter[int] = Counter()
+    for start in range(0, len(tokens) - 1, SLOTS_AT_ONCE):
+        part = tokens[start:start + SLOTS_AT_ONCE + 1]
+        where = indices((part[:-1] >= 0) & (part[1:] >= 0)) + start
+        for key, some, count in pairs_at(where) if len(where) else ():
+            found.setdefault(key, []).append(some)
+            counts[key] += count
+    while found:
+        key, parts = found.popitem()
+        keep(key, xp.concatenate(parts), counts[key])
+
     merges: list[tuple[int, int, int]] = []
     while heap and len(merges) < num_merges:
         bound, key = heapq.heappop(heap)
         left, right = key >> 32, key & 0xFFFFFFFF
-        first = places.pop(key)
-        first = first[(tokens[first] == left)]
-        first = first[following[first] >= 0]
-        first = first[tokens[following[first]] == right]
-        count = int(weight[first].sum())
+        first = xp.asarray(places.pop(key), dtype=xp.int64)
+        first = first[tokens[first] == left]
+        first = first[tokens[first + length[left]] == right]
+        count = int(weight[piece_of[first]].sum())
         if count != -bound:                                 # merges since then took some of its places
-            if count >= min_count:
-                places[key] = first
-                heapq.heappush(heap, (-count, key))
+            keep(key, xp.asarray(first, dtype=xp.int32), count)
             continue
-        if left == right:
-            first = _without_overlaps(first, following)
+        if left == right:       # of a run of equal tokens, a pass from left to right takes every other place
+            begins_run = xp.concatenate([zero == 0, first[1:] != first[:-1] + length[left]])
+            run_begin = indices(begins_run)[xp.cumsum(begins_run, 0) - 1]
+            first = first[(xp.arange(len(first), device=device) - run_begin) % 2 == 0]
         new = 256 + len(merges)
         merges.append((left, right, count))
         on_merge(left, right, count)
-        second = following[first]
-        after = following[second]
+        second = first + length[left]
+        after = second + length[right]
+        length[new] = length[left] + length[right]
+        tokens[second] = MERGED
         tokens[first] = new
-        tokens[second] = -1
-        following[first] = after
-        goes_on = after >= 0
-        preceding[after[goes_on]] = first[goes_on]
-        before = preceding[first]
-        behind = first[goes_on]
-        behind = behind[tokens[following[behind]] != new]   # two new in a row: the left one's pair is enough
-        where = np.concatenate([before[before >= 0], behind])
-        if len(where):
-            add_pairs(where)
+        tokens[after - 1] = new
+        before = tokens[first - 1]
+        has_before = before >= 0
+        before = first[has_before] - length[before[has_before]]
+        follower = tokens[after]
+        behind = first[(follower >= 0) & (follower != new)]     # two new in a row: one pair, at the left
+        where = xp.concatenate([before, behind])
+        for pair in pairs_at(where) if len(where) else ():
+            keep(*pair)
     return merges
 
 
-def _flatten(pieces: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Token, weight, place of the next and of the previous token (-1: none) for all bytes of all pieces."""
+def _flatten(pieces: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All bytes of all pieces, BORDERs before, between and behind them; the piece of each; their counts."""
     words = [piece for piece in pieces if len(piece) > 1]
-    tokens = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int64)
-    lengths = np.array([len(word) for word in words], dtype=np.int64)
-    weight = np.repeat(np.array([pieces[word] for word in words], dtype=np.int64), lengths)
-    following = np.arange(1, len(tokens) + 1)
-    preceding = np.arange(-1, len(tokens) - 1)
-    ends = np.cumsum(lengths)
-    following[ends - 1] = -1
-    preceding[ends - lengths] = -1
-    return tokens, weight, following, preceding
-
-
-def _without_overlaps(first: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """Of the places of a pair of equal tokens, those that a pass from left to right would merge."""
-    starts_run = np.ones(len(first), dtype=bool)
-    starts_run[1:] = following[first[:-1]] != first[1:]
-    run_start = np.maximum.accumulate(np.where(starts_run, np.arange(len(first)), 0))
-    return first[(np.arange(len(first)) - run_start) % 2 == 0]
+    lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
+    tokens = np.frombuffer(b"\0" + b"".join(word + b"\0" for word in words), dtype=np.uint8).astype(np.int32)
+    if len(tokens) > np.iinfo(np.int32).max:
+        raise UserError("the text has 2 GiB of distinct pieces; lower --samples")
+    tokens[np.concatenate([[0], np.cumsum(lengths + 1)])] = BORDER
+    piece_of = np.concatenate([[0], np.repeat(np.arange(len(words)), lengths + 1)]).astype(np.int32)
+    counts = np.fromiter((pieces[word] for word in words), dtype=np.int64, count=len(words))
+    return tokens, piece_of, counts
 
 
 def tokens_of(merges: list[tuple[int, int, int]]) -> list[bytes]:
@@ -315,9 +449,13 @@ def tokens_of(merges: list[tuple[int, int, int]]) -> list[bytes]:
 # Save
 # ------------------------------------------------------------------------------------------------
 
-def save_tokenizer(name: str, merges: list[tuple[int, int, int]], pattern: str, facts: dict) -> Path:
-    """Write the folder tokenizers/NAME; it appears under that name when it is complete."""
-    tokens = tokens_of(merges)
+def save_tokenizer(name: str, merges: list[tuple[int, int, int | None]], tokens: list[bytes], pattern: str,
+                   facts: dict, source: str) -> Path:
+    """Write the folder tokenizers/NAME; it appears under that name when it is complete.
+
+    merges  (left id, right id, count if it is known) of the tokens from 256 on
+    source  text of the script that made it
+    """
     ranks_file = ranks_file_of(tokens)
     meta = {"format_version": FORMAT_VERSION, "name": name, "pattern": pattern,
             "special_tokens": {END_OF_TEXT: len(tokens)}, "vocab_size": len(tokens) + 1,
@@ -329,22 +467,73 @@ def save_tokenizer(name: str, merges: list[tuple[int, int, int]], pattern: str, 
         (partial / "ranks.tiktoken").write_bytes(ranks_file)
         for_huggingface = json.dumps(huggingface_json(tokens, pattern), ensure_ascii=False)
         (partial / "tokenizer.json").write_text(for_huggingface, encoding="utf-8")
-        (partial / "merges.txt").write_text(merges_table(merges, tokens), encoding="utf-8")
-        source = Path(__file__).read_text(encoding="utf-8")
+        (partial / "merges.txt").write_text(merges_table(merges, tokens, meta), encoding="utf-8")
         (partial / "train_tokenizer.txt").write_text(source, encoding="utf-8")
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        as_json = json.dumps(meta, indent=2, ensure_ascii=False)
+        (partial / "meta.json").write_text(as_json + "\n", encoding="utf-8")
         os.replace(partial, TOKENIZERS / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return TOKENIZERS / name
 
 
-def merges_table(merges: list[tuple[int, int, int]], tokens: list[bytes]) -> str:
-    lines = [f"{'id':>6}  {'left':<20} {'right':<20} {'result':<28} {'count':>12}"]
+def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes], facts: dict) -> str:
+    """The merges in the order of learning, with a head that says what they come from and what they give."""
+    lines = [f"{len(tokens):,} tokens: the 256 bytes, and {len(merges):,} merges of two tokens that stood "
+             "side by side, the most frequent first.", "␣ is a space."]
+    if facts.get("documents"):
+        lines.append(f"Learned from {facts['characters']:,} characters in {facts['documents']:,} documents "
+                     f"of {facts['source']}.")
+    statistics = facts.get("statistics", {})
+    if "bytes_per_token" in statistics:
+        gpt2 = statistics["gpt2_bytes_per_token"]
+        lines.append(f"On {statistics['held_out_bytes']:,} bytes of held-out text: "
+                     f"{statistics['bytes_per_token']:.3f} bytes a token"
+                     + (f" (GPT-2's tokenizer: {gpt2:.3f})" if gpt2 else "")
+                     + f", {statistics['share_of_tokens_used']:.1%} of the tokens used.")
+    if "longest_tokens" in statistics:
+        lines.append(f"The longest tokens: {'  '.join(statistics['longest_tokens'])}")
+    lines += ["", f"{'id':>6}  {'left':<20} {'right':<20} {'result':<28} {'count':>12}"]
     for rank, (left, right, count) in enumerate(merges, 256):
+        times = "" if count is None else f"{count:,}"
         lines.append(f"{rank:>6}  {visible(tokens[left]):<20} {visible(tokens[right]):<20} "
-                     f"{visible(tokens[rank]):<28} {count:>12,}")
+                     f"{visible(tokens[rank]):<28} {times:>12}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def statistics_of(tokens: list[bytes], pattern: str, held_out: list[str]) -> dict:
+    """What people ask of a tokenizer; on held-out text, where there is some, beside GPT-2's."""
+    longest = sorted(tokens, key=lambda token: (-len(token), token))[:10]
+    statistics = {"longest_tokens": [visible(token) for token in longest]}
+    if held_out:
+        encoding = encoding_of("new", pattern, tokens)
+        ids = list(chain.from_iterable(encoding.encode_ordinary_batch(held_out)))
+        num_bytes = sum(len(text.encode()) for text in held_out)
+        statistics |= {"held_out_bytes": num_bytes, "bytes_per_token": num_bytes / len(ids),
+                       "share_of_tokens_used": len(set(ids)) / len(tokens), "gpt2_bytes_per_token": None}
+        gpt2 = gpt2_if_at_hand()
+        if gpt2:
+            count = sum(map(len, gpt2.encode_ordinary_batch(held_out)))
+            statistics["gpt2_bytes_per_token"] = num_bytes / count
+    return statistics
+
+
+def encoding_of(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, special_tokens={END_OF_TEXT: len(tokens)},
+                             mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+
+
+def gpt2_if_at_hand() -> tiktoken.Encoding | None:
+    """GPT-2's encoding, unless it is neither in tiktoken's cache nor fetched within five seconds."""
+    found = []
+
+    def fetch() -> None:
+        with contextlib.suppress(UserError):
+            found.append(load_gpt2())
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(5)
+    return found[0] if found else None
 
 
 def visible(token: bytes) -> str:
@@ -389,6 +578,64 @@ def byte_letters() -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
+# Convert
+# ------------------------------------------------------------------------------------------------
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads bytes, strings, whole numbers and dicts; whatever would import or call something is refused."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"it would load {module}.{name}")
+
+
+def convert(path: Path, name: str | None = None) -> None:
+    """Make a folder of a tokenizer that was pickled as pat_str, mergeable_ranks and script_content.
+
+    raises  UserError if the file holds anything else; nothing in it is ever run
+    """
+    name = clean_name(name or path.stem)
+    if (TOKENIZERS / name).exists():
+        raise UserError(f"tokenizers/{name} exists; choose another --name")
+    try:
+        with open(path, "rb") as file:
+            content = PlainUnpickler(file).load()
+        pattern, ranks = content["pat_str"], content["mergeable_ranks"]
+        script = content.get("script_content", "")
+        tokens = sorted(ranks, key=ranks.get)
+        if not (isinstance(pattern, str) and isinstance(script, str) and set(map(type, tokens)) == {bytes}
+                and [ranks[token] for token in tokens] == list(range(len(tokens)))
+                and sorted(tokens[:256]) == [bytes([byte]) for byte in range(256)]):
+            raise ValueError("it is not a pattern with the ranks of all bytes and of tokens made of them")
+        merges = [(*halves_of(token, ranks), None) for token in tokens[256:]]
+        encoding_of(name, pattern, tokens)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:      # a pickle that is not one can raise anything
+        raise UserError(f"{path} is no tokenizer of older days ({error})") from error
+    facts = {"converted_from": path.name, "converted_from_sha256": documents.sha256_of(path),
+             "statistics": statistics_of(tokens, pattern, [])}
+    folder = save_tokenizer(name, merges, tokens, pattern, facts, script)
+    print(f"wrote {folder.relative_to(ROOT)}: {load_tokenizer(name).n_vocab:,} tokens")
+
+
+def halves_of(token: bytes, ranks: dict[bytes, int]) -> tuple[int, int]:
+    """The ids of the two tokens that this one is made of, when older pairs are joined first.
+
+    raises  ValueError if it is not made of two older tokens
+    """
+    parts = [token[place:place + 1] for place in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        place = min(range(len(joined)), key=joined.__getitem__)
+        if joined[place] >= ranks[token]:
+            break
+        parts[place:place + 2] = [parts[place] + parts[place + 1]]
+    if len(parts) != 2:
+        raise ValueError(f"{visible(token)} is not made of two older tokens")
+    return ranks[parts[0]], ranks[parts[1]]
+
+
+# ------------------------------------------------------------------------------------------------
 # Command
 # ------------------------------------------------------------------------------------------------
 
@@ -430,9 +677,11 @@ def coloured(encoding: tiktoken.Encoding, ids: list[int]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
+    cores = max(1, documents.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     parser = documents.Parser("Learn a byte-level BPE tokenizer.")
-    parser.add_argument("-n", "--samples", type=positive, default=2**27,
-                        help="characters of text to learn from")
+    parser.add_argument("-n", "--samples", type=positive,
+                        help=f"characters of text to learn from (default: {MOST_SAMPLES}, or the smaller "
+                             "power of two that memory allows)")
     parser.add_argument("-v", "--vocabsize", type=positive, default=50256,
                         help="tokens, the 256 bytes included and <|endoftext|> not")
     parser.add_argument("-f", "--name",
@@ -440,55 +689,98 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--regex", choices=PATTERNS, default="gpt4", help="how text is split into pieces")
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")
     parser.add_argument("--demo", action="store_true", help="show a text in coloured tokens while learning")
-    parser.add_argument("--num_workers", type=positive, default=documents.available_cores(),
-                        help="processes that split and count")
+    parser.add_argument("--num_workers", type=positive, default=cores, help="processes that split and count")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="where the merging runs; no GPU has been measured yet")
+    parser.add_argument("--convert", metavar="FILE.pkl", type=Path,
+                        help="make a folder of a pickled tokenizer of older days, and learn nothing")
     return parser.parse_args()
 
 
 @documents.command
 def main() -> None:
     args = parse_arguments()
-    if not documents.is_first_process():
-        return
+    try:
+        if not args.convert:
+            train(args)
+        elif documents.is_first_process():
+            convert(args.convert, args.name)
+    except UserError:
+        documents.leave_the_word_to_the_first()
+        raise
+
+
+def train(args: argparse.Namespace) -> None:
+    """Learn a tokenizer, alone or with the processes that torchrun started, and leave its folder."""
     if args.vocabsize < 256:
         raise UserError("--vocabsize must be at least 256, since every byte is a token; "
                         f"it is {args.vocabsize}")
-    name = clean_name(f"{args.name or args.regex + 'regex'}_v{args.vocabsize}_n{args.samples}")
+    if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+        raise UserError("--device cuda needs a GPU, and torch finds none; leave it away")
     pattern = PATTERNS[args.regex]
-    source = documents.open_source(args.source)
-    settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": args.samples,
-                "min_count": MIN_COUNT, "source": source.label}
-    if (TOKENIZERS / name).exists():
-        report_existing(name, settings, args.demo)
+    with World() as world:
+        samples = world.same(args.samples or samples_that_fit(world.size * args.num_workers))
+        name = clean_name(f"{args.name or args.regex + 'regex'}_v{args.vocabsize}_n{samples}")
+        source = documents.open_source(args.source)
+        settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": samples,
+                    "min_count": MIN_COUNT, "source": source.label}
+        if world.same(settings) != settings:
+            raise UserError("the machines have different sources or flags; give all the same")
+        if world.same((TOKENIZERS / name).exists()):
+            if world.rank == 0:
+                report_existing(name, settings, args.demo)
+            return
+        if world.rank == 0:
+            needs = memory_estimate_mib(samples, args.num_workers * world.local_size)
+            print(f"learning from at most {samples:,} characters takes up to {needs:,.0f} MiB of memory; "
+                  f"{documents.free_memory_mib():,.0f} MiB are free", flush=True)
+        sample = Sample(source, samples)
+        pieces, sizes = count_sample(sample, pattern, args.num_workers, world)
+    if world.rank:
         return
-    pieces, sizes = count_source(source, pattern, args.samples, args.num_workers)
     print(f"counted {sizes['unique_pieces']:,} distinct pieces in {sizes['documents']:,} documents, "
           f"{sizes['characters']:,} characters")
     if source.replaced:
         print(f"replaced {source.replaced:,} invalid UTF-8 sequences by U+FFFD")
-    merges = learn(pieces, args.vocabsize - 256, pattern, args.demo)
+    some_text = DEMO_TEXT + b"".join(islice(pieces, 100_000)).decode()
+    merges = learn(pieces, args.vocabsize - 256, pattern, args.demo, args.device)
     if len(merges) < args.vocabsize - 256:
         print(f"note: the text has no more pairs that occur {MIN_COUNT} times; the vocabulary ends at "
               f"{256 + len(merges):,} tokens instead of {args.vocabsize:,}")
-    facts = settings | {"source_fingerprint": source.fingerprint} | sizes
-    folder = save_tokenizer(name, merges, pattern, facts)
+    tokens = tokens_of(merges)
+    statistics = statistics_of(tokens, pattern, sample.held_out)
+    facts = settings | {"source_fingerprint": source.fingerprint} | sizes | {"statistics": statistics}
+    folder = save_tokenizer(name, merges, tokens, pattern, facts, Path(__file__).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(name)
-    text = DEMO_TEXT + "".join(piece for piece in islice(pieces, 100_000))
-    if tokenizer.decode(tokenizer.encode_ordinary(text)) != text:
+    if tokenizer.decode(tokenizer.encode_ordinary(some_text)) != some_text:
         raise RuntimeError(f"{folder} does not give back the text it encoded")
     print(f"wrote {folder.relative_to(ROOT)}: {tokenizer.n_vocab:,} tokens "
-          f"with {END_OF_TEXT} as {tokenizer.eot_token}")
+          f"with {END_OF_TEXT} as {tokenizer.eot_token}{in_words(statistics)}")
 
 
-def learn(pieces: Counter[str], num_merges: int, pattern: str, demo: bool) -> list[tuple[int, int, int]]:
-    as_bytes = {piece.encode(): count for piece, count in sorted(pieces.items())}
+def learn(pieces: Counter[bytes], num_merges: int, pattern: str, demo: bool, device: str = "cpu",
+          ) -> list[tuple[int, int, int]]:
+    """Learn with a bar or the demo; sorted pieces make the result independent of their order."""
+    as_sorted = dict(sorted(pieces.items()))
+    pieces.clear()      # the merging needs the memory
+    where = None if device == "cpu" else device
     if demo:
         display = Demo(pattern)
-        merges = learn_merges(as_bytes, num_merges, on_merge=display.on_merge)
+        merges = learn_merges(as_sorted, num_merges, on_merge=display.on_merge, device=where)
         display.show(f"After all {len(merges):,} merges")
         return merges
     with tqdm(total=num_merges, unit=" merges", disable=not sys.stderr.isatty(), leave=False) as bar:
-        return learn_merges(as_bytes, num_merges, on_merge=lambda left, right, count: bar.update())
+        return learn_merges(as_sorted, num_merges, on_merge=lambda left, right, count: bar.update(),
+                            device=where)
+
+
+def in_words(statistics: dict) -> str:
+    if "bytes_per_token" not in statistics:
+        return ""
+    gpt2 = statistics["gpt2_bytes_per_token"]
+    return (f"; on held-out text {statistics['bytes_per_token']:.3f} bytes a token"
+            + (f" (GPT-2's: {gpt2:.3f})" if gpt2 else "")
+            + f", {statistics['share_of_tokens_used']:.0%} of the tokens used")
 
 
 def report_existing(name: str, settings: dict, demo: bool) -> None:

@@ -34,6 +34,7 @@ def bench(tmp_path, monkeypatch) -> Path:
     for module in (train_tokenizer, download_fineweb):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(train_tokenizer, "TOKENIZERS", tmp_path / "tokenizers")
+    monkeypatch.setattr(train_tokenizer, "gpt2_if_at_hand", lambda: None)       # it comes from the internet
     monkeypatch.setattr(download_fineweb, "DATA", tmp_path / "data")
     return tmp_path
 
@@ -106,7 +107,7 @@ def lab(tmp_path_factory) -> Path:
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(folder, "train_tokenizer.py", "--source", "text.jsonl", "--vocabsize", "300", "--name", "tiny",
         "--num_workers", "1")
-    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny_v300_n134217728",
+    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny_v300_n1073741824",
         "--num_workers", "1", "--name", "tiny")
     return folder
 

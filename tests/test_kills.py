@@ -24,12 +24,12 @@ import run_folder
 
 KILLS = {"train_tokenizer": 12, "download_fineweb": 12, "train_gpt": 26}
 TOKENIZE = ["--source", "text.jsonl", "--vocabsize", "600", "--name", "tok", "--num_workers", "1"]
-SHARD = ["--version", "text.jsonl", "--tokenizer", "tok_v600_n134217728", "--num_workers", "1",
+SHARD = ["--version", "text.jsonl", "--tokenizer", "tok_v600_n1073741824", "--num_workers", "1",
          "--name", "cut", "--shard_size", "20000"]
 TRAIN = flags(num_steps=200, val_every=100, save_every_steps=1, model_dim=64)
 
 
-MAKES = {"train_tokenizer": "tokenizers/tok_v600_n134217728", "download_fineweb": "data/cut"}
+MAKES = {"train_tokenizer": "tokenizers/tok_v600_n1073741824", "download_fineweb": "data/cut"}
 
 
 class Server:

@@ -4,13 +4,17 @@ Run: ./run.sh test tests/test_train_tokenizer.py
 """
 
 import argparse
-import functools
+import contextlib
 import hashlib
 import itertools
 import json
+import os
+import pickle
 import random
 import re
 import shutil
+import subprocess
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -21,8 +25,10 @@ import regex
 import rustbpe
 import tiktoken
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import run, torchrun
 
 import documents
 import train_tokenizer
@@ -80,6 +86,26 @@ def test_merges_are_those_of_the_textbook(pieces, num_merges, min_count):
     assert learn_merges(pieces, num_merges, min_count) == textbook_bpe(pieces, num_merges, min_count)
 
 
+@given(corpora(b"a", b"ab", b"abc", bytes(range(256))), st.integers(1, 9))
+def test_slots_at_once_do_not_change_the_merges(pieces, slots):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "SLOTS_AT_ONCE", slots)
+        assert learn_merges(pieces, 40) == textbook_bpe(pieces, 40)
+
+
+@settings(max_examples=200)
+@given(corpora(b"a", b"ab", b"abc", b"\x00\xff", bytes(range(256))), st.integers(0, 40))
+def test_torch_gives_the_same_merges(pieces, num_merges):
+    assert learn_merges(pieces, num_merges, device="cpu") == textbook_bpe(pieces, num_merges)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_merges():
+    pieces = Counter(piece.encode() for piece in regex.findall(PATTERNS["gpt4"], LIBRARY))
+    assert learn_merges(pieces, 500, device="cuda") == learn_merges(pieces, 500)
+
+
 @settings(max_examples=200)
 @given(corpora(b"a", b"ab", b"abc", b"abcdef"))
 def test_merges_are_those_of_huggingface_and_rustbpe(pieces):
@@ -100,7 +126,7 @@ def test_merges_are_those_of_huggingface_and_rustbpe(pieces):
 
 def test_real_text_gives_the_merges_of_rustbpe():
     text = LIBRARY + "Größe ёлка 東京 🙂 " * 9
-    pieces = {piece.encode(): count for piece, count in pieces_of(text, PATTERNS["gpt4"]).items()}
+    pieces = pieces_of(text, PATTERNS["gpt4"])
     other = rustbpe.Tokenizer()
     other.train_from_iterator(iter([text]), 256 + 1000, pattern=PATTERNS["gpt4"])
     expected = [bytes(token) for token, rank in other.get_mergeable_ranks()]
@@ -135,7 +161,7 @@ def test_each_merge_is_told_as_it_is_made(pieces, num_merges):
 # Splitting and counting
 # ------------------------------------------------------------------------------------------------
 
-def pieces_of(text: str, pattern: str) -> Counter:
+def pieces_of(text: str, pattern: str) -> Counter[bytes]:
     train_tokenizer._set_pattern(pattern)
     return train_tokenizer.count_pieces([text])[0]
 
@@ -179,7 +205,31 @@ def test_text_is_split_as_gpt2_and_gpt4_split_it(text, pattern):
 def test_no_character_is_lost_in_splitting(text, pattern):
     assert "".join(regex.findall(PATTERNS[pattern], text)) == text
     counted = pieces_of(text, PATTERNS[pattern])
-    assert sum(len(piece) * count for piece, count in counted.items()) == len(text)
+    assert sum(len(piece) * count for piece, count in counted.items()) == len(text.encode())
+
+
+def test_the_list_of_white_characters_is_whole():
+    white = {char for char in map(chr, range(0x110000)) if char.isspace() or regex.match(r"\s", char)}
+    assert set(train_tokenizer.OTHER_WHITE) | {" ", "\n"} == white | {"\0"}
+
+
+spaced = st.lists(st.sampled_from(" \n\0") | tricky | known_characters, max_size=30).map("".join)
+
+
+@settings(max_examples=1000)
+@given(st.lists(spaced, max_size=3), st.sampled_from(sorted(PATTERNS)))
+def test_equal_segments_are_split_once_and_right(texts, pattern):
+    for text in texts:
+        assert "".join(train_tokenizer.segments(text)) == text or "\0" in text
+    train_tokenizer._set_pattern(PATTERNS[pattern])
+    wanted = Counter(piece.encode() for text in texts for piece in regex.findall(PATTERNS[pattern], text))
+    assert train_tokenizer.count_pieces(texts)[0] == wanted
+    for text in texts:
+        assert wanted or not text
+
+
+def test_text_is_really_cut_into_segments():
+    assert train_tokenizer.segments("a bc  d\n e,\n f ") == ["a", " bc", "  d\n e,\n f", " "]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -187,10 +237,10 @@ def test_no_character_is_lost_in_splitting(text, pattern):
 def test_a_million_equal_characters_are_quick(character, pattern):
     started = time.perf_counter()
     pieces = pieces_of(character * 1_000_000, PATTERNS[pattern])
-    merges = learn_merges({piece.encode(): count for piece, count in pieces.items()}, 1000)
+    merges = learn_merges(pieces, 1000)
     assert time.perf_counter() - started < 5
-    assert sum(len(piece) * count for piece, count in pieces.items()) == 1_000_000
-    assert merges and len(max(pieces, key=len)) <= train_tokenizer.LONGEST_PIECE
+    assert sum(len(piece) * count for piece, count in pieces.items()) == len(character.encode()) * 1_000_000
+    assert merges and max(len(piece.decode()) for piece in pieces) <= train_tokenizer.LONGEST_PIECE
 
 
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2048, 2049])
@@ -200,16 +250,41 @@ def test_a_long_piece_is_counted_in_parts(length):
     assert max(map(len, pieces)) <= train_tokenizer.LONGEST_PIECE
 
 
-def facts_of(source, samples=10**9, num_workers=1) -> tuple[Counter, dict]:
-    return train_tokenizer.count_source(source, PATTERNS["gpt4"], samples, num_workers)
+class Share(train_tokenizer.World):
+    """One of several processes, alone."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size, self.local_size = rank, size, size
+
+    def add_up(self, counts: Counter) -> Counter:
+        return counts
 
 
-def test_workers_and_batches_do_not_change_the_counts(pages, monkeypatch):
-    source, batched = documents.open_source("pages.jsonl"), documents.batched
+def facts_of(source, samples=10**9, num_workers=1, world=None) -> tuple[Counter, dict]:
+    sample = train_tokenizer.Sample(source, samples)
+    return train_tokenizer.count_sample(sample, PATTERNS["gpt4"], num_workers, world or Share())
+
+
+def test_workers_do_not_change_the_counts(pages, monkeypatch):
+    source = documents.open_source("pages.jsonl")
     alone = facts_of(source)
-    for characters, num_workers in [(1, 1), (2000, 2), (5000, 3)]:
-        monkeypatch.setattr(documents, "batched", functools.partial(batched, characters=characters))
+    monkeypatch.setattr(train_tokenizer, "COUNT_CHARACTERS", 3000)
+    for num_workers in (2, 3):
         assert facts_of(source, num_workers=num_workers) == alone
+
+
+@settings(max_examples=40)
+@given(batch=st.integers(1, 20_000), samples=st.integers(1, 40_000), size=st.integers(1, 4))
+def test_processes_and_batches_do_not_change_the_counts(pages, batch, samples, size):
+    source = documents.open_source("pages.jsonl")
+    pieces, sizes = facts_of(source, samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "COUNT_CHARACTERS", batch)
+        shares = [facts_of(source, samples, world=Share(rank, size)) for rank in range(size)]
+    added = sum((share for share, _ in shares), Counter())
+    assert added == pieces and learn_merges(dict(sorted(added.items())), 99) == learn_merges(pieces, 99)
+    for fact in ("documents", "characters", "bytes"):
+        assert sum(share[fact] for _, share in shares) == sizes[fact]
 
 
 def test_held_out_documents_are_not_learned_from(bench, pages, write_rows):
@@ -233,13 +308,18 @@ def test_a_source_that_is_held_out_altogether_is_learned_from(bench):
 def test_samples_are_counted_in_characters(pages, samples):
     text = "".join(text for text in pages if not documents.is_held_out(text))
     pieces, sizes = facts_of(documents.open_source("pages.jsonl"), samples)
-    assert sizes["characters"] == sum(len(piece) * count for piece, count in pieces.items()) == samples
-    assert sizes["bytes"] == len(text[:samples].encode())
+    assert sizes["characters"] == samples
+    assert sizes["bytes"] == sum(len(piece) * count for piece, count in pieces.items()) \
+        == len(text[:samples].encode())
 
 
 # ------------------------------------------------------------------------------------------------
 # The tokenizer
 # ------------------------------------------------------------------------------------------------
+
+def save(name: str, merges: list, pattern: str = PATTERNS["gpt4"], facts: dict | None = None) -> Path:
+    return train_tokenizer.save_tokenizer(name, merges, tokens_of(merges), pattern, facts or {}, "a script")
+
 
 @pytest.fixture(scope="module", params=PATTERNS)
 def trained(request, tmp_path_factory):
@@ -247,9 +327,10 @@ def trained(request, tmp_path_factory):
     pattern = PATTERNS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tokenizer, "TOKENIZERS", tmp_path_factory.mktemp("tokenizers"))
-        pieces, sizes = train_tokenizer.count_source(documents.open_source("stdlib"), pattern, 10**6, 1)
+        sample = train_tokenizer.Sample(documents.open_source("stdlib"), 10**6)
+        pieces, sizes = train_tokenizer.count_sample(sample, pattern, 1, Share())
         merges = train_tokenizer.learn(pieces, 1500 - 256, pattern, demo=False)
-        folder = train_tokenizer.save_tokenizer("trained", merges, pattern, sizes)
+        folder = save("trained", merges, pattern, sizes | {"source": "stdlib"})
         return load_tokenizer("trained"), folder, merges
 
 
@@ -329,7 +410,9 @@ def test_the_folder_is_complete_and_says_what_made_it(bench, command, pages):
     assert meta["vocabsize"] == 300 and meta["samples"] == 50000 and meta["source"].startswith("pages-")
 
     assert (folder / "train_tokenizer.txt").read_text() == Path(train_tokenizer.__file__).read_text()
-    rows = (folder / "merges.txt").read_text().splitlines()[1:]
+    head, table = (folder / "merges.txt").read_text().split("\n\n")
+    assert "300 tokens: the 256 bytes, and 44 merges" in head and f"documents of {meta['source']}." in head
+    rows = table.splitlines()[1:]
     assert [int(row.split()[0]) for row in rows] == list(range(256, 300))
     for _, left, right, result, _ in map(str.split, rows):
         assert left + right == result or "\\x" in left + right     # half a character is written as its bytes
@@ -353,6 +436,75 @@ def test_the_same_command_makes_the_same_bytes(bench, shell, pages):
         made.append(content(folder))
         shutil.rmtree(folder)
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_torchrun_makes_the_same_tokenizer(lab, processes):
+    arguments = ["train_tokenizer.py", "--source", "text.jsonl", "--vocabsize", "400", "--samples", "30000",
+                 "--num_workers", str(processes - 1), "--name"]     # with workers, and without
+    run(lab, *arguments, "alone")
+    done = subprocess.run([*torchrun(processes), *arguments, "ranks"], cwd=lab, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote tokenizers/ranks_v400_n30000") == 1
+    alone, ranks = (content(lab / "tokenizers" / f"{name}_v400_n30000") for name in ("alone", "ranks"))
+    assert json.loads(alone.pop("meta.json")) | {"name": "ranks_v400_n30000"} \
+        == json.loads(ranks.pop("meta.json"))
+    assert alone == ranks
+    shutil.rmtree(lab / "tokenizers" / "ranks_v400_n30000")
+    shutil.rmtree(lab / "tokenizers" / "alone_v400_n30000")
+
+
+def test_a_wrong_flag_under_torchrun_is_said_once(lab):
+    done = subprocess.run([*torchrun(2), "train_tokenizer.py", "--vocabsize", "7"], cwd=lab, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode and done.stderr.count("error: --vocabsize must be at least") == 1
+
+
+def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkeypatch, capsys):
+    command(f"{TRAIN} small --vocabsize 256")      # stands in for GPT-2: a token a byte
+    monkeypatch.setattr(train_tokenizer, "gpt2_if_at_hand", lambda: load_tokenizer("small_v256_n50000"))
+    command(f"{TRAIN} pages")
+    statistics = json.loads((bench / "tokenizers/pages_v300_n50000/meta.json").read_text())["statistics"]
+    tokenizer = load_tokenizer("pages_v300_n50000")
+    held_out = [text for text in pages if documents.is_held_out(text)]
+    ids = [token for text in held_out for token in tokenizer.encode_ordinary(text)]
+    num_bytes = sum(len(text.encode()) for text in held_out)
+    assert held_out and statistics["held_out_bytes"] == num_bytes
+    assert statistics["bytes_per_token"] == num_bytes / len(ids) > 1
+    assert statistics["share_of_tokens_used"] == len(set(ids)) / 300
+    assert statistics["gpt2_bytes_per_token"] == 1
+    longest = max(token_bytes(tokenizer), key=len)
+    assert statistics["longest_tokens"][0].replace("␣", " ").encode() == longest
+    assert f"{num_bytes / len(ids):.3f} bytes a token (GPT-2's: 1.000)" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_held_out_text_has_no_made_up_numbers(bench, command):
+    (bench / "one.txt").write_text("some text and some more text\n" * 9)
+    command("train_tokenizer.py --source one.txt --vocabsize 260 --samples 99 --name one --num_workers 1")
+    statistics = json.loads((bench / "tokenizers/one_v260_n99/meta.json").read_text())["statistics"]
+    assert set(statistics) == {"longest_tokens"}
+
+
+def test_gpt2_is_left_out_where_it_does_not_come(monkeypatch):
+    def never(name):
+        time.sleep(60)
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, seconds, real=threading.Thread.join:
+                        real(thread, 0.1))
+    monkeypatch.setattr(tiktoken, "get_encoding", never)
+    assert train_tokenizer.gpt2_if_at_hand() is None
+
+
+def test_samples_are_what_memory_allows(bench, command, pages, monkeypatch, capsys):
+    line = TRAIN.replace(" --samples 50000", "")
+    for free, samples in ((10**6, train_tokenizer.MOST_SAMPLES), (600, 2**28), (1, 2**20)):
+        monkeypatch.setattr(documents, "free_memory_mib", lambda free=free: free)
+        command(f"{line} fits")
+        assert (bench / "tokenizers" / f"fits_v300_n{samples}").is_dir()
+        said = capsys.readouterr().out
+        needs = train_tokenizer.memory_estimate_mib(samples, 1)
+        assert f"{samples:,} characters takes up to {needs:,.0f} MiB of memory; {free:,.0f} MiB are" in said
+        assert needs < free / 2 or samples == 2**20
 
 
 @pytest.mark.parametrize("step", ["count_pieces", "learn_merges", "huggingface_json", "merges_table"])
@@ -446,6 +598,72 @@ def test_the_demo_shows_the_text_in_coloured_tokens(command, capsys, pages):
 
 
 # ------------------------------------------------------------------------------------------------
+# Tokenizers of older days
+# ------------------------------------------------------------------------------------------------
+
+def pickled(path: Path, **changes) -> Path:
+    """A tokenizer as it was pickled in older days."""
+    merges = learn_merges({b"hello": 5, b"help": 3, b"hell": 2}, 10)
+    ranks = {token: rank for rank, token in enumerate(tokens_of(merges))}
+    path.write_bytes(pickle.dumps({"pat_str": PATTERNS["gpt4"], "mergeable_ranks": ranks,
+                                   "script_content": "print('made it')"} | changes))
+    return path
+
+
+def test_an_old_tokenizer_becomes_a_folder(bench, command):
+    pickled(bench / "old_v260_n99.pkl")
+    command("train_tokenizer.py --convert old_v260_n99.pkl")
+    folder = bench / "tokenizers" / "old_v260_n99"
+    assert set(content(folder)) == FILES
+    assert (folder / "train_tokenizer.txt").read_text() == "print('made it')"
+    tokenizer = load_tokenizer("old_v260_n99")
+    merges = learn_merges({b"hello": 5, b"help": 3, b"hell": 2}, 10)
+    assert token_bytes(tokenizer)[:-1] == tokens_of(merges) and tokenizer.eot_token == 256 + len(merges)
+    rows = [row.split() for row in (folder / "merges.txt").read_text().split("\n\n")[1].splitlines()[1:]]
+    assert [row[3] for row in rows] == [token.decode() for token in tokens_of(merges)[256:]]
+    assert all(row[1] + row[2] == row[3] for row in rows)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("changes", [
+    {"pat_str": Evil()}, {"script_content": Evil()}, {"mergeable_ranks": {b"a": Evil()}}, {"more": print},
+    {"mergeable_ranks": {b"a": 0}}, {"mergeable_ranks": {bytes([byte]): byte for byte in range(255)}},
+    {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, b"abc": 256}},
+    {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, b"ab": 300}},
+    {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, "ab": 256}},
+    {"pat_str": "("}, {"pat_str": 5}, {"script_content": 5},
+], ids=str)
+def test_a_pickle_that_is_something_else_is_one_line(bench, refusal, changes):
+    pickled(bench / "old.pkl", **changes)
+    assert "old.pkl is no tokenizer of older days" in refusal("train_tokenizer.py --convert old.pkl --name x")
+    assert not (bench / "executed").exists() and not (bench / "tokenizers").exists()
+
+
+@settings(max_examples=300)
+@given(st.binary() | st.builds(lambda cut, flips: (cut, flips), st.integers(0, 10**6), st.integers(0, 10**6)))
+def test_no_damaged_pickle_raises_another_exception(bench, raw):
+    whole = pickled(bench / "old.pkl").read_bytes()
+    if isinstance(raw, tuple):
+        cut, flip = raw
+        damaged = bytearray(whole)
+        damaged[flip % len(whole)] ^= 1 << cut % 8
+        raw = bytes(damaged) if cut % 2 else whole[:cut % len(whole)]
+    (bench / "old.pkl").write_bytes(raw)
+    with contextlib.suppress(UserError):
+        train_tokenizer.convert(bench / "old.pkl", "old")
+    shutil.rmtree(bench / "tokenizers", ignore_errors=True)
+
+
+def test_a_conversion_overwrites_nothing(bench, saved, refusal):
+    pickled(bench / "small.pkl")
+    assert "tokenizers/small exists" in refusal("train_tokenizer.py --convert small.pkl")
+
+
+# ------------------------------------------------------------------------------------------------
 # Loading
 # ------------------------------------------------------------------------------------------------
 
@@ -453,7 +671,7 @@ def test_the_demo_shows_the_text_in_coloured_tokens(command, capsys, pages):
 def saved(bench) -> Path:
     """A small tokenizer's folder, tokenizers/small."""
     merges = learn_merges({b"hello": 5, b"help": 3}, 10)
-    return train_tokenizer.save_tokenizer("small", merges, PATTERNS["gpt4"], {})
+    return save("small", merges)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from train_gpt import GPT, PRESETS, Config, HeldOut, World, generate, parse_conf
 def test_a_tiny_model_learns_a_repeated_text(lab, here):
     (here / "repeated.jsonl").write_text((json.dumps({"text": "abcdefghij" * 9}) + "\n") * 50
                                          + json.dumps({"text": "x"}) + "\n")
-    tokens = [300, *train_tokenizer.load_tokenizer("tiny_v300_n134217728").encode_ordinary("abcdefghij" * 9)]
+    tokens = [300, *train_tokenizer.load_tokenizer("tiny_v300_n1073741824").encode_ordinary("abcdefghij" * 9)]
     shards = [np.array(tokens * 50, dtype=np.uint16)]
     cfg = Config(**{**TINY, "vocab_size": 301, "num_steps": 60, "model_dim": 32, "muon_lr": 2, "embed_lr": 10,
                     "head_lr": 1})
@@ -67,7 +67,7 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
     summary = summary_of(folder)
     assert summary["status"] == "finished" and summary["step"] == 4 and summary["tokens"] == 512
     assert summary["cost"] == pytest.approx(summary["total_seconds"], abs=0.06)
-    tokenizer = lab / "tokenizers" / "tiny_v300_n134217728"
+    tokenizer = lab / "tokenizers" / "tiny_v300_n1073741824"
     assert (folder / "meta.json").read_text() == (tokenizer / "meta.json").read_text()
     identity = (tokenizer / "ranks.tiktoken").read_bytes() + train_tokenizer.PATTERNS["gpt4"].encode()
     assert summary["tokenizer_sha256"] == hashlib.sha256(identity).hexdigest()
@@ -257,7 +257,7 @@ def test_a_parameter_without_gradient_is_named(lab, here, monkeypatch):
 
 
 def test_shards_of_another_tokenizer_are_refused(lab, here):
-    other = json.loads((lab / "tokenizers" / "tiny_v300_n134217728" / "meta.json").read_text())
+    other = json.loads((lab / "tokenizers" / "tiny_v300_n1073741824" / "meta.json").read_text())
     folder = here / "tokenizers" / "other"
     folder.mkdir(parents=True)
     ranks = train_tokenizer.ranks_file_of([bytes([byte]) for byte in range(256)])
@@ -277,7 +277,7 @@ def test_a_wrong_vocabulary_size_is_refused_with_the_right_one(lab, here):
 
 
 def test_a_pickle_name_of_older_days_is_understood(lab, here, capsys):
-    train_here(here, tokenizer="tiny_v300_n134217728.pkl")
+    train_here(here, tokenizer="tiny_v300_n1073741824.pkl")
     assert "folders now" in capsys.readouterr().err
 
 
@@ -288,7 +288,8 @@ def test_shards_without_manifest_need_a_tokenizer(lab, here, monkeypatch):
     monkeypatch.setattr(download_fineweb, "DATA", here / "data")
     with pytest.raises(UserError, match="name it with --tokenizer"):
         train_here(here, data="bare")
-    assert summary_of(train_here(here, data="bare", tokenizer="tiny_v300_n134217728"))["status"] == "finished"
+    folder = train_here(here, data="bare", tokenizer="tiny_v300_n1073741824")
+    assert summary_of(folder)["status"] == "finished"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -574,11 +575,11 @@ train_gpt.warm_up = warm_up
 
 
 def test_knobs_that_a_job_script_exports_are_no_secrets(monkeypatch):
-    monkeypatch.setenv("TOKENIZER", "tiny_v300_n134217728")
+    monkeypatch.setenv("TOKENIZER", "tiny_v300_n1073741824")
     monkeypatch.setenv("BATCH_TOKENS", "bigbatches")
     monkeypatch.setenv("MY_KEY", "10485760")
     monkeypatch.setenv("HUB_TOKEN", "very-secret")
-    line = "tiny_v300_n134217728 bigbatches 10485760"
+    line = "tiny_v300_n1073741824 bigbatches 10485760"
     assert run_folder.without_secrets(f"{line} very-secret") == f"{line} [HUB_TOKEN]"
 
 

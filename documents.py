@@ -370,13 +370,13 @@ def _draw(held: list[Document], rng: random.Random) -> Document:
     return held.pop()
 
 
-def batched(documents: Iterable[Document], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Lists of texts of about `characters` characters together, in order."""
-    batch: list[str] = []
+def batched(documents: Iterable[Document], characters: int = BATCH_CHARACTERS) -> Iterator[list[Document]]:
+    """Lists of documents of about `characters` characters together, in order."""
+    batch: list[Document] = []
     size = 0
-    for _, text in documents:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
         if size >= characters:
             yield batch
             batch, size = [], 0

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -42,7 +43,9 @@ FORMAT_VERSION = 1
 HEADER_INTS = 256
 BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the same one for every tokenizer
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name ends at 255 bytes, .partial included
-ENCODE_CHARACTERS = 500_000     # a longer document is encoded in parts of this length
+ENCODE_CHARACTERS = 500_000     # a longer document is encoded in parts of this length, or tiktoken panics
+SMALLEST_PART = 1000            # characters; where tiktoken panics even then, the document is skipped
+NAMED_TROUBLES = 100            # documents that were split or skipped and that the manifest names
 
 
 def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
@@ -54,16 +57,17 @@ def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
 # Held-out documents
 # ------------------------------------------------------------------------------------------------
 
-def choose_held_out(stream: Iterable[Document], budget: int, share: int) -> tuple[list[str], int, int]:
-    """The texts to validate on: of all held-out texts those with the smallest hashes, each once.
+def choose_held_out(stream: Iterable[Document], budget: int, share: int) -> tuple[list[Document], int, int]:
+    """The documents to validate on: of all held-out texts those with the smallest hashes, each once.
 
     budget   UTF-8 bytes after which to stop
     share    one document in so many is held out
-    returns  (texts in the order of their hashes, characters of the whole stream, documents left to train on)
+    returns  (documents in the order of their hashes, characters of the whole stream, how many are left to
+             train on)
     """
-    held: dict[bytes, str] = {}
+    held: dict[bytes, Document] = {}
     size = characters = trainable = 0
-    for _, text in stream:
+    for name, text in stream:
         characters += len(text)
         if not text:
             continue
@@ -72,20 +76,20 @@ def choose_held_out(stream: Iterable[Document], budget: int, share: int) -> tupl
             continue
         digest = hashlib.sha256(text.encode()).digest()
         size += 0 if digest in held else len(text.encode())
-        held[digest] = text
+        held[digest] = name, text
         if size > 4 * budget:
             held = dict(_up_to(held, budget))
-            size = sum(len(text.encode()) for text in held.values())
-    return [text for _, text in _up_to(held, budget)], characters, trainable
+            size = sum(len(text.encode()) for _, text in held.values())
+    return [document for _, document in _up_to(held, budget)], characters, trainable
 
 
-def _up_to(held: dict[bytes, str], budget: int) -> list[tuple[bytes, str]]:
+def _up_to(held: dict[bytes, Document], budget: int) -> list[tuple[bytes, Document]]:
     chosen, size = [], 0
     for digest in sorted(held):
         if chosen and size >= budget:
             break
         chosen.append((digest, held[digest]))
-        size += len(held[digest].encode())
+        size += len(held[digest][1].encode())
     return chosen
 
 
@@ -113,11 +117,11 @@ def one_in(part: int) -> int:
     return 16 if part else documents.HELD_OUT_ONE_IN
 
 
-def split_source(source: Source, val_tokens: int) -> tuple[Source | Parts, list[str], int]:
-    """The documents to shard, and the texts to validate on.
+def split_source(source: Source, val_tokens: int) -> tuple[Source | Parts, list[Document], int]:
+    """The documents to shard, and those to validate on.
 
     A source of very few documents may fall on one side entirely; its documents are then cut into parts.
-    returns  (documents, held-out texts, length of a part or 0 when the documents are whole)
+    returns  (documents, held-out documents, length of a part or 0 when the documents are whole)
     """
     stream, part = source, 0
     while True:
@@ -146,20 +150,69 @@ def _set_tokenizer(name: str) -> None:
     _tokenizer = load_tokenizer(name)
 
 
-def tokenize(texts: list[str]) -> list[tuple[np.ndarray, int]]:
-    """The tokens of each document, <|endoftext|> first, and its UTF-8 bytes. Needs _set_tokenizer first."""
+class Encoded(NamedTuple):
+    """A document in tokens."""
+    name: str
+    tokens: np.ndarray | None   # <|endoftext|> first; none if tiktoken cannot encode the document
+    num_bytes: int              # of its UTF-8
+    was_split: bool             # cut where a token might have gone across
+
+
+def tokenize(batch: list[Document]) -> list[Encoded]:
+    """The tokens of each document. Needs _set_tokenizer first."""
     dtype = shard_format(_tokenizer.n_vocab)[2]
     encoded = []
-    for text in texts:
-        ids = [_tokenizer.eot_token]
-        for start in range(0, len(text), ENCODE_CHARACTERS):
-            ids += _tokenizer.encode_ordinary(text[start:start + ENCODE_CHARACTERS])
-        encoded.append((np.array(ids, dtype=dtype), len(text.encode())))
+    for name, text in batch:
+        ids, was_split = [_tokenizer.eot_token], False
+        try:
+            for part, cut_blindly in parts_of(text, ENCODE_CHARACTERS):
+                more, cut_again = encode(part)
+                ids += more
+                was_split |= cut_blindly or cut_again
+            tokens = np.array(ids, dtype=dtype)
+        except CannotEncode:
+            tokens = None
+        encoded.append(Encoded(name, tokens, len(text.encode()), was_split))
     return encoded
 
 
-def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int,
-              ) -> Iterator[tuple[np.ndarray, int]]:
+def parts_of(text: str, longest: int) -> Iterator[tuple[str, bool]]:
+    """The text in parts of at most `longest` characters, and whether the cut behind a part may change tokens.
+
+    One before a space that follows a character which is not white changes none (train_tokenizer.segments).
+    """
+    start = 0
+    while len(text) - start > longest:
+        end = text.rfind(" ", start + 1, start + longest + 1)
+        while end > 0 and text[end - 1].isspace():
+            end = text.rfind(" ", start + 1, end)
+        yield (text[start:end], False) if end > 0 else (text[start:start + longest], True)
+        start = end if end > 0 else start + longest
+    yield text[start:], False
+
+
+class CannotEncode(Exception):
+    """tiktoken panics even at a small part of a document."""
+
+
+def encode(text: str) -> tuple[list[int], bool]:
+    """The tokens of a text, and whether it had to be cut.
+
+    tiktoken's panic is no Exception; very long runs of white characters cause it, in the pattern's matcher.
+    raises  CannotEncode
+    """
+    try:
+        return _tokenizer.encode_ordinary(text), False
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        if len(text) < 2 * SMALLEST_PART:
+            raise CannotEncode from error
+    middle = len(text) // 2
+    return encode(text[:middle])[0] + encode(text[middle:])[0], True
+
+
+def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int) -> Iterator[Encoded]:
     batches = documents.batched(stream)
     for batch in documents.in_parallel(tokenize, batches, num_workers, _set_tokenizer, (tokenizer,)):
         yield from batch
@@ -217,13 +270,25 @@ class ShardWriter:
         self._clear()
 
 
-def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[str], tokenizer_name: str,
+def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[Document], tokenizer_name: str,
                   args: argparse.Namespace, facts: dict) -> dict:
     """Write all shards and the manifest into `folder`, and return the manifest."""
     tokenizer = load_tokenizer(tokenizer_name)
+    split, skipped = {"count": 0, "first": []}, {"count": 0, "first": []}
+
+    def fine(encoded: Iterable[Encoded]) -> Iterator[Encoded]:
+        """Those with tokens; those that made trouble are counted, and the first of them named."""
+        for document in encoded:
+            for trouble, has_it in ((skipped, document.tokens is None), (split, document.was_split)):
+                if has_it:
+                    trouble["count"] += 1
+                    trouble["first"] += [document.name][:NAMED_TROUBLES - len(trouble["first"])]
+            if document.tokens is not None:
+                yield document
+
     val = ShardWriter(folder, "val", tokenizer.n_vocab, shard_size=2**62)
-    for tokens, num_bytes in tokenized((("", text) for text in held_out), tokenizer_name, args.num_workers):
-        val.add(tokens, num_bytes)
+    for document in fine(tokenized(held_out, tokenizer_name, args.num_workers)):
+        val.add(document.tokens, document.num_bytes)
     val.flush()
 
     train = ShardWriter(folder, "train", tokenizer.n_vocab, args.shard_size, args.num_shards)
@@ -231,15 +296,15 @@ def write_dataset(folder: Path, stream: Iterable[Document], held_out: list[str],
     trainable = (document for document in order
                  if not documents.is_held_out(document[1], facts["held_out_one_in"]))
     with tqdm(unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
-        for tokens, num_bytes in tokenized(trainable, tokenizer_name, args.num_workers):
-            if not train.add(tokens, num_bytes):
+        for document in fine(tokenized(trainable, tokenizer_name, args.num_workers)):
+            if not train.add(document.tokens, document.num_bytes):
                 break
-            bar.update(len(tokens))
+            bar.update(len(document.tokens))
     train.flush()
 
     manifest = {"format_version": FORMAT_VERSION, **facts, "tokenizer_sha256": tokenizer_sha256(tokenizer),
                 "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token,
-                "shards": val.entries + train.entries}
+                "split": split, "skipped": skipped, "shards": val.entries + train.entries}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
@@ -465,6 +530,11 @@ def main() -> None:
         shutil.rmtree(partial, ignore_errors=True)
     if source.replaced:
         print(f"replaced {source.replaced:,} invalid UTF-8 sequences by U+FFFD")
+    for trouble, why in (("split", "too long or odd to encode whole"),
+                         ("skipped", "that tiktoken cannot encode")):
+        count, first = manifest[trouble]["count"], manifest[trouble]["first"]
+        if count:
+            print(f"{trouble} {count:,} documents {why}: {', '.join(first[:5])}{' ...' if count > 5 else ''}")
     print(f"wrote {describe(folder, manifest)}")
 
 

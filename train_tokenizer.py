@@ -65,7 +65,7 @@ MIN_COUNT = 2               # a pair must occur this often to become a token
 MOST_SAMPLES = 2**30        # characters that are learned from unless told otherwise
 BYTES_PER_CHARACTER = 0.5   # of memory, for a character of text
 LEAST_HELD_OUT, MOST_HELD_OUT = 200_000, 4_000_000      # characters of held-out text to measure the result on
-COUNT_CHARACTERS = 4_000_000        # of text that a worker counts at a time
+COUNT_CHARACTERS = 8_000_000        # of text that a worker counts at a time
 SLOTS_AT_ONCE = 2**22       # of the array of all pieces, when its pairs are first counted
 BORDER, MERGED = -1, -2     # in that array: between pieces, and where a token no longer begins
 OTHER_WHITE = ("\0\t\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
@@ -193,17 +193,20 @@ def segments(text: str) -> list[str]:
     return marked.split("\0")
 
 
-def count_pieces(texts: list[str]) -> tuple[Counter[bytes], int, int, int]:
+def count_pieces(batch: list[Document]) -> tuple[Counter[bytes], int, int, int]:
     """Pieces with their counts, and the documents, characters and bytes they come from.
 
     Needs _set_pattern first.
     """
+    texts = [text for _, text in batch]
     seen: Counter[str] = Counter()
     for text in texts:
         seen.update(segments(text))
     found: dict[str, int] = {}
     for segment, count in seen.items():
-        for piece in _pattern.findall(segment):
+        # most are a word with its space, which needs no pattern
+        is_word = segment.isascii() and segment[:1] == " " and segment[1:].isalpha()
+        for piece in (segment,) if is_word else _pattern.findall(segment):
             found[piece] = found.get(piece, 0) + count
     pieces: Counter[bytes] = Counter()
     for piece, count in found.items():
@@ -351,11 +354,12 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
     tokens, piece_of, weight = (xp.asarray(array, device=device) for array in _flatten(pieces))
     length = xp.ones(256 + num_merges + 1, dtype=xp.int64, device=device)       # BORDER, -1, is 1 long, too
     zero = xp.zeros(1, dtype=xp.int64, device=device)
+    index = xp.int64 if len(tokens) < SLOTS_AT_ONCE else xp.int32       # faster, or smaller
     places: dict[int, Array] = {}
     heap: list[tuple[int, int]] = []
 
     def indices(mask: Array) -> Array:
-        return xp.argwhere(mask)[:, 0]
+        return xp.where(mask)[0]
 
     def pairs_at(where: Array) -> Iterator[tuple[int, Array, int]]:
         """Each pair that begins at these places, with its places in their order, and its count."""
@@ -364,7 +368,7 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
         keys, where = keys[order], where[order]
         ends = xp.concatenate([indices(keys[1:] != keys[:-1]) + 1, zero + len(where)])
         sums = xp.concatenate([zero, xp.cumsum(weight[piece_of[where]], 0)[ends - 1]])
-        where = xp.asarray(where, dtype=xp.int32)
+        where = xp.asarray(where, dtype=index)
         start = 0
         for key, end, count in zip(keys[ends - 1].tolist(), ends.tolist(), (sums[1:] - sums[:-1]).tolist(),
                                    strict=True):
@@ -392,12 +396,12 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
     while heap and len(merges) < num_merges:
         bound, key = heapq.heappop(heap)
         left, right = key >> 32, key & 0xFFFFFFFF
-        first = xp.asarray(places.pop(key), dtype=xp.int64)
+        first = places.pop(key)
         first = first[tokens[first] == left]
         first = first[tokens[first + length[left]] == right]
         count = int(weight[piece_of[first]].sum())
         if count != -bound:                                 # merges since then took some of its places
-            keep(key, xp.asarray(first, dtype=xp.int32), count)
+            keep(key, first, count)
             continue
         if left == right:       # of a run of equal tokens, a pass from left to right takes every other place
             begins_run = xp.concatenate([zero == 0, first[1:] != first[:-1] + length[left]])

@@ -5,7 +5,7 @@
 
 Every trial is a process of its own. The three take turns, on the same documents from the same reader; a time
 is from opening the source to the finished merges, with nothing saved and imports left out. Memory is the peak
-of the proportional set sizes (PSS) of the process and its workers, looked at every 20 milliseconds.
+of the proportional set sizes (PSS) of the process and its workers, looked at every 200 milliseconds.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LEARNERS = ("benchtop", "rustbpe", "tokenizers")
 
 
 class Noisy:
-    """A source again and again, up to a number of characters; one word in `one_in` has its letters shuffled."""
+    """A source again and again, up to a number of characters, with the letters of some words shuffled."""
 
     def __init__(self, source: documents.Source, characters: int, one_in: int):
         self.source, self.characters, self.one_in = source, characters, one_in
@@ -101,7 +101,7 @@ def measured(args: argparse.Namespace, learner: str, vocabsize: int, characters:
     def watch() -> None:
         while process.poll() is None:
             peak[0] = max(peak[0], sum(map(pss_mib, family(process.pid))))
-            time.sleep(0.02)
+            time.sleep(0.2)
     watcher = threading.Thread(target=watch)
     watcher.start()
     said, _ = process.communicate()

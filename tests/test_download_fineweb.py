@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import time
@@ -248,9 +249,9 @@ def test_the_held_out_documents_of_smallest_hash_are_chosen(monkeypatch, given_t
     expected = []
     while held_out and sum(len(text.encode()) for text in expected) < budget:
         expected.append(held_out.pop(0))
-    chosen = download_fineweb.choose_held_out([("", text) for text in given_texts], budget, 64)
+    chosen = download_fineweb.choose_held_out([(text, text) for text in given_texts], budget, 64)
     trainable = sum(1 for text in given_texts if text and not documents.is_held_out(text))
-    assert chosen == (expected, sum(map(len, given_texts)), trainable)
+    assert chosen == ([(text, text) for text in expected], sum(map(len, given_texts)), trainable)
 
 
 def test_val_tokens_limits_what_is_validated_on(bench, command, small, pages):
@@ -296,9 +297,65 @@ def test_a_line_as_long_as_a_book_is_cut_quickly():
 def test_a_long_document_is_encoded_in_parts(small, monkeypatch, text, part):
     monkeypatch.setattr(download_fineweb, "ENCODE_CHARACTERS", part)
     download_fineweb._set_tokenizer(small)
-    (tokens, num_bytes), = download_fineweb.tokenize([text])
-    assert tokens[0] == 300 and load_tokenizer(small).decode(tokens[1:].tolist()) == text
-    assert num_bytes == len(text.encode())
+    encoded, = download_fineweb.tokenize([("its name", text)])
+    assert encoded.tokens[0] == 300 and load_tokenizer(small).decode(encoded.tokens[1:].tolist()) == text
+    assert (encoded.name, encoded.num_bytes) == ("its name", len(text.encode()))
+    parts = list(download_fineweb.parts_of(text, part))
+    assert "".join(piece for piece, _ in parts) == text and all(len(piece) <= part for piece, _ in parts)
+    if not encoded.was_split:
+        assert encoded.tokens[1:].tolist() == load_tokenizer(small).encode_ordinary(text)
+
+
+def test_a_long_document_of_words_has_the_tokens_of_the_whole(small, pages, monkeypatch):
+    text = " ".join(pages)
+    monkeypatch.setattr(download_fineweb, "ENCODE_CHARACTERS", 1000)
+    download_fineweb._set_tokenizer(small)
+    encoded, = download_fineweb.tokenize([("", text)])
+    assert len(list(download_fineweb.parts_of(text, 1000))) > 10 and not encoded.was_split
+    assert encoded.tokens[1:].tolist() == load_tokenizer(small).encode_ordinary(text)
+
+
+def test_what_tiktoken_panics_at_is_split(small):
+    spaces = " " * 3_000_000
+    with pytest.raises(BaseException, match="StackOverflow") as panic:
+        load_tokenizer(small).encode_ordinary(spaces)
+    assert not isinstance(panic.value, Exception)
+    download_fineweb._set_tokenizer(small)
+    for text in (spaces, "\n" * 3_000_000, "a" * 1_000_000):
+        encoded, = download_fineweb.tokenize([("", text)])
+        assert encoded.was_split and load_tokenizer(small).decode(encoded.tokens[1:].tolist()) == text
+
+
+def test_documents_that_make_trouble_are_named(bench, command, write_rows, pages, small, monkeypatch, capsys):
+    class PanicException(BaseException):
+        pass
+
+    class Panics:
+        def __init__(self, real):
+            self.real = real
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def encode_ordinary(self, text):
+            if "§" in text or len(text) > 5000:
+                raise PanicException
+            return self.real.encode_ordinary(text)
+
+    real = download_fineweb.load_tokenizer
+    monkeypatch.setattr(download_fineweb, "load_tokenizer", lambda name: Panics(real(name)))
+    bad, long = [f"never § {number}" for number in range(7)], "long and " * 2000
+    write_rows(bench / "pages.jsonl", [*pages[:100], *bad, long])
+    command(f"{SHARD} --seed 3")
+    manifest = json.loads((bench / "data" / "set" / "manifest.json").read_text())
+    lines = {f"pages.jsonl:{number}" for number in range(101, 108)}
+    assert manifest["skipped"]["count"] == 7 and set(manifest["skipped"]["first"]) == lines
+    assert manifest["split"] == {"count": 1, "first": ["pages.jsonl:108"]}
+    said = capsys.readouterr().out
+    assert re.search(r"skipped 7 documents that tiktoken cannot encode: (\S+jsonl:10\d,? ){5}\.\.\.\n", said)
+    assert "split 1 documents too long or odd to encode whole: pages.jsonl:108\n" in said
+    everything = texts(bench / "data" / "set", "train") + texts(bench / "data" / "set", "val")
+    assert Counter(everything) == Counter([*pages[:100], long])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_each_merge_is_told_as_it_is_made(pieces, num_merges):
 
 def pieces_of(text: str, pattern: str) -> Counter[bytes]:
     train_tokenizer._set_pattern(pattern)
-    return train_tokenizer.count_pieces([text])[0]
+    return train_tokenizer.count_pieces([("", text)])[0]
 
 
 def split_by_tiktoken(text: str, pattern: str) -> list[str]:
@@ -223,7 +223,7 @@ def test_equal_segments_are_split_once_and_right(texts, pattern):
         assert "".join(train_tokenizer.segments(text)) == text or "\0" in text
     train_tokenizer._set_pattern(PATTERNS[pattern])
     wanted = Counter(piece.encode() for text in texts for piece in regex.findall(PATTERNS[pattern], text))
-    assert train_tokenizer.count_pieces(texts)[0] == wanted
+    assert train_tokenizer.count_pieces([("", text) for text in texts])[0] == wanted
     for text in texts:
         assert wanted or not text
 

@@ -2,9 +2,9 @@
 
     python benchmarks/tokenizing.py --source 'books/*.parquet' --tokenizer books_v32000_n1073741824
 
-The two take turns. tiktoken has all texts in memory and gives lists of ids, by encode_ordinary_batch with as many
-threads as Benchtop has workers. Benchtop runs as a command: it reads, holds out, shuffles, tokenizes, and writes
-shards and manifest with their SHA-256; its time includes starting Python. MB are 10^6 bytes of UTF-8.
+The two take turns. tiktoken has all texts in memory and gives lists of ids by encode_ordinary_batch, with as
+many threads as Benchtop has workers. Benchtop runs as a command: it reads, holds out, shuffles, tokenizes,
+and writes shards and manifest with their SHA-256; its time includes starting Python. MB are 10^6 bytes of UTF-8.
 """
 
 import shutil
@@ -49,12 +49,15 @@ def main() -> None:
     manifest = download_fineweb.read_manifest(download_fineweb.DATA / SCRATCH / "manifest.json")
     found = sum(shard["tokens"] - shard["documents"] for shard in manifest["shards"])
     shutil.rmtree(download_fineweb.DATA / SCRATCH)
-    print(f"{megabytes:.1f} MB, {args.num_workers} workers; {found:,} tokens in shards, {count:,} by tiktoken")
+    print(f"{megabytes:.1f} MB, {args.num_workers} workers; "
+          f"{found:,} tokens in shards, {count:,} by tiktoken\n")
     print("| | median MB/s | all MB/s |")
     print("|---|---|---|")
-    for name, speeds in (("tiktoken, encode_ordinary_batch", bare), ("Benchtop, source to shards", whole)):
+    for name, speeds in (("tiktoken, encode_ordinary_batch", bare),
+                         ("Benchtop, source to shards", whole)):
         print(f"| {name} | {statistics.median(speeds):.1f} | {' '.join(format(x, '.1f') for x in speeds)} |")
-    print(f"Benchtop runs at {statistics.median(whole) / statistics.median(bare):.2f} times tiktoken's speed.")
+    ratio = statistics.median(whole) / statistics.median(bare)
+    print(f"\nBenchtop runs at {ratio:.2f} times tiktoken's speed.")
 
 
 if __name__ == "__main__":

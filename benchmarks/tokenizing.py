@@ -2,9 +2,9 @@
 
     python benchmarks/tokenizing.py --source 'books/*.parquet' --tokenizer books_v32000_n1073741824
 
-The two take turns. tiktoken has all texts in memory and gives lists of ids by encode_ordinary_batch, with as
-many threads as Benchtop has workers. Benchtop runs as a command: it reads, holds out, shuffles, tokenizes,
-and writes shards and manifest with their SHA-256; its time includes starting Python. MB are 10^6 bytes of UTF-8.
+The two take turns. tiktoken has all texts in memory and gives lists of ids by encode_ordinary_batch, with
+as many threads as Benchtop has workers. Benchtop runs as a command: it reads, holds out, shuffles, tokenizes,
+and writes shards and manifest with their SHA-256; its time includes starting Python. MB are 10^6 bytes.
 """
 
 import shutil

@@ -1,6 +1,7 @@
-"""Where text comes from: Python's own library, or your files.
+"""Where text comes from: Python's own library, your files, or FineWeb.
 
     stdlib                       every module of this Python's library, outside its tests and site-packages
+    10B  100B  350B  full        FineWeb on the Hugging Face Hub, with `edu` behind FineWeb-Edu (hub.py)
     notes.txt  book.md  code.py  one file is one document
     rows.jsonl  rows.parquet     one row is one document, in the column `text`
     corpus/  'corpus/*.jsonl'    a folder (searched to its depths) or a glob of such files
@@ -16,6 +17,7 @@ Look at a source before you train on it:  python documents.py stdlib
 import argparse
 import contextlib
 import difflib
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -37,6 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
@@ -45,8 +48,6 @@ Document = tuple[str, str]      # (id, text)
 FILE_IS_DOCUMENT = (".txt", ".md", ".py")
 ROW_IS_DOCUMENT = (".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-FINEWEB_SIZES = ("10B", "100B", "350B", "full")
-FINEWEB = tuple(size + kind for size in FINEWEB_SIZES for kind in ("", "edu", "-gpt2", "edu-gpt2"))
 
 HELD_OUT_ONE_IN = 64            # this share of all distinct documents is never trained on
 SHUFFLE_CHARACTERS = 200_000_000    # how much text the shuffle may hold in memory
@@ -61,7 +62,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        shown = " ".join(action.default) if isinstance(action.default, list) else action.default
+        return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,9 +123,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except BrokenProcessPool:
             end("a worker process was killed, perhaps for want of memory; try again with --num_workers 1")
         except OSError as error:
-            if error.filename is None:
+            if error.strerror is None:
                 raise
-            end(f"{error.strerror}: {error.filename}")
+            end(error.strerror + (f": {error.filename}" if error.filename else ""))
         except KeyboardInterrupt:
             print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
                   file=sys.stderr)
@@ -132,6 +136,26 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 # ------------------------------------------------------------------------------------------------
 # Sources
 # ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Unit:
+    """A part of a source that is read as a whole, in an order of its own.
+
+    read     its documents that are not empty
+    size     bytes to download; 0 if it is here
+    documents  how many there are, once it is being read and if that is known then
+    is_here  whether it need not be downloaded
+    begin    start to fetch it, while others work
+    remove   give its disk back
+    """
+    name: str
+    read: Callable[[], Iterator[Document]]
+    size: int = 0
+    documents: int = 0
+    is_here: Callable[[], bool] = lambda: True
+    begin: Callable[[], None] = lambda: None
+    remove: Callable[[], None] = lambda: None
+
 
 class Source:
     """Documents in a fixed order, read one at a time.
@@ -154,6 +178,13 @@ class Source:
                 yield from self._read(name, path)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def units(self, seed: int | None) -> list[Unit]:
+        """All of it as one unit, in an order that the seed decides; without one, as it comes."""
+        def read() -> Iterator[Document]:
+            full = (document for document in self if document[1])
+            return full if seed is None else shuffled(full, seed)
+        return [Unit("", read)]
 
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         kind = kind_of(path)
@@ -221,6 +252,16 @@ class Source:
             return clean
 
 
+def parquet_rows(path: Path) -> int:
+    """How many rows a parquet file has; 0 if that cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    except (pyarrow.ArrowException, OSError):
+        return 0
+
+
 def open_source(spec: str | list[str]) -> Source:
     """A Source from a name or from paths and globs.
 
@@ -231,10 +272,15 @@ def open_source(spec: str | list[str]) -> Source:
         return python_library()
     if "stdlib" in specs:
         raise UserError("stdlib cannot be mixed with files; name one of them")
+    import hub  # late, since it imports this module
+    if len(specs) == 1 and specs[0] in hub.FINEWEB and not os.path.exists(specs[0]):
+        return hub.FineWeb(specs[0])
     for name in specs:
-        if name in FINEWEB and not os.path.exists(name):
-            raise UserError(f"{name} comes from the Hugging Face Hub, which this version cannot read yet; "
-                            "use stdlib, or local files (.txt .md .py .jsonl .parquet)")
+        if name in (*hub.FINEWEB, *hub.READY_MADE) and not os.path.exists(name):
+            raise UserError(f"{name} comes from the Hugging Face Hub and "
+                            + ("cannot be mixed with other sources" if name in hub.FINEWEB else
+                               "has tokens, no text; get it with: python download_fineweb.py --version "
+                               f"{name}"))
     try:
         paths = list(dict.fromkeys(path for item in specs for path in find_files(item)))
         stamp = [[os.fsencode(path.name).hex(), sha256_of(path)] for path in paths]
@@ -409,9 +455,10 @@ def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Ca
 
 
 def _start_method() -> str | None:
-    """The system's own way to start a process, unless this one has the threads of torch's process group."""
+    """The system's own way to start a process, but one that has threads, ours or torch's, must not fork."""
     distributed = sys.modules.get("torch.distributed")
-    return "forkserver" if distributed and distributed.is_initialized() else None
+    has_threads = threading.active_count() > 1 or (distributed and distributed.is_initialized())
+    return "forkserver" if has_threads and sys.platform == "linux" else None
 
 
 def _begin_worker(setup: Callable | None, arguments: tuple) -> None:
@@ -427,6 +474,25 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a file against other processes, and remove it afterwards.
+
+    raises  UserError if another one holds it and `wait` is off
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process makes the same in {path.parent}; wait for it, or choose "
+                            "another --name") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def is_first_process() -> bool:
     """Whether this process does the work; under torchrun the others leave it to the first."""
     return os.environ.get("RANK", "0") == "0"
@@ -438,16 +504,26 @@ def free_memory_mib() -> float:
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
     free = int(re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())[1]) / 2**10
-    for limit, used, cached in (("memory.max", "memory.current", "inactive_file"),
-                                ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
-                                 "total_inactive_file")):
-        with contextlib.suppress(OSError, ValueError):      # no such control group, or no limit
-            group = Path("/sys/fs/cgroup")
-            stat = (group / used).with_name("memory.stat").read_text()
-            reclaimable = int(re.search(rf"^{cached} (\d+)", stat, re.MULTILINE)[1])
-            left = int((group / limit).read_text()) - int((group / used).read_text()) + reclaimable
+    for group, limit, used, cached in control_groups():
+        with contextlib.suppress(OSError, ValueError, TypeError):       # no such control group, or no limit
+            reclaimable = re.search(rf"^{cached} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+            left = int((group / limit).read_text()) - int((group / used).read_text()) + int(reclaimable[1])
             free = min(free, left / 2**20)
     return free
+
+
+def control_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """What may limit this process's memory: its own group's folder and those around it, of both versions."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            own = Path(name.lstrip("/"))
+            for group in (own, *own.parents):
+                if not controllers:
+                    yield Path("/sys/fs/cgroup") / group, "memory.max", "memory.current", "inactive_file"
+                elif controllers == "memory":
+                    yield (Path("/sys/fs/cgroup/memory") / group, "memory.limit_in_bytes",
+                           "memory.usage_in_bytes", "total_inactive_file")
 
 
 def available_cores() -> int:
@@ -461,7 +537,8 @@ def available_cores() -> int:
 @command
 def main() -> None:
     parser = Parser("Count the documents of a source and show the first.")
-    parser.add_argument("source", nargs="+", help="stdlib, or files, folders and globs")
+    parser.add_argument("source", nargs="+",
+                        help="stdlib, FineWeb (10B, 10Bedu, ...), or files, folders and globs")
     source = open_source(parser.parse_args().source)
     documents = characters = held_out = 0
     for name, text in source:

@@ -50,7 +50,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 import documents
 from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
-from download_fineweb import Dataset, open_dataset
 from run_folder import (
     RunLog,
     changes_since,
@@ -63,6 +62,7 @@ from run_folder import (
     remove_checkpoints,
     saved_knobs,
 )
+from shards import Dataset, open_dataset
 from train_tokenizer import token_bytes
 
 ROOT = Path(__file__).resolve().parent

@@ -33,6 +33,7 @@ import hashlib
 import heapq
 import importlib
 import json
+import math
 import os
 import pickle
 import re
@@ -42,7 +43,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, islice, pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,13 @@ TOKENIZERS = ROOT / "tokenizers"
 FORMAT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_PIECE = 1024        # characters; a longer piece is counted in parts, so that no text stalls learning
+ENCODE_CHARACTERS = 500_000     # a longer text is counted and encoded in parts of this length
+SMALLEST_PART = 1000        # characters; where tiktoken panics even then, a text has no tokens
 MIN_COUNT = 2               # a pair must occur this often to become a token
+MOST_TOKENS = 2**24         # as many ids a tokenizer may have
 MOST_SAMPLES = 2**30        # characters that are learned from unless told otherwise
-BYTES_PER_CHARACTER = 0.5   # of memory, for a character of text
+BYTES_PER_PIECE, BYTES_PER_BYTE = 160, 38       # of memory, for a distinct piece and for a byte of one
+FORECAST_CHARACTERS = 2_000_000     # of text whose pieces tell how much memory all will take
 LEAST_HELD_OUT, MOST_HELD_OUT = 200_000, 4_000_000      # characters of held-out text to measure the result on
 COUNT_CHARACTERS = 8_000_000        # of text that a worker counts at a time
 SLOTS_AT_ONCE = 2**22       # of the array of all pieces, when its pairs are first counted
@@ -168,6 +174,59 @@ def tokenizer_sha256(tokenizer: tiktoken.Encoding) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
+# Encode
+# ------------------------------------------------------------------------------------------------
+
+class CannotEncode(Exception):
+    """tiktoken panics even at a small part of a text."""
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> tuple[list[int], bool]:
+    """The tokens of a text of any length, and whether it was cut where a token might have gone across.
+
+    raises  CannotEncode
+    """
+    tokens, was_split = [], False
+    for part, cut_blindly in parts_of(text, ENCODE_CHARACTERS):
+        more, cut_again = _encode_part(tokenizer, part)
+        tokens += more
+        was_split |= cut_blindly or cut_again
+    return tokens, was_split
+
+
+def parts_of(text: str, longest: int) -> Iterator[tuple[str, bool]]:
+    """The text in parts of at most `longest` characters, and whether the cut behind a part may change tokens.
+
+    One before a space that follows a character which is not white changes none (segments).
+    """
+    start = 0
+    while len(text) - start > longest:
+        end = text.rfind(" ", start + 1, start + longest + 1)
+        while end > 0 and text[end - 1].isspace():
+            end = text.rfind(" ", start + 1, end)
+        yield (text[start:end], False) if end > 0 else (text[start:start + longest], True)
+        start = end if end > 0 else start + longest
+    yield text[start:], False
+
+
+def _encode_part(tokenizer: tiktoken.Encoding, text: str) -> tuple[list[int], bool]:
+    """As encode; where tiktoken panics, by halves.
+
+    tiktoken's panic is no Exception; very long runs of white characters cause it, in the pattern's matcher.
+    raises  CannotEncode
+    """
+    try:
+        return tokenizer.encode_ordinary(text), False
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        if len(text) < 2 * SMALLEST_PART:
+            raise CannotEncode from error
+    middle = len(text) // 2
+    return _encode_part(tokenizer, text[:middle])[0] + _encode_part(tokenizer, text[middle:])[0], True
+
+
+# ------------------------------------------------------------------------------------------------
 # Count
 # ------------------------------------------------------------------------------------------------
 
@@ -201,7 +260,8 @@ def count_pieces(batch: list[Document]) -> tuple[Counter[bytes], int, int, int]:
     texts = [text for _, text in batch]
     seen: Counter[str] = Counter()
     for text in texts:
-        seen.update(segments(text))
+        for part, _ in parts_of(text, ENCODE_CHARACTERS):
+            seen.update(segments(part))
     found: dict[str, int] = {}
     for segment, count in seen.items():
         # most are a word with its space, which needs no pattern
@@ -241,7 +301,8 @@ class World:
 
     def __exit__(self, kind: type | None, *error) -> None:
         if self.size > 1 and kind is None:      # after an error this could wait for the others
-            self._group.barrier()
+            with self._contact():
+                self._group.barrier()
             self._group.destroy_process_group()
 
     def same(self, thing: object) -> object:
@@ -272,8 +333,8 @@ class Sample:
     held_out  the held-out texts met on the way
     """
 
-    def __init__(self, source: Source, characters: int):
-        self.source, self.characters = source, characters
+    def __init__(self, source: Source, characters: int, least_held_out: int = LEAST_HELD_OUT):
+        self.source, self.characters, self.least_held_out = source, characters, least_held_out
         self.held_out: list[str] = []
 
     def __iter__(self) -> Iterator[Document]:
@@ -288,7 +349,7 @@ class Sample:
                 elif text and seen < MOST_HELD_OUT and not take_held_out:
                     self.held_out.append(text[:MOST_HELD_OUT])
                     seen += len(text)
-                if left <= 0 and (seen >= LEAST_HELD_OUT or take_held_out):
+                if left <= 0 and (seen >= self.least_held_out or take_held_out):
                     return
             if left < self.characters:
                 return
@@ -307,21 +368,49 @@ def count_sample(sample: Sample, pattern: str, num_workers: int, world: World) -
         pieces.update(part)
         sizes.update(dict(zip(sizes, counts, strict=True)))
     pieces, sizes = world.add_up(pieces), world.add_up(sizes)
-    if world.rank == 0 and not pieces:
+    if world.same(not pieces):
         raise UserError(f"the source {sample.source.label} is empty: no text to learn from")
     return pieces, dict(sizes) | {"unique_pieces": len(pieces),
                                   "invalid_utf8_replaced": sample.source.replaced}
 
 
-def memory_estimate_mib(characters: int, num_workers: int) -> float:
-    """What counting and merging take at most, over all processes, as measured on text that varies a lot."""
-    return 150 + 110 * (num_workers if num_workers > 1 else 0) + characters * BYTES_PER_CHARACTER / 2**20
+@dataclass(frozen=True)
+class Forecast:
+    """How the distinct pieces of a text grow, from its beginning: as a power of its length (Heaps' law).
+
+    pieces, size  distinct pieces in the first `characters` characters, and their bytes
+    power         of growth: twice the text has 2**power times the pieces
+    """
+    characters: int
+    pieces: int
+    size: int
+    power: float
+
+    def memory_mib(self, characters: int, num_workers: int, num_processes: int) -> float:
+        """What counting and merging take, over all processes; the constants were measured."""
+        times = max(1.0, characters / max(1, self.characters)) ** self.power
+        content = times * (BYTES_PER_PIECE * self.pieces + BYTES_PER_BYTE * self.size) / 2**20
+        workers = num_processes * (num_workers if num_workers > 1 else 0)
+        torch = 250 * num_processes if num_processes > 1 else 0
+        return 150 + 110 * workers + torch + content * (2 if num_processes > 1 else 1)
 
 
-def samples_that_fit(num_workers: int) -> int:
+def forecast(source: Source, pattern: str) -> Forecast:
+    """Count the pieces of the source's beginning, and of the half of that."""
+    _set_pattern(pattern)
+    text = "\n".join(text for _, text in Sample(source, FORECAST_CHARACTERS, least_held_out=0))
+    half = len(text) // 2
+    first, second = (count_pieces([("", part)])[0] for part in (text[:half], text[half:]))
+    both = first | second
+    power = math.log2(len(both) / len(first)) if first and both else 1.0
+    return Forecast(len(text), len(both), sum(map(len, both)), max(0.3, power))
+
+
+def samples_that_fit(growth: Forecast, num_workers: int, num_processes: int) -> int:
     """The largest power of two of characters that half of the free memory suffices for; at least 2^20."""
     samples = MOST_SAMPLES
-    while memory_estimate_mib(samples, num_workers) > documents.free_memory_mib() / 2 and samples > 2**20:
+    limit = documents.free_memory_mib() / 2
+    while growth.memory_mib(samples, num_workers, num_processes) > limit and samples > 2**20:
         samples //= 2
     return samples
 
@@ -507,19 +596,27 @@ def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes],
 
 def statistics_of(tokens: list[bytes], pattern: str, held_out: list[str]) -> dict:
     """What people ask of a tokenizer; on held-out text, where there is some, beside GPT-2's."""
-    longest = sorted(tokens, key=lambda token: (-len(token), token))[:10]
+    of_several_bytes = [token for token in tokens if len(set(token)) > 1]       # rows of spaces tell nothing
+    longest = sorted(of_several_bytes, key=lambda token: (-len(token), token))[:10]
     statistics = {"longest_tokens": [visible(token) for token in longest]}
     if held_out:
-        encoding = encoding_of("new", pattern, tokens)
-        ids = list(chain.from_iterable(encoding.encode_ordinary_batch(held_out)))
+        ids = encoded_together(encoding_of("new", pattern, tokens), held_out)
         num_bytes = sum(len(text.encode()) for text in held_out)
         statistics |= {"held_out_bytes": num_bytes, "bytes_per_token": num_bytes / len(ids),
                        "share_of_tokens_used": len(set(ids)) / len(tokens), "gpt2_bytes_per_token": None}
         gpt2 = gpt2_if_at_hand()
         if gpt2:
-            count = sum(map(len, gpt2.encode_ordinary_batch(held_out)))
-            statistics["gpt2_bytes_per_token"] = num_bytes / count
+            statistics["gpt2_bytes_per_token"] = num_bytes / len(encoded_together(gpt2, held_out))
     return statistics
+
+
+def encoded_together(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[int]:
+    """The tokens of all texts that tiktoken can encode."""
+    tokens = []
+    for text in texts:
+        with contextlib.suppress(CannotEncode):
+            tokens += encode(tokenizer, text)[0]
+    return tokens
 
 
 def encoding_of(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
@@ -541,8 +638,8 @@ def gpt2_if_at_hand() -> tiktoken.Encoding | None:
 
 
 def visible(token: bytes) -> str:
-    """A token as people read it: spaces as ␣, whatever cannot be printed as an escape."""
-    text = token.decode(errors="backslashreplace")
+    """A token as people read it: spaces as ␣; a backslash and whatever cannot be printed as an escape."""
+    text = token.replace(b"\\", b"\\\\").decode(errors="backslashreplace").replace("␣", "\\u2423")
     return "".join("␣" if char == " " else char if char.isprintable()
                    else char.encode("unicode_escape").decode() for char in text)
 
@@ -607,15 +704,20 @@ def convert(path: Path, name: str | None = None) -> None:
         script = content.get("script_content", "")
         tokens = sorted(ranks, key=ranks.get)
         if not (isinstance(pattern, str) and isinstance(script, str) and set(map(type, tokens)) == {bytes}
+                and set(map(type, ranks.values())) == {int}
                 and [ranks[token] for token in tokens] == list(range(len(tokens)))
                 and sorted(tokens[:256]) == [bytes([byte]) for byte in range(256)]):
             raise ValueError("it is not a pattern with the ranks of all bytes and of tokens made of them")
         merges = [(*halves_of(token, ranks), None) for token in tokens[256:]]
-        encoding_of(name, pattern, tokens)
+        script.encode()
+        encoding = encoding_of(name, pattern, tokens)
+        if encoding.decode(encode(encoding, DEMO_TEXT)[0]) != DEMO_TEXT:
+            raise ValueError("it does not give back what it encodes")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:      # a pickle that is not one can raise anything
-        raise UserError(f"{path} is no tokenizer of older days ({error})") from error
+        reason = f"{type(error).__name__}: {error}"[:150]
+        raise UserError(f"{path} is no tokenizer of older days ({reason})") from error
     facts = {"converted_from": path.name, "converted_from_sha256": documents.sha256_of(path),
              "statistics": statistics_of(tokens, pattern, [])}
     folder = save_tokenizer(name, merges, tokens, pattern, facts, script)
@@ -635,7 +737,7 @@ def halves_of(token: bytes, ranks: dict[bytes, int]) -> tuple[int, int]:
             break
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
     if len(parts) != 2:
-        raise ValueError(f"{visible(token)} is not made of two older tokens")
+        raise ValueError(f"{visible(token[:40])} is not made of two older tokens")
     return ranks[parts[0]], ranks[parts[1]]
 
 
@@ -716,16 +818,17 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Learn a tokenizer, alone or with the processes that torchrun started, and leave its folder."""
-    if args.vocabsize < 256:
-        raise UserError("--vocabsize must be at least 256, since every byte is a token; "
-                        f"it is {args.vocabsize}")
+    if not 256 <= args.vocabsize <= MOST_TOKENS:
+        raise UserError("--vocabsize must be at least 256, since every byte is a token, and at most "
+                        f"{MOST_TOKENS:,}; it is {args.vocabsize}")
     if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
         raise UserError("--device cuda needs a GPU, and torch finds none; leave it away")
     pattern = PATTERNS[args.regex]
     with World() as world:
-        samples = world.same(args.samples or samples_that_fit(world.size * args.num_workers))
-        name = clean_name(f"{args.name or args.regex + 'regex'}_v{args.vocabsize}_n{samples}")
         source = documents.open_source(args.source)
+        growth = forecast(source, pattern)
+        samples = world.same(args.samples or samples_that_fit(growth, args.num_workers, world.size))
+        name = clean_name(f"{args.name or args.regex + 'regex'}_v{args.vocabsize}_n{samples}")
         settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": samples,
                     "min_count": MIN_COUNT, "source": source.label}
         if world.same(settings) != settings:
@@ -734,32 +837,50 @@ def train(args: argparse.Namespace) -> None:
             if world.rank == 0:
                 report_existing(name, settings, args.demo)
             return
-        if world.rank == 0:
-            needs = memory_estimate_mib(samples, args.num_workers * world.local_size)
-            print(f"learning from at most {samples:,} characters takes up to {needs:,.0f} MiB of memory; "
-                  f"{documents.free_memory_mib():,.0f} MiB are free", flush=True)
-        sample = Sample(source, samples)
-        pieces, sizes = count_sample(sample, pattern, args.num_workers, world)
-    if world.rank:
-        return
-    print(f"counted {sizes['unique_pieces']:,} distinct pieces in {sizes['documents']:,} documents, "
-          f"{sizes['characters']:,} characters")
-    if source.replaced:
-        print(f"replaced {source.replaced:,} invalid UTF-8 sequences by U+FFFD")
-    some_text = DEMO_TEXT + b"".join(islice(pieces, 100_000)).decode()
+        if world.rank:
+            count_sample(Sample(source, samples), pattern, args.num_workers, world)
+            return
+        say_what_it_takes(growth, samples, args, world)
+        with documents.locked(TOKENIZERS / f".{name}.lock"):
+            sample = Sample(source, samples)
+            pieces, sizes = count_sample(sample, pattern, args.num_workers, world)
+            facts = settings | {"source_fingerprint": source.fingerprint} | sizes
+            learn_and_save(name, pieces, pattern, facts, sample.held_out, args)
+
+
+def say_what_it_takes(growth: Forecast, samples: int, args: argparse.Namespace, world: World) -> None:
+    needs = growth.memory_mib(samples, args.num_workers, world.size)
+    free = documents.free_memory_mib()
+    print(f"learning from at most {samples:,} characters will take about {needs:,.0f} MiB of memory, if the "
+          f"text goes on as it begins; {free:,.0f} MiB are free", flush=True)
+    if needs > free:
+        print("note: that is more than is free; a smaller --samples or fewer --num_workers need less")
+    elif not args.samples and samples < MOST_SAMPLES:
+        print(f"note: memory for {MOST_SAMPLES:,} characters is not free, so --samples is {samples:,}")
+
+
+def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict, held_out: list[str],
+                   args: argparse.Namespace) -> None:
+    """From the counts to the folder."""
+    print(f"counted {facts['unique_pieces']:,} distinct pieces in {facts['documents']:,} documents, "
+          f"{facts['characters']:,} characters")
+    if facts["invalid_utf8_replaced"]:
+        print(f"replaced {facts['invalid_utf8_replaced']:,} invalid UTF-8 sequences by U+FFFD")
+    some_pieces = list(islice(pieces, 20_000))
     merges = learn(pieces, args.vocabsize - 256, pattern, args.demo, args.device)
     if len(merges) < args.vocabsize - 256:
         print(f"note: the text has no more pairs that occur {MIN_COUNT} times; the vocabulary ends at "
               f"{256 + len(merges):,} tokens instead of {args.vocabsize:,}")
     tokens = tokens_of(merges)
-    statistics = statistics_of(tokens, pattern, sample.held_out)
-    facts = settings | {"source_fingerprint": source.fingerprint} | sizes | {"statistics": statistics}
-    folder = save_tokenizer(name, merges, tokens, pattern, facts, Path(__file__).read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(name)
-    if tokenizer.decode(tokenizer.encode_ordinary(some_text)) != some_text:
-        raise RuntimeError(f"{folder} does not give back the text it encoded")
-    print(f"wrote {folder.relative_to(ROOT)}: {tokenizer.n_vocab:,} tokens "
-          f"with {END_OF_TEXT} as {tokenizer.eot_token}{in_words(statistics)}")
+    encoding = encoding_of(name, pattern, tokens)
+    for piece in some_pieces:
+        if encoding.decode_bytes(encoding.encode_ordinary(piece.decode())) != piece:
+            raise RuntimeError(f"the tokenizer does not give back {piece!r}")
+    statistics = statistics_of(tokens, pattern, held_out)
+    folder = save_tokenizer(name, merges, tokens, pattern, facts | {"statistics": statistics},
+                            Path(__file__).read_text(encoding="utf-8"))
+    print(f"wrote {folder.relative_to(ROOT)}: {len(tokens) + 1:,} tokens "
+          f"with {END_OF_TEXT} as {len(tokens)}{in_words(statistics)}")
 
 
 def learn(pieces: Counter[bytes], num_merges: int, pattern: str, demo: bool, device: str = "cpu",

@@ -71,8 +71,10 @@ def trial(args: argparse.Namespace) -> dict:
         counted = time.perf_counter()
         merges = train_tokenizer.learn(pieces, vocabsize - 256, PATTERN, demo=False)
         ended = time.perf_counter()
+        growth = train_tokenizer.forecast(source, PATTERN)
         return {"seconds": ended - began, "merging": ended - counted, "merges": len(merges),
-                "unique_pieces": facts["unique_pieces"]}
+                "unique_pieces": facts["unique_pieces"],
+                "forecast": growth.memory_mib(facts["characters"], args.num_workers, 1)}
     texts = (text for _, text in sample)
     if args.trial == "rustbpe":
         learner = rustbpe.Tokenizer()
@@ -154,8 +156,9 @@ def compare(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> None:
     print(f"the text again and again, one word in {args.one_in} with its letters shuffled; "
           f"{args.vocabsize[-1]:,} tokens, {args.num_workers} workers")
-    print("| million characters | distinct pieces | s | merging s | peak MiB | bytes a character more |")
-    print("|---|---|---|---|---|---|")
+    print("| million characters | distinct pieces | s | merging s | forecast MiB | peak MiB "
+          "| bytes a character more |")
+    print("|---|---|---|---|---|---|---|")
     before = None
     for millions in args.millions:
         found = measured(args, "benchtop", args.vocabsize[-1], millions * 10**6)
@@ -163,9 +166,11 @@ def memory(args: argparse.Namespace) -> None:
                  if before else "")
         before = millions, found["peak_mib"]
         print(f"| {millions:,} | {found['unique_pieces']:,} | {found['seconds']:.1f} "
-              f"| {found['merging']:.1f} | {found['peak_mib']:,.0f} | {slope} |", flush=True)
+              f"| {found['merging']:.1f} | {found['forecast']:,.0f} | {found['peak_mib']:,.0f} | {slope} |",
+              flush=True)
 
 
+@documents.command
 def main() -> None:
     parser = documents.Parser("Measure the learning of tokenizers.")
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")

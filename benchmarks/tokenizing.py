@@ -23,6 +23,7 @@ import train_tokenizer
 SCRATCH = "benchmark-of-tokenizing"     # a folder in data/
 
 
+@documents.command
 def main() -> None:
     parser = documents.Parser("Measure how fast documents become shards.")
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")

@@ -15,6 +15,7 @@ from tiny_runs import ROOT, run
 import documents
 import download_fineweb
 import run_folder
+import shards
 import train_tokenizer
 
 SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer,
@@ -31,11 +32,11 @@ settings.load_profile("benchtop")
 def bench(tmp_path, monkeypatch) -> Path:
     """An empty Benchtop: the scripts write below this folder, and relative paths start there."""
     monkeypatch.chdir(tmp_path)
-    for module in (train_tokenizer, download_fineweb):
+    for module in (train_tokenizer, shards):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(train_tokenizer, "TOKENIZERS", tmp_path / "tokenizers")
     monkeypatch.setattr(train_tokenizer, "gpt2_if_at_hand", lambda: None)       # it comes from the internet
-    monkeypatch.setattr(download_fineweb, "DATA", tmp_path / "data")
+    monkeypatch.setattr(shards, "DATA", tmp_path / "data")
     return tmp_path
 
 
@@ -64,8 +65,8 @@ def refusal(command, capsys):
 @pytest.fixture
 def shell(bench):
     """Runs a copy of a script in a process of its own, or only starts it: shell("documents.py stdlib")."""
-    for name, module in SCRIPTS.items():
-        shutil.copy(module.__file__, bench / name)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, bench)
 
     def run(line: str, start: bool = False, **options):
         how = {"cwd": bench, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
@@ -115,7 +116,7 @@ def lab(tmp_path_factory) -> Path:
 @pytest.fixture
 def here(lab, tmp_path, monkeypatch) -> Path:
     """The lab's data for code that runs in this process; run folders land in a folder of the test's own."""
-    monkeypatch.setattr(download_fineweb, "DATA", lab / "data")
+    monkeypatch.setattr(shards, "DATA", lab / "data")
     for module in (train_tokenizer, run_folder):
         monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
     monkeypatch.setattr(run_folder, "EXPERIMENTS", tmp_path / "experiments")

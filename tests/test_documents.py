@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -257,8 +256,8 @@ def test_a_damaged_file_ends_in_one_line_that_names_it(bench, refusal, name):
     ("'*.txt'", "no file, folder or glob"),
     ("folder", "holds no .txt"),
     ("stdlib nowhere.txt", "cannot be mixed"),
-    ("10B", "Hugging Face"), ("100Bedu", "Hugging Face"), ("350B-gpt2", "Hugging Face"),
-    ("full", "Hugging Face"),
+    ("10B-gpt2", "has tokens, no text"), ("350B-gpt2", "no source named"),
+    ("10B-edu", "no source named"),
     ("n" * 300, "File name too long"),
     ("empty.jsonl", "empty"),
     ("", "required"),
@@ -298,7 +297,7 @@ def test_a_shell_sees_one_line_and_a_failure(bench, shell):
                  "download_fineweb.py --tokenizer nosuch", "train_tokenizer.py --vocab_size 300"):
         result = shell(line)
         assert result.returncode in (1, 2)
-        assert not result.stdout or re.fullmatch("learning from at most .* are free\n", result.stdout)
+        assert not result.stdout
         assert result.stderr.startswith(f"{line.split()[0]}: error: ") and result.stderr.count("\n") == 1
 
 

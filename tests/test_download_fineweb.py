@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 import documents
 import download_fineweb
+import train_tokenizer
 from documents import UserError
-from download_fineweb import ShardWriter, open_dataset, read_shard
+from shards import ShardWriter, open_dataset, read_shard
 from train_tokenizer import load_tokenizer
 
 TOKENIZER = "small_v300_n50000"
@@ -42,7 +43,7 @@ def tokens_of(path: Path) -> list[int]:
     return list(struct.unpack(f"<{count}{letter}", raw[1024:]))
 
 
-def shards(folder: Path, split: str) -> list[list[list[int]]]:
+def documents_by_shard(folder: Path, split: str) -> list[list[list[int]]]:
     """The documents of each shard, as token ids without the <|endoftext|> that each must begin with."""
     eot = json.loads((folder / "manifest.json").read_text())["eot_id"]
     found = []
@@ -58,7 +59,8 @@ def shards(folder: Path, split: str) -> list[list[list[int]]]:
 def texts(folder: Path, split: str) -> list[str]:
     """The documents of a split, in order."""
     tokenizer = load_tokenizer(json.loads((folder / "manifest.json").read_text())["tokenizer"])
-    return [tokenizer.decode(ids, errors="strict") for shard in shards(folder, split) for ids in shard]
+    return [tokenizer.decode(ids, errors="strict")
+            for shard in documents_by_shard(folder, split) for ids in shard]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -92,7 +94,7 @@ def test_the_manifest_is_true(bench, command, small, pages):
     tokenizer = load_tokenizer(small)
     for split in ("train", "val"):
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
-        for entry, shard in zip(entries, shards(folder, split), strict=True):
+        for entry, shard in zip(entries, documents_by_shard(folder, split), strict=True):
             assert entry["documents"] == len(shard)
             assert entry["tokens"] == len(tokens_of(folder / entry["file"]))
             assert entry["bytes"] == sum(len(tokenizer.decode_bytes(ids)) for ids in shard)
@@ -100,29 +102,31 @@ def test_the_manifest_is_true(bench, command, small, pages):
     ranks = (bench / "tokenizers" / small / "ranks.tiktoken").read_bytes()
     identity = hashlib.sha256(ranks + tokenizer._pat_str.encode()).hexdigest()
     source = documents.open_source("pages.jsonl")
-    assert manifest.items() >= {
+    assert manifest == manifest | {
         "format_version": 1, "tokenizer": small, "tokenizer_sha256": identity,
         "vocab_size": 301, "eot_id": 300, "seed": 5, "shard_size": 2000, "num_shards": 0,
-        "source": source.label, "source_fingerprint": source.fingerprint, "held_out_one_in": 64,
-    }.items()
+        "source": source.label, "source_fingerprint": source.fingerprint,
+        "held_out": manifest["held_out"] | {"one_in": 64},
+    }
 
 
-@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 40), st.integers(0, 4))
-def test_shards_are_full_and_never_split_a_document(tmp_path_factory, lengths, shard_size, max_shards):
+@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 40))
+def test_shards_are_full_and_never_split_a_document(tmp_path_factory, lengths, shard_size):
     folder = tmp_path_factory.mktemp("shards")
-    writer = ShardWriter(folder, "train", 300, shard_size, max_shards)
+    writer, entries = ShardWriter(folder, 300, shard_size), []
     given_documents = [np.full(length, number) for number, length in enumerate(lengths)]
-    taken = [document for document in given_documents if writer.add(document, 3 * len(document))]
-    writer.flush()
+    for document in given_documents:
+        if not writer.has_room_for(document):
+            entries.append(writer.write(f"{len(entries)}.bin", "train"))
+        writer.add(document, 3 * len(document))
+    entries.append(writer.write(f"{len(entries)}.bin", "train"))
 
-    written = [tokens_of(folder / entry["file"]) for entry in writer.entries]
-    assert list(chain(*written)) == list(chain(*taken)) == list(chain(*given_documents[:len(taken)]))
-    assert len(taken) == len(lengths) or len(written) == max_shards, "left out only when all is full"
-    assert not max_shards or len(written) <= max_shards
+    written = [tokens_of(folder / entry["file"]) for entry in entries]
+    assert list(chain(*written)) == list(chain(*given_documents))
     for shard, following in zip(written, [*written[1:], None], strict=True):
         assert len(shard) <= shard_size or len(set(shard)) == 1, "only a long document stands alone"
         assert not following or len(shard) + following.count(following[0]) > shard_size, "no room is wasted"
-    for entry, shard in zip(writer.entries, written, strict=True):
+    for entry, shard in zip(entries, written, strict=True):
         counts = entry["tokens"], entry["documents"], entry["bytes"]
         assert counts == (len(shard), len(set(shard)), 3 * len(shard))
 
@@ -131,9 +135,9 @@ def test_shards_are_full_and_never_split_a_document(tmp_path_factory, lengths, s
     (301, 20240520, 2), (65536, 20240520, 2), (65537, 20240801, 4),
 ])
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, vocab_size, magic, width):
-    writer = ShardWriter(tmp_path, "val", vocab_size, 100)
+    writer = ShardWriter(tmp_path, vocab_size, 100)
     writer.add(np.array([vocab_size - 1, 0, 7]), 2)
-    writer.flush()
+    writer.write("val_000000.bin", "val")
     path = tmp_path / "val_000000.bin"
     assert tokens_of(path) == read_shard(path, 3).tolist() == [vocab_size - 1, 0, 7]
     assert path.stat().st_size == 1024 + 3 * width and path.read_bytes()[:4] == struct.pack("<i", magic)
@@ -142,7 +146,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, vocab_size, magic
 @pytest.mark.parametrize("num_shards", [1, 3, 0])
 def test_num_shards_limits_what_is_trained_on(bench, command, small, num_shards):
     command(f"{SHARD} --shard_size 2000 --num_shards {num_shards}")
-    found = shards(bench / "data/set", "train")
+    found = documents_by_shard(bench / "data/set", "train")
     assert len(found) == num_shards or (num_shards == 0 and len(found) > 3)
 
 
@@ -209,32 +213,37 @@ def test_a_killed_run_leaves_nothing_and_can_be_repeated(bench, shell, small, nu
     many_batches(bench)
     line = f"{SHARD} --shard_size 100 --num_workers {num_workers}"
     process = shell(line, start=True)
-    while not list(bench.glob("data/.set.partial/train_0000*.bin")):
+    while not list(bench.glob("data/.set.partial/unit_000000/000002.bin")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.001)
     process.kill()
     process.communicate(timeout=30)
     assert names(bench / "data") == [".set.partial"]
+    made = next(bench.glob("data/.set.partial/unit_000000/000001.bin")).stat().st_mtime_ns
     assert shell(line).returncode == shell(f"{line} --name undisturbed").returncode == 0
     assert names(bench / "data") == ["set", "undisturbed"]
     assert content(bench / "data/set") == content(bench / "data/undisturbed")
+    assert (bench / "data/set/train_000001.bin").stat().st_mtime_ns == made     # it is not made again
 
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_interruption_leaves_nothing(bench, command, small, monkeypatch, capsys, step):
-    flush = ShardWriter.flush
+    write = ShardWriter.write
 
-    def interrupted(writer):
-        flush(writer)
-        if len(writer.entries) == step:
+    def interrupted(writer, name, split):
+        if name == f"{step:06d}.bin":
             raise KeyboardInterrupt
+        return write(writer, name, split)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "flush", interrupted)
+        patch.setattr(ShardWriter, "write", interrupted)
         with pytest.raises(SystemExit) as end:
             command(f"{SHARD} --shard_size 2000")
     assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
-    assert names(bench / "data") == []
+    assert names(bench / "data") == [".set.partial"]        # what is finished; the next start goes on with it
+    command(f"{SHARD} --shard_size 2000")
+    command(f"{SHARD} --shard_size 2000 --name undisturbed")
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,7 +290,7 @@ def test_a_single_file_is_cut_into_parts_with_a_note(bench, command, small, page
     (bench / "book.txt").write_text("\n".join(pages))
     command(f"{SHARD} --version book.txt")
     assert "is cut into parts of about" in capsys.readouterr().out
-    cut = json.loads((bench / "data/set/manifest.json").read_text())["cut_characters"]
+    cut = json.loads((bench / "data/set/manifest.json").read_text())["held_out"]["cut_characters"]
     parts = [text for _, text in download_fineweb.Parts(documents.open_source("book.txt"), cut)]
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
     assert train and val and sorted(train + val) == sorted(parts)
@@ -295,12 +304,12 @@ def test_a_line_as_long_as_a_book_is_cut_quickly():
 
 @given(text=st.text(), part=st.integers(1, 5))
 def test_a_long_document_is_encoded_in_parts(small, monkeypatch, text, part):
-    monkeypatch.setattr(download_fineweb, "ENCODE_CHARACTERS", part)
+    monkeypatch.setattr(train_tokenizer, "ENCODE_CHARACTERS", part)
     download_fineweb._set_tokenizer(small)
     encoded, = download_fineweb.tokenize([("its name", text)])
     assert encoded.tokens[0] == 300 and load_tokenizer(small).decode(encoded.tokens[1:].tolist()) == text
     assert (encoded.name, encoded.num_bytes) == ("its name", len(text.encode()))
-    parts = list(download_fineweb.parts_of(text, part))
+    parts = list(train_tokenizer.parts_of(text, part))
     assert "".join(piece for piece, _ in parts) == text and all(len(piece) <= part for piece, _ in parts)
     if not encoded.was_split:
         assert encoded.tokens[1:].tolist() == load_tokenizer(small).encode_ordinary(text)
@@ -308,10 +317,10 @@ def test_a_long_document_is_encoded_in_parts(small, monkeypatch, text, part):
 
 def test_a_long_document_of_words_has_the_tokens_of_the_whole(small, pages, monkeypatch):
     text = " ".join(pages)
-    monkeypatch.setattr(download_fineweb, "ENCODE_CHARACTERS", 1000)
+    monkeypatch.setattr(train_tokenizer, "ENCODE_CHARACTERS", 1000)
     download_fineweb._set_tokenizer(small)
     encoded, = download_fineweb.tokenize([("", text)])
-    assert len(list(download_fineweb.parts_of(text, 1000))) > 10 and not encoded.was_split
+    assert len(list(train_tokenizer.parts_of(text, 1000))) > 10 and not encoded.was_split
     assert encoded.tokens[1:].tolist() == load_tokenizer(small).encode_ordinary(text)
 
 
@@ -405,7 +414,7 @@ def test_a_folder_with_a_damaged_manifest_is_refused(bench, refusal, small, text
     ("--tokenizer nosuch", "make one with: python train_tokenizer.py"),
     ("--tokenizer ../small", "'../small'"),
     ("--version nowhere", "nowhere"),
-    ("--version 10B", "Hugging Face"),
+    ("--version 10B pages.jsonl", "cannot be mixed"),
     ("--version empty.jsonl", "is empty"),
     ("--version tiny.txt", "too few to train"),
     ("--name ../set", "'../set'"),
@@ -420,7 +429,7 @@ def test_a_wrong_flag_ends_in_one_line(bench, refusal, small, flags, hint):
     (bench / "empty.jsonl").write_text('{"text": ""}\n')
     (bench / "tiny.txt").write_text("hello world\n" * 9)
     assert hint in refusal(f"{SHARD} {flags}")
-    assert not (bench / "data").exists()
+    assert not (bench / "data").exists() or not names(bench / "data")
 
 
 def test_replaced_bytes_are_told(bench, command, capsys, small):

@@ -5,6 +5,7 @@ Run: ./run.sh test tests/test_train_tokenizer.py
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -259,6 +260,9 @@ class Share(train_tokenizer.World):
     def add_up(self, counts: Counter) -> Counter:
         return counts
 
+    def same(self, thing: object) -> object:
+        return thing if self.rank == 0 else None
+
 
 def facts_of(source, samples=10**9, num_workers=1, world=None) -> tuple[Counter, dict]:
     sample = train_tokenizer.Sample(source, samples)
@@ -474,8 +478,9 @@ def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkey
     assert statistics["bytes_per_token"] == num_bytes / len(ids) > 1
     assert statistics["share_of_tokens_used"] == len(set(ids)) / 300
     assert statistics["gpt2_bytes_per_token"] == 1
-    longest = max(token_bytes(tokenizer), key=len)
-    assert statistics["longest_tokens"][0].replace("␣", " ").encode() == longest
+    longest = max((token for token in token_bytes(tokenizer) if len(set(token)) > 1), key=lambda token:
+                  (len(token), [-byte for byte in token]))
+    assert statistics["longest_tokens"][0] == train_tokenizer.visible(longest)
     assert f"{num_bytes / len(ids):.3f} bytes a token (GPT-2's: 1.000)" in capsys.readouterr().out
 
 
@@ -497,14 +502,64 @@ def test_gpt2_is_left_out_where_it_does_not_come(monkeypatch):
 
 def test_samples_are_what_memory_allows(bench, command, pages, monkeypatch, capsys):
     line = TRAIN.replace(" --samples 50000", "")
-    for free, samples in ((10**6, train_tokenizer.MOST_SAMPLES), (600, 2**28), (1, 2**20)):
+    growth = train_tokenizer.forecast(documents.open_source("pages.jsonl"), PATTERNS["gpt4"])
+    most = train_tokenizer.MOST_SAMPLES
+    needs = {samples: growth.memory_mib(samples, 1, 1) for samples in (2**20, 2**27, most)}
+    for samples, free in ((most, 10**6), (2**27, 2 * needs[2**27] + 1), (2**20, 1)):
         monkeypatch.setattr(documents, "free_memory_mib", lambda free=free: free)
         command(f"{line} fits")
         assert (bench / "tokenizers" / f"fits_v300_n{samples}").is_dir()
         said = capsys.readouterr().out
-        needs = train_tokenizer.memory_estimate_mib(samples, 1)
-        assert f"{samples:,} characters takes up to {needs:,.0f} MiB of memory; {free:,.0f} MiB are" in said
-        assert needs < free / 2 or samples == 2**20
+        assert f"from at most {samples:,} characters will take about {needs[samples]:,.0f} MiB" in said
+        assert (f"so --samples is {samples:,}" in said) == (samples == 2**27)
+        assert ("more than is free" in said) == (samples == 2**20)
+
+
+@pytest.mark.parametrize("letters, power", [("abc", 0.3), (None, 1)])
+def test_the_forecast_of_memory_follows_the_text(bench, write_rows, letters, power):
+    rng = random.Random(0)
+    length = 4 if letters else 9
+    letters = letters or list(map(chr, range(0x4e00, 0x5000)))      # nearly every clause is new
+    write_rows(bench / "text.jsonl", ["".join(rng.choices(letters, k=length)) + "," for _ in range(40_000)])
+    growth = train_tokenizer.forecast(documents.open_source("text.jsonl"), PATTERNS["gpt4"])
+    assert growth.power == pytest.approx(power, abs=0.1)
+    pieces = pieces_of("\n".join(text for _, text in documents.open_source("text.jsonl")), PATTERNS["gpt4"])
+    assert growth.pieces == pytest.approx(len(pieces), rel=0.1)
+    more = growth.memory_mib(10**9, 1, 1) - growth.memory_mib(growth.characters, 1, 1)
+    assert more > 10_000 if power == 1 else more < 100
+
+
+def test_documents_that_tiktoken_panics_at_do_not_lose_a_tokenizer(bench, command, write_rows, pages):
+    held_out = next(text for text in (" " * (10**6 + extra) for extra in range(10**3))
+                    if documents.is_held_out(text))
+    rng = random.Random(0)
+    white = ["".join(rng.choices(" \t", k=900)) for _ in range(2500)]
+    write_rows(bench / "pages.jsonl", [held_out, *white, *pages])
+    command(f"{TRAIN.replace('50000', '5000000')} odd")
+    assert set(content(bench / "tokenizers" / "odd_v300_n5000000")) == FILES
+
+
+def test_one_large_document_is_counted_in_parts(monkeypatch):
+    text = " ".join(LIBRARY.split()) * 3
+    pieces = pieces_of(text, PATTERNS["gpt4"])
+    longest = []
+    real = train_tokenizer.segments
+    monkeypatch.setattr(train_tokenizer, "segments", lambda part: longest.append(len(part)) or real(part))
+    monkeypatch.setattr(train_tokenizer, "ENCODE_CHARACTERS", 10_000)
+    assert pieces_of(text, PATTERNS["gpt4"]) == pieces and len(longest) > 5 and max(longest) <= 10_000
+
+
+def test_two_of_the_same_do_not_mix(bench, refusal, pages):
+    with documents.locked(bench / "tokenizers" / ".pages_v300_n50000.lock"):
+        assert "another process makes the same" in refusal(f"{TRAIN} pages")
+
+
+def test_a_full_disk_is_one_line(bench, refusal, pages, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert refusal(f"{TRAIN} pages") == "train_tokenizer.py: error: No space left on device"
+    assert not list((bench / "tokenizers").iterdir())
 
 
 @pytest.mark.parametrize("step", ["count_pieces", "learn_merges", "huggingface_json", "merges_table"])
@@ -551,6 +606,7 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
 
 @pytest.mark.parametrize("flags, hint", [
     ("--vocabsize 255", "at least 256"),
+    ("--vocabsize 10000000000", "at most 16,777,216"),
     ("--vocabsize 0", "at least 1"),
     ("--vocabsize many", "whole number"),
     ("--samples 0", "at least 1"),
@@ -560,12 +616,13 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     ("--name " + "x" * 300, "200 at most"),
     ("--source empty.jsonl", "no text to learn from"),
     ("--source nowhere", "nowhere"),
-    ("--source 10B", "Hugging Face"),
+    ("--source 10B pages.jsonl", "cannot be mixed"),
+    ("--source 10B-gpt2", "has tokens, no text"),
 ])
 def test_a_wrong_flag_ends_in_one_line(bench, refusal, pages, flags, hint):
     (bench / "empty.jsonl").write_text('{"text": ""}\n')
     assert hint in refusal(f"{TRAIN} pages {flags}")
-    assert not (bench / "tokenizers").exists()
+    assert not (bench / "tokenizers").exists() or not list((bench / "tokenizers").iterdir())
 
 
 def test_too_little_text_makes_a_smaller_vocabulary_and_a_note(bench, command, capsys):
@@ -635,7 +692,8 @@ class Evil:
     {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, b"abc": 256}},
     {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, b"ab": 300}},
     {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, "ab": 256}},
-    {"pat_str": "("}, {"pat_str": 5}, {"script_content": 5},
+    {"pat_str": "("}, {"pat_str": 5}, {"script_content": 5}, {"script_content": "\ud800"}, {"pat_str": "x*"},
+    {"mergeable_ranks": {bytes([byte]): float(byte) for byte in range(256)}},
 ], ids=str)
 def test_a_pickle_that_is_something_else_is_one_line(bench, refusal, changes):
     pickled(bench / "old.pkl", **changes)
@@ -656,6 +714,13 @@ def test_no_damaged_pickle_raises_another_exception(bench, raw):
     with contextlib.suppress(UserError):
         train_tokenizer.convert(bench / "old.pkl", "old")
     shutil.rmtree(bench / "tokenizers", ignore_errors=True)
+
+
+def test_what_people_read_is_not_ambiguous():
+    texts = ["\\n", "\n", " ", "␣", "\\", "\t", "\\xe2", "é"]
+    shown = [train_tokenizer.visible(text.encode()) for text in texts]
+    assert shown == ["\\\\n", "\\n", "␣", "\\u2423", "\\\\", "\\t", "\\\\xe2", "é"]
+    assert train_tokenizer.visible("é".encode()[:1]) == "\\xc3"
 
 
 def test_a_conversion_overwrites_nothing(bench, saved, refusal):

@@ -16,8 +16,9 @@ import pytest
 import torch
 from tiny_runs import TINY, drive, flags, newest, rows_of, run, summary_of, train_here
 
-import download_fineweb
+import documents
 import run_folder
+import shards
 import train_gpt
 import train_tokenizer
 from documents import UserError
@@ -142,7 +143,7 @@ def test_memory_is_freed_between_micro_batches(lab, here):
 # ------------------------------------------------------------------------------------------------
 
 def held_out_of(lab: Path, **knobs) -> tuple[HeldOut, Config]:
-    dataset, tokenizer = download_fineweb.open_dataset("tiny", "")
+    dataset, tokenizer = shards.open_dataset("tiny", "")
     cfg = Config(**{**TINY, "vocab_size": 301, **knobs})
     return HeldOut(dataset.tokens("val"), cfg, tokenizer), cfg
 
@@ -181,7 +182,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(lab, here):
     val = next(shard for shard in manifest["shards"] if shard["split"] == "val")
     assert len(held_out.text()) == val["bytes"]
     texts = [json.loads(line)["text"] for line in (lab / "text.jsonl").read_text().splitlines()]
-    held_out_texts = filter(download_fineweb.documents.is_held_out, set(texts))
+    held_out_texts = filter(documents.is_held_out, set(texts))
     assert val["bytes"] == sum(len(text.encode()) for text in held_out_texts)
     result = held_out.evaluate(GPT(cfg, 300), 4, World(cfg))
     assert result.val_loss == pytest.approx(math.log(301))
@@ -285,7 +286,7 @@ def test_shards_without_manifest_need_a_tokenizer(lab, here, monkeypatch):
     (here / "data" / "bare").mkdir(parents=True)
     for path in (lab / "data" / "tiny").glob("*.bin"):
         shutil.copy(path, here / "data" / "bare" / f"fineweb_{path.name}")
-    monkeypatch.setattr(download_fineweb, "DATA", here / "data")
+    monkeypatch.setattr(shards, "DATA", here / "data")
     with pytest.raises(UserError, match="name it with --tokenizer"):
         train_here(here, data="bare")
     folder = train_here(here, data="bare", tokenizer="tiny_v300_n1073741824")

@@ -1,0 +1,253 @@
+"""Files of datasets on the Hugging Face Hub: which there are, and whole copies of them.
+
+Every copy lies in huggingface_hub's own cache and is what the Hub announced, by size and SHA-256. What the
+network does is waited out: a download goes on where it was cut, a busy or broken Hub is asked again after a
+pause that grows (or is as long as the Hub asks for), and each pause is reported. What waiting does not mend
+(no such dataset, no permission) ends in one line. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what
+they always mean.
+"""
+
+import contextlib
+import hashlib
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import documents
+from documents import Document, Unit, UserError
+
+TRIES = 5               # then a file is given up
+FIRST_WAIT = 1.0        # seconds; each further one is twice as long
+LONGEST_WAIT = 60.0     # seconds, but what the Hub asks for is granted up to five minutes
+LONGEST_ASKED_WAIT = 300.0
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset at one commit.
+
+    sha256  of its content, where the Hub tells it; else empty
+    """
+    repo: str
+    revision: str
+    path: str
+    size: int
+    sha256: str
+
+
+def list_files(repo: str, folder: str, suffix: str) -> list[HubFile]:
+    """The files below a folder of a dataset, sorted by path, at the commit that `main` is now.
+
+    raises  UserError if there are none or the Hub does not answer
+    """
+    hub = _library()
+    from huggingface_hub.hf_api import RepoFile
+
+    def ask() -> list[HubFile]:
+        tree = hub.HfApi().list_repo_tree(repo, folder or None, recursive=True, repo_type="dataset")
+        entries = [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
+        if not entries:
+            raise UserError(f"{repo} on {_endpoint()} has no {suffix} files in {folder or 'it'}")
+        entries.sort(key=lambda entry: entry.path)
+        url = hub.hf_hub_url(repo, entries[0].path, repo_type="dataset")
+        commit = hub.get_hf_file_metadata(url).commit_hash
+        if not commit:
+            raise UserError(f"{_endpoint()} does not tell the commit of {repo}; is HF_ENDPOINT right?")
+        return [HubFile(repo, commit, entry.path, entry.size, entry.lfs.sha256 if entry.lfs else "")
+                for entry in entries]
+    return _patiently(f"the list of files of {repo}", ask)
+
+
+def fetch(file: HubFile) -> Path:
+    """A whole copy of the file in the cache; fetched if it is not there, or there and damaged.
+
+    raises  UserError when waiting does not help
+    """
+    hub = _library()
+
+    def ask() -> Path:
+        path = Path(hub.hf_hub_download(file.repo, file.path, repo_type="dataset", revision=file.revision))
+        problem = problem_of(path, file)
+        if problem:
+            forget(path)
+            raise _Damaged(f"{problem}; it is fetched anew")
+        return path
+    return _patiently(f"{file.path} of {file.repo}", ask)
+
+
+def in_cache(file: HubFile) -> bool:
+    look = _library().try_to_load_from_cache
+    return isinstance(look(file.repo, file.path, revision=file.revision, repo_type="dataset"), str)
+
+
+def problem_of(path: Path, file: HubFile) -> str:
+    """Why a copy is not what the Hub announced; empty if it is."""
+    size = path.stat().st_size
+    if size != file.size:
+        return f"it has {size:,} bytes instead of {file.size:,}"
+    if file.sha256 and documents.sha256_of(path) != file.sha256:
+        return "its SHA-256 is not the announced one"
+    return ""
+
+
+def forget(path: Path) -> None:
+    """Remove a copy from the cache: the name, and the content that it points to."""
+    for name in (path.resolve(), path):
+        name.unlink(missing_ok=True)
+
+
+class Download(threading.Thread):
+    """Fetches a file while others work; a process that ends does not wait for it."""
+
+    def __init__(self, file: HubFile):
+        super().__init__(daemon=True)
+        self.file, self._result, self._error = file, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = fetch(self.file)
+        except Exception as error:      # it is raised where the result is wanted
+            self._error = error
+
+    def result(self) -> Path:
+        self.join()
+        if self._error:
+            raise self._error
+        return self._result
+
+
+# ------------------------------------------------------------------------------------------------
+# Patience
+# ------------------------------------------------------------------------------------------------
+
+class _Damaged(Exception):
+    pass
+
+
+def _library():
+    """huggingface_hub, silent about its own progress; imported late, since it takes a while."""
+    import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.errors
+    import huggingface_hub.utils
+    huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub
+
+
+def _endpoint() -> str:
+    return _library().constants.ENDPOINT
+
+
+def _patiently(what: str, ask: Callable):
+    """What `ask` returns, after as many tries as it takes, up to TRIES."""
+    for attempt in range(1, TRIES + 1):
+        try:
+            return ask()
+        except Exception as error:
+            complaint, asked_wait = _reason_to_wait(what, error)
+            if attempt == TRIES:
+                raise UserError(f"cannot fetch {what}: {complaint}, {TRIES} times; start the same command "
+                                "again later, and it goes on from here") from error
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**(attempt - 1)) * random.uniform(0.75, 1.25)
+            wait = max(wait, min(asked_wait, LONGEST_ASKED_WAIT))
+            print(f"{what}: {complaint}; trying again in {wait:.0f} s ({attempt} of {TRIES - 1})",
+                  file=sys.stderr, flush=True)
+            time.sleep(wait)
+
+
+def _reason_to_wait(what: str, error: Exception) -> tuple[str, float]:
+    """What went wrong, and how many seconds the Hub asks to wait.
+
+    raises  UserError if waiting does not help; the error itself if it is not of the network
+    """
+    hub = _library()
+    import httpx2
+    if isinstance(error, hub.errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__         # the library looked into its cache, too
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else None
+    if isinstance(error, hub.errors.OfflineModeIsEnabled) or hub.constants.HF_HUB_OFFLINE:
+        raise UserError(f"HF_HUB_OFFLINE is set, and {what} is not in the cache; unset it once") from error
+    if isinstance(error, hub.errors.GatedRepoError) or status in (401, 403):
+        raise UserError(f"{_endpoint()} does not give you {what} ({status}); accept its terms on its page, "
+                        "then set HF_TOKEN to a token from your settings, or type: hf auth login") from error
+    if status == 404 or isinstance(error, hub.errors.EntryNotFoundError):
+        raise UserError(f"{_endpoint()} has no {what} (404); is HF_ENDPOINT right?") from error
+    if status is not None and status not in (408, 425, 429) and status < 500:
+        raise UserError(f"{_endpoint()} refuses {what}: {status} {response.reason_phrase}") from error
+    if isinstance(error, UserError):
+        raise error
+    of_the_network = (_Damaged, httpx2.HTTPError, hub.errors.HfHubHTTPError, hub.errors.FileMetadataError,
+                      ConnectionError, TimeoutError)
+    is_short = isinstance(error, OSError) and "onsistency check failed" in str(error)
+    if not isinstance(error, of_the_network) and not is_short and not isinstance(error, ValueError):
+        raise error
+    asked = 0.0
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        asked = float(response.headers.get("Retry-After"))
+    if status is not None:
+        return f"{status} {response.reason_phrase}", asked
+    first_line = (str(error) or type(error).__name__).splitlines()[0][:120]
+    return first_line, asked
+
+
+# ------------------------------------------------------------------------------------------------
+# Documents
+# ------------------------------------------------------------------------------------------------
+
+FINEWEB = {f"{size}{kind}": (f"HuggingFaceFW/fineweb{'-edu' if kind else ''}", folder)
+           for kind in ("", "edu")
+           for size, folder in (("10B", "sample/10BT"), ("100B", "sample/100BT"), ("350B", "sample/350BT"),
+                                ("full", "data"))}
+READY_MADE = {"10B-gpt2": "kjj0/fineweb10B-gpt2", "100B-gpt2": "kjj0/fineweb100B-gpt2",
+              "10Bedu-gpt2": "kjj0/finewebedu10B-gpt2"}
+
+
+class FineWeb(documents.Source):
+    """Documents of parquet files on the Hub, one file at a time.
+
+    revision  commit that the files are of
+    """
+
+    def __init__(self, version: str):
+        repo, folder = FINEWEB[version]
+        self.hub_files = list_files(repo, folder, ".parquet")
+        self.revision = self.hub_files[0].revision
+        self.repo = repo
+        stamp = [[file.path, file.size, file.sha256] for file in self.hub_files]
+        super().__init__(f"fineweb{version}", [], stamp)
+        self._downloads: dict[str, Download] = {}
+
+    def __iter__(self) -> Iterator[Document]:
+        """All documents, in an order of files that depends on nothing but their names."""
+        self.replaced = 0
+        for unit in self.units(seed=None):
+            yield from unit.read()
+
+    def units(self, seed: int | None) -> list[Unit]:
+        """A unit for each file, in an order that the seed decides over all; without one, a fixed order."""
+        files = sorted(self.hub_files, key=lambda file: hashlib.sha256(file.path.encode()).digest())
+        if seed is not None:
+            random.Random(seed).shuffle(files)
+        return [self._unit(file, seed) for file in files]
+
+    def _unit(self, file: HubFile, seed: int | None) -> Unit:
+        def begin() -> None:
+            self._downloads[file.path] = Download(file)
+
+        def read() -> Iterator[Document]:
+            download = self._downloads.pop(file.path, None)
+            path = download.result() if download else fetch(file)
+            unit.documents = documents.parquet_rows(path)
+            full = (document for document in self._read_parquet(file.path, path) if document[1])
+            return full if seed is None else documents.shuffled(full, seed)
+
+        def remove() -> None:
+            forget(fetch(file))
+        unit = Unit(file.path, read, file.size, is_here=lambda: in_cache(file), begin=begin, remove=remove)
+        return unit

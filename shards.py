@@ -1,0 +1,224 @@
+"""Token shards and their manifest: written once, checked whenever they are read.
+
+    data/NAME/
+        train_000001.bin ...   documents to train on; none is split over two shards
+        val_000000.bin         documents to validate on
+        manifest.json          what the shards hold: source, tokenizer, counts, SHA-256 of each file
+
+A shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16;
+each document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's other variant (20240801, 7,
+uint32 tokens). Shards of llm.c or Modded-NanoGPT are read without a manifest, too.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+import documents
+from documents import UserError
+from train_tokenizer import load_tokenizer, tokenizer_sha256
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+FORMAT_VERSION = 1
+HEADER_INTS = 256
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name ends at 255 bytes, .partial included
+
+
+def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
+    """llm.c's magic number, version and token type for a vocabulary."""
+    return (20240520, 1, np.dtype("<u2")) if vocab_size <= 65536 else (20240801, 7, np.dtype("<u4"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Write
+# ------------------------------------------------------------------------------------------------
+
+class ShardWriter:
+    """Writes documents as shards of at most `shard_size` tokens; a longer document stands alone."""
+
+    def __init__(self, folder: Path, vocab_size: int, shard_size: int):
+        self.folder, self.vocab_size, self.shard_size = folder, vocab_size, shard_size
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pending: list[np.ndarray] = []
+        self.tokens = self.bytes = 0
+
+    def has_room_for(self, tokens: np.ndarray) -> bool:
+        return not self.pending or self.tokens + len(tokens) <= self.shard_size
+
+    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
+        self.pending.append(tokens)
+        self.tokens += len(tokens)
+        self.bytes += num_bytes
+
+    def write(self, name: str, split: str) -> dict:
+        """Write what was collected as a shard; what the manifest says of it is returned."""
+        magic, version, dtype = shard_format(self.vocab_size)
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = magic, version, self.tokens
+        content = header.tobytes() + np.concatenate(self.pending).astype(dtype, copy=False).tobytes()
+        partial = self.folder / f"{name}.partial"
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / name)
+        entry = {"file": name, "split": split, "tokens": self.tokens, "documents": len(self.pending),
+                 "bytes": self.bytes, "sha256": hashlib.sha256(content).hexdigest()}
+        self._clear()
+        return entry
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """The file is there whole, or as it was before."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Read
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards and its manifest, read and checked."""
+    folder: Path
+    manifest: dict
+
+    @property
+    def sha256(self) -> str:
+        """What identifies the data, wherever they were made: the shards in order and their tokenizer."""
+        shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
+        return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
+
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        """Read every num_parts-th shard, and raise UserError if one is not what the manifest says."""
+        for shard in self.manifest["shards"][part::num_parts]:
+            path = self.folder / shard["file"]
+            tokens = read_shard(path, shard["tokens"])
+            if shard["sha256"] and documents.sha256_of(path) != shard["sha256"]:
+                raise UserError(f"{path} has changed since it was written (its SHA-256 is not that of the "
+                                "manifest); make the data again with download_fineweb.py")
+            if len(tokens) and int(tokens.max()) >= self.manifest["vocab_size"]:
+                raise UserError(f"{path} has token {int(tokens.max())}, but {self.manifest['tokenizer']} has "
+                                f"{self.manifest['vocab_size']}; name the tokenizer it was made with")
+
+    def tokens(self, split: str) -> list[np.ndarray]:
+        """The memory-mapped tokens of each shard of "train" or "val"."""
+        entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
+        if not entries:
+            raise UserError(f"{self.folder} has no {split} shard; make it again with download_fineweb.py")
+        return [read_shard(self.folder / entry["file"], entry["tokens"]) for entry in entries]
+
+
+def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Encoding]:
+    """The dataset and tokenizer of these names; an empty name stands for the only one that fits.
+
+    raises  UserError with the command that makes what is missing, or if the two do not belong together
+    """
+    folder = find_dataset(data, tokenizer_name)
+    if (folder / "manifest.json").is_file():
+        manifest = read_manifest(folder / "manifest.json")
+        tokenizer = load_tokenizer(tokenizer_name or manifest["tokenizer"])
+    elif tokenizer_name:
+        tokenizer = load_tokenizer(tokenizer_name)
+        manifest = manifest_of_bare_shards(folder, tokenizer)
+    else:
+        raise UserError(f"{folder} has no manifest that tells its tokenizer; name it with --tokenizer")
+    made_for = manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["eot_id"]
+    if made_for != (tokenizer_sha256(tokenizer), tokenizer.n_vocab, tokenizer.eot_token):
+        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']} as it was then, "
+                        f"and {tokenizer.name} is another; use --tokenizer {manifest['tokenizer']}, or make "
+                        f"the shards again: python download_fineweb.py --tokenizer {tokenizer.name}")
+    return Dataset(folder, manifest), tokenizer
+
+
+def find_dataset(data: str, tokenizer: str) -> Path:
+    tokenizer = tokenizer.removesuffix(".pkl")
+    if data and not re.fullmatch(FOLDER_NAME, data):
+        raise UserError(f"--data must be the name of a folder in {DATA}; it is {data!r}")
+    if data and not (DATA / data).is_dir():
+        raise UserError(f"there is no {data} in {DATA}; make it with: python download_fineweb.py "
+                        f"--version stdlib --tokenizer {tokenizer or 'NAME'} --name {data}")
+    if data:
+        return DATA / data
+    made_with = {path.parent: read_manifest(path)["tokenizer"]
+                 for path in sorted(DATA.glob("[!.]*/manifest.json"))}
+    fitting = [folder for folder, name in made_with.items() if tokenizer in ("", name)]
+    if len(fitting) > 1:
+        raise UserError("several datasets fit; choose one with --data: "
+                        f"{', '.join(path.name for path in fitting)}")
+    if not fitting:
+        make_tokenizer = "" if tokenizer else "python train_tokenizer.py --vocabsize 4096 --name mine && "
+        raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {DATA}; "
+                        f"make some with: {make_tokenizer}python download_fineweb.py --version stdlib "
+                        f"--tokenizer {tokenizer or 'mine_v4096_n1073741824'}")
+    return fitting[0]
+
+
+def read_manifest(path: Path) -> dict:
+    """raises UserError if the file is not a manifest of this format"""
+    def expect(entry: dict, kinds: dict[str, type]) -> None:
+        for key, kind in kinds.items():
+            if not isinstance(entry[key], kind):
+                raise ValueError(f"{key} is {entry[key]!r}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expect(manifest, {"format_version": int, "tokenizer": str, "tokenizer_sha256": str, "vocab_size": int,
+                          "eot_id": int, "shards": list})
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version is {manifest['format_version']}, "
+                             f"this program reads {FORMAT_VERSION}")
+        for shard in manifest["shards"]:
+            expect(shard, {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int,
+                           "sha256": str})
+            if not re.fullmatch(FOLDER_NAME, shard["file"]):
+                raise ValueError(f"file is {shard['file']!r}, which is no file beside it")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); "
+                        "make the data again") from error
+
+
+def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
+    """A manifest for llm.c or Modded-NanoGPT shards, *train*.bin and *val*.bin; nothing else is known."""
+    shards = [{"file": path.name, "split": "train" if "train" in path.name else "val",
+               "tokens": len(read_shard(path, None)), "documents": 0, "bytes": 0, "sha256": ""}
+              for path in sorted(folder.glob("*.bin"))]
+    if not shards:
+        raise UserError(f"{folder} holds neither a manifest nor .bin shards; "
+                        "make it again with download_fineweb.py")
+    return {"format_version": FORMAT_VERSION, "source": folder.name, "tokenizer": tokenizer.name,
+            "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
+            "eot_id": tokenizer.eot_token, "shards": shards}
+
+
+def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
+    """Tokens of a shard, memory-mapped; its header, its size and the manifest must agree."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make the data again with download_fineweb.py")
+    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+    known = {tuple(shard[:2]): shard[2] for shard in (shard_format(0), shard_format(2**17))}
+    dtype = known.get(tuple(header[:2]))
+    if len(header) < 3 or dtype is None:
+        raise UserError(f"{path} does not begin like a token shard; "
+                        "make the data again with download_fineweb.py")
+    tokens, size = header[2], path.stat().st_size
+    if (tokens < 0 or size != 4 * HEADER_INTS + tokens * dtype.itemsize
+            or expected_tokens not in (None, tokens)):
+        raise UserError(f"{path} is cut off or changed: it has {size:,} bytes and announces {tokens:,} "
+                        f"tokens, the manifest {expected_tokens}; "
+                        "make the data again with download_fineweb.py")
+    return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(tokens,))

@@ -1,0 +1,405 @@
+"""FineWeb from a Hub that misbehaves. Run: ./run.sh test tests/test_hub.py"""
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from fake_hub import COMMIT, FakeHub
+from tiny_runs import torchrun
+
+import documents
+import hub
+import shards
+import train_tokenizer
+from documents import UserError
+
+WORDS = ["the", "cat", "dog", "sat", "under", "a", "mat", "tree", "and", "saw", "Größe", "\n\n", "1234", "🙂"]
+REPO, FOLDER = "HuggingFaceFW/fineweb", "sample/10BT"
+FILES = [f"{FOLDER}/{number:03d}_00000.parquet" for number in range(6)]
+
+
+def parquet(seed: int, rows: int = 200) -> bytes:
+    """A file in FineWeb's columns."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 60))) + f" {seed}.{row}" for row in range(rows)]
+    columns = {"text": texts, "id": [f"<urn:uuid:{seed}-{row}>" for row in range(rows)],
+               "dump": ["CC-MAIN-2024-10"] * rows, "url": ["https://example.org"] * rows,
+               "language_score": [0.9] * rows, "token_count": [len(text) for text in texts]}
+    raw = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), raw, row_group_size=50)
+    return raw.getvalue()
+
+
+@pytest.fixture(scope="module")
+def kit(lab, tmp_path_factory):
+    """A Hub, and a Benchtop with a tokenizer that asks it."""
+    folder = tmp_path_factory.mktemp("kit")
+    for script in lab.glob("*.py"):
+        shutil.copy(script, folder)
+    patient = (folder / "hub.py").read_text()
+    (folder / "hub.py").write_text(re.sub(r"(?m)^FIRST_WAIT = .*$", "FIRST_WAIT = 0.05", patient))
+    shutil.copytree(lab / "tokenizers", folder / "tokenizers")
+    fake = FakeHub()
+    for number, path in enumerate(FILES):
+        fake.files[REPO][path] = parquet(number)
+    yield folder, fake
+    fake.close()
+
+
+class Bench:
+    """Runs the script against the Hub, with a cache of its own."""
+
+    def __init__(self, folder: Path, fake: FakeHub, home: Path):
+        self.folder, self.hub, self.home = folder, fake, home
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        self.env |= {"HF_HOME": str(home), "HF_ENDPOINT": fake.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+                     "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def command(self, *flags: str) -> list[str]:
+        return [sys.executable, "download_fineweb.py", "--version", "10B", "--tokenizer",
+                "tiny_v300_n1073741824", "--num_workers", "1", "--val_tokens", "10", "--shard_size", "2000",
+                *flags]
+
+    def start(self, *flags: str, **env: str) -> subprocess.Popen:
+        return subprocess.Popen(self.command(*flags), cwd=self.folder, env=self.env | env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, *flags: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
+        job = self.start(*flags, **env)
+        out, err = job.communicate(timeout=120)
+        assert job.returncode == code and "Traceback" not in err, out + err
+        print(out, err)
+        return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+    def data(self, name: str) -> Path:
+        return self.folder / "data" / name
+
+    def hashes(self, name: str) -> list[str]:
+        manifest = json.loads((self.data(name) / "manifest.json").read_text())
+        shards.Dataset(self.data(name), manifest).verify()
+        return [entry["sha256"] for entry in manifest["shards"]]
+
+    def cached(self) -> list[str]:
+        return sorted(path.name for path in self.home.rglob("*.parquet"))
+
+
+@pytest.fixture
+def bench_of_hub(kit, tmp_path):
+    folder, fake = kit
+    fake.faults.clear()
+    fake.asked.clear()
+    fake.announced.clear()
+    fake.tokens.clear()
+    fake.wait = lambda path: None
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    return Bench(folder, fake, tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(kit, tmp_path_factory):
+    """The hashes of a dataset that nothing disturbed."""
+    folder, fake = kit
+    bench = Bench(folder, fake, tmp_path_factory.mktemp("home"))
+    bench.run("--name", "calm")
+    hashes = bench.hashes("calm")
+    shutil.rmtree(folder / "data")
+    return hashes
+
+
+# ------------------------------------------------------------------------------------------------
+# What it makes
+# ------------------------------------------------------------------------------------------------
+
+def test_all_documents_arrive_once_in_an_order_over_all_files(bench_of_hub):
+    bench = bench_of_hub
+    bench.run("--name", "all")
+    manifest = json.loads((bench.data("all") / "manifest.json").read_text())
+    assert manifest["revision"] == COMMIT and manifest["source"].startswith("fineweb10B-")
+    assert [unit["name"] for unit in manifest["units"]] != sorted(FILES)
+    assert sorted(unit["name"] for unit in manifest["units"]) == FILES and len(manifest["shards"]) > 20
+    texts = [text for number in range(6) for text in texts_of(parquet(number))]
+    held_out = {text for text in texts if documents.is_held_out(text)}
+    found = decoded(bench, "all", "train")
+    assert sorted(found) == sorted(text for text in texts if text not in held_out)
+    assert set(decoded(bench, "all", "val")) <= held_out
+    assert bench.cached() == []                 # text is not kept
+
+
+def texts_of(raw: bytes) -> list[str]:
+    return pyarrow.parquet.read_table(io.BytesIO(raw))["text"].to_pylist()
+
+
+def decoded(bench: Bench, name: str, split: str) -> list[str]:
+    """The documents of a split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "TOKENIZERS", bench.folder / "tokenizers")
+        tokenizer = train_tokenizer.load_tokenizer("tiny_v300_n1073741824")
+    manifest = json.loads((bench.data(name) / "manifest.json").read_text())
+    texts = []
+    for tokens in shards.Dataset(bench.data(name), manifest).tokens(split):
+        borders = [*np.flatnonzero(tokens == tokenizer.eot_token), len(tokens)]
+        texts += [tokenizer.decode(tokens[begin + 1:end].tolist())
+                  for begin, end in zip(borders, borders[1:], strict=False)]
+    return texts
+
+
+def test_only_as_many_files_are_fetched_as_are_needed(bench_of_hub):
+    bench = bench_of_hub
+    bench.run("--name", "few", "--num_shards", "2")
+    fetched = {path for (method, path), _ in bench.hub.asked.items() if method == "GET"}
+    assert len(fetched) <= 2        # one to train on, and one whose held-out documents are validated on
+    other = bench.run("--name", "seed", "--num_shards", "2", "--seed", "3")
+    assert bench.hashes("few")[0] == bench.hashes("seed")[0]            # the same to validate on
+    assert bench.hashes("few")[1:] != bench.hashes("seed")[1:] and "wrote data/seed" in other.stdout
+
+
+def test_text_is_kept_when_asked_and_when_it_was_there(bench_of_hub):
+    bench = bench_of_hub
+    bench.run("--name", "kept", "--keep_text")
+    assert bench.cached() == sorted(path.rsplit("/", 1)[1] for path in FILES)
+    bench.run("--name", "again")
+    assert len(bench.cached()) == len(FILES) and bench.hashes("again") == bench.hashes("kept")
+    assert all(count == 1 for (method, _), count in bench.hub.asked.items() if method == "GET")
+
+
+def test_more_shards_later_leave_the_old_ones(bench_of_hub, undisturbed):
+    bench = bench_of_hub
+    bench.run("--name", "grows", "--num_shards", "2")
+    times = {path: path.stat().st_mtime_ns for path in bench.data("grows").glob("*.bin")}
+    assert "reusing" in bench.run("--name", "grows", "--num_shards", "2").stdout
+    bench.run("--name", "grows", "--num_shards", "9")
+    assert bench.hashes("grows") == undisturbed[:10]
+    bench.run("--name", "grows")
+    assert bench.hashes("grows") == undisturbed
+    assert all(path.stat().st_mtime_ns == made for path, made in times.items())
+    refused = bench.run("--name", "grows", "--num_shards", "1", code=1)
+    assert "made with another num_shards" in refused.stderr
+    assert "reusing" in bench.run("--name", "grows").stdout
+
+
+@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9, 1.2, 1.5, 2.0])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(bench_of_hub, undisturbed, moment):
+    bench = bench_of_hub
+    bench.hub.wait = lambda path: time.sleep(0.1)
+    for workers in ("1", "2"):
+        job = bench.start("--name", "killed", "--num_workers", workers)
+        time.sleep(moment)
+        job.kill()
+        job.communicate()
+        finished = bench.data("killed").exists()
+    bench.run("--name", "killed", "--num_workers", "2" if moment > 1 else "1")
+    assert bench.hashes("killed") == undisturbed
+    assert finished or bench.cached() == []
+
+
+def test_finished_files_are_not_fetched_again_after_a_kill(bench_of_hub, undisturbed):
+    bench = bench_of_hub
+    bench.hub.wait = lambda path: time.sleep(0.3)
+    job = bench.start("--name", "late")
+    while not list(bench.folder.glob("data/.late.partial/unit_000002/000001.bin")):
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.01)
+    job.kill()
+    job.communicate()
+    manifest_order = [json.loads(path.read_text())["name"]
+                      for path in sorted(bench.folder.glob("data/.late.partial/unit_*/progress.json"))]
+    bench.hub.asked.clear()
+    bench.run("--name", "late")
+    assert bench.hashes("late") == undisturbed
+    assert not any(bench.hub.asked["GET", path] for path in manifest_order[:2])
+
+
+def test_the_next_file_comes_while_this_one_is_tokenized(bench_of_hub):
+    bench = bench_of_hub
+    bench.hub.wait = lambda path: time.sleep(0.5)
+    begun = time.time()
+    bench.run("--name", "beside")
+    beside = time.time() - begun
+    assert bench.hub.asked["GET", FILES[0]] == 1 and beside < 60
+
+
+def test_parts_make_the_same_as_one_machine(bench_of_hub, undisturbed):
+    bench = bench_of_hub
+    for part in ("2/3", "1/3", "3/3"):
+        said = bench.run("--name", "parts", "--part", part).stdout
+        assert f"part {part[0]} of 3" in said and not bench.data("parts").exists()
+    asked = dict(bench.hub.asked)
+    bench.run("--name", "parts")
+    assert bench.hashes("parts") == undisturbed
+    again = {path for (method, path), count in bench.hub.asked.items()
+             if method == "GET" and count > asked.get((method, path), 0)}
+    assert len(again) <= 1      # the one with the documents to validate on
+
+
+def test_torchrun_makes_the_same_as_one_process(bench_of_hub, undisturbed):
+    bench = bench_of_hub
+    done = subprocess.run([*torchrun(3), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
+                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert bench.hashes("ranks") == undisturbed[:10]
+    assert done.stdout.count("wrote data/ranks") == 1
+
+
+def test_a_dry_run_only_talks(bench_of_hub):
+    bench = bench_of_hub
+    said = bench.run("--name", "dry", "--num_shards", "1", "--dry_run").stdout
+    assert "of 6 of fineweb10B-" in said and "download    " in said and "MB are free" in said
+    assert not (bench.folder / "data").exists() and not bench.cached()
+    assert not bench.hub.asked["GET", FILES[0]]
+
+
+def test_the_tokenizer_learns_from_the_hub(bench_of_hub):
+    bench = bench_of_hub
+    done = subprocess.run([sys.executable, "train_tokenizer.py", "--source", "10B", "--samples", "9000",
+                           "--vocabsize", "300", "--name", "web", "--num_workers", "1"], cwd=bench.folder,
+                          env=bench.env, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (bench.folder / "tokenizers" / "web_v300_n9000" / "meta.json").is_file()
+    shutil.rmtree(bench.folder / "tokenizers" / "web_v300_n9000")
+
+
+# ------------------------------------------------------------------------------------------------
+# What may happen to it
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("faults", [
+    {f"GET {FILES[0]}": ["cut"]}, {f"GET {FILES[0]}": ["cut", "cut", "cut"]},
+    {f"HEAD {FILES[1]}": ["429"], f"GET {FILES[1]}": ["429"]},
+    {f"GET {FILES[2]}": ["500", "503"]}, {f"HEAD {FILES[2]}": ["500", "502", "503"]},
+    {f"GET {FILES[3]}": ["html"]}, {f"HEAD {FILES[3]}": ["html"], f"GET {FILES[3]}": ["html"]},
+    {f"GET {FILES[4]}": ["longer"]}, {f"GET {FILES[4]}": ["rubbish", "rubbish"]},
+    {f"GET {FILES[5]}": ["slow"]}, {f"HEAD {FILES[5]}": ["slow"]},
+    {f"tree {REPO}": ["500", "429", "html"]},
+], ids=str)
+def test_what_the_network_does_is_waited_out(bench_of_hub, undisturbed, faults):
+    bench = bench_of_hub
+    for path, what in faults.items():
+        bench.hub.faults[path] = list(what)
+    bench.run("--name", "faulty")
+    assert bench.hashes("faulty") == undisturbed
+    assert not any(bench.hub.faults.values()), "every fault has happened"
+
+
+@pytest.mark.parametrize(("faults", "line"), [
+    ({f"HEAD {FILES[0]}": ["401"] * 9}, "accept its terms"),
+    ({f"tree {REPO}": ["401"] * 9}, "accept its terms"),
+    ({f"HEAD {FILES[2]}": ["404"] * 9}, "(404)"),
+    ({f"GET {FILES[2]}": ["500"] * 99}, "500 Internal Server Error, 5 times; start the same command again"),
+    ({f"GET {FILES[2]}": ["rubbish"] * 99}, "its SHA-256 is not the announced one; it is fetched anew, 5"),
+], ids=str)
+def test_what_waiting_does_not_mend_is_one_line(bench_of_hub, undisturbed, faults, line):
+    bench = bench_of_hub
+    for path, what in faults.items():
+        bench.hub.faults[path] = list(what)
+    refused = bench.run("--name", "refused", code=1)
+    assert line in refused.stderr.splitlines()[-1] and not bench.data("refused").exists()
+    bench.hub.faults.clear()
+    bench.run("--name", "refused")          # and it goes on
+    assert bench.hashes("refused") == undisturbed
+
+
+def test_a_file_that_is_no_parquet_is_named(bench_of_hub):
+    bench = bench_of_hub
+    good = bench.hub.files[REPO][FILES[3]]
+    try:
+        bench.hub.files[REPO][FILES[3]] = good[:500] + b"rubbish" + good[507:-300] + bytes(300)
+        refused = bench.run("--name", "corrupt", code=1)
+    finally:
+        bench.hub.files[REPO][FILES[3]] = good
+    assert "003_00000.parquet is no readable parquet file" in refused.stderr
+    assert not bench.data("corrupt").exists()
+
+
+def test_a_repository_that_is_not_there(bench_of_hub):
+    bench = bench_of_hub
+    refused = bench.run("--version", "100Bedu", code=1)
+    assert re.search(r"error: http://127\S+ .*fineweb-edu.*", refused.stderr.splitlines()[-1])
+
+
+def test_offline_says_so(bench_of_hub):
+    refused = bench_of_hub.run("--name", "offline", code=1, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set" in refused.stderr
+
+
+def test_the_token_reaches_the_hub_and_no_file(bench_of_hub):
+    bench = bench_of_hub
+    bench.run("--name", "token", "--num_shards", "1", HF_TOKEN="hf_" + "x" * 30)
+    assert f"Bearer hf_{'x' * 30}" in bench.hub.tokens
+    assert not [path for path in bench.data("token").iterdir() if b"hf_xxx" in path.read_bytes()]
+
+
+def test_pauses_grow_and_are_as_long_as_asked(monkeypatch):
+    waits, answers = [], iter([ConnectionError("gone"), ConnectionError("gone"), TimeoutError(), 7])
+
+    def ask():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    assert hub._patiently("it", ask) == 7
+    assert waits[0] < waits[1] < waits[2] < 6
+    with pytest.raises(UserError, match="gone, 5 times"):
+        hub._patiently("it", lambda: (_ for _ in ()).throw(ConnectionError("gone")))
+
+
+# ------------------------------------------------------------------------------------------------
+# Ready-made shards
+# ------------------------------------------------------------------------------------------------
+
+def shard_of(tokens: list[int]) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.array(tokens, dtype="<u2").tobytes()
+
+
+@pytest.fixture
+def gpt2(kit):
+    """A tokenizer that stands in for GPT-2's, in the scripts of the kit."""
+    folder, fake = kit
+    script = folder / "train_tokenizer.py"
+    real = script.read_text()
+    script.write_text(real.replace('return tiktoken.get_encoding("gpt2")', "return encoding_of('gpt2', "
+                                   "PATTERNS['gpt2'], [bytes([byte]) for byte in range(256)])"))
+    rng = random.Random(0)
+    for number in range(4):
+        name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
+        tokens = [token for _ in range(9) for token in (256, *rng.choices(range(256), k=20 + number))]
+        fake.files["kjj0/fineweb10B-gpt2"][name] = shard_of(tokens)
+    yield
+    script.write_text(real)
+    del fake.files["kjj0/fineweb10B-gpt2"]
+
+
+def test_ready_made_shards_get_a_manifest(bench_of_hub, gpt2):
+    bench = bench_of_hub
+    said = bench.run("--version", "10B-gpt2", "--num_shards", "2").stdout
+    assert "wrote data/10B-gpt2: 405 tokens of 18 documents to train on, 189 of 9 to validate on" in said
+    manifest = json.loads((bench.data("10B-gpt2") / "manifest.json").read_text())
+    shards.Dataset(bench.data("10B-gpt2"), manifest).verify()
+    assert (manifest["tokenizer"], manifest["revision"]) == ("gpt2", COMMIT)
+    assert [entry["bytes"] for entry in manifest["shards"]] == [180, 189, 198]
+    asked = bench.hub.asked["GET", "fineweb_train_000001.bin"]
+    bench.hub.faults["GET fineweb_train_000003.bin"] = ["cut", "rubbish"]
+    bench.run("--version", "10B-gpt2")
+    assert len(bench.hashes("10B-gpt2")) == 4
+    assert bench.hub.asked["GET", "fineweb_train_000001.bin"] == asked == 1
+    assert not list(bench.home.rglob("*.bin"))
+
+
+def test_ready_made_shards_of_another_vocabulary_are_refused(bench_of_hub, gpt2):
+    bench = bench_of_hub
+    bench.hub.files["kjj0/fineweb10B-gpt2"]["fineweb_train_000001.bin"] = shard_of([256, 300, 4])
+    refused = bench.run("--version", "10B-gpt2", code=1)
+    assert "it has token 300" in refused.stderr and not bench.data("10B-gpt2").exists()

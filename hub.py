@@ -79,6 +79,22 @@ def fetch(file: HubFile) -> Path:
     return _patiently(f"{file.path} of {file.repo}", ask)
 
 
+def fetch_url(url: str) -> bytes:
+    """The content of a small file anywhere on the web, as long as was announced.
+
+    raises  UserError when waiting does not help
+    """
+    import httpx2
+
+    def ask() -> bytes:
+        response = httpx2.get(url, follow_redirects=True, timeout=30)
+        response.raise_for_status()
+        return response.content
+    if _library().constants.HF_HUB_OFFLINE:
+        raise UserError(f"HF_HUB_OFFLINE is set; unset it to fetch {url}")
+    return _patiently(url, ask, host=url.split("/")[2])
+
+
 def in_cache(file: HubFile) -> bool:
     look = _library().try_to_load_from_cache
     return isinstance(look(file.repo, file.path, revision=file.revision, repo_type="dataset"), str)
@@ -143,13 +159,13 @@ def _endpoint() -> str:
     return _library().constants.ENDPOINT
 
 
-def _patiently(what: str, ask: Callable):
+def _patiently(what: str, ask: Callable, host: str = ""):
     """What `ask` returns, after as many tries as it takes, up to TRIES."""
     for attempt in range(1, TRIES + 1):
         try:
             return ask()
         except Exception as error:
-            complaint, asked_wait = _reason_to_wait(what, error)
+            complaint, asked_wait = _reason_to_wait(what, error, host or _endpoint())
             if attempt == TRIES:
                 raise UserError(f"cannot fetch {what}: {complaint}, {TRIES} times; start the same command "
                                 "again later, and it goes on from here") from error
@@ -160,7 +176,7 @@ def _patiently(what: str, ask: Callable):
             time.sleep(wait)
 
 
-def _reason_to_wait(what: str, error: Exception) -> tuple[str, float]:
+def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]:
     """What went wrong, and how many seconds the Hub asks to wait.
 
     raises  UserError if waiting does not help; the error itself if it is not of the network
@@ -174,12 +190,12 @@ def _reason_to_wait(what: str, error: Exception) -> tuple[str, float]:
     if isinstance(error, hub.errors.OfflineModeIsEnabled) or hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"HF_HUB_OFFLINE is set, and {what} is not in the cache; unset it once") from error
     if isinstance(error, hub.errors.GatedRepoError) or status in (401, 403):
-        raise UserError(f"{_endpoint()} does not give you {what} ({status}); accept its terms on its page, "
+        raise UserError(f"{host} does not give you {what} ({status}); accept its terms on its page, "
                         "then set HF_TOKEN to a token from your settings, or type: hf auth login") from error
     if status == 404 or isinstance(error, hub.errors.EntryNotFoundError):
-        raise UserError(f"{_endpoint()} has no {what} (404); is HF_ENDPOINT right?") from error
+        raise UserError(f"{host} has no {what} (404); is HF_ENDPOINT right?") from error
     if status is not None and status not in (408, 425, 429) and status < 500:
-        raise UserError(f"{_endpoint()} refuses {what}: {status} {response.reason_phrase}") from error
+        raise UserError(f"{host} refuses {what}: {status} {response.reason_phrase}") from error
     if isinstance(error, UserError):
         raise error
     of_the_network = (_Damaged, httpx2.HTTPError, hub.errors.HfHubHTTPError, hub.errors.FileMetadataError,

@@ -33,8 +33,8 @@ import torch
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from documents import UserError
-from train_tokenizer import TOKENIZERS, tokenizer_sha256
+from documents import UserError, sha256_of
+from train_tokenizer import TOKENIZERS, load_tokenizer, tokenizer_sha256
 
 ROOT = Path(__file__).resolve().parent
 EXPERIMENTS = ROOT / "experiments"
@@ -155,6 +155,10 @@ class RunLog:
         if self.active:
             lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in samples]
             self._write("samples.jsonl", "".join(lines))
+
+    def benchmark(self, name: str, items: list[dict]) -> None:
+        if self.active:
+            write_items(self.folder, name, items)
 
     def weights(self, model: torch.nn.Module) -> None:
         if self.active:
@@ -288,6 +292,70 @@ def saved_knobs(folder: Path) -> dict:
     if not isinstance(knobs, dict):
         raise UserError(f"{path} is not what a run writes")
     return knobs
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """raises  UserError if the run left none, or they are damaged"""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} has no model.safetensors; train it with --save_model")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+def saved_tokenizer(folder: Path) -> Encoding:
+    """The tokenizer that a run was trained with, which must still be what it was."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        name, sha256 = meta["name"], summary_of(folder)["tokenizer_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} does not tell its tokenizer ({type(error).__name__}: {error})") from error
+    tokenizer = load_tokenizer(name)
+    if tokenizer_sha256(tokenizer) != sha256:
+        raise UserError(f"tokenizer {name} has changed since {folder} was trained")
+    return tokenizer
+
+
+def script_of(folder: Path) -> str:
+    """The module that trained a run, if it still lies here; with a warning if it has changed."""
+    facts = summary_of(folder)
+    script = ROOT / str(facts.get("command", "")).split(" ")[0]
+    if not re.fullmatch(r"[A-Za-z_]\w*\.py", script.name) or not script.is_file():
+        raise UserError(f"{folder} was trained by {script.name}, which is not in {ROOT}")
+    if sha256_of(script) != facts.get("code_sha256"):
+        print(f"warning: {script.name} has changed since it trained {folder}", file=sys.stderr)
+    return script.stem
+
+
+def summary_of(folder: Path) -> dict:
+    """raises  UserError if the folder is not that of a finished run"""
+    try:
+        facts = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no summary.json; name the folder of a finished run") from error
+    except ValueError as error:
+        raise UserError(f"{folder / 'summary.json'} is not what a run writes") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{folder / 'summary.json'} is not what a run writes")
+    return facts
+
+
+def write_items(folder: Path, name: str, items: list[dict]) -> None:
+    """NAME.jsonl of a run folder: a line for each row of a benchmark."""
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n"
+                                                  for item in items))
+
+
+def write_benchmark(folder: Path, name: str, result: dict, items: list[dict]) -> None:
+    """Leave what a finished run scores in its folder, as if it had been scored at its end."""
+    write_items(folder, name, items)
+    facts = summary_of(folder)
+    facts["benchmarks"] = facts.get("benchmarks", {}) | {name: result}
+    write_whole(folder / "summary.json", json.dumps(facts, indent=2) + "\n")
 
 
 def saved_name(folder: Path) -> str | None:

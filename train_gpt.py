@@ -50,6 +50,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 import documents
 from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
+from download_hellaswag import Question, Scores, Task, hellaswag_accuracy, hellaswag_if_here
 from run_folder import (
     RunLog,
     changes_since,
@@ -59,8 +60,10 @@ from run_folder import (
     minutes,
     program,
     read_checkpoint,
+    read_weights,
     remove_checkpoints,
     saved_knobs,
+    saved_tokenizer,
 )
 from shards import Dataset, open_dataset
 from train_tokenizer import token_bytes
@@ -118,6 +121,7 @@ class Config:
     log_every: int = 10               # steps between rows of metrics.csv
     val_every: int = 100              # steps between validations; 0: only at the end
     val_tokens: int = 0               # held-out tokens to validate on; 0: all there are
+    hellaswag_rows: int = 0           # HellaSwag rows to score at the end, if it is here; 0: all 10,042
     num_samples: int = 4              # texts to write at the end
     sample_tokens: int = 64           # tokens in each
     temperature: float = 0.8          # of sampling; 0 takes the likeliest token
@@ -374,7 +378,7 @@ class GPT(nn.Module):
             torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
-        self.chunk_kernel = chunk_loss_and_gradient
+        self.chunk_kernel, self.losses_kernel = chunk_loss_and_gradient, chunk_losses
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
         self.register_buffer("padding", torch.where(is_token, 0.0, -math.inf), persistent=False)
 
@@ -394,11 +398,16 @@ class GPT(nn.Module):
         """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph."""
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.hidden(inputs, window_frac).detach().flatten(0, 1)                         # (BT, D)
-        weight = self.head.detach().to(x.dtype)                                             # (V, D)
+        weight, wanted = self.head.detach().to(x.dtype), targets.flatten()                  # (V, D), (BT)
+        losses = torch.zeros(wanted.shape, device=x.device)                                 # (BT)
+        places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others         # (N)
         with torch.no_grad():
-            losses = [self.chunk_kernel(chunk, weight, wanted, self.padding, self.cfg.logit_cap)[0]
-                      for chunk, wanted in chunks(x, targets.flatten(), weight.size(0))]
-        return torch.cat(losses).view(targets.shape)                                        # (B, T)
+            for some in places.split(chunk_rows(x, weight.size(0))):
+                # filled up to the size of all chunks, so that one kernel serves them
+                filled = F.pad(some, (0, chunk_rows(x, weight.size(0)) - len(some)))        # (N)
+                losses[some] = self.losses_kernel(x[filled], weight, wanted[filled], self.padding,
+                                                  self.cfg.logit_cap)[:len(some)]
+        return losses.view(targets.shape)                                                   # (B, T)
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
@@ -455,6 +464,7 @@ class GPT(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.chunk_kernel = torch.compile(chunk_loss_and_gradient, dynamic=False)
+        self.losses_kernel = torch.compile(chunk_losses, dynamic=False)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -476,12 +486,11 @@ def uniform(*shape: int, std: float) -> Tensor:
     return torch.empty(shape).uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
 
 
-def chunks(x: Tensor, targets: Tensor, columns: int) -> list[tuple[Tensor, Tensor]]:
-    """Rows of x and targets in chunks of N rows, so that a chunk's float32 logits take at most 32 MiB on a
-    CPU, near its caches, and 256 MiB on a GPU."""
+def chunk_rows(x: Tensor, columns: int) -> int:
+    """Rows of a chunk of x, so that its float32 logits take at most 32 MiB on a CPU, near its caches, and
+    256 MiB on a GPU."""
     limit = (2**25 if x.device.type == "cpu" else 2**28) // (4 * columns)
-    rows = 2 ** int(math.log2(max(1, min(limit, x.size(0)))))
-    return list(zip(x.split(rows), targets.split(rows), strict=True))
+    return 2 ** int(math.log2(max(1, min(limit, x.size(0)))))
 
 
 def soft_cap(z: Tensor, cap: float) -> Tensor:
@@ -510,6 +519,12 @@ def chunk_loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, padding:
     return losses[:, 0], slope.to(x.dtype).scatter(1, place, slope_there.to(x.dtype))
 
 
+def chunk_losses(x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float) -> Tensor:
+    """(N) float32 losses of a chunk without their gradient; arguments as chunk_loss_and_gradient has them."""
+    z = soft_cap((x @ weight.T).float(), cap) + padding                                     # (N, V)
+    return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                   # (N)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, chunk by chunk, with its gradient made on the way forward.
 
@@ -525,7 +540,8 @@ class ChunkedLoss(torch.autograd.Function):
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (N, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         start = 0
-        for part, wanted in chunks(x, targets, weight.size(0)):
+        rows = chunk_rows(x, weight.size(0))
+        for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
             losses, slope = kernel(part, narrow, wanted, padding, cap)                      # (N), (N, V)
             total += losses.sum()
             torch.mm(slope, narrow, out=x_grad[start:start + len(part)])                    # (N, D)
@@ -977,6 +993,20 @@ class HeldOut:
         return Validation(nats / tokens, text_nats / math.log(2) / text_bytes)
 
 
+def score(model: GPT, tokenizer: Encoding, questions: list[Question], rows: int, world: "World") -> Scores:
+    """Accuracy of a model in multiple choice, `rows` rows at a time, as in training, so no kernel is compiled
+    for it; called on all processes, which share the work."""
+    def log_probabilities(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        inputs, targets = (torch.from_numpy(array).to(world.device) for array in (inputs, targets))
+        return -model.token_losses(inputs, targets).cpu().numpy()                           # (B, T)
+
+    def add_up(sums: np.ndarray) -> np.ndarray:
+        return world.sum(torch.from_numpy(sums).to(world.device)).cpu().numpy()
+    model.eval()
+    return hellaswag_accuracy(log_probabilities, tokenizer, questions, (rows, model.cfg.seq_len), world.rank,
+                              world.size, add_up)
+
+
 def xz_bits_per_byte(text: bytes) -> float | None:
     """Bits per byte that `xz -9e` needs for a text: what a model has to beat. None without Python's lzma."""
     if not importlib.util.find_spec("_lzma"):
@@ -1284,6 +1314,13 @@ def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_
     ]
 
 
+def describe_task(task: Task | None) -> str:
+    if not task:
+        return "hellaswag   not here; python download_hellaswag.py fetches it"
+    some = f", a fixed sample of {task.rows_in_file:,}" if len(task.questions) < task.rows_in_file else ""
+    return f"hellaswag   {len(task.questions):,} rows at the end{some}"
+
+
 def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) -> str:
     used = rows.num_rows * cfg.seq_len / rows.bases[-1]
     epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
@@ -1321,6 +1358,8 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
              f"at {summary['tokens_per_second']:,.0f} tokens/s, "
              f"{minutes(summary['compile_seconds'])} of compiling; "
              f"peak memory {summary['peak_memory_mib']:,.0f} MiB"]
+    for name, result in summary.get("benchmarks", {}).items():
+        lines.append(f"{name:<12}{task_in_words(result)}")
     if "cost" in summary:
         lines.append(f"cost        {summary['cost']:.2f}")
     if samples:
@@ -1332,12 +1371,20 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     return lines
 
 
+def task_in_words(result: dict) -> str:
+    acc = result["acc"]
+    return (f"{acc['value']:.4f} right ({acc['low']:.4f} to {acc['high']:.4f}), "
+            f"{result['acc_norm_bytes']['value']:.4f} by bytes; "
+            f"chance {result['chance']:.4f}; {result['rows']:,} rows")
+
+
 # ------------------------------------------------------------------------------------------------
 # Training: the sections above, put together.
 # ------------------------------------------------------------------------------------------------
 
 LARGEST_XZ_TEXT = 2**24             # bytes; xz -9e takes a second for each two million
 LARGEST_CPU_MICRO_BATCH = 2**14     # tokens; more are not faster on a CPU
+WORTH_COMPILING = 1000              # rows of multiple choice to score with weights from a file
 
 
 class Clock:
@@ -1645,6 +1692,8 @@ def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     cfg, text, saved = open_run(cfg, world)
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
+    task = world.together(lambda: hellaswag_if_here(cfg.hellaswag_rows) if world.is_main else None)
+    task = world.same(task)     # other machines need not have the file
     identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):
@@ -1661,7 +1710,7 @@ def train(cfg: Config, world: World) -> None:
     with log, last_words(log):
         sized = world.same(choose_micro_batch(cfg, model, world, saved))
         log.say("\n".join([*introduction(sized, world, model, compiled, compile_reason),
-                           describe_data(cfg, dataset, rows, held_out)]))
+                           describe_data(cfg, dataset, rows, held_out), describe_task(task)]))
         begun = time.perf_counter()
         sized = fit_micro_batch(model, optimizer, sized, world, log)
         compile_seconds = time.perf_counter() - begun
@@ -1676,8 +1725,7 @@ def train(cfg: Config, world: World) -> None:
                 + (f"goes on after step {run.step}" if cfg.resume else "begins"))
         saved = None    # its memory is needed
         training_loop(run)
-        if world.is_main:
-            finish(run, tokenizer, compile_seconds)
+        finish(run, tokenizer, task, compile_seconds)
 
 
 @contextlib.contextmanager
@@ -1816,17 +1864,28 @@ class LossScale:
         self.value, self.good_steps = state["value"], state["good_steps"]
 
 
-def finish(run: Run, tokenizer: Encoding, compile_seconds: float) -> None:
-    """Weights, samples, the comparison with xz, picture, summary, and last what a newcomer wants to know."""
+def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: float) -> None:
+    """Weights, HellaSwag, samples, the comparison with xz, picture, summary, and last what a newcomer wants
+    to know."""
     cfg, model, held_out, log = run.cfg, run.model, run.held_out, run.log
+    results = run.values | {"compile_seconds": round(compile_seconds, 1)}
     if cfg.save_model:
         log.weights(model)
-    model.eval()
-    model.flex = False      # texts have many lengths, and none is worth compiling for
-    with run.world.memory_of("evaluation"), torch.compiler.set_stance("force_eager"):
-        samples = write_samples(cfg, run.world, model, tokenizer, held_out)
+    with run.world.memory_of("evaluation"):
+        if task:
+            begun = time.perf_counter()
+            _, rows_at_once = micro_batch_shape(cfg, run.world.size)
+            scores = score(model, tokenizer, task.questions, rows_at_once, run.world)
+            log.benchmark("hellaswag", scores.items)
+            result = task.facts() | scores.summary() | {"seconds": time.perf_counter() - begun}
+            results["benchmarks"] = {"hellaswag": result}
+        if not run.world.is_main:
+            return
+        model.eval()
+        model.flex = False      # texts have many lengths, and none is worth compiling for
+        with torch.compiler.set_stance("force_eager"):
+            samples = write_samples(cfg, run.world, model, tokenizer, held_out)
     log.samples(samples)
-    results = run.values | {"compile_seconds": round(compile_seconds, 1)}
     text = held_out.text()
     if len(text) <= LARGEST_XZ_TEXT:
         results["xz_bpb"] = xz_bits_per_byte(text)
@@ -1858,13 +1917,40 @@ def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, he
             for prompt, continuation in zip(prompts, continuations, strict=True)]
 
 
+def score_saved(folder: Path, task: Task) -> tuple[Scores, bool]:
+    """Score the weights that a run left, on as many processes as there are; and whether this is the first."""
+    knobs = {knob: value for knob, value in saved_knobs(folder).items()
+             if knob in {field.name for field in dataclasses.fields(Config)}}
+    cfg = Config(**knobs | {"device": "auto", "compile": "auto", "deterministic": False})
+    world = World(cfg)
+    try:
+        model, tokenizer = world.together(lambda: load_trained(folder, cfg, world))
+        if choose_compile(cfg, world.device)[0] and len(task.questions) >= WORTH_COMPILING:
+            model.compile_parts()
+        with torch.no_grad():
+            scores = score(model, tokenizer, task.questions, max(1, 2**14 // cfg.seq_len), world)
+        return scores, world.is_main
+    finally:
+        world.close()
+
+
+def load_trained(folder: Path, cfg: Config, world: World) -> tuple[GPT, Encoding]:
+    """The model that a run left with --save_model, and its tokenizer."""
+    tokenizer, weights = saved_tokenizer(folder), read_weights(folder)
+    model = GPT(cfg, tokenizer.eot_token, world.dtype)
+    check_shapes(weights, model)
+    model.load_state_dict(weights)
+    return model.to(world.device), tokenizer
+
+
 def check(cfg: Config, world: World) -> bool:
     """Say what a run would do; False if it could not train."""
     problems = []
     compiled, compile_reason = choose_compile(cfg, world.device)
     try:
         cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
-        about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
+        about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}",
+                      describe_task(hellaswag_if_here(cfg.hellaswag_rows))]
     except UserError as error:
         problems.append(str(error))
         cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 50257)

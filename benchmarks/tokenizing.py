@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import documents
 import download_fineweb
+import shards
 import train_tokenizer
 
 SCRATCH = "benchmark-of-tokenizing"     # a folder in data/
@@ -43,13 +44,13 @@ def main() -> None:
         began = time.perf_counter()
         count = sum(map(len, tokenizer.encode_ordinary_batch(texts, num_threads=args.num_workers)))
         bare.append(megabytes / (time.perf_counter() - began))
-        shutil.rmtree(download_fineweb.DATA / SCRATCH, ignore_errors=True)
+        shutil.rmtree(shards.DATA / SCRATCH, ignore_errors=True)
         began = time.perf_counter()
         subprocess.run(command, cwd=script.parent, check=True, stdout=subprocess.DEVNULL)
         whole.append(megabytes / (time.perf_counter() - began))
-    manifest = download_fineweb.read_manifest(download_fineweb.DATA / SCRATCH / "manifest.json")
+    manifest = shards.read_manifest(shards.DATA / SCRATCH / "manifest.json")
     found = sum(shard["tokens"] - shard["documents"] for shard in manifest["shards"])
-    shutil.rmtree(download_fineweb.DATA / SCRATCH)
+    shutil.rmtree(shards.DATA / SCRATCH)
     print(f"{megabytes:.1f} MB, {args.num_workers} workers; "
           f"{found:,} tokens in shards, {count:,} by tiktoken\n")
     print("| | median MB/s | all MB/s |")

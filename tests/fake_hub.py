@@ -21,6 +21,7 @@ class FakeHub:
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = defaultdict(dict)
+        self.pages: dict[str, bytes] = {}           # of other paths
         self.announced: dict[str, bytes] = {}       # what the tree tells of, where it is not the content
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.asked: Counter[tuple[str, str]] = Counter()
@@ -47,10 +48,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
-    def do_HEAD(self) -> None:      # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:       # noqa: N802
+    def do_GET(self) -> None:
         hub, path = self.hub, self.path.split("?")[0].replace("%2F", "/")
         if self.headers.get("Authorization"):
             hub.tokens.append(self.headers["Authorization"])
@@ -60,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
             self.tree(tree[1], tree[2] or "")
         elif file:
             self.file(file[1], file[2])
+        elif path in hub.pages:
+            self.answer(200, hub.pages[path])
         else:
             self.answer(404, b'{"error": "not found"}')
 

@@ -1,6 +1,7 @@
 """FineWeb from a Hub that misbehaves. Run: ./run.sh test tests/test_hub.py"""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -150,7 +151,7 @@ def decoded(bench: Bench, name: str, split: str) -> list[str]:
     for tokens in shards.Dataset(bench.data(name), manifest).tokens(split):
         borders = [*np.flatnonzero(tokens == tokenizer.eot_token), len(tokens)]
         texts += [tokenizer.decode(tokens[begin + 1:end].tolist())
-                  for begin, end in zip(borders, borders[1:], strict=False)]
+                  for begin, end in itertools.pairwise(borders)]
     return texts
 
 

@@ -1,0 +1,96 @@
+"""HellaSwag by the batched scorer against one candidate at a time, taking turns, with the same model.
+
+    python benchmarks/hellaswag.py --rows FILE.jsonl [--score experiments/RUN]
+
+Without --score the model is the demo's, with random weights: its speed is the same.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt
+from documents import command
+from download_hellaswag import METRICS, read_questions
+from run_folder import saved_knobs
+from train_gpt import GPT, PRESETS, Config, World
+from train_tokenizer import load_tokenizer
+
+
+@torch.no_grad()
+def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> list[np.ndarray]:
+    """Sums of the log-probabilities of each ending, as one would write it down first."""
+    sums = []
+    for question in questions:
+        context = tokenizer.encode_ordinary(question.ctx)
+        row = []
+        for ending in question.endings:
+            tokens = tokenizer.encode_ordinary(f" {ending}")
+            ids = torch.tensor([[tokenizer.eot_token, *context, *tokens]], device=device)   # (1, T)
+            logits = model.logits(ids[:, :-1])                                              # (1, T, V)
+            log_probabilities = torch.log_softmax(logits[0, -len(tokens):], dim=-1)         # (N, V)
+            row.append(log_probabilities.gather(1, ids[0, -len(tokens):, None]).sum().item())
+        sums.append(np.array(row))
+    return sums
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="a .jsonl file of HellaSwag's kind")
+    parser.add_argument("--score", type=Path, help="a run trained with --save_model")
+    parser.add_argument("--tokenizer", default="demo_v4096_n20000000", help="without --score")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    questions = read_questions(args.rows)
+    if args.score:
+        cfg = Config(**saved_knobs(args.score) | {"device": "auto"})
+        world = World(cfg)
+        model, tokenizer = train_gpt.load_trained(args.score, cfg, world)
+    else:
+        tokenizer = load_tokenizer(args.tokenizer)
+        cfg = Config(**PRESETS["demo"], vocab_size=tokenizer.n_vocab)
+        world = World(cfg)
+        torch.manual_seed(0)
+        model = GPT(cfg, tokenizer.eot_token, world.dtype).to(world.device)
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    begun = time.perf_counter()
+    model.compile_parts()
+    rows_at_once = max(1, cfg.batch_tokens // cfg.seq_len)
+    train_gpt.score(model, tokenizer, questions[:8], rows_at_once, world)
+    print(f"compiled in {time.perf_counter() - begun:.1f} s, as training has done already")
+    times: dict[str, list[float]] = {"one by one": [], "batched": []}
+    for _ in range(args.rounds):
+        begun = time.perf_counter()
+        scores = train_gpt.score(model, tokenizer, questions, rows_at_once, world)
+        times["batched"].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        with torch.compiler.set_stance("force_eager"):      # each length would be compiled for
+            alone = one_by_one(model.eval(), tokenizer, questions, world.device)
+        times["one by one"].append(time.perf_counter() - begun)
+    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, seconds in times.items():
+        print(f"{name:<12}{middle[name]:7.2f} s   ({' '.join(f'{second:.2f}' for second in seconds)})")
+    print(f"batched is {middle['one by one'] / middle['batched']:.1f} times as fast on "
+          f"{world.device_name()}, {str(world.dtype).removeprefix('torch.')}")
+    differences = [np.abs(sums - item["log_probabilities"]).max()
+                   for sums, item in zip(alone, scores.items, strict=True)]
+    print(f"largest difference of a score: {max(differences):.2g} nats")
+    for metric in METRICS:
+        lengths = metric.removeprefix("acc_norm_").replace("acc", "nothing")
+        same = sum(int((sums / np.maximum(item.get(lengths, [1] * len(sums)), 1)).argmax())
+                   == item[metric]["choice"] for sums, item in zip(alone, scores.items, strict=True))
+        print(f"{metric}: the same choice in {same:,} of {len(questions):,} rows")
+    print("\n".join(scores.lines()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Fetch HellaSwag, and score language models on it or on any multiple-choice file of its kind.
+
+    python download_hellaswag.py                                 data/hellaswag_val.jsonl: 10,042 rows, 12 MB
+    python download_hellaswag.py --score experiments/RUN         score a run trained with --save_model
+    python download_hellaswag.py --score RUN --task my.jsonl     the same for questions of your own
+
+A row is a beginning and what might follow, one of which does; a task's row needs only these three:
+
+    {"ctx": "A man is sitting on a roof. he", "label": 3,
+     "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                 "is holding a rubik's cube.", "starts pulling up roofing on a roof."], ...}
+
+A model reads <|endoftext|> and ctx as they are, then a space and one ending at a time, and takes the ending
+whose tokens together are likeliest (acc), or likeliest per character, byte or token (acc_norm). Chance is
+0.25. GPT-2 of 124M parameters is known for acc 0.2859 and acc_norm by tokens 0.2955 on this text (llm.c's
+script), and for 0.2892 and 0.3114 by characters in lm-evaluation-harness, which edits the text first.
+source  Zellers et al. 2019, arXiv:1905.07830
+"""
+
+import bisect
+import importlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tiktoken import Encoding
+from tqdm import tqdm
+
+import hub
+import shards
+from documents import Parser, UserError, command, is_first_process, locked, positive, sha256_of
+from train_tokenizer import CannotEncode, encode
+
+# the data's own name of each split, and its rows
+SPLITS = {"validation": ("val", 10_042), "train": ("train", 39_905), "test": ("test", 10_003)}
+REPO = "Rowan/hellaswag"
+AUTHORS = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
+FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings",
+          "source_id")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row: a beginning, what might follow it, and the number of the ending that does.
+
+    name  the row's `ind`, or its line in the file
+    """
+    name: int | str
+    ctx: str
+    endings: tuple[str, ...]
+    label: int
+
+
+# ------------------------------------------------------------------------------------------------
+# Fetch
+# ------------------------------------------------------------------------------------------------
+
+def path_of(split: str) -> Path:
+    return shards.DATA / f"hellaswag_{SPLITS[split][0]}.jsonl"
+
+
+def fetch(split: str) -> Path:
+    """The file of a split, fetched unless it is there and whole.
+
+    raises  UserError if neither the Hub nor the authors' repository gives it
+    """
+    path = path_of(split)
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        if path.exists():
+            try:
+                check_rows(path, split)
+                print(f"{path.relative_to(shards.ROOT)} is there: {SPLITS[split][1]:,} rows")
+                return path
+            except UserError as error:
+                print(f"{error}; it is fetched again", file=sys.stderr)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            source = fetch_from_hub(split, partial)
+        except UserError as error:
+            print(f"{error}; asking the authors' repository", file=sys.stderr)
+            source = fetch_from_authors(split, partial)
+        os.replace(partial, path)
+    print(f"wrote {path.relative_to(shards.ROOT)}: {SPLITS[split][1]:,} rows from {source}, "
+          f"SHA-256 {sha256_of(path)}")
+    return path
+
+
+def fetch_from_hub(split: str, path: Path) -> str:
+    files = hub.list_files(REPO, "data", ".parquet")
+    matching = [file for file in files if Path(file.path).name.startswith(f"{split}-")]
+    if not matching:
+        raise UserError(f"{REPO} has no parquet file of {split}")
+    import pyarrow
+    import pyarrow.parquet
+    rows = []
+    for file in matching:
+        kept, copy = hub.in_cache(file), hub.fetch(file)
+        try:
+            rows += pyarrow.parquet.read_table(copy).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{file.path} of {REPO} is no readable parquet file "
+                            f"({str(error).splitlines()[0]})") from error
+        if not kept:
+            hub.forget(copy)
+    write_rows(rows, split, path)
+    return f"{REPO} at {files[0].revision}"
+
+
+def fetch_from_authors(split: str, path: Path) -> str:
+    url = f"{AUTHORS}/hellaswag_{SPLITS[split][0]}.jsonl"
+    content = hub.fetch_url(url)
+    try:
+        rows = [json.loads(line) for line in content.decode().splitlines()]
+    except ValueError as error:
+        raise UserError(f"{url} is not JSON lines ({error})") from error
+    write_rows(rows, split, path)
+    return url
+
+
+def write_rows(rows: list[dict], split: str, path: Path) -> None:
+    """Write rows as the authors' files have them, wherever they come from, and check them."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(as_authors_have_it(row), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        check_rows(path, split)
+    except UserError:
+        path.unlink()
+        raise
+
+
+def as_authors_have_it(row: object) -> object:
+    """A row of the Hub, where labels are texts and empty in the test split."""
+    if not isinstance(row, dict):
+        return row
+    label = str(row.get("label", ""))
+    row = row | {"label": int(label) if label.isdecimal() else label}
+    return {field: row[field] for field in FIELDS if row.get(field, "") != ""}
+
+
+def check_rows(path: Path, split: str) -> None:
+    """raises  UserError unless the file holds exactly the rows of the split, four endings each"""
+    questions = read_questions(path, labelled=split != "test")
+    expected = SPLITS[split][1]
+    if len(questions) != expected:
+        raise UserError(f"{path.name} has {len(questions):,} rows instead of {expected:,}")
+    odd = next((question for question in questions if len(question.endings) != 4), None)
+    if odd:
+        raise UserError(f"{path.name} has {len(odd.endings)} endings instead of 4 in row {odd.name}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to score a model on, all of a file's or a fixed sample of them."""
+    name: str
+    sha256: str
+    rows_in_file: int
+    questions: list[Question]
+
+    def facts(self) -> dict:
+        """What results on it can be compared by."""
+        return {"sha256": self.sha256, "rows_in_file": self.rows_in_file}
+
+
+def open_task(path: Path, name: str, rows: int) -> Task:
+    """The questions of a file; if `rows` is not 0, so many of them, the same whenever and wherever asked."""
+    questions = read_questions(path)
+    chosen = range(len(questions))
+    if 0 < rows < len(questions):
+        chosen = sorted(random.Random(0).sample(chosen, rows))
+    return Task(name, sha256_of(path), len(questions), [questions[number] for number in chosen])
+
+
+def hellaswag_if_here(rows: int) -> Task | None:
+    """HellaSwag's validation split, or None if it has not been fetched."""
+    path = path_of("validation")
+    if not path.is_file():
+        return None
+    check_rows(path, "validation")
+    return open_task(path, "hellaswag", rows)
+
+
+def read_questions(path: Path, labelled: bool = True) -> list[Question]:
+    """The rows of a .jsonl file of this kind, however many endings they have.
+
+    raises  UserError that names the first line that is none
+    """
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            questions.append(question_of(line, f"{path.name} line {number}", number, labelled))
+    if not questions:
+        raise UserError(f"{path} has no rows")
+    return questions
+
+
+def question_of(line: str, where: str, number: int, labelled: bool) -> Question:
+    def require(holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{where} is no row of multiple choice: {rule}")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error})") from error
+    require(isinstance(row, dict), "it must be an object")
+    ctx, endings, label = row.get("ctx"), row.get("endings"), row.get("label")
+    require(isinstance(ctx, str), "ctx must be a text")
+    require(isinstance(endings, list) and len(endings) > 1 and all(isinstance(e, str) for e in endings),
+            "endings must be a list of two texts or more")
+    if labelled:
+        right = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(endings)
+        require(right, f"label must be the number of an ending, from 0 to {len(endings) - 1}")
+    name = row.get("ind")
+    return Question(name if isinstance(name, int | str) else number, ctx, tuple(endings),
+                    label if labelled else -1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Score
+# ------------------------------------------------------------------------------------------------
+
+# what the log-probability of an ending is divided by
+METRICS = ("acc", "acc_norm_characters", "acc_norm_bytes", "acc_norm_tokens")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of rows whose likeliest ending is the right one, with its Wilson 95 % interval.
+
+    ties  rows in which several endings are likeliest; the first of them counts as the choice
+    """
+    value: float
+    low: float
+    high: float
+    correct: int
+    ties: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of a task.
+
+    chance        accuracy of guessing
+    cut_contexts  endings before which the context was too long for the model and was cut from the left
+    accuracies    by METRICS
+    items         for each row: its name and label, and for each ending its log-probability in nats and its
+                  length; then the choice by each metric
+    """
+    rows: int
+    chance: float
+    cut_contexts: int
+    accuracies: dict[str, Accuracy]
+    items: list[dict]
+
+    def summary(self) -> dict:
+        """All but the items, as summary.json has it."""
+        return {"rows": self.rows, "chance": self.chance, "cut_contexts": self.cut_contexts,
+                **{metric: vars(accuracy) for metric, accuracy in self.accuracies.items()}}
+
+    def lines(self) -> list[str]:
+        lines = [f"{metric.replace('acc_norm_', 'acc_norm by '):<22} {accuracy.value:.4f}   95 % interval "
+                 f"{accuracy.low:.4f} to {accuracy.high:.4f}   {accuracy.correct:,} of {self.rows:,}, "
+                 f"{accuracy.ties:,} ties" for metric, accuracy in self.accuracies.items()]
+        return [*lines, f"{'chance':<22} {self.chance:.4f}   {self.cut_contexts:,} endings behind a context "
+                "that was too long and was cut from the left"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An ending behind its context: the model predicts the last `predicted` tokens from those before them."""
+    tokens: list[int]
+    predicted: int
+    is_cut: bool
+
+    @property
+    def width(self) -> int:
+        """Tokens to be read; the last is predicted only."""
+        return len(self.tokens) - 1
+
+
+def hellaswag_accuracy(log_probabilities: Callable[[np.ndarray, np.ndarray], np.ndarray], tokenizer: Encoding,
+                       questions: list[Question], shape: tuple[int, int], rank: int = 0, world_size: int = 1,
+                       add_up: Callable[[np.ndarray], np.ndarray] = lambda sums: sums) -> Scores:
+    """Score a model on multiple choice, many candidates in a row.
+
+    log_probabilities  (B, T) int64 inputs and targets -> (B, T) log-probability of each target in nats; a
+                       target of -1 is not to be predicted, and what stands there in the answer does not
+                       count. The model must keep documents apart: each candidate begins with <|endoftext|>
+    shape              (B, T) of every batch; T is the most that the model can read
+    rank, world_size   this process scores every world_size-th batch, and
+    add_up             gives the sum of all processes' arrays, in float64
+
+    The batches are the same for any number of processes, and each candidate is in one of them.
+    """
+    rows, width = shape
+    candidates = [candidate for question in questions
+                  for candidate in candidates_of(question, tokenizer, width)]
+    packed = packed_rows([candidate.width for candidate in candidates], width)
+    sums = np.zeros(len(candidates))
+    starts = range(rank * rows, len(packed), world_size * rows)
+    with tqdm(starts, unit=" batches", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
+        for start in bar:
+            inputs, targets = np.full(shape, tokenizer.eot_token), np.full(shape, -1)       # (B, T)
+            places = {}
+            for row, numbers in enumerate(packed[start:start + rows]):
+                first = 0
+                for number in numbers:
+                    candidate = candidates[number]
+                    last = first + candidate.width
+                    inputs[row, first:last] = candidate.tokens[:-1]
+                    targets[row, last - candidate.predicted:last] = candidate.tokens[-candidate.predicted:]
+                    places[number] = row, slice(last - candidate.predicted, last)
+                    first = last
+            scores = np.asarray(log_probabilities(inputs, targets), dtype=np.float64)       # (B, T)
+            for number, place in places.items():
+                sums[number] = scores[place].sum()
+    sums = add_up(sums)
+    if not np.isfinite(sums).all():
+        raise UserError("the model gives log-probabilities that are not finite")
+    items, begin = [], 0
+    for question in questions:
+        end = begin + len(question.endings)
+        lengths = [candidate.predicted for candidate in candidates[begin:end]]
+        items.append(item_of(question, sums[begin:end], lengths))
+        begin = end
+    return Scores(len(questions), sum(1 / len(question.endings) for question in questions) / len(questions),
+                  sum(candidate.is_cut for candidate in candidates),
+                  {metric: accuracy_of(items, metric) for metric in METRICS}, items)
+
+
+def candidates_of(question: Question, tokenizer: Encoding, longest: int) -> Iterator[Candidate]:
+    """Each ending with what stands before it, at most `longest` tokens to be read."""
+    def tokens_of(text: str) -> list[int]:
+        try:
+            return encode(tokenizer, text)[0]
+        except CannotEncode as error:
+            raise UserError(f"tiktoken cannot encode a text of row {question.name}") from error
+    context = tokens_of(question.ctx)
+    for ending in question.endings:
+        predicted = tokens_of(f" {ending}")
+        # <|endoftext|> begins the text, as in training; of what follows, the last `longest` tokens stay
+        behind = context + predicted
+        kept = behind[max(0, len(behind) - longest):]
+        yield Candidate([tokenizer.eot_token, *kept], min(len(predicted), len(kept)), len(kept) < len(behind))
+
+
+def packed_rows(widths: list[int], width: int) -> list[list[int]]:
+    """Numbers of candidates, row by row; a row holds `width` tokens.
+
+    The longest go first, each into the fullest row that has room (best fit, decreasing).
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []        # what each row has left, and its number; sorted
+    for number in sorted(range(len(widths)), key=lambda number: (-widths[number], number)):
+        place = bisect.bisect_left(room, (widths[number], 0))
+        left, row = room.pop(place) if place < len(room) else (width, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(number)
+        bisect.insort(room, (left - widths[number], row))
+    return rows
+
+
+def item_of(question: Question, sums: np.ndarray, tokens: list[int]) -> dict:
+    lengths = {"characters": [len(ending) for ending in question.endings],
+               "bytes": [len(ending.encode(errors="replace")) for ending in question.endings],
+               "tokens": tokens}
+    item = {"name": question.name, "label": question.label, "log_probabilities": sums.tolist(), **lengths}
+    for metric in METRICS:
+        divisors = lengths.get(metric.removeprefix("acc_norm_"), [1] * len(sums))
+        scores = sums / np.maximum(divisors, 1)
+        item[metric] = {"choice": int(scores.argmax()), "tie": bool((scores == scores.max()).sum() > 1)}
+    return item
+
+
+def accuracy_of(items: list[dict], metric: str) -> Accuracy:
+    correct = sum(item[metric]["choice"] == item["label"] for item in items)
+    return Accuracy(correct / len(items), *wilson_interval(correct, len(items)), correct,
+                    sum(item[metric]["tie"] for item in items))
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a proportion.
+
+    source  Wilson 1927, J. Am. Stat. Assoc. 22, 209
+    """
+    z = 1.959963984540054
+    share, spread = successes / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+def score_run(folder: Path, path: Path | None, rows: int) -> None:
+    """Score the weights of a run and leave the result in its folder.
+
+    The model is that of the script that trained it, which must still lie here.
+    """
+    import run_folder
+    task = open_task(path, path.stem, rows) if path else hellaswag_if_here(rows)
+    if task is None:
+        raise UserError("HellaSwag is not here; fetch it with: python download_hellaswag.py")
+    if not re.fullmatch(shards.FOLDER_NAME, task.name) or task.name == "samples":
+        raise UserError(f"{path} needs another name: the result is written to {task.name}.jsonl of the run")
+    script = importlib.import_module(run_folder.script_of(folder))
+    begun = time.perf_counter()
+    scores, is_main = script.score_saved(folder, task)
+    result = task.facts() | scores.summary() | {"seconds": time.perf_counter() - begun}
+    if is_main:
+        run_folder.write_benchmark(folder, task.name, result, scores.items)
+        some = f", a fixed sample of {task.rows_in_file:,}" if scores.rows < task.rows_in_file else ""
+        print(f"{task.name}: {scores.rows:,} rows{some}", *scores.lines(),
+              f"wrote {folder / task.name}.jsonl", sep="\n")
+
+
+@command
+def main() -> None:
+    parser = Parser("Fetch HellaSwag, or score a run on it.")
+    parser.add_argument("--split", choices=SPLITS, default="validation",
+                        help="what to fetch; only validation is scored")
+    parser.add_argument("--score", metavar="RUN_FOLDER", type=Path,
+                        help="score the model of this run (trained with --save_model) instead of fetching")
+    parser.add_argument("--task", metavar="FILE.jsonl", type=Path,
+                        help="with --score: questions of your own instead of HellaSwag")
+    parser.add_argument("--hellaswag_rows", metavar="N", type=lambda text: positive(text, 0), default=0,
+                        help="with --score: a fixed sample of so many rows; 0: all")
+    args = parser.parse_args()
+    if args.score:
+        score_run(args.score, args.task, args.hellaswag_rows)
+    elif args.task:
+        raise UserError("--task needs a model to score: --score RUN_FOLDER")
+    elif is_first_process():
+        fetch(args.split)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""HellaSwag: fetched whole or not at all, scored as a plain loop would.
+
+Run: ./run.sh test tests/test_hellaswag.py
+"""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from fake_hub import FakeHub
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import flags, newest, run, summary_of, torchrun, train_here
+
+import download_hellaswag
+from documents import UserError
+from download_hellaswag import METRICS, Question, hellaswag_accuracy, packed_rows, read_questions
+from train_gpt import GPT, Config
+from train_tokenizer import load_tokenizer
+
+VAL, PARQUET = "data/hellaswag_val.jsonl", "data/validation-00000-of-00001.parquet"
+TOKENIZER = "tiny_v300_n1073741824"
+
+
+def rows_of_split(count: int = 10_042, split: str = "val") -> list[dict]:
+    """Rows in the fields of the authors' files."""
+    return [{"ind": 3 * number, "activity_label": "Ironing", "ctx_a": "A cat sat.", "ctx_b": "the dog",
+             "ctx": f"A cat sat on mat {number}. the dog", "split": split, "split_type": "indomain",
+             **({"label": number % 4} if split != "test" else {}),
+             "endings": [f"ran {word} {number}." for word in ("under", "on", "and then", "größer")],
+             "source_id": f"activitynet~v_{number}"} for number in range(count)]
+
+
+def parquet(rows: list[dict]) -> bytes:
+    """The rows as the Hub has them: in another order of columns, and labels are texts."""
+    raw = io.BytesIO()
+    columns = {field: [row.get(field, "") for row in rows] for field in sorted(rows[0], reverse=True)}
+    columns["label"] = [str(row.get("label", "")) for row in rows]
+    pyarrow.parquet.write_table(pyarrow.table(columns), raw)
+    return raw.getvalue()
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture(scope="module")
+def kit(lab, tmp_path_factory):
+    """A Hub that is the authors' repository, too, and a Benchtop that asks it."""
+    folder = tmp_path_factory.mktemp("kit")
+    for script in lab.glob("*.py"):
+        shutil.copy(script, folder)
+    fake = FakeHub()
+    for script, line in (("hub.py", "FIRST_WAIT = 0.02"),
+                         ("download_hellaswag.py", f'AUTHORS = "{fake.url}"')):
+        text, count = re.subn(rf"(?m)^{line.split()[0]} = .*$", line, (folder / script).read_text())
+        assert count == 1
+        (folder / script).write_text(text)
+    yield folder, fake
+    fake.close()
+
+
+@pytest.fixture
+def fetch(kit, tmp_path):
+    """Runs the script against the Hub, in a Benchtop without data; gives what it says."""
+    folder, fake = kit
+    fake.files.clear()
+    fake.pages.clear()
+    fake.faults.clear()
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": fake.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def fetch(*arguments: str, expect: int = 0, **more: str) -> str:
+        done = run(folder, "download_hellaswag.py", *arguments, expect=expect, env=env | more)
+        assert "Traceback" not in done.stderr
+        left = {path.name for path in folder.glob("data/*")}
+        assert left <= {"hellaswag_val.jsonl", "hellaswag_test.jsonl", "hellaswag_train.jsonl"}, left
+        assert not list((tmp_path / "home").rglob("*.parquet"))
+        return done.stdout + done.stderr
+    return fetch
+
+
+def test_the_hub_and_the_authors_give_the_same_file(kit, fetch):
+    folder, fake = kit
+    rows = rows_of_split()
+    fake.files["Rowan/hellaswag"] = {PARQUET: parquet(rows), "data/test-00000-of-00001.parquet": b"other"}
+    assert "10,042 rows from Rowan/hellaswag at 0123" in fetch()
+    from_hub = (folder / VAL).read_bytes()
+    assert [json.loads(line) for line in from_hub.splitlines()] == rows
+    assert "is there" in fetch()
+
+    (folder / VAL).unlink()
+    fake.files.clear()
+    fake.pages["/hellaswag_val.jsonl"] = jsonl(rows)
+    said = fetch()
+    assert "Rowan/hellaswag (404)" in said and "asking the authors' repository" in said
+    assert (folder / VAL).read_bytes() == from_hub
+
+
+@pytest.mark.parametrize("fault", ["cut", "html", "500", "429", "rubbish"])
+def test_a_fault_on_the_way_is_waited_out_or_the_other_source_asked(kit, fetch, fault):
+    folder, fake = kit
+    rows = rows_of_split()
+    fake.files["Rowan/hellaswag"][PARQUET] = parquet(rows)
+    fake.pages["/hellaswag_val.jsonl"] = jsonl(rows)
+    fake.faults[f"GET {PARQUET}"] = [fault]
+    said = fetch()
+    assert "from Rowan/hellaswag" in said and (fault == "cut" or re.search("trying again|retry", said))
+    assert [json.loads(line) for line in (folder / VAL).read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    (lambda rows: rows[:-1], "has 10,041 rows instead of 10,042"),
+    (lambda rows: [*rows, rows[0]], "has 10,043 rows instead of 10,042"),
+    (lambda rows: [{**rows[0], "label": 4}, *rows[1:]], "line 1 .*label must be .* from 0 to 3"),
+    (lambda rows: [*rows[:-1], {**rows[0], "endings": ["1", "2", "3"]}], "has 3 endings instead of 4"),
+    (lambda rows: [{"text": "something else"}, *rows[1:]], "line 1 .*ctx must be a text"),
+    (lambda rows: [["a list"], *rows[1:]], "line 1 .*must be an object")])
+def test_what_is_not_the_split_is_not_kept(kit, fetch, change, complaint):
+    folder, fake = kit
+    fake.pages["/hellaswag_val.jsonl"] = jsonl(change(rows_of_split()))
+    said = fetch(expect=1)
+    assert re.search(complaint, said) and not (folder / VAL).exists()
+
+
+@pytest.mark.parametrize(("page", "complaint"), [(b"<html>busy</html>", "is not JSON lines"),
+                                                 (b"\xff\xfe", "is not JSON lines"), (None, "has no .*404")])
+def test_a_page_of_something_else_ends_in_one_line(kit, fetch, page, complaint):
+    folder, fake = kit
+    if page:
+        fake.pages["/hellaswag_val.jsonl"] = page
+    assert re.search(rf"\ndownload_hellaswag.py: error: .*{complaint}", fetch(expect=1))
+    assert not (folder / VAL).exists()
+
+
+def test_a_damaged_file_is_fetched_again(kit, fetch):
+    folder, fake = kit
+    fake.pages["/hellaswag_val.jsonl"] = jsonl(rows_of_split())
+    fetch()
+    whole = (folder / VAL).read_bytes()
+    (folder / VAL).write_bytes(whole[:len(whole) // 2])
+    assert "it is fetched again" in fetch()
+    assert (folder / VAL).read_bytes() == whole
+
+
+def test_test_has_no_labels_and_offline_says_so(kit, fetch):
+    folder, fake = kit
+    fake.files["Rowan/hellaswag"]["data/test-00000-of-00001.parquet"] = parquet(rows_of_split(10_003, "test"))
+    assert "hellaswag_test.jsonl: 10,003 rows" in fetch("--split", "test")
+    assert "label" not in json.loads((folder / "data/hellaswag_test.jsonl").read_text().splitlines()[0])
+    assert re.search("error: HF_HUB_OFFLINE is set; unset it", fetch(expect=1, HF_HUB_OFFLINE="1"))
+    assert "did you mean --split" in fetch("--splitt", "train", expect=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(lab):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_tokenizer.TOKENIZERS", lab / "tokenizers")
+        tokenizer = load_tokenizer(TOKENIZER)
+    torch.manual_seed(1)
+    cfg = Config(num_layers=2, num_heads=2, model_dim=16, seq_len=48, batch_tokens=48, vocab_size=301)
+    model = GPT(cfg, tokenizer.eot_token)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model, tokenizer
+
+
+def log_probabilities_of(model):
+    def log_probabilities(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return -model.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets)).numpy()
+    return log_probabilities
+
+
+def alone(model, tokenizer, ctx: str, ending: str) -> float:
+    """An ending's log-probability by the whole logits of its own row."""
+    context, tokens = tokenizer.encode_ordinary(ctx), tokenizer.encode_ordinary(" " + ending)
+    logits = model.logits(torch.tensor([[tokenizer.eot_token, *context, *tokens[:-1]]]))[0]
+    by_token = torch.log_softmax(logits.double(), -1)[-len(tokens):]
+    return sum(row[token].item() for row, token in zip(by_token, tokens, strict=True))
+
+
+TEXTS = st.text(st.sampled_from("the cat sat. ünder 東 mat?  "), max_size=30)
+QUESTIONS = st.lists(st.builds(Question, st.just(0), TEXTS,
+                               st.lists(TEXTS, min_size=2, max_size=5).map(tuple), st.integers(0, 1)),
+                     min_size=1, max_size=12)
+
+
+@given(questions=QUESTIONS, rows=st.integers(1, 5))
+def test_packed_candidates_score_as_they_do_alone(model_and_tokenizer, questions, rows):
+    model, tokenizer = model_and_tokenizer
+    scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (rows, 200))
+    for question, item in zip(questions, scores.items, strict=True):
+        sums = [alone(model, tokenizer, question.ctx, ending) for ending in question.endings]
+        assert item["log_probabilities"] == pytest.approx(sums, abs=2e-4)
+        gap = sorted(sums)[-1] - sorted(sums)[-2]
+        if gap > 1e-3:
+            assert item["acc"] == {"choice": int(np.argmax(sums)), "tie": False}
+    assert scores.cut_contexts == 0
+
+
+@given(questions=QUESTIONS, size=st.integers(2, 5))
+def test_processes_add_up_to_what_one_finds(model_and_tokenizer, questions, size):
+    model, tokenizer = model_and_tokenizer
+    score = log_probabilities_of(model)
+    whole = hellaswag_accuracy(score, tokenizer, questions, (1, 48))
+    parts = []
+
+    def keep(sums: np.ndarray) -> np.ndarray:
+        parts.append(sums.copy())
+        return sum(parts)
+    for rank in range(size):
+        last = hellaswag_accuracy(score, tokenizer, questions, (1, 48), rank, size, keep)
+    assert last == whole
+    assert all((np.array(parts) != 0).sum(0) <= 1)
+
+
+@given(widths=st.lists(st.integers(1, 40), max_size=200))
+def test_rows_hold_each_candidate_once_and_no_more_than_they_can(widths):
+    rows = packed_rows(widths, 40)
+    assert sorted(number for row in rows for number in row) == list(range(len(widths)))
+    assert all(sum(widths[number] for number in row) <= 40 for row in rows)
+    assert len(rows) <= 11 / 9 * math.ceil(sum(widths) / 40) + 1 + sum(width > 20 for width in widths)
+
+
+def fixed_scores(sums_of: dict[str, float]):
+    """A model that gives each ending a sum of its own, whatever its context: sums_of[ending]."""
+    def build(tokenizer, questions):
+        by_tokens = {tuple(tokenizer.encode_ordinary(" " + ending)): sums_of[ending]
+                     for question in questions for ending in question.endings}
+
+        def log_probabilities(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+            scores = np.full(targets.shape, 1e9)        # where nothing is to be predicted, it must not count
+            for row in range(len(targets)):
+                places = np.flatnonzero(targets[row] >= 0)
+                for span in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+                    if len(span):
+                        scores[row, span] = by_tokens[tuple(targets[row, span].tolist())] / len(span)
+            return scores
+        return log_probabilities
+    return build
+
+
+def test_each_accuracy_divides_by_its_own_length(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    # sums divided by 1; characters 4, 12, 2; UTF-8 bytes 4, 12, 6; tokens as the tokenizer has them
+    endings = ("then", "the cat sat.", "東東")
+    question = Question("row", "a cat", endings, 1)
+    tokens = [len(tokenizer.encode_ordinary(" " + ending)) for ending in endings]
+    sums = dict(zip(endings, (-8.0, -18.0, -6.5), strict=True))
+    scores = hellaswag_accuracy(fixed_scores(sums)(tokenizer, [question]), tokenizer, [question], (2, 60))
+    item = scores.items[0]
+    assert item["characters"] == [4, 12, 2] and item["bytes"] == [4, 12, 6] and item["tokens"] == tokens
+    by_tokens = int(np.argmax(np.array([-8.0, -18.0, -6.5]) / tokens))
+    assert [item[metric]["choice"] for metric in METRICS] == [2, 1, 2, by_tokens]
+    assert scores.accuracies["acc"].correct == 0 and scores.accuracies["acc_norm_characters"].correct == 1
+
+
+def test_ties_are_counted_and_the_first_is_the_choice(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    questions = [Question(1, "a cat", ("sat", "ran", "saw"), 0), Question(2, "a dog", ("sat", "the big"), 1)]
+    sums = {"sat": -4.0, "ran": -4.0, "saw": -4.0, "the big": -3.0}
+    scores = hellaswag_accuracy(fixed_scores(sums)(tokenizer, questions), tokenizer, questions, (1, 60))
+    assert (scores.accuracies["acc"].ties, scores.accuracies["acc"].correct) == (1, 2)
+    assert scores.chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert "1 ties" in scores.lines()[0]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    seen = []
+
+    def spy(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        seen.append((inputs, targets))
+        return log_probabilities_of(model)(inputs, targets)
+    ctx = "the cat saw the big dog " * 20
+    question = Question(0, ctx, ("sat", "ran under the mat"), 0)
+    scores = hellaswag_accuracy(spy, tokenizer, [question], (1, 16))
+    assert scores.cut_contexts == 2 and "2 endings behind a context that was too long" in scores.lines()[-1]
+    for inputs, targets in seen:
+        ending = targets[0][targets[0] >= 0].tolist()
+        full = tokenizer.encode_ordinary(ctx) + ending
+        assert inputs[0].tolist() == [tokenizer.eot_token, *full[-16:-1]]
+
+
+def test_an_ending_longer_than_the_model_reads_keeps_its_end(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer,
+                                [Question(0, "", ("the cat " * 30, ""), 0)], (1, 16))
+    assert scores.items[0]["tokens"][0] == 16 and scores.cut_contexts == 1
+
+
+@given(trials=st.integers(1, 20_000), share=st.floats(0, 1))
+def test_the_interval_holds_the_shares_that_are_within_196_deviations(trials, share):
+    """Wilson's interval: the proportions p for which |x/n - p| <= z sqrt(p (1 - p) / n)."""
+    successes = round(share * trials)
+    low, high = download_hellaswag.wilson_interval(successes, trials)
+
+    def deviations(p: float) -> float:
+        return abs(successes / trials - p) / math.sqrt(p * (1 - p) / trials)
+    assert low - 1e-12 <= successes / trials <= high + 1e-12
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert deviations(end) == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_the_interval_is_that_of_a_published_example():
+    # Newcombe 1998, Statistics in Medicine 17, 857, table I: 81 of 263 and 15 of 148
+    assert download_hellaswag.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert download_hellaswag.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_a_sample_is_always_the_same(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(jsonl(rows_of_split(300)))
+    names = [question.name for question in download_hellaswag.open_task(path, "task", 40).questions]
+    assert names == [question.name for question in download_hellaswag.open_task(path, "task", 40).questions]
+    assert len(set(names)) == 40 and names == sorted(names) and names != list(range(0, 120, 3))
+    assert len(download_hellaswag.open_task(path, "task", 0).questions) == 300
+
+
+@pytest.mark.parametrize(("line", "complaint"), [
+    ('{"ctx": "a", "endings": ["b"], "label": 0}', "a list of two texts or more"),
+    ('{"ctx": "a", "endings": ["b", 1], "label": 0}', "a list of two texts or more"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "from 0 to 1"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": -1}', "from 0 to 1"),
+    ('{"ctx": "a", "endings": ["b", "c"]}', "from 0 to 1"),
+    ('{"ctx": 7, "endings": ["b", "c"], "label": 1}', "ctx must be a text"),
+    ("{", "is not JSON")])
+def test_a_row_of_something_else_is_named(tmp_path, line, complaint):
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"ctx": "a", "endings": ["b", "c"], "label": 1}\n\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"task.jsonl line 3 .*{complaint}"):
+        read_questions(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def with_hellaswag(lab):
+    """The lab with 10,042 rows of the right form."""
+    path = lab / "data/hellaswag_val.jsonl"
+    path.write_bytes(jsonl(rows_of_split()))
+    yield path
+    path.unlink()
+
+
+def test_a_run_ends_with_hellaswag_where_it_is_here(here, with_hellaswag, capsys):
+    folder = train_here(here, hellaswag_rows=50, save_model=True, model_name="scored")
+    result = summary_of(folder)["benchmarks"]["hellaswag"]
+    items = [json.loads(line) for line in (folder / "hellaswag.jsonl").read_text().splitlines()]
+    assert len(items) == result["rows"] == 50 and result["rows_in_file"] == 10_042
+    for metric in METRICS:
+        correct = sum(item[metric]["choice"] == item["label"] for item in items)
+        low, high = download_hellaswag.wilson_interval(correct, 50)
+        assert result[metric] == {"value": correct / 50, "low": low, "high": high, "correct": correct,
+                                  "ties": sum(item[metric]["tie"] for item in items)}
+    said = capsys.readouterr().out
+    assert "hellaswag   50 rows at the end, a fixed sample of 10,042" in said
+    assert re.search(r"hellaswag   0\.\d{4} right \(0\.\d{4} to 0\.\d{4}\), .*chance 0.2500; 50 rows", said)
+
+
+def test_a_run_without_hellaswag_says_how_to_get_it(here, capsys):
+    folder = train_here(here)
+    assert "hellaswag   not here; python download_hellaswag.py fetches it" in capsys.readouterr().out
+    assert "benchmarks" not in summary_of(folder) and not (folder / "hellaswag.jsonl").exists()
+
+
+def test_a_damaged_hellaswag_stops_a_run_before_it_trains(here, with_hellaswag):
+    with_hellaswag.write_bytes(with_hellaswag.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"hellaswag_val.jsonl"):
+        train_here(here)
+    assert not (here / "experiments").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one_and_a_saved_run_as_at_its_end(lab, with_hellaswag):
+    def items_of(folder: Path) -> list[dict]:
+        return [json.loads(line) for line in (folder / "hellaswag.jsonl").read_text().splitlines()]
+    knobs = [*flags(hellaswag_rows=60, seed=3), "--save_model"]
+    run(lab, "train_gpt.py", *knobs, "--model_name=one")
+    one = newest(lab, "one")
+    run(lab, *torchrun(2)[1:], "train_gpt.py", *knobs, "--model_name=two")
+    for first, second in zip(items_of(one), items_of(newest(lab, "two")), strict=True):
+        assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
+
+    at_the_end, summary = items_of(one), summary_of(one)
+    (one / "hellaswag.jsonl").unlink()
+    said = run(lab, *torchrun(2)[1:], "download_hellaswag.py", "--score", str(one), "--hellaswag_rows",
+               "60").stdout
+    assert said.count("60 rows, a fixed sample of 10,042") == 1 and "acc_norm by bytes" in said
+    for first, second in zip(at_the_end, items_of(one), strict=True):
+        assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
+    again = summary_of(one)
+    assert again.pop("benchmarks")["hellaswag"]["acc"] == summary.pop("benchmarks")["hellaswag"]["acc"]
+    assert again == summary
+
+
+def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
+    run(lab, "train_gpt.py", *flags(model_name="own"), "--save_model")
+    folder = newest(lab, "own")
+    (lab / "mine.jsonl").write_text('{"ctx": "the cat", "endings": ["sat", "ran", "dog"], "label": 0}\n' * 3)
+    said = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "mine.jsonl").stdout
+    assert "mine: 3 rows" in said and "chance                 0.3333" in said
+    assert summary_of(folder)["benchmarks"]["mine"]["rows"] == 3
+    assert len((folder / "mine.jsonl").read_text().splitlines()) == 3
+
+    def refusal(*arguments: str) -> str:
+        done = run(lab, "download_hellaswag.py", *arguments, expect=1)
+        assert done.stderr.startswith("download_hellaswag.py: error: ") and done.stderr.count("\n") == 1
+        return done.stderr
+    assert "fetch it with: python download_hellaswag.py" in refusal("--score", str(folder))
+    assert "needs a model to score" in refusal("--task", "mine.jsonl")
+    assert "no summary.json" in refusal("--score", str(lab / "data"), "--task", "mine.jsonl")
+    shutil.copy(lab / "mine.jsonl", lab / "samples.jsonl")
+    assert "needs another name" in refusal("--score", str(folder), "--task", "samples.jsonl")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert "model.safetensors is damaged" in refusal("--score", str(folder), "--task", "mine.jsonl")
+    (folder / "model.safetensors").unlink()
+    assert "train it with --save_model" in refusal("--score", str(folder), "--task", "mine.jsonl")
+    summary = folder / "summary.json"
+    summary.write_text(summary.read_text().replace("train_gpt.py --", "../evil.py --"))
+    assert "which is not in" in refusal("--score", str(folder), "--task", "mine.jsonl")

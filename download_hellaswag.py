@@ -18,7 +18,6 @@ source  Zellers et al. 2019, arXiv:1905.07830
 """
 
 import bisect
-import importlib
 import json
 import math
 import os
@@ -36,7 +35,16 @@ from tqdm import tqdm
 
 import hub
 import shards
-from documents import Parser, UserError, command, is_first_process, locked, positive, sha256_of
+from documents import (
+    Parser,
+    UserError,
+    command,
+    is_first_process,
+    leave_the_word_to_the_first,
+    locked,
+    positive,
+    sha256_of,
+)
 from train_tokenizer import CannotEncode, encode
 
 # the data's own name of each split, and its rows
@@ -105,9 +113,9 @@ def fetch_from_hub(split: str, path: Path) -> str:
         kept, copy = hub.in_cache(file), hub.fetch(file)
         try:
             rows += pyarrow.parquet.read_table(copy).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{file.path} of {REPO} is no readable parquet file "
-                            f"({str(error).splitlines()[0]})") from error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{file.path} of {REPO} is no readable parquet file ({first_line})") from error
         if not kept:
             hub.forget(copy)
     write_rows(rows, split, path)
@@ -118,8 +126,8 @@ def fetch_from_authors(split: str, path: Path) -> str:
     url = f"{AUTHORS}/hellaswag_{SPLITS[split][0]}.jsonl"
     content = hub.fetch_url(url)
     try:
-        rows = [json.loads(line) for line in content.decode().splitlines()]
-    except ValueError as error:
+        rows = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{url} is not JSON lines ({error})") from error
     write_rows(rows, split, path)
     return url
@@ -145,7 +153,7 @@ def as_authors_have_it(row: object) -> object:
         return row
     label = str(row.get("label", ""))
     row = row | {"label": int(label) if label.isdecimal() else label}
-    return {field: row[field] for field in FIELDS if row.get(field, "") != ""}
+    return {field: row[field] for field in FIELDS if field in row and (field, row[field]) != ("label", "")}
 
 
 def check_rows(path: Path, split: str) -> None:
@@ -186,7 +194,10 @@ def hellaswag_if_here(rows: int) -> Task | None:
     path = path_of("validation")
     if not path.is_file():
         return None
-    check_rows(path, "validation")
+    try:
+        check_rows(path, "validation")
+    except UserError as error:
+        raise UserError(f"{error}; fetch it again with: python download_hellaswag.py") from error
     return open_task(path, "hellaswag", rows)
 
 
@@ -197,7 +208,7 @@ def read_questions(path: Path, labelled: bool = True) -> list[Question]:
     """
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text") from error
     for number, line in enumerate(lines, start=1):
@@ -256,6 +267,8 @@ class Scores:
 
     chance        accuracy of guessing
     cut_contexts  endings before which the context was too long for the model and was cut from the left
+    cut_endings   endings that are longer than the model reads; only what is left of them is scored
+    seconds       that scoring took
     accuracies    by METRICS
     items         for each row: its name and label, and for each ending its log-probability in nats and its
                   length; then the choice by each metric
@@ -263,28 +276,35 @@ class Scores:
     rows: int
     chance: float
     cut_contexts: int
+    cut_endings: int
+    seconds: float
     accuracies: dict[str, Accuracy]
     items: list[dict]
 
     def summary(self) -> dict:
         """All but the items, as summary.json has it."""
         return {"rows": self.rows, "chance": self.chance, "cut_contexts": self.cut_contexts,
+                "cut_endings": self.cut_endings, "seconds": self.seconds,
                 **{metric: vars(accuracy) for metric, accuracy in self.accuracies.items()}}
 
     def lines(self) -> list[str]:
         lines = [f"{metric.replace('acc_norm_', 'acc_norm by '):<22} {accuracy.value:.4f}   95 % interval "
                  f"{accuracy.low:.4f} to {accuracy.high:.4f}   {accuracy.correct:,} of {self.rows:,}, "
                  f"{accuracy.ties:,} ties" for metric, accuracy in self.accuracies.items()]
-        return [*lines, f"{'chance':<22} {self.chance:.4f}   {self.cut_contexts:,} endings behind a context "
-                "that was too long and was cut from the left"]
+        lines.append(f"{'chance':<22} {self.chance:.4f}   {self.cut_contexts:,} endings behind a context "
+                     "that was too long and was cut from the left")
+        if self.cut_endings:
+            lines.append(f"{self.cut_endings:,} endings are longer than the model reads and were cut, too")
+        return lines
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An ending behind its context: the model predicts the last `predicted` tokens from those before them."""
-    tokens: list[int]
+    tokens: tuple[int, ...]
     predicted: int
-    is_cut: bool
+    context_is_cut: bool
+    ending_is_cut: bool
 
     @property
     def width(self) -> int:
@@ -304,11 +324,14 @@ def hellaswag_accuracy(log_probabilities: Callable[[np.ndarray, np.ndarray], np.
     rank, world_size   this process scores every world_size-th batch, and
     add_up             gives the sum of all processes' arrays, in float64
 
-    The batches are the same for any number of processes, and each candidate is in one of them.
+    The batches are the same for any number of processes, and each candidate is in one of them; equal ones
+    are scored once, or their scores would differ in the last digits.
     """
+    begun = time.perf_counter()
     rows, width = shape
-    candidates = [candidate for question in questions
-                  for candidate in candidates_of(question, tokenizer, width)]
+    endings = [candidate for question in questions
+               for candidate in candidates_of(question, tokenizer, width)]
+    candidates = list(dict.fromkeys(endings))
     packed = packed_rows([candidate.width for candidate in candidates], width)
     sums = np.zeros(len(candidates))
     starts = range(rank * rows, len(packed), world_size * rows)
@@ -331,14 +354,16 @@ def hellaswag_accuracy(log_probabilities: Callable[[np.ndarray, np.ndarray], np.
     sums = add_up(sums)
     if not np.isfinite(sums).all():
         raise UserError("the model gives log-probabilities that are not finite")
+    sum_of = dict(zip(candidates, sums, strict=True))
     items, begin = [], 0
     for question in questions:
-        end = begin + len(question.endings)
-        lengths = [candidate.predicted for candidate in candidates[begin:end]]
-        items.append(item_of(question, sums[begin:end], lengths))
-        begin = end
+        mine = endings[begin:begin + len(question.endings)]
+        items.append(item_of(question, np.array([sum_of[candidate] for candidate in mine]),
+                             [candidate.predicted for candidate in mine]))
+        begin += len(mine)
     return Scores(len(questions), sum(1 / len(question.endings) for question in questions) / len(questions),
-                  sum(candidate.is_cut for candidate in candidates),
+                  sum(candidate.context_is_cut for candidate in endings),
+                  sum(candidate.ending_is_cut for candidate in endings), time.perf_counter() - begun,
                   {metric: accuracy_of(items, metric) for metric in METRICS}, items)
 
 
@@ -355,7 +380,8 @@ def candidates_of(question: Question, tokenizer: Encoding, longest: int) -> Iter
         # <|endoftext|> begins the text, as in training; of what follows, the last `longest` tokens stay
         behind = context + predicted
         kept = behind[max(0, len(behind) - longest):]
-        yield Candidate([tokenizer.eot_token, *kept], min(len(predicted), len(kept)), len(kept) < len(behind))
+        yield Candidate((tokenizer.eot_token, *kept), min(len(predicted), len(kept)), len(kept) < len(behind),
+                        len(kept) < len(predicted))
 
 
 def packed_rows(widths: list[int], width: int) -> list[list[int]]:
@@ -418,14 +444,18 @@ def score_run(folder: Path, path: Path | None, rows: int) -> None:
     task = open_task(path, path.stem, rows) if path else hellaswag_if_here(rows)
     if task is None:
         raise UserError("HellaSwag is not here; fetch it with: python download_hellaswag.py")
-    if not re.fullmatch(shards.FOLDER_NAME, task.name) or task.name == "samples":
-        raise UserError(f"{path} needs another name: the result is written to {task.name}.jsonl of the run")
-    script = importlib.import_module(run_folder.script_of(folder))
-    begun = time.perf_counter()
-    scores, is_main = script.score_saved(folder, task)
-    result = task.facts() | scores.summary() | {"seconds": time.perf_counter() - begun}
+    taken = ("samples", "hellaswag") if path else ()
+    if not re.fullmatch(shards.FOLDER_NAME, task.name) or task.name in taken:
+        raise UserError(f"the result is written to {task.name}.jsonl of the run; name {path} otherwise, with "
+                        f"letters, digits, '.', '_' and '-', but not {' or '.join(taken)}")
+    before = run_folder.summary_of(folder).get("benchmarks", {}).get(task.name)
+    if before and (before["sha256"] != task.sha256 or before["rows"] > len(task.questions)):
+        raise UserError(f"{folder} has a score on {before['rows']:,} rows of {task.name}, which this one on "
+                        f"{len(task.questions):,} would replace; name the task otherwise, or take all rows")
+    script = run_folder.load_script(folder)
+    scores, facts, is_main = script.score_saved(folder, task)
     if is_main:
-        run_folder.write_benchmark(folder, task.name, result, scores.items)
+        run_folder.write_benchmark(folder, task.name, task.facts() | scores.summary() | facts, scores.items)
         some = f", a fixed sample of {task.rows_in_file:,}" if scores.rows < task.rows_in_file else ""
         print(f"{task.name}: {scores.rows:,} rows{some}", *scores.lines(),
               f"wrote {folder / task.name}.jsonl", sep="\n")
@@ -434,21 +464,26 @@ def score_run(folder: Path, path: Path | None, rows: int) -> None:
 @command
 def main() -> None:
     parser = Parser("Fetch HellaSwag, or score a run on it.")
-    parser.add_argument("--split", choices=SPLITS, default="validation",
-                        help="what to fetch; only validation is scored")
+    parser.add_argument("--split", choices=SPLITS, help="what to fetch (default: validation)")
     parser.add_argument("--score", metavar="RUN_FOLDER", type=Path,
                         help="score the model of this run (trained with --save_model) instead of fetching")
     parser.add_argument("--task", metavar="FILE.jsonl", type=Path,
                         help="with --score: questions of your own instead of HellaSwag")
-    parser.add_argument("--hellaswag_rows", metavar="N", type=lambda text: positive(text, 0), default=0,
-                        help="with --score: a fixed sample of so many rows; 0: all")
+    parser.add_argument("--hellaswag_rows", metavar="N", type=lambda text: positive(text, 0),
+                        help="with --score: a fixed sample of so many rows; 0: all (default: 0)")
     args = parser.parse_args()
-    if args.score:
-        score_run(args.score, args.task, args.hellaswag_rows)
-    elif args.task:
-        raise UserError("--task needs a model to score: --score RUN_FOLDER")
-    elif is_first_process():
-        fetch(args.split)
+    try:
+        if args.score and args.split:
+            raise UserError("--split is what to fetch; --score takes the validation split, or a --task")
+        if not args.score and (args.task or args.hellaswag_rows is not None):
+            raise UserError("--task and --hellaswag_rows need a model to score: --score RUN_FOLDER")
+        if args.score:
+            score_run(args.score, args.task, args.hellaswag_rows or 0)
+        elif is_first_process():
+            fetch(args.split or "validation")
+    except UserError:
+        leave_the_word_to_the_first()
+        raise
 
 
 if __name__ == "__main__":

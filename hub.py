@@ -168,7 +168,7 @@ def _patiently(what: str, ask: Callable, host: str = ""):
             complaint, asked_wait = _reason_to_wait(what, error, host or _endpoint())
             if attempt == TRIES:
                 raise UserError(f"cannot fetch {what}: {complaint}, {TRIES} times; start the same command "
-                                "again later, and it goes on from here") from error
+                                "again later") from error
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**(attempt - 1)) * random.uniform(0.75, 1.25)
             wait = max(wait, min(asked_wait, LONGEST_ASKED_WAIT))
             print(f"{what}: {complaint}; trying again in {wait:.0f} s ({attempt} of {TRIES - 1})",
@@ -193,7 +193,8 @@ def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]
         raise UserError(f"{host} does not give you {what} ({status}); accept its terms on its page, "
                         "then set HF_TOKEN to a token from your settings, or type: hf auth login") from error
     if status == 404 or isinstance(error, hub.errors.EntryNotFoundError):
-        raise UserError(f"{host} has no {what} (404); is HF_ENDPOINT right?") from error
+        advice = "; is HF_ENDPOINT right?" if host == _endpoint() else ""
+        raise UserError(f"{host} does not have {what} (404){advice}") from error
     if status is not None and status not in (408, 425, 429) and status < 500:
         raise UserError(f"{host} refuses {what}: {status} {response.reason_phrase}") from error
     if isinstance(error, UserError):

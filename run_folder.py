@@ -2,6 +2,7 @@
 
     experiments/20261121_011504_demo/
         config.json  metrics.csv  training_log.txt  loss.png  samples.jsonl  summary.json
+        hellaswag.jsonl  model.safetensors                                       if asked for
         train_gpt.txt and other .txt, git.diff, requirements.txt, meta.json      what made it
         checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt                while it is unfinished
 
@@ -15,6 +16,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +29,7 @@ import time
 import zipfile
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 import torch
@@ -314,21 +317,36 @@ def saved_tokenizer(folder: Path) -> Encoding:
         name, sha256 = meta["name"], summary_of(folder)["tokenizer_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} does not tell its tokenizer ({type(error).__name__}: {error})") from error
+    if not isinstance(name, str):
+        raise UserError(f"{folder / 'meta.json'} is not what a run writes")
     tokenizer = load_tokenizer(name)
     if tokenizer_sha256(tokenizer) != sha256:
         raise UserError(f"tokenizer {name} has changed since {folder} was trained")
     return tokenizer
 
 
-def script_of(folder: Path) -> str:
-    """The module that trained a run, if it still lies here; with a warning if it has changed."""
+def load_script(folder: Path) -> ModuleType:
+    """The script that trained a run, if it still lies here; with a warning if it has changed.
+
+    raises  UserError if it cannot be loaded, or cannot score a saved run
+    """
     facts = summary_of(folder)
-    script = ROOT / str(facts.get("command", "")).split(" ")[0]
-    if not re.fullmatch(r"[A-Za-z_]\w*\.py", script.name) or not script.is_file():
-        raise UserError(f"{folder} was trained by {script.name}, which is not in {ROOT}")
-    if sha256_of(script) != facts.get("code_sha256"):
-        print(f"warning: {script.name} has changed since it trained {folder}", file=sys.stderr)
-    return script.stem
+    name = str(facts.get("script") or str(facts.get("command", "")).split(" ")[0])
+    path = ROOT / name
+    if not name.endswith(".py") or path.parent != ROOT or not path.is_file():
+        raise UserError(f"{folder} was trained by {name or 'an unknown script'}; put that script into {ROOT}")
+    if sha256_of(path) != facts.get("code_sha256"):
+        print(f"warning: {name} has changed since it trained {folder}", file=sys.stderr)
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    try:
+        spec.loader.exec_module(script)
+    except SyntaxError as error:
+        raise UserError(f"{name} is no valid Python: {error}") from error
+    if not hasattr(script, "score_saved"):
+        raise UserError(f"{name} cannot score a saved run; it lacks the function score_saved of train_gpt.py")
+    return script
 
 
 def summary_of(folder: Path) -> dict:
@@ -346,8 +364,7 @@ def summary_of(folder: Path) -> dict:
 
 def write_items(folder: Path, name: str, items: list[dict]) -> None:
     """NAME.jsonl of a run folder: a line for each row of a benchmark."""
-    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n"
-                                                  for item in items))
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(item) + "\n" for item in items))
 
 
 def write_benchmark(folder: Path, name: str, result: dict, items: list[dict]) -> None:
@@ -439,6 +456,7 @@ def keep_best_checkpoint(folder: Path) -> None:
     except OSError:
         shutil.copyfile(folder / LAST, partial)
     os.replace(partial, folder / BEST)
+    partial.unlink(missing_ok=True)     # renaming a file to another name of its own does nothing
 
 
 def remove_checkpoints(folder: Path, keep_best: bool) -> None:
@@ -585,7 +603,7 @@ def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
     return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
             "data": dataset.folder.name, "data_sha256": dataset.sha256,
             "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "code_sha256": sources[script.name], "sources": sources,
+            "script": script.name, "code_sha256": sources[script.name], "sources": sources,
             "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
             "device": world.device_name(), "processes": world.size,
             "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,

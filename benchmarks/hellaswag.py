@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from documents import command
+from documents import command, positive
 from download_hellaswag import METRICS, read_questions
 from run_folder import saved_knobs
 from train_gpt import GPT, PRESETS, Config, World
@@ -28,10 +28,11 @@ def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> 
     """Sums of the log-probabilities of each ending, as one would write it down first."""
     sums = []
     for question in questions:
-        context = tokenizer.encode_ordinary(question.ctx)
         row = []
         for ending in question.endings:
             tokens = tokenizer.encode_ordinary(f" {ending}")
+            context = tokenizer.encode_ordinary(question.ctx)
+            context = context[max(0, len(context) + len(tokens) - model.cfg.seq_len):]
             ids = torch.tensor([[tokenizer.eot_token, *context, *tokens]], device=device)   # (1, T)
             logits = model.logits(ids[:, :-1])                                              # (1, T, V)
             log_probabilities = torch.log_softmax(logits[0, -len(tokens):], dim=-1)         # (N, V)
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="a .jsonl file of HellaSwag's kind")
     parser.add_argument("--score", type=Path, help="a run trained with --save_model")
     parser.add_argument("--tokenizer", default="demo_v4096_n20000000", help="without --score")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     args = parser.parse_args()
     questions = read_questions(args.rows)
     if args.score:
@@ -80,7 +81,8 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"{name:<12}{middle[name]:7.2f} s   ({' '.join(f'{second:.2f}' for second in seconds)})")
     print(f"batched is {middle['one by one'] / middle['batched']:.1f} times as fast on "
-          f"{world.device_name()}, {str(world.dtype).removeprefix('torch.')}")
+          f"{world.device_name()}, {torch.get_num_threads()} threads, "
+          f"{str(world.dtype).removeprefix('torch.')}")
     differences = [np.abs(sums - item["log_probabilities"]).max()
                    for sums, item in zip(alone, scores.items, strict=True)]
     print(f"largest difference of a score: {max(differences):.2g} nats")

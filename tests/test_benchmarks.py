@@ -18,8 +18,8 @@ def benchmark(lab):
     shutil.copytree(ROOT / "benchmarks", lab / "benchmarks")
 
     def benchmark(name: str, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, f"benchmarks/{name}", *arguments], cwd=lab, capture_output=True,
-                              text=True, timeout=120)
+        done = subprocess.run([sys.executable, f"benchmarks/{name}", *arguments], cwd=lab, text=True,
+                              capture_output=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
     return benchmark

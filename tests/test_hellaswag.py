@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -33,7 +34,8 @@ TOKENIZER = "tiny_v300_n1073741824"
 
 def rows_of_split(count: int = 10_042, split: str = "val") -> list[dict]:
     """Rows in the fields of the authors' files."""
-    return [{"ind": 3 * number, "activity_label": "Ironing", "ctx_a": "A cat sat.", "ctx_b": "the dog",
+    return [{"ind": 3 * number, "activity_label": "Ironing", "ctx_a": "A cat sat.",
+             "ctx_b": "the dog" if number % 3 else "",
              "ctx": f"A cat sat on mat {number}. the dog", "split": split, "split_type": "indomain",
              **({"label": number % 4} if split != "test" else {}),
              "endings": [f"ran {word} {number}." for word in ("under", "on", "and then", "größer")],
@@ -143,6 +145,15 @@ def test_a_page_of_something_else_ends_in_one_line(kit, fetch, page, complaint):
     assert not (folder / VAL).exists()
 
 
+def test_parquet_that_cannot_be_read_gives_way_to_the_authors(kit, fetch):
+    folder, fake = kit
+    whole = parquet(rows_of_split())
+    fake.files["Rowan/hellaswag"][PARQUET] = whole[:200] + b"\xff" * 400 + whole[600:]
+    fake.pages["/hellaswag_val.jsonl"] = jsonl(rows_of_split()) + b"\n"
+    assert "no readable parquet file" in fetch()
+    assert len((folder / VAL).read_text().splitlines()) == 10_042
+
+
 def test_a_damaged_file_is_fetched_again(kit, fetch):
     folder, fake = kit
     fake.pages["/hellaswag_val.jsonl"] = jsonl(rows_of_split())
@@ -160,6 +171,8 @@ def test_test_has_no_labels_and_offline_says_so(kit, fetch):
     assert "label" not in json.loads((folder / "data/hellaswag_test.jsonl").read_text().splitlines()[0])
     assert re.search("error: HF_HUB_OFFLINE is set; unset it", fetch(expect=1, HF_HUB_OFFLINE="1"))
     assert "did you mean --split" in fetch("--splitt", "train", expect=2)
+    assert "need a model to score: --score" in fetch("--hellaswag_rows", "5", expect=1)
+    assert "--split is what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,7 +237,7 @@ def test_processes_add_up_to_what_one_finds(model_and_tokenizer, questions, size
         return sum(parts)
     for rank in range(size):
         last = hellaswag_accuracy(score, tokenizer, questions, (1, 48), rank, size, keep)
-    assert last == whole
+    assert last.items == whole.items and last.accuracies == whole.accuracies
     assert all((np.array(parts) != 0).sum(0) <= 1)
 
 
@@ -279,6 +292,18 @@ def test_ties_are_counted_and_the_first_is_the_choice(model_and_tokenizer):
     assert "1 ties" in scores.lines()[0]
 
 
+def test_equal_endings_tie_wherever_they_are(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    questions = [Question(number, f"the cat {number} saw", ("a dog", "a dog", "sat under", "a dog"), 3)
+                 for number in range(40)]
+    scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (2, 32))
+    for item in scores.items:
+        dog, other = item["log_probabilities"][0], item["log_probabilities"][2]
+        assert item["log_probabilities"] == [dog, dog, other, dog]
+        assert item["acc"] == ({"choice": 0, "tie": True} if dog > other else {"choice": 2, "tie": False})
+    assert scores.accuracies["acc"].ties > 0
+
+
 def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     seen = []
@@ -300,7 +325,8 @@ def test_an_ending_longer_than_the_model_reads_keeps_its_end(model_and_tokenizer
     model, tokenizer = model_and_tokenizer
     scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer,
                                 [Question(0, "", ("the cat " * 30, ""), 0)], (1, 16))
-    assert scores.items[0]["tokens"][0] == 16 and scores.cut_contexts == 1
+    assert scores.items[0]["tokens"][0] == 16 and (scores.cut_contexts, scores.cut_endings) == (1, 1)
+    assert "1 endings are longer than the model reads" in scores.lines()[-1]
 
 
 @given(trials=st.integers(1, 20_000), share=st.floats(0, 1))
@@ -328,6 +354,8 @@ def test_a_sample_is_always_the_same(tmp_path):
     path.write_bytes(jsonl(rows_of_split(300)))
     names = [question.name for question in download_hellaswag.open_task(path, "task", 40).questions]
     assert names == [question.name for question in download_hellaswag.open_task(path, "task", 40).questions]
+    # lists, so that another way of drawing them would be noticed: results of old runs must stay comparable
+    assert names[:5] == [3 * number for number in sorted(random.Random(0).sample(range(300), 40))[:5]]
     assert len(set(names)) == 40 and names == sorted(names) and names != list(range(0, 120, 3))
     assert len(download_hellaswag.open_task(path, "task", 0).questions) == 300
 
@@ -407,8 +435,12 @@ def test_two_processes_score_as_one_and_a_saved_run_as_at_its_end(lab, with_hell
     for first, second in zip(at_the_end, items_of(one), strict=True):
         assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
     again = summary_of(one)
-    assert again.pop("benchmarks")["hellaswag"]["acc"] == summary.pop("benchmarks")["hellaswag"]["acc"]
+    before, now = summary.pop("benchmarks")["hellaswag"], again.pop("benchmarks")["hellaswag"]
+    assert now["acc"] == before["acc"] and (before["processes"], now["processes"]) == (1, 2)
     assert again == summary
+    done = run(lab, *torchrun(2)[1:], "download_hellaswag.py", "--score", str(one), "--hellaswag_rows", "5",
+               expect=1)
+    assert done.stderr.count("would replace") == 1
 
 
 def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
@@ -428,11 +460,34 @@ def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
     assert "needs a model to score" in refusal("--task", "mine.jsonl")
     assert "no summary.json" in refusal("--score", str(lab / "data"), "--task", "mine.jsonl")
     shutil.copy(lab / "mine.jsonl", lab / "samples.jsonl")
-    assert "needs another name" in refusal("--score", str(folder), "--task", "samples.jsonl")
+    assert "name samples.jsonl otherwise" in refusal("--score", str(folder), "--task", "samples.jsonl")
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     assert "model.safetensors is damaged" in refusal("--score", str(folder), "--task", "mine.jsonl")
     (folder / "model.safetensors").unlink()
     assert "train it with --save_model" in refusal("--score", str(folder), "--task", "mine.jsonl")
     summary = folder / "summary.json"
-    summary.write_text(summary.read_text().replace("train_gpt.py --", "../evil.py --"))
-    assert "which is not in" in refusal("--score", str(folder), "--task", "mine.jsonl")
+    written = summary.read_text()
+    (lab.parent / "evil.py").write_text("raise SystemExit('must not run')")
+    for name in ("../evil.py", str(lab.parent / "evil.py"), "nothing.py"):
+        summary.write_text(written.replace('"script": "train_gpt.py"', f'"script": "{name}"'))
+        assert f"was trained by {name}; put that script into" in refusal("--score", str(folder), "--task",
+                                                                         "mine.jsonl")
+
+
+def test_a_copied_script_scores_its_own_model(lab):
+    script = (lab / "train_gpt.py").read_text()
+    own = script.replace("hidden = F.relu(linear(rms_norm(x), self.up)).square()",
+                         "hidden = F.gelu(linear(rms_norm(x), self.up))")
+    assert own != script
+    (lab / "my-experiment.py").write_text(own)
+    (lab / "two.jsonl").write_text('{"ctx": "the cat", "endings": ["sat", "ran, dog"], "label": 0}\n' * 2)
+    run(lab, "my-experiment.py", *flags(model_name="copied", num_steps=8), "--save_model")
+    folder = newest(lab, "copied")
+
+    def scores() -> list[float]:
+        run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "two.jsonl")
+        return json.loads((folder / "two.jsonl").read_text().splitlines()[0])["log_probabilities"]
+    with_its_own = scores()
+    summary = folder / "summary.json"
+    summary.write_text(summary.read_text().replace("my-experiment.py", "train_gpt.py"))
+    assert scores() != with_its_own

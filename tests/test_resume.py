@@ -516,21 +516,22 @@ def test_a_disk_full_while_saving_leaves_the_last_good_checkpoint(here, monkeypa
 
 
 def test_a_real_disk_full_while_saving(lab, whole, tmp_path):
-    """The run folder on a file system of 2 MiB, in a mount namespace of its own."""
+    """The run folder on a file system of 3 MiB, in a mount namespace of its own."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = f"mount -t tmpfs -o size=2m none {small} && exec \"$@\""
+    mount = f"mount -t tmpfs -o size=3m none {small} && exec \"$@\""
     inside = ["unshare", "-rm", "sh", "-c", mount, "sh"]
     probe = subprocess.run([*inside, "true"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"no mount namespaces here: {probe.stderr.strip()}")
     lines = KEEP + f"""
-import run_folder, pathlib
+import run_folder, os, pathlib
 run_folder.EXPERIMENTS = pathlib.Path({str(small)!r})""" + """
 real_look = train_gpt.look
 def look(run):
     if run.step == 2:       # then all that is left of the disk is taken
-        (run_folder.EXPERIMENTS / "filler").write_bytes(b"x" * 2**20)
+        free = os.statvfs(run_folder.EXPERIMENTS)
+        (run_folder.EXPERIMENTS / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - 2**18))
     if run.step == 3:
         state = run_folder.load_checkpoint(next(run_folder.EXPERIMENTS.glob("*/checkpoint.pt")))
         print("found whole:", state["step"], flush=True)

@@ -116,8 +116,9 @@ def fetch_from_hub(split: str, path: Path) -> str:
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{file.path} of {REPO} is no readable parquet file ({first_line})") from error
-        if not kept:
-            hub.forget(copy)
+        finally:
+            if not kept:
+                hub.forget(copy)
     write_rows(rows, split, path)
     return f"{REPO} at {files[0].revision}"
 

@@ -13,7 +13,7 @@ Sections, by how soon you need them: Config, Model, Optimizer, Data, Evaluation,
 Where experiments usually edit, search for "EDIT": config | mask | layer | optimizer | schedule.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
-         V vocabulary   L layers   N tokens in a chunk
+         V vocabulary   L layers   N tokens in a chunk   Q queries at once
 """
 
 import argparse
@@ -286,26 +286,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: DenseMask | BlockMask, scale: 
     return DenseAttention.apply(q, k, v, mask.docs, mask.window, scale)
 
 
+QUERIES_AT_ONCE = 512
+
+
 class DenseAttention(torch.autograd.Function):
     """Attention in plain products, which compile well on a CPU; also where FlexAttention does not work.
 
-    On two AMX cores, rows of 512 take half the time of scaled_dot_product_attention, whose backward is slow
-    there. The T x T weights are kept in the dtype of the activations, 512 queries at a time.
+    On two AMX cores, rows of 512 take two thirds of the time of scaled_dot_product_attention, whose backward
+    is slow there. The T x T weights are kept in the dtype of the activations, Q queries at a time.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, docs: Tensor, window: Tensor, scale: float) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
-        # no logit is above the product of the norms, so none is searched for the largest (Cauchy-Schwarz)
-        largest_key = k.to(wide).norm(dim=-1).amax(-1)[..., None, None]                     # (B, H, 1, 1)
-        bound = scale * q.to(wide).norm(dim=-1, keepdim=True) * largest_key                 # (B, H, T, 1)
         place = torch.arange(k.size(2), dtype=docs.dtype, device=docs.device)               # (T)
         all_exps, outputs, totals = [], [], []
         for part in query_blocks(q):
             seen = sees(place[part, None], place, docs[:, part, None], docs[:, None], window)   # (B, Q, T)
             z = (q[:, :, part] @ k.mT).to(wide) * scale                                     # (B, H, Q, T)
-            exps = torch.where(seen[:, None], torch.exp(z - bound[:, :, part]), 0)          # (B, H, Q, T)
-            all_exps.append(exps.to(v.dtype))                                               # (B, H, Q, T)
+            z = torch.where(seen[:, None], z, -math.inf)                                    # (B, H, Q, T)
+            all_exps.append(torch.exp(z - z.amax(-1, keepdim=True)).to(v.dtype))            # (B, H, Q, T)
             totals.append(all_exps[-1].sum(-1, keepdim=True, dtype=wide))                   # (B, H, Q, 1)
             outputs.append(((all_exps[-1] @ v) / totals[-1]).to(v.dtype))                   # (B, H, Q, K)
         y, total = torch.cat(outputs, dim=2), torch.cat(totals, dim=2)
@@ -317,7 +317,7 @@ class DenseAttention(torch.autograd.Function):
     def backward(ctx, y_grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, total, *all_exps = ctx.saved_tensors
         # the part of the gradient that softmax takes away from all logits of a query alike
-        common = (y_grad * y).to(total.dtype).sum(-1, keepdim=True)                         # (B, H, T, 1)
+        common = (y_grad.to(total.dtype) * y).sum(-1, keepdim=True)                         # (B, H, T, 1)
         shared = (y_grad / total).to(y.dtype)                                               # (B, H, T, K)
         q_grads, k_grad, v_grad = [], 0, 0
         for part, exps in zip(query_blocks(q), all_exps, strict=True):
@@ -330,7 +330,8 @@ class DenseAttention(torch.autograd.Function):
 
 
 def query_blocks(q: Tensor) -> list[slice]:
-    return [slice(start, min(start + 512, q.size(2))) for start in range(0, q.size(2), 512)]
+    starts = range(0, q.size(2), QUERIES_AT_ONCE)
+    return [slice(start, min(start + QUERIES_AT_ONCE, q.size(2))) for start in starts]
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -409,7 +410,7 @@ class GPT(nn.Module):
 
     eot_id  id of the token that begins every document
     dtype   of the activations and of the products
-    flex    attend by FlexAttention instead of scaled_dot_product_attention
+    flex    attend by FlexAttention instead of DenseAttention
     """
 
     def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32, flex: bool = False):
@@ -418,6 +419,7 @@ class GPT(nn.Module):
         self.embed = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim))
         self.value_embeds = nn.ParameterList(
             torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))       # share of the token before
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
         self.chunk_kernel, self.losses_kernel = chunk_loss_and_gradient, chunk_losses
@@ -465,7 +467,11 @@ class GPT(nn.Module):
         """What the head reads: (B, T) token ids -> (B, T, D)."""
         masks = self.masks(inputs, window_frac)
         cos, sin = rotary_table(inputs.size(1), self.cfg.head_dim, inputs.device)           # (T, K/2)
-        x0 = rms_norm(F.embedding(inputs, self.embed).to(self.dtype))                       # (B, T, D)
+        x0 = F.embedding(inputs, self.embed).to(self.dtype)                                 # (B, T, D)
+        # each token also carries the one before it, unless it begins a document
+        before = F.pad(x0, (0, 0, 1, 0))[:, :-1]                                            # (B, T, D)
+        before = before.masked_fill((inputs == self.eot_id)[..., None], 0)                  # (B, T, D)
+        x0 = rms_norm(x0 + self.smear.to(x0.dtype) * before)                                # (B, T, D)
         x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
         for number, layer in enumerate(self.layers):
             table = self.value_table(number)
@@ -529,9 +535,9 @@ def uniform(*shape: int, std: float) -> Tensor:
 
 
 def chunk_rows(x: Tensor, columns: int) -> int:
-    """Rows of a chunk of x, so that its float32 logits would take at most 64 MiB on a CPU and 256 MiB on a
-    GPU."""
-    limit = (2**26 if x.device.type == "cpu" else 2**28) // (4 * columns)
+    """Rows of a chunk of x, so that its logits would take at most 128 MiB on a CPU and 256 MiB on a GPU as
+    float32; it multiplies in fewer and larger products."""
+    limit = (2**27 if x.device.type == "cpu" else 2**28) // (4 * columns)
     return 2 ** int(math.log2(max(1, min(limit, x.size(0)))))
 
 
@@ -625,14 +631,15 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32)
         raise ValueError(f"newton_schulz needs matrices; it got a tensor of shape {tuple(G.shape)}")
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G / (torch.linalg.vector_norm(G.float(), dim=(-2, -1), keepdim=True) + 1e-7)        # (..., M, N)
-    X = X.to(dtype)
+    X = X.to(dtype).flatten(0, -3) if G.ndim > 2 else X.to(dtype)[None]                     # (..., M, N)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
     for _ in range(steps):
         A = X @ X.mT                                                                        # (..., M, M)
-        X = a * X + (b * A + c * A @ A) @ X                                                 # (..., M, N)
-    return X.mT if tall else X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)     # b A + c A A                       # (..., M, M)
+        X = torch.baddbmm(X, B, X, beta=a)              # a X + B X                         # (..., M, N)
+    return (X.mT if tall else X).view(G.shape)
 
 
 def adam_update(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: Tensor,
@@ -670,7 +677,7 @@ class Optimizer:
     on the width, since its update has unit spectral norm times sqrt(max(1, rows / columns)). The fourth root
     is a compromise: at 8,192 tokens a step the square root leaves all rates too low (measured), and from
     131,072 to 524,288 the best rates of published runs hardly differ. Momentum climbs from 0.85 to 0.95 over
-    the first 300 steps, or the first fifth of a shorter run.
+    the first 300 steps; a run of 100 steps did worse when it climbed faster.
 
     With several processes each parameter is cut into pieces: a matrix that Muon orthogonalises is one piece,
     a table of Adam's has as many blocks of rows as there are processes. Gradients are added up where a piece
@@ -755,8 +762,7 @@ class Optimizer:
 
         scale  what the schedule multiplies all learning rates by
         """
-        warmup = min(300, math.ceil(0.2 * self.cfg.num_steps))
-        momentum = 0.85 + 0.1 * min(1, self.steps_done / warmup)
+        momentum = 0.85 + 0.1 * min(1, self.steps_done / 300)
         self.steps_done += 1
         for group, pieces in self.groups.items():
             lr = self.lrs[group] * scale
@@ -1128,6 +1134,12 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 2**26)
 
 
+def give_back_memory() -> None:
+    """Give what keep_freed_memory kept back to the system."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class World:
     """One process, or as many as torchrun started. With one, every method leaves things as they are."""
 
@@ -1148,6 +1160,7 @@ class World:
             threads = torch.get_num_threads() if self.size == 1 else available_cores() // self.local_size
             torch.set_num_threads(max(1, threads))
             keep_freed_memory()
+            give_back_memory()      # of a run before this one, so that it is not counted
         if self.size > 1:
             with contextlib.suppress(AttributeError):   # Linux stops us if torchrun is killed, others do not
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -1264,6 +1277,7 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
+            give_back_memory()
             with contextlib.suppress(OSError):      # where it cannot be reset, the peak is the process's
                 Path("/proc/self/clear_refs").write_text("5")
         return following
@@ -1353,7 +1367,7 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
 def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_reason: str) -> list[str]:
     """What is about to happen, in lines for people."""
     count, rows = micro_batch_shape(cfg, world.size)
-    kernel = "FlexAttention" if model.flex else "scaled_dot_product_attention"
+    kernel = "FlexAttention" if model.flex else "plain products"
     return [
         f"device      {world.size} x {world.device_name()}, torch {torch.__version__}",
         f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",

@@ -135,8 +135,9 @@ def test_what_is_not_the_split_is_not_kept(kit, fetch, change, complaint):
     assert re.search(complaint, said) and not (folder / VAL).exists()
 
 
-@pytest.mark.parametrize(("page", "complaint"), [(b"<html>busy</html>", "is not JSON lines"),
-                                                 (b"\xff\xfe", "is not JSON lines"), (None, "has no .*404")])
+@pytest.mark.parametrize(("page", "complaint"), [
+    (b"<html>busy</html>", "is not JSON lines"), (b"\xff\xfe", "is not JSON lines"),
+    (b"[" * 10**5, "is not JSON lines"), (None, "does not have .*404")])
 def test_a_page_of_something_else_ends_in_one_line(kit, fetch, page, complaint):
     folder, fake = kit
     if page:
@@ -457,7 +458,7 @@ def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
         assert done.stderr.startswith("download_hellaswag.py: error: ") and done.stderr.count("\n") == 1
         return done.stderr
     assert "fetch it with: python download_hellaswag.py" in refusal("--score", str(folder))
-    assert "needs a model to score" in refusal("--task", "mine.jsonl")
+    assert "need a model to score" in refusal("--task", "mine.jsonl")
     assert "no summary.json" in refusal("--score", str(lab / "data"), "--task", "mine.jsonl")
     shutil.copy(lab / "mine.jsonl", lab / "samples.jsonl")
     assert "name samples.jsonl otherwise" in refusal("--score", str(folder), "--task", "samples.jsonl")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import GPT, ChunkedLoss, Config, attend, block_mask, chunk_loss_and_gradient, dense_mask
+from train_gpt import GPT, ChunkedLoss, Config, DenseMask, attend, block_mask, chunk_loss_and_gradient
 
 EOT = 100
 
@@ -70,6 +70,7 @@ def test_windows_end_where_they_say():
     """With one layer a token depends on exactly the tokens in its window."""
     cfg = small_config(num_layers=1, value_embeddings=0, long_window=5)
     model, tokens = awake_model(cfg), some_tokens(1, 24, documents=False)
+    model.smear.data.zero_()        # it would carry each token one place further
     before = model.logits(tokens)
     changed = tokens.clone()
     changed[0, 8] += 1
@@ -83,7 +84,7 @@ def test_windows_grow_over_training():
     tokens = some_tokens(1, 512, documents=False)
 
     def reach(window_frac: float) -> list[int]:
-        return [int((mask[0, 0, -1] == 0).sum()) for mask in model.masks(tokens, window_frac)]
+        return [int(mask.window) for mask in model.masks(tokens, window_frac)]
     assert reach(0) == [128] * 4
     assert reach(0.5) == [128, 128, 128, 200]
     assert reach(1) == [200, 200, 200, 400]
@@ -92,32 +93,50 @@ def test_windows_grow_over_training():
 @pytest.mark.parametrize("window", [1, 7, 64])
 def test_mask_is_causal_and_document_and_window(window):
     docs = (some_tokens(3, 33) == EOT).cumsum(1)
-    mask = dense_mask(docs, torch.tensor(window), torch.float32)
+    # equal keys share the weight, and a value for each place tells who had a share
+    same, places = torch.zeros(3, 1, 33, 33), torch.eye(33).expand(3, 1, 33, 33)
+    weights = attend(same, same, places, DenseMask(docs, torch.tensor(window)), 1.0)
     for batch in range(3):
         for query in range(33):
             for key in range(33):
                 seen = key <= query and query - key < window and docs[batch, key] == docs[batch, query]
-                assert mask[batch, 0, query, key] == (0 if seen else -math.inf)
+                assert bool(weights[batch, 0, query, key]) == bool(seen)
 
 
-def test_flex_attention_equals_scaled_dot_product_attention():
+@pytest.mark.parametrize("queries_at_once", [512, 16])
+def test_dense_attention_is_that_of_torch_with_its_gradients(queries_at_once, monkeypatch):
+    monkeypatch.setattr(train_gpt, "QUERIES_AT_ONCE", queries_at_once)
+    torch.manual_seed(0)
+    docs = (some_tokens(2, 40) == EOT).cumsum(1)
+    place = torch.arange(40)
+    seen = train_gpt.sees(place[:, None], place, docs[:, :, None], docs[:, None], torch.tensor(9))[:, None]
+    q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weight = torch.randn(2, 3, 40, 8, dtype=torch.float64)
+    ours = attend(q, k, v, DenseMask(docs, torch.tensor(9)), 0.7)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.7)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+                               torch.autograd.grad((theirs * weight).sum(), (q, k, v)))
+
+
+def test_flex_attention_equals_dense_attention():
     torch.manual_seed(0)
     docs = (some_tokens(2, 256) == EOT).cumsum(1)
     q, k, v = torch.randn(3, 2, 2, 256, 16)
     with torch.no_grad():
-        dense = attend(q, k, v, dense_mask(docs, torch.tensor(50), torch.float32), 0.7)
+        dense = attend(q, k, v, DenseMask(docs, torch.tensor(50)), 0.7)
         flex = attend(q, k, v, block_mask(docs, torch.tensor(50)), 0.7)
     torch.testing.assert_close(dense, flex)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flex_attention_has_the_gradients_of_scaled_dot_product_attention():
+def test_flex_attention_has_the_gradients_of_dense_attention():
     torch.manual_seed(0)
     docs = (some_tokens(2, 256) == EOT).cumsum(1).cuda()
     q, k, v = torch.randn(3, 2, 2, 256, 64, device="cuda").unbind()
     gradients = []
-    for make in (lambda: dense_mask(docs, torch.tensor(50).cuda(), torch.float32),
+    for make in (lambda: DenseMask(docs, torch.tensor(50).cuda()),
                  lambda: block_mask(docs, torch.tensor(50).cuda())):
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         torch.compile(attend)(*leaves, make(), 0.7).square().sum().backward()
@@ -143,20 +162,6 @@ def test_compiled_layers_serve_all_windows_and_documents(flex):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_attention_has_the_gradients_of_the_plain_formula():
-    torch.manual_seed(0)
-    docs = (some_tokens(2, 40) == EOT).cumsum(1)
-    mask = dense_mask(docs, torch.tensor(9), torch.float64)
-    q, k, v = (torch.randn(2, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    weight = torch.randn(2, 2, 40, 8, dtype=torch.float64)
-    plain = torch.softmax(q @ k.mT * 0.7 + mask, -1) @ v
-    ours = attend(q, k, v, mask, 0.7)
-    torch.testing.assert_close(ours, plain)
-    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
-                    torch.autograd.grad((plain * weight).sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("rows", [1, 5, 16, 37])
 def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
     torch.manual_seed(0)
@@ -178,7 +183,7 @@ def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
 def test_chunks_are_small():
     for rows, columns in ((8192, 8256), (100, 50304), (7, 64), (3, 2**24)):
         chunk = train_gpt.chunk_rows(torch.zeros(rows, 1), columns)
-        assert 1 <= chunk <= rows and chunk * columns * 4 <= max(2**25, 4 * columns)
+        assert 1 <= chunk <= rows and chunk * columns * 4 <= max(2**27, 4 * columns)
 
 
 @pytest.mark.parametrize("rows", [3, 8, 64])
@@ -248,7 +253,7 @@ def test_flops_are_six_per_weight_of_a_matrix_and_attention():
 # Shape comments
 # ------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4}
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5}
 
 
 def size_of(word: str, sizes: dict[str, int]) -> int:
@@ -258,10 +263,11 @@ def size_of(word: str, sizes: dict[str, int]) -> int:
     return math.prod(factors) // int(bottom or 1)
 
 
-def test_shape_comments_are_true():
+def test_shape_comments_are_true(monkeypatch):
     """Run the model with pairwise different sizes, and compare each tensor with the comment on its line."""
+    monkeypatch.setattr(train_gpt, "QUERIES_AT_ONCE", SIZES["Q"])
     source = Path(train_gpt.__file__).read_text(encoding="utf-8").splitlines()
-    model_lines = range(inspect.getsourcelines(train_gpt.dense_mask)[1],
+    model_lines = range(inspect.getsourcelines(DenseMask)[1],
                         inspect.getsourcelines(ChunkedLoss)[1])
     said = {number: re.findall(r"\(((?:[\w/]+(?:, )?)*)\)", comment[1])
             for number, line in enumerate(source, 1) if number in model_lines
@@ -312,7 +318,7 @@ def test_shape_comments_are_true():
     previous = sys.gettrace()
     sys.settrace(trace)
     try:
-        model(tokens, tokens)
+        model(tokens, tokens).backward()
         model.token_losses(tokens, tokens)
         model.logits(tokens)
     finally:

@@ -92,7 +92,7 @@ def test_muon_is_that_of_torch():
         theirs.grad = model.layers[0].out.grad.clone()
         reference.step()
         optimizer.step(1.0)
-        reference.param_groups[0]["momentum"] = 0.95    # ours has warmed up after one step
+        reference.param_groups[0]["momentum"] += 0.1 / 300
         # theirs multiplies in bfloat16
         torch.testing.assert_close(model.layers[0].out.detach(), theirs.detach(), atol=4e-3, rtol=0)
 

@@ -23,7 +23,6 @@ from train_gpt import GPT, PRESETS, Config, World
 from train_tokenizer import load_tokenizer
 
 
-@torch.no_grad()
 def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> list[np.ndarray]:
     """Sums of the log-probabilities of each ending, as one would write it down first."""
     sums = []
@@ -42,6 +41,7 @@ def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> 
 
 
 @command
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="a .jsonl file of HellaSwag's kind")

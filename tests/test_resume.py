@@ -387,7 +387,7 @@ def test_other_knobs_are_named_and_refused_unless_told(stopped_run):
 
 def test_another_shape_is_refused_and_leaves_the_run_as_it_was(stopped_run):
     for knob, value in (("--model_dim", "64"), ("--num_layers", "4")):
-        with pytest.raises(UserError, match=r"is of another model: .* has shape .*, had"):
+        with pytest.raises(UserError, match=r"are of another model: .* has shape .*, had"):
             resume_here("--resume", str(stopped_run), knob, value, "--resume_changed")
     resume_here("--resume", str(stopped_run))
 

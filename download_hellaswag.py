@@ -157,7 +157,7 @@ def as_authors_have_it(row: object) -> object:
     return {field: row[field] for field in FIELDS if field in row and (field, row[field]) != ("label", "")}
 
 
-def check_rows(path: Path, split: str) -> None:
+def check_rows(path: Path, split: str) -> list[Question]:
     """raises  UserError unless the file holds exactly the rows of the split, four endings each"""
     questions = read_questions(path, labelled=split != "test")
     expected = SPLITS[split][1]
@@ -166,6 +166,7 @@ def check_rows(path: Path, split: str) -> None:
     odd = next((question for question in questions if len(question.endings) != 4), None)
     if odd:
         raise UserError(f"{path.name} has {len(odd.endings)} endings instead of 4 in row {odd.name}")
+    return questions
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,18 @@ class Task:
         """What results on it can be compared by."""
         return {"sha256": self.sha256, "rows_in_file": self.rows_in_file}
 
+    @property
+    def note(self) -> str:
+        """What to say behind the number of rows."""
+        return f", a fixed sample of {self.rows_in_file:,}" if len(self.questions) < self.rows_in_file else ""
+
 
 def open_task(path: Path, name: str, rows: int) -> Task:
     """The questions of a file; if `rows` is not 0, so many of them, the same whenever and wherever asked."""
-    questions = read_questions(path)
+    return task_of(path, name, read_questions(path), rows)
+
+
+def task_of(path: Path, name: str, questions: list[Question], rows: int) -> Task:
     chosen = range(len(questions))
     if 0 < rows < len(questions):
         chosen = sorted(random.Random(0).sample(chosen, rows))
@@ -196,10 +205,10 @@ def hellaswag_if_here(rows: int) -> Task | None:
     if not path.is_file():
         return None
     try:
-        check_rows(path, "validation")
+        questions = check_rows(path, "validation")
     except UserError as error:
         raise UserError(f"{error}; fetch it again with: python download_hellaswag.py") from error
-    return open_task(path, "hellaswag", rows)
+    return task_of(path, "hellaswag", questions, rows)
 
 
 def read_questions(path: Path, labelled: bool = True) -> list[Question]:
@@ -457,8 +466,7 @@ def score_run(folder: Path, path: Path | None, rows: int) -> None:
     scores, facts, is_main = script.score_saved(folder, task)
     if is_main:
         run_folder.write_benchmark(folder, task.name, task.facts() | scores.summary() | facts, scores.items)
-        some = f", a fixed sample of {task.rows_in_file:,}" if scores.rows < task.rows_in_file else ""
-        print(f"{task.name}: {scores.rows:,} rows{some}", *scores.lines(),
+        print(f"{task.name}: {scores.rows:,} rows{task.note}", *scores.lines(),
               f"wrote {folder / task.name}.jsonl", sep="\n")
 
 

@@ -285,16 +285,21 @@ def status_of(folder: Path) -> str:
 
 def saved_knobs(folder: Path) -> dict:
     """What config.json of a run says; nothing where the file is missing."""
-    path = folder / "config.json"
     try:
-        knobs = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
         return {}
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object of a file in a run folder; raises UserError if it holds something else"""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not what a run writes") from error
-    if not isinstance(knobs, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} is not what a run writes")
-    return knobs
+    return content
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -352,14 +357,9 @@ def load_script(folder: Path) -> ModuleType:
 def summary_of(folder: Path) -> dict:
     """raises  UserError if the folder is not that of a finished run"""
     try:
-        facts = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return read_object(folder / "summary.json")
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no summary.json; name the folder of a finished run") from error
-    except ValueError as error:
-        raise UserError(f"{folder / 'summary.json'} is not what a run writes") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{folder / 'summary.json'} is not what a run writes")
-    return facts
 
 
 def write_items(folder: Path, name: str, items: list[dict]) -> None:
@@ -605,8 +605,7 @@ def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
             "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "script": script.name, "code_sha256": sources[script.name], "sources": sources,
             "git_commit": git("rev-parse", "HEAD").strip(), "git_dirty": bool(git("status", "--porcelain")),
-            "device": world.device_name(), "processes": world.size,
-            "dtype": str(world.dtype).removeprefix("torch."), "dtype_reason": world.dtype_reason,
+            **world.facts(), "dtype_reason": world.dtype_reason,
             "python": platform.python_version(), "torch": str(torch.__version__),
             "platform": platform.platform(),
             "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))}

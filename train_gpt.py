@@ -235,9 +235,14 @@ def parse_config(argv: list[str]) -> Config:
     if "resume" not in knobs:
         return Config(**knobs)
     folder = find_run(knobs["resume"], knobs.get("model_name", defaults["model_name"]))
-    saved = saved_knobs(folder).items() if folder else ()
-    knobs = {**{knob: value for knob, value in saved if knob in types}, **knobs}
+    knobs = {**(known_knobs(folder) if folder else {}), **knobs}
     return Config(**{**knobs, "resume": str(folder or "")})
+
+
+def known_knobs(folder: Path) -> dict:
+    """The knobs of a run that Config still has."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return {knob: value for knob, value in saved_knobs(folder).items() if knob in names}
 
 
 def knob_helps() -> dict[str, dict[str, str]]:
@@ -1301,6 +1306,10 @@ class World:
         name = cpu_facts().get("model name", platform.processor() or platform.machine())
         return f"{name}, {available_cores()} cores"
 
+    def facts(self) -> dict:
+        return {"device": self.device_name(), "processes": self.size,
+                "dtype": str(self.dtype).removeprefix("torch.")}
+
     def peak_flops(self, cfg: Config) -> float:
         """Floating-point operations per second that all devices could do; 0 if that is not known."""
         device = self.device_name() if self.device.type == "cuda" and self.dtype != torch.float32 else ""
@@ -1385,8 +1394,7 @@ def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_
 def describe_task(task: Task | None) -> str:
     if not task:
         return "hellaswag   not here; python download_hellaswag.py fetches it"
-    some = f", a fixed sample of {task.rows_in_file:,}" if len(task.questions) < task.rows_in_file else ""
-    return f"hellaswag   {len(task.questions):,} rows at the end{some}"
+    return f"hellaswag   {len(task.questions):,} rows at the end{task.note}"
 
 
 def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) -> str:
@@ -1994,9 +2002,7 @@ def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, he
 
 def scored_on(world: World) -> dict:
     """What a score may depend on in its last digits, and this file."""
-    return {"device": world.device_name(), "processes": world.size,
-            "dtype": str(world.dtype).removeprefix("torch."),
-            "code_sha256": documents.sha256_of(Path(__file__))}
+    return world.facts() | {"code_sha256": documents.sha256_of(Path(__file__))}
 
 
 def score_saved(folder: Path, task: Task) -> tuple[Scores, dict, bool]:
@@ -2004,9 +2010,7 @@ def score_saved(folder: Path, task: Task) -> tuple[Scores, dict, bool]:
 
     returns  the scores, what they were made on, and whether this is the first process
     """
-    knobs = {knob: value for knob, value in saved_knobs(folder).items()
-             if knob in {field.name for field in dataclasses.fields(Config)}}
-    cfg = Config(**knobs | {"device": "auto", "compile": "auto", "deterministic": False})
+    cfg = Config(**known_knobs(folder) | {"device": "auto", "compile": "auto", "deterministic": False})
     world = World(cfg)
     try:
         model, tokenizer = world.together(lambda: load_trained(folder, cfg, world))

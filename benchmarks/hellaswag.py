@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from documents import command, positive
 from download_hellaswag import METRICS, read_questions
-from run_folder import saved_knobs
 from train_gpt import GPT, PRESETS, Config, World
 from train_tokenizer import load_tokenizer
 
@@ -52,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     questions = read_questions(args.rows)
     if args.score:
-        cfg = Config(**saved_knobs(args.score) | {"device": "auto", "dtype": args.dtype})
+        cfg = Config(**train_gpt.known_knobs(args.score) | {"device": "auto", "dtype": args.dtype})
         world = World(cfg)
         model, tokenizer = train_gpt.load_trained(args.score, cfg, world)
     else:

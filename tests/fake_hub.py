@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -32,6 +34,18 @@ class FakeHub:
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def behave(self) -> None:
+        """Forget what a test told it, but for the files."""
+        for told in (self.faults, self.asked, self.announced, self.tokens, self.pages):
+            told.clear()
+        self.wait = lambda path: None
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """For a process that shall ask this Hub, with a cache of its own."""
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        return env | {"HF_HOME": str(home), "HF_ENDPOINT": self.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+                      "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def close(self) -> None:
         self.server.shutdown()

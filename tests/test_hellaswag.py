@@ -6,7 +6,6 @@ Run: ./run.sh test tests/test_hellaswag.py
 import io
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -76,11 +75,9 @@ def fetch(kit, tmp_path):
     """Runs the script against the Hub, in a Benchtop without data; gives what it says."""
     folder, fake = kit
     fake.files.clear()
-    fake.pages.clear()
-    fake.faults.clear()
+    fake.behave()
     shutil.rmtree(folder / "data", ignore_errors=True)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": fake.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = fake.environment(tmp_path / "home")
 
     def fetch(*arguments: str, expect: int = 0, **more: str) -> str:
         done = run(folder, "download_hellaswag.py", *arguments, expect=expect, env=env | more)

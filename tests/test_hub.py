@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -63,9 +62,7 @@ class Bench:
 
     def __init__(self, folder: Path, fake: FakeHub, home: Path):
         self.folder, self.hub, self.home = folder, fake, home
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        self.env |= {"HF_HOME": str(home), "HF_ENDPOINT": fake.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-                     "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.env = fake.environment(home)
 
     def command(self, *flags: str) -> list[str]:
         return [sys.executable, "download_fineweb.py", "--version", "10B", "--tokenizer",
@@ -98,11 +95,7 @@ class Bench:
 @pytest.fixture
 def bench_of_hub(kit, tmp_path):
     folder, fake = kit
-    fake.faults.clear()
-    fake.asked.clear()
-    fake.announced.clear()
-    fake.tokens.clear()
-    fake.wait = lambda path: None
+    fake.behave()
     shutil.rmtree(folder / "data", ignore_errors=True)
     return Bench(folder, fake, tmp_path / "home")
 

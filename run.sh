@@ -92,7 +92,9 @@ case "${1:-demo}" in
         ;;
     test)
         set_up requirements.txt requirements-dev.txt
-        exec .venv/bin/python -m pytest "${@:2}"
+        # two at a time; threads that wait must not spin, or each would take the other's core
+        export OMP_WAIT_POLICY=passive
+        exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "${@:2}"
         ;;
     setup)
         set_up requirements.txt

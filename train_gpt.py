@@ -418,6 +418,8 @@ class GPT(nn.Module):
     flex    attend by FlexAttention instead of DenseAttention
     """
 
+    is_compiled = False
+
     def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32, flex: bool = False):
         super().__init__()
         self.cfg, self.eot_id, self.dtype, self.flex = cfg, eot_id, dtype, flex
@@ -514,6 +516,7 @@ class GPT(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what repeats: one layer serves all layers, one chunk of the loss all chunks."""
+        self.is_compiled = True
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.chunk_kernel = torch.compile(chunk_loss_and_gradient, dynamic=False)
@@ -1966,7 +1969,9 @@ def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: fl
             return
         model.eval()
         model.flex = False      # texts have many lengths, and none is worth compiling for
-        with torch.compiler.set_stance("force_eager"):
+        # the compiler takes a second to import; only a model that is compiled has loaded it
+        eager = torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
+        with eager:
             samples = write_samples(cfg, run.world, model, tokenizer, held_out)
     log.samples(samples)
     text = held_out.text()

@@ -694,7 +694,7 @@ class Evil:
     {"mergeable_ranks": {**{bytes([byte]): byte for byte in range(256)}, "ab": 256}},
     {"pat_str": "("}, {"pat_str": 5}, {"script_content": 5}, {"script_content": "\ud800"}, {"pat_str": "x*"},
     {"mergeable_ranks": {bytes([byte]): float(byte) for byte in range(256)}},
-], ids=str)
+], ids=itertools.count())
 def test_a_pickle_that_is_something_else_is_one_line(bench, refusal, changes):
     pickled(bench / "old.pkl", **changes)
     assert "old.pkl is no tokenizer of older days" in refusal("train_tokenizer.py --convert old.pkl --name x")

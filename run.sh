@@ -2,6 +2,8 @@
 # Set up what is missing, then:   ./run.sh        train a small GPT on Python's own library (minutes, no GPU needed)
 #                                 ./run.sh test   run the tests
 #                                 ./run.sh setup  no more than the set-up
+#     ./run.sh PRESET             xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on all GPUs here
+#     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
 # The environment is .venv. An installed torch of 2.9 or later is used as it is; otherwise requirements.txt is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -85,6 +87,49 @@ demo() {
     exec .venv/bin/python train_gpt.py --preset demo --tokenizer "$tokenizer" --data "$name" "$@"
 }
 
+# Get what a preset trains on, so many shards of 100 million tokens that none is seen twice; train on all GPUs.
+preset() {
+    local preset="$1" source=10B-gpt2 tokenizer=gpt2 data=fineweb_gpt2 shards download gpus argument
+    local dry_run=false flags=() launch=(.venv/bin/python)
+    for argument in "${@:2}"; do
+        if [ "$argument" = --dry_run ]; then dry_run=true; else flags+=("$argument"); fi
+    done
+    case "$preset" in
+        xs) shards=2 ;;
+        s) shards=5 ;;
+        m) shards=11 ;;
+        gpt2-small) shards=8 ;;
+        gpt2-medium) shards=34 ;;
+        gpt2-xl) shards=103 ;;
+    esac
+    case "$preset" in
+        gpt2-*) download="$((shards * 2 / 10 + 1)) GB, already tokenized by GPT-2's tokenizer" ;;
+        *)
+            source=10B tokenizer=web_v50256_n1000000000 data=fineweb_web
+            download="about $((2 * (1 + (shards + 5) / 6))) GB of text, of which a tokenizer of its own is learned"
+            ;;
+    esac
+    gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
+    say "$preset trains on $shards shards of FineWeb ($download); they take $((shards * 2 / 10 + 1)) GB in data/$data"
+    if [ "$gpus" = 0 ]; then
+        say "there is no GPU here, so all of this runs on the CPU, for days or more; the demo is made for CPUs"
+    else
+        launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
+    fi
+    # without its data the preset cannot train yet, and says that too; what it needs is what counts here
+    { "${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" "${flags[@]}" || true; } \
+        | grep -E '^(device|model|budget|memory|free|time|cost) ' || fail "that preset does not run with these flags"
+    if "$dry_run"; then
+        say "nothing was done; leave out --dry_run to begin"
+        return
+    fi
+    if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
+        .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 --vocabsize 50256 --name web
+    fi
+    .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" --tokenizer "$tokenizer" --name "$data"
+    exec "${launch[@]}" train_gpt.py --preset "$preset" --data "$data" "${flags[@]}"
+}
+
 case "${1:-demo}" in
     demo)
         set_up requirements.txt
@@ -96,13 +141,17 @@ case "${1:-demo}" in
         export OMP_WAIT_POLICY=passive
         exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "${@:2}"
         ;;
+    xs | s | m | gpt2-small | gpt2-medium | gpt2-xl)
+        set_up requirements.txt
+        preset "$@"
+        ;;
     setup)
         set_up requirements.txt
         ;;
     -h | --help | help)
-        sed -n '2,5s/^# //p' run.sh
+        sed -n '2,7s/^# //p' run.sh
         ;;
     *)
-        fail "there is no '$1'; type ./run.sh for the demo, or ./run.sh test for the tests"
+        fail "there is no '$1'; type ./run.sh for the demo, ./run.sh test for the tests, ./run.sh help for more"
         ;;
 esac

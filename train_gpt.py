@@ -9,7 +9,8 @@ It reads token shards (download_fineweb.py makes them) and a tokenizer (train_to
 leaves a folder experiments/DATE_TIME_NAME with all that made the result. It touches no network, but that
 tiktoken fetches its own `gpt2` encoding the first time it is asked for.
 
-Sections, by how soon you need them: Config, Model, Optimizer, Data, Evaluation, World, Run log, Training.
+Sections, by how soon you need them: Config, Rules, Model, Optimizer, Data, Evaluation, FP8, World, Run log,
+Training.
 Where experiments usually edit, search for "EDIT": config | mask | layer | optimizer | schedule.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
@@ -21,6 +22,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import importlib.util
 import itertools
 import math
@@ -34,6 +36,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import documents
 from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
@@ -80,7 +83,7 @@ class Config:
     # EDIT: config
     # the run
     model_name: str = "gpt"           # last part of the run folder's name
-    preset: str = ""                  # demo, xs, s, m, gpt2-small or gpt2-medium: many knobs; flags win
+    preset: str = ""                  # demo, xs, s, m, gpt2-small, gpt2-medium, gpt2-xl; flags win
     tokenizer: str = ""               # folder in tokenizers/; empty: the one the data was made with
     data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
     seed: int = 0                     # decides weights, order of the data and samples
@@ -90,16 +93,18 @@ class Config:
     resume_changed: bool = False      # go on although code, data or knobs are not those the run began with
     save_every_steps: int = 0         # steps between checkpoints; 0: by minutes and before validations only
     save_every_minutes: float = 10    # minutes between checkpoints; 0: by steps and before validations only
-    # the budget
-    num_steps: int = 500              # optimizer steps
+    # the budget; what is 0 follows from the rest by the rules below Config
+    train_tokens: int = 4_096_000     # tokens to train on, for steps and batch where those are 0
+    num_steps: int = 0                # optimizer steps; 0: as many as train_tokens take
     train_minutes: float = 0          # end the schedule after so much training if that comes first; 0: never
-    batch_tokens: int = 8192          # tokens of a step, over all processes and micro-batches
+    target_loss: float = 0            # end training when val_loss is this low, and say when; 0: no target
+    batch_tokens: int = 0             # tokens of a step, over all processes; 0: by the rule for train_tokens
     micro_batch_tokens: int = 0       # tokens a process takes at once, at most; 0: as many as memory holds
     seq_len: int = 512                # tokens in a row
     max_doc_len: int = 2048           # longer documents are cut into parts of this many tokens
     # the model
     num_layers: int = 6               # transformer layers
-    num_heads: int = 2                # attention heads; each is model_dim / num_heads wide
+    num_heads: int = 0                # attention heads; 0: about one for 128 of the width
     model_dim: int = 256              # width of the model
     vocab_size: int = 0               # 0: the tokenizer's; any other number must be the tokenizer's
     mlp_ratio: int = 4                # hidden width of an MLP, in model widths
@@ -107,9 +112,9 @@ class Config:
     attention_cap: float = 15         # the largest attention logit that unit-norm queries and keys can have
     logit_cap: float = 15             # logits are squeezed into plus or minus this
     long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
-    short_window: int = 0             # tokens the other layers look back; 0: as long_window
+    short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
-    # the optimizer; learning rates are for 524,288 tokens a step and width 768, Optimizer scales them
+    # the optimizer; learning rates are for 524,288 tokens a step and width 768, rules scale them
     muon_lr: float = 0.05             # matrices in layers
     embed_lr: float = 0.6             # token embedding and value embeddings
     head_lr: float = 0.012            # output head
@@ -132,6 +137,7 @@ class Config:
     device: str = "auto"              # cpu, cuda, or auto: cuda if there is one
     dtype: str = "auto"               # bfloat16, float16, float32, or auto: what is native to the hardware
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
+    fp8: bool = False                 # the head's products in FP8; GPUs of capability 8.9 or more
     peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, or no MFU if not there
     deterministic: bool = False       # only kernels that repeat to the bit, as CPUs have; slower on a GPU
     timeout_seconds: float = 600      # give up on another process that is silent for so long
@@ -150,8 +156,8 @@ class Config:
                               ("dtype", ("auto", "bfloat16", "float16", "float32")),
                               ("preset", ("", *PRESETS))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
-        for knob in ("num_steps", "batch_tokens", "num_layers", "num_heads", "model_dim", "mlp_ratio",
-                     "log_every", "attention_cap", "logit_cap", "timeout_seconds"):
+        for knob in ("train_tokens", "num_layers", "model_dim", "mlp_ratio", "log_every", "attention_cap",
+                     "logit_cap", "timeout_seconds"):
             self.require(knob, getattr(self, knob) > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
@@ -160,8 +166,13 @@ class Config:
             self.require(knob, getattr(self, knob) <= 1, "between 0 and 1")
         for knob in ("seq_len", "max_doc_len"):
             self.require(knob, getattr(self, knob) >= 2, "at least 2")
+        for knob, value in by_rule(self).items():
+            object.__setattr__(self, knob, value)
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
                      f"a multiple of --seq_len, {self.seq_len}")
+        if self.fp8:
+            for knob in ("seq_len", "model_dim"):
+                self.require(knob, getattr(self, knob) % 16 == 0, "a multiple of 16 for --fp8")
         self.require("micro_batch_tokens", not 0 < self.micro_batch_tokens < self.seq_len,
                      f"at least --seq_len, {self.seq_len}, or 0")
         self.require("model_dim", self.model_dim % (4 * self.num_heads) == 0,
@@ -193,23 +204,70 @@ class Config:
         return 64 * math.ceil(self.vocab_size / 64)
 
 
+# ------------------------------------------------------------------------------------------------
+# Rules: what follows from the size and the budget, so that another size needs no tuning. Their figures come
+# from experiments/RECIPE.md and, for large budgets, from published runs.
+# ------------------------------------------------------------------------------------------------
+
+def by_rule(cfg: Config) -> dict[str, int]:
+    """Values for the knobs that are 0.
+
+    batch    the power of two nearest to 8,192 (D / 1 million)^0.59 for D tokens: what was best of 2,048 to
+             16,384 here, and, for 700 million, the batch of Modded-NanoGPT
+    heads    as many as make them about 128 wide and even enough to rotate
+    windows  one layer in four reads the whole row, the others half of it
+    """
+    values = {}
+    if not cfg.batch_tokens:
+        power = round(math.log2(8192 * (cfg.train_tokens / 1e6) ** 0.59))
+        values["batch_tokens"] = cfg.seq_len * max(1, round(2**power / cfg.seq_len))
+    if not cfg.num_steps:
+        values["num_steps"] = math.ceil(cfg.train_tokens / (cfg.batch_tokens or values["batch_tokens"]))
+    if not cfg.num_heads:
+        fitting = (heads for heads in range(max(1, round(cfg.model_dim / 128)), 0, -1)
+                   if cfg.model_dim % (4 * heads) == 0)
+        values["num_heads"] = next(fitting, 1)
+    if not cfg.short_window:
+        values["short_window"] = min(cfg.long_window or cfg.seq_len, max(512, cfg.seq_len // 2))
+    return values
+
+
+def learning_rates(cfg: Config) -> dict[str, float]:
+    """The learning rate of each group of parameters.
+
+    batch    all go with the twelfth root. At a given number of steps it would be the square root, but the
+             batch grows with the budget, and longer runs want lower rates
+    width    rates of embeddings and head go with 1 / sqrt(width); Muon's needs no rule: its updates have
+             unit spectral norm, times sqrt(max(1, rows / columns)), at any width
+    """
+    by_batch = (cfg.batch_tokens / 524288) ** (1 / 12)
+    by_width = math.sqrt(768 / cfg.model_dim)
+    return {"matrices": cfg.muon_lr * by_batch, "embeddings": cfg.embed_lr * by_batch * by_width,
+            "head": cfg.head_lr * by_batch * by_width, "scalars": cfg.scalar_lr * by_batch}
+
+
 PRESETS = {
     # a few minutes on two CPU cores
-    "demo": dict(model_name="demo", num_steps=260, train_minutes=4, val_every=40, log_every=5),
+    "demo": dict(model_name="demo", num_steps=260, batch_tokens=8192, train_minutes=4, val_every=40,
+                 log_every=5),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,
-               batch_tokens=32768, num_steps=3000, val_every=250),
+               train_tokens=98_304_000, val_every=125),
     "s": dict(model_name="s", num_layers=12, num_heads=6, model_dim=384, value_embeddings=3, seq_len=1024,
-              batch_tokens=90112, num_steps=4400, val_every=250),
+              train_tokens=396_492_800, val_every=125),
     "m": dict(model_name="m", num_layers=16, num_heads=12, model_dim=768, value_embeddings=4, seq_len=2048,
-              batch_tokens=229376, num_steps=4300, val_every=250),
+              train_tokens=986_316_800, val_every=125),
     # the two tracks of Modded-NanoGPT: targets 3.28 and 2.92 on FineWeb with GPT-2's tokenizer
     "gpt2-small": dict(model_name="gpt2-small", num_layers=12, num_heads=6, model_dim=768, value_embeddings=3,
                        seq_len=2048, batch_tokens=393216, num_steps=1770, val_every=125, long_window=1792,
-                       short_window=896, window_warmup_frac=1, val_tokens=10_485_760),
+                       short_window=896, window_warmup_frac=1, val_tokens=10_485_760, target_loss=3.28),
     "gpt2-medium": dict(model_name="gpt2-medium", num_layers=16, num_heads=8, model_dim=1024,
                         value_embeddings=3, seq_len=2048, batch_tokens=524288, num_steps=5960, val_every=125,
-                        short_window=1024, window_warmup_frac=1, val_tokens=10_485_760),
+                        short_window=1024, window_warmup_frac=1, val_tokens=10_485_760, target_loss=2.92),
+    # 1.5 billion parameters, for one box with 8 GPUs of 80 GB: 10 billion tokens
+    "gpt2-xl": dict(model_name="gpt2-xl", num_layers=24, num_heads=16, model_dim=2048, value_embeddings=1,
+                    seq_len=2048, batch_tokens=1_048_576, num_steps=9536, val_every=500, short_window=1024,
+                    window_warmup_frac=1, val_tokens=10_485_760),
 }
 
 
@@ -276,18 +334,40 @@ class DenseMask:
     window: Tensor
 
 
+BLOCK = 128     # places in a block of FlexAttention's mask
+
+
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
-    """The mask as FlexAttention skips by it: the same function, known in blocks of 128 x 128."""
+    """The mask as FlexAttention skips by it: the same function, known in blocks of 128 x 128.
+
+    Which blocks are seen, and which as a whole, follows from the first and last document of each block; no
+    T x T mask is evaluated, and every window has the same shapes, so that nothing is compiled anew.
+    """
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return sees(query, key, docs[batch, query], docs[batch, key], window)
-    rows, length = docs.shape
-    return create_block_mask(mask_mod, rows, None, length, length, device=docs.device)
+    length = docs.size(1)
+    # places behind the end belong to the last document; nobody reads what they see
+    padded = F.pad(docs[:, None], (0, -length % BLOCK), mode="replicate")[:, 0]             # (B, 128 n)
+    first, last = padded[:, ::BLOCK], padded[:, BLOCK - 1::BLOCK]                           # (B, n)
+    place = torch.arange(first.size(1), dtype=docs.dtype, device=docs.device)               # (n)
+    apart = BLOCK * (place[:, None] - place)    # of the first query and the first key      # (n, n)
+    seen = (apart >= 0) & (apart - (BLOCK - 1) < window) & (last[:, None] >= first[..., None])  # (B, n, n)
+    whole = (apart > 0) & (apart + BLOCK - 1 < window)                                      # (n, n)
+    whole = whole & (first[:, None] == last[..., None])                                     # (B, n, n)
+    return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), BLOCK, mask_mod, (length, length))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: DenseMask | BlockMask, scale: float) -> Tensor:
-    """Softmax attention over what the mask shows; all tensors (B, H, T, K)."""
+def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, n, n) which key blocks each query block reads -> their number (B, 1, n) and order (B, 1, n, n)."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)                      # (B, n, n)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: DenseMask | BlockMask, scale: float,
+           kernel_options: dict | None = None) -> Tensor:
+    """Softmax attention over what the mask shows; all tensors (B, H, T, K); options are FlexAttention's."""
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, scale=scale)
+        return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=kernel_options)
     return DenseAttention.apply(q, k, v, mask.docs, mask.window, scale)
 
 
@@ -374,7 +454,7 @@ class Layer(nn.Module):
         super().__init__()
         width, hidden = cfg.model_dim, cfg.mlp_ratio * cfg.model_dim
         self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
-        self.attention_scale = cfg.attention_cap / cfg.head_dim
+        self.attention_scale, self.kernel_options = cfg.attention_cap / cfg.head_dim, None
         self.qkv = nn.Parameter(uniform(3, width, width, std=0.5 / math.sqrt(width)))
         self.out = nn.Parameter(torch.zeros(width, width))
         self.up = nn.Parameter(uniform(hidden, width, std=0.5 / math.sqrt(width)))
@@ -404,7 +484,7 @@ class Layer(nn.Module):
         if value_embedding is not None:
             value_embedding = value_embedding.view(B, T, self.num_heads, self.head_dim)     # (B, T, H, K)
             v = v + table * value_embedding.transpose(1, 2)                                 # (B, H, T, K)
-        y = attend(q, k, v, mask, self.attention_scale)                                     # (B, H, T, K)
+        y = attend(q, k, v, mask, self.attention_scale, self.kernel_options)                # (B, H, T, K)
         y = y.transpose(1, 2)                                                               # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
         return linear(y, self.out)                                                          # (B, T, D)
@@ -415,12 +495,13 @@ class GPT(nn.Module):
 
     eot_id  id of the token that begins every document
     dtype   of the activations and of the products
-    flex    attend by FlexAttention instead of DenseAttention
+    flex    attend by FlexAttention with these kernel options; None: by DenseAttention
     """
 
     is_compiled = False
 
-    def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32, flex: bool = False):
+    def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
+                 flex: dict | None = None):
         super().__init__()
         self.cfg, self.eot_id, self.dtype, self.flex = cfg, eot_id, dtype, flex
         self.embed = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim))
@@ -428,6 +509,8 @@ class GPT(nn.Module):
             torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))       # share of the token before
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
+        for layer in self.layers:
+            layer.kernel_options = flex
         self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
         self.chunk_kernel, self.losses_kernel = chunk_loss_and_gradient, chunk_losses
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
@@ -443,7 +526,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(inputs, window_frac)                                                # (B, T, D)
         return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding,
-                                 self.cfg.logit_cap, self.chunk_kernel)
+                                 self.cfg.logit_cap, self.chunk_kernel, self.cfg.fp8)
 
     def token_losses(self, inputs: Tensor, targets: Tensor, window_frac: float = 1.0) -> Tensor:
         """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph."""
@@ -498,7 +581,7 @@ class GPT(nn.Module):
         windows = []
         for number in range(1, len(self.layers) + 1):
             is_long = number % 4 == 0 or number == len(self.layers)
-            knob = self.cfg.long_window if is_long else self.cfg.short_window or self.cfg.long_window
+            knob = self.cfg.long_window if is_long else self.cfg.short_window
             full = min(knob or length, length)
             windows.append(min(full, max(128, round(window_frac * full))))
         return windows
@@ -511,7 +594,8 @@ class GPT(nn.Module):
         for length in set(windows):
             # a tensor, so that kernels compiled for one window serve all
             window = torch.tensor(length, dtype=docs.dtype, device=inputs.device)           # ()
-            made[length] = block_mask(docs, window) if self.flex else DenseMask(docs, window)
+            made[length] = (DenseMask(docs, window) if self.flex is None else
+                            block_mask(docs, window))
         return [made[length] for length in windows]
 
     def compile_parts(self) -> None:
@@ -554,15 +638,16 @@ def soft_cap(z: Tensor, cap: float) -> Tensor:
     return z * torch.rsqrt(1 + (z / cap).square())
 
 
-def chunk_loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float,
+def chunk_loss_and_gradient(logits: Tensor, targets: Tensor, padding: Tensor, cap: float,
                             ) -> tuple[Tensor, Tensor]:
     """Losses of a chunk, and their gradient at uncapped logits: softmax minus one-hot, times the cap's slope.
 
-    x (N, D), weight (V, D), targets (N)
+    logits   (N, V) uncapped
+    targets  (N); -1 where there is nothing to predict
     padding  (V) float32, minus infinity in columns that are no token, else 0
-    returns  (N) float32 and (N, V) in the dtype of x
+    returns  (N) float32 and (N, V) in the dtype of the logits
     """
-    z = (x @ weight.T).float()                                                              # (N, V)
+    z = logits.float()                                                                      # (N, V)
     shrink = torch.rsqrt(1 + (z * (1 / cap)).square())                                      # (N, V)
     exps = torch.exp(z * shrink - cap + padding)    # no maximum needed: the cap bounds z   # (N, V)
     total = exps.sum(-1, keepdim=True)                                                      # (N, 1)
@@ -572,11 +657,11 @@ def chunk_loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, padding:
     z, shrink = z.gather(1, place), shrink.gather(1, place)                                 # (N, 1)
     losses = counted * (cap + total.log() - z * shrink)                                     # (N, 1)
     slope_there = counted * (torch.exp(z * shrink - cap) / total - 1) * shrink**3           # (N, 1)
-    return losses[:, 0], slope.to(x.dtype).scatter(1, place, slope_there.to(x.dtype))
+    return losses[:, 0], slope.to(logits.dtype).scatter(1, place, slope_there.to(logits.dtype))
 
 
 def chunk_losses(x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float) -> Tensor:
-    """(N) float32 losses of a chunk without their gradient; arguments as chunk_loss_and_gradient has them."""
+    """(N) float32 losses of a chunk x (N, D) of a head's weight (V, D), without their gradient."""
     z = soft_cap((x @ weight.T).float(), cap) + padding                                     # (N, V)
     return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                   # (N)
 
@@ -586,22 +671,28 @@ class ChunkedLoss(torch.autograd.Function):
 
     Only one chunk's logits exist at a time: 256 MiB instead of 6.6 GB for 32,768 tokens and 50,304 columns.
     x (N, D), weight (V, D) float32, targets (N), padding and kernel as chunk_loss_and_gradient has them
+    fp8      products in FP8: logits from e4m3, gradients from e5m2 slopes
     returns  () float32, the summed loss
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float,
-                kernel: Callable) -> Tensor:
+                kernel: Callable, fp8: bool = False) -> Tensor:
         x, narrow = x.detach(), weight.detach().to(x.dtype)                                 # (N, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (N, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         start = 0
         rows = chunk_rows(x, weight.size(0))
         for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-            losses, slope = kernel(part, narrow, wanted, padding, cap)                      # (N), (N, V)
+            logits = fp8_product(part, narrow) if fp8 else part @ narrow.T                  # (N, V)
+            losses, slope = kernel(logits, wanted, padding, cap)                            # (N), (N, V)
             total += losses.sum()
-            torch.mm(slope, narrow, out=x_grad[start:start + len(part)])                    # (N, D)
-            weight_grad += slope.T @ part                                                   # (V, D)
+            if fp8:
+                x_grad[start:start + len(part)] = fp8_product(slope, narrow.T, E5M2)        # (N, D)
+                weight_grad += fp8_product(slope.T, part.T, E5M2)                           # (V, D)
+            else:
+                torch.mm(slope, narrow, out=x_grad[start:start + len(part)])                # (N, D)
+                weight_grad += slope.T @ part                                               # (V, D)
             start += len(part)
         ctx.save_for_backward(x_grad, weight_grad)
         return total
@@ -609,7 +700,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, None, None, None, None
+        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -680,12 +771,8 @@ class Piece:
 class Optimizer:
     """Muon for matrices in layers, Adam for everything else; every parameter is in exactly one group.
 
-    Learning rates are knobs at 524,288 tokens a step and width 768. For other sizes all go with the fourth
-    root of batch_tokens; those of embeddings and head also with 1 / sqrt(model_dim); Muon's does not depend
-    on the width, since its update has unit spectral norm times sqrt(max(1, rows / columns)). The fourth root
-    is a compromise: at 8,192 tokens a step the square root leaves all rates too low (measured), and from
-    131,072 to 524,288 the best rates of published runs hardly differ. Momentum climbs from 0.85 to 0.95 over
-    the first 300 steps; a run of 100 steps did worse when it climbed faster.
+    learning_rates() has the rates. Momentum climbs from 0.85 to 0.95 over the first 300 steps; a run of 100
+    steps did worse when it climbed faster.
 
     With several processes each parameter is cut into pieces: a matrix that Muon orthogonalises is one piece,
     a table of Adam's has as many blocks of rows as there are processes. Gradients are added up where a piece
@@ -699,10 +786,7 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Config, world: "World", product_dtype: torch.dtype = torch.float32):
         self.cfg, self.world, self.product_dtype = cfg, world, product_dtype
-        by_batch = (cfg.batch_tokens / 524288) ** 0.25
-        by_width = math.sqrt(768 / cfg.model_dim)
-        self.lrs = {"matrices": cfg.muon_lr * by_batch, "embeddings": cfg.embed_lr * by_batch * by_width,
-                    "head": cfg.head_lr * by_batch * by_width, "scalars": cfg.scalar_lr * by_batch}
+        self.lrs = learning_rates(cfg)
         self.parameters = dict(model.named_parameters())
         self.groups: dict[str, list[Piece]] = {group: [] for group in self.lrs}
         # parameters of one shape follow each other, so that their pieces are dealt to the processes evenly
@@ -1103,6 +1187,40 @@ def sample(logits: Tensor, cfg: Config, generator: torch.Generator) -> list[int]
 
 
 # ------------------------------------------------------------------------------------------------
+# FP8: products of 8-bit floats for the head, with scales from the numbers at hand.
+# ------------------------------------------------------------------------------------------------
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def fp8_product(a: Tensor, b: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """a (N, K) times b (M, K) transposed -> (N, M) bfloat16; N, K and M must be multiples of 16.
+
+    Both are divided by their largest magnitude, so that it becomes the largest of their FP8 dtype.
+    dtype    of a: e4m3 has finer steps, e5m2 the wider range that gradients need; b is e4m3
+    source   Micikevicius et al. 2022, arXiv:2209.05433
+    """
+    (a, a_unit), (b, b_unit) = to_fp8(a, dtype), to_fp8(b, E4M3)
+    return torch._scaled_mm(a, b.T, a_unit, b_unit, out_dtype=torch.bfloat16)               # (N, M)
+
+
+def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there are no FP8 products here; nothing if there are. CPUs have them for trying out, slowly."""
+    if dtype != torch.bfloat16:
+        return f"needs --dtype bfloat16; it is {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 9):
+        return "needs a GPU of compute capability 8.9 or more, such as an RTX 4090, L40S or H100"
+    return ""
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in FP8, row by row in memory, and the () float32 unit that it is measured in."""
+    largest = torch.finfo(dtype).max
+    unit = x.abs().amax().float().clamp(min=1e-12) / largest                                # ()
+    return (x.float() / unit).clamp(-largest, largest).to(dtype).contiguous(), unit
+
+
+# ------------------------------------------------------------------------------------------------
 # World: the machine and its processes; the only section that names torch.distributed.
 # ------------------------------------------------------------------------------------------------
 
@@ -1162,6 +1280,8 @@ class World:
             torch.use_deterministic_algorithms(True)
         self.device = self._choose_device(cfg, self.local_rank)
         self.dtype, self.dtype_reason = choose_dtype(cfg, self.device)
+        if cfg.fp8 and (problem := fp8_problem(self.device, self.dtype)):
+            raise UserError(f"--fp8 {problem}; leave it out")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
@@ -1268,6 +1388,12 @@ class World:
         if self.size > 1 and not self._lost:
             dist.destroy_process_group()
 
+    @property
+    def reports_behind(self) -> int:
+        """How many steps may be queued before what they found is read: a GPU need not wait for Python. The
+        gradients of float16 have to be looked at before they are used."""
+        return int(self.device.type == "cuda" and self.dtype != torch.float16)
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was told, so that a clock may be read."""
         if self.device.type == "cuda":
@@ -1368,6 +1494,52 @@ def choose_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
         return False, reason
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What computes the model, and why it is that."""
+    compiled: bool
+    compile_reason: str
+    flex: dict | None       # options of FlexAttention; None: DenseAttention
+    attention: str
+
+
+def choose_kernels(cfg: Config, world: World) -> Kernels:
+    """What works on all processes."""
+    kernels = Kernels(*choose_compile(cfg, world.device), None, "plain products")
+    if world.device.type == "cpu":      # FlexAttention has no backward there
+        return kernels
+    problem = "FlexAttention needs torch.compile"
+    if kernels.compiled:
+        problem = next(filter(None, world.gather(flex_problem(cfg, world))), "")
+    if problem:
+        return dataclasses.replace(kernels, attention=f"plain products: {problem}")
+    return dataclasses.replace(kernels, flex=flex_options(world.device), attention="FlexAttention")
+
+
+def flex_problem(cfg: Config, world: World) -> str:
+    """What goes wrong when a tiny row attends by FlexAttention, forward and backward; nothing if it works."""
+    if cfg.head_dim < 16:
+        return f"FlexAttention takes heads of 16 or more; these have {cfg.head_dim}"
+    try:
+        heads = (3, 1, 1, 2 * BLOCK, cfg.head_dim)
+        q, k, v = torch.ones(heads, dtype=world.dtype, device=world.device, requires_grad=True).unbind()
+        docs = torch.zeros(1, 2 * BLOCK, dtype=torch.int32, device=world.device)
+        mask = block_mask(docs, torch.tensor(BLOCK, dtype=torch.int32, device=world.device))
+        torch.compile(attend)(q, k, v, mask, 1.0, flex_options(world.device)).sum().backward()
+        torch.cuda.synchronize()
+        return ""
+    except Exception as error:      # a compiler's, a driver's, a kernel's: each has its own; all say "no"
+        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
+        return f"FlexAttention does not work here ({type(error).__name__}: {first_line})"
+
+
+def flex_options(device: torch.device) -> dict:
+    """Smaller tiles for GPUs with 100 KB of shared memory, where those for 164 KB and more do not fit."""
+    if torch.cuda.get_device_capability(device) not in ((8, 6), (8, 9), (12, 0)):
+        return {}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+
+
 # ------------------------------------------------------------------------------------------------
 # Run log: what a run says and measures; run_folder.py writes it.
 # ------------------------------------------------------------------------------------------------
@@ -1376,14 +1548,14 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
            "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib")
 
 
-def introduction(cfg: Config, world: World, model: GPT, compiled: bool, compile_reason: str) -> list[str]:
+def introduction(cfg: Config, world: World, model: GPT, kernels: Kernels) -> list[str]:
     """What is about to happen, in lines for people."""
     count, rows = micro_batch_shape(cfg, world.size)
-    kernel = "FlexAttention" if model.flex else "plain products"
     return [
         f"device      {world.size} x {world.device_name()}, torch {torch.__version__}",
         f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
-        f"compile     {'on' if compiled else 'off'}: {compile_reason}; attention by {kernel}",
+        f"compile     {'on' if kernels.compiled else 'off'}: {kernels.compile_reason}",
+        f"attention   by {kernels.attention}",
         f"model       {model.num_parameters():,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
         f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens, "
         f"{cfg.num_value_tables} value embeddings",
@@ -1437,6 +1609,8 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
              f"at {summary['tokens_per_second']:,.0f} tokens/s, "
              f"{minutes(summary['compile_seconds'])} of compiling; "
              f"peak memory {summary['peak_memory_mib']:,.0f} MiB"]
+    if summary.get("target"):
+        lines.append(in_words(summary["target"]))
     for name, result in summary.get("benchmarks", {}).items():
         lines.append(f"{name:<12}{task_in_words(result)}")
     if "cost" in summary:
@@ -1448,6 +1622,11 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     lines += [f"try next    change one thing and compare: {again}",
               "            your own text: see \"Your own text\" in README.md", "=" * 100]
     return lines
+
+
+def in_words(target: dict) -> str:
+    return (f"target      val_loss {target['target_loss']:g} is reached after {target['step']:,} steps, "
+            f"{target['tokens']:,} tokens and {minutes(target['train_seconds'])} of training, its end")
 
 
 def task_in_words(result: dict) -> str:
@@ -1467,18 +1646,25 @@ WORTH_COMPILING = 1000              # rows of multiple choice to score with weig
 
 
 class Clock:
-    """Seconds of training: compiling, validating and writing do not count."""
+    """Seconds of training; it stands while a run compiles, validates or writes.
+
+    A GPU is waited for when the clock starts and stops; in between, steps queue up.
+    """
 
     def __init__(self, world: World):
-        self.world, self.seconds = world, 0.0
+        self.world, self.stopped_at, self.begun = world, 0.0, None
 
-    def __enter__(self) -> None:
+    @property
+    def seconds(self) -> float:
+        return self.stopped_at + (time.perf_counter() - self.begun if self.begun else 0.0)
+
+    def start(self) -> None:
         self.world.synchronize()
         self.begun = time.perf_counter()
 
-    def __exit__(self, *error) -> None:
+    def stop(self) -> None:
         self.world.synchronize()
-        self.seconds += time.perf_counter() - self.begun
+        self.stopped_at, self.begun = self.seconds, None
 
 
 class NonFinite(EveryonesError):
@@ -1508,7 +1694,7 @@ def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
     _, rows = micro_batch_shape(cfg, world.size)
     width = model.dtype.itemsize
     per_token = cfg.num_layers * width * cfg.model_dim * (21 + 5 * cfg.mlp_ratio) + 2 * width * cfg.model_dim
-    masks = 0 if model.flex else 2 * rows * cfg.seq_len**2 * width
+    masks = 0 if model.flex is not None else 2 * rows * cfg.seq_len**2 * width
     loss = 4 * model.head.numel() * 2 + (2**25 if world.device.type == "cpu" else 2**28) * 4
     torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
     return (torch_itself + states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
@@ -1536,7 +1722,7 @@ def with_half_micro_batch(cfg: Config) -> Config:
     return dataclasses.replace(cfg, micro_batch_tokens=rows * cfg.seq_len)
 
 
-def memory_advice(cfg: Config, world: World, flex: bool) -> str:
+def memory_advice(cfg: Config, world: World, flex: dict | None) -> str:
     """The three flags that would save most memory, by the estimate, the most effective first."""
     smaller = {"seq_len": cfg.seq_len // 2, "model_dim": cfg.model_dim // 2,
                "num_layers": cfg.num_layers // 2, "value_embeddings": 0, "mlp_ratio": cfg.mlp_ratio // 2}
@@ -1551,19 +1737,13 @@ def memory_advice(cfg: Config, world: World, flex: bool) -> str:
     return ", then ".join(f"{flag} (about {mib:,.0f} MiB)" for mib, flag in sorted(needs)[:3])
 
 
-def uses_flex_attention(cfg: Config, world: World, compiled: bool) -> bool:
-    """FlexAttention is a compiled CUDA kernel for heads of at least 16."""
-    return world.device.type == "cuda" and compiled and cfg.head_dim >= 16
-
-
-def make_model(cfg: Config, tokenizer: Encoding, world: World, compiled: bool) -> tuple[GPT, Optimizer]:
+def make_model(cfg: Config, tokenizer: Encoding, world: World, kernels: Kernels) -> tuple[GPT, Optimizer]:
     torch.manual_seed(cfg.seed)
-    flex = uses_flex_attention(cfg, world, compiled)
-    model = GPT(cfg, tokenizer.eot_token, world.dtype, flex).to(world.device)
+    model = GPT(cfg, tokenizer.eot_token, world.dtype, kernels.flex).to(world.device)
     world.share_weights(model)
     products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
     optimizer = Optimizer(model, cfg, world, products)
-    if compiled:
+    if kernels.compiled:
         model.compile_parts()
         optimizer.compile_parts()
     return model, optimizer
@@ -1664,12 +1844,18 @@ class Run:
     logged: tuple[int, float] = (0, 0.0)            # step and seconds of the last row of metrics.csv
     best_val_loss: float = math.inf
     best_step: int = 0
+    reports: list["Report"] = dataclasses.field(default_factory=list)   # of steps not yet heard from
+    target: dict | None = None          # when val_loss first was as low as --target_loss
     save_seconds: float = 0.0           # time that went into checkpoints
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def validates(self) -> bool:
         return self.progress >= 1 or is_multiple(self.step, self.cfg.val_every)
+
+    @property
+    def looks(self) -> bool:
+        return self.validates or self.step == 1 or is_multiple(self.step, self.cfg.log_every)
 
     @property
     def is_time_to_save(self) -> bool:
@@ -1706,7 +1892,7 @@ class Run:
         large = ("model", "optimizer", "rows")
         small = self.world.same(saved and {key: saved[key] for key in saved if key not in large})
         self.step, self.values, self.logged = small["step"], small["values"], small["logged"]
-        self.clock.seconds = small["train_seconds"]
+        self.clock.stopped_at = small["train_seconds"]
         self.progress = budget_used(self.cfg, self.world, self.step, self.clock)
         self.best_val_loss, self.best_step = small["best"]["val_loss"], small["best"]["step"]
         self.save_seconds = small["save_seconds"]
@@ -1787,13 +1973,13 @@ def train(cfg: Config, world: World) -> None:
     if changes and not cfg.resume_changed:
         raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "
                              "Undo that, or go on all the same with --resume_changed")
-    compiled, compile_reason = choose_compile(cfg, world.device)
-    model, optimizer = make_model(cfg, tokenizer, world, compiled)
+    kernels = choose_kernels(cfg, world)
+    model, optimizer = make_model(cfg, tokenizer, world, kernels)
     world.together(lambda: saved and check_shapes(saved["model"], model))
     log = world.together(lambda: RunLog(cfg, COLUMNS, identity, tokenizer, saved, text, world.is_main))
     with log, last_words(log):
         sized = world.same(choose_micro_batch(cfg, model, world, saved))
-        log.say("\n".join([*introduction(sized, world, model, compiled, compile_reason),
+        log.say("\n".join([*introduction(sized, world, model, kernels),
                            describe_data(cfg, dataset, rows, held_out), describe_task(task)]))
         begun = time.perf_counter()
         sized = fit_micro_batch(model, optimizer, sized, world, log)
@@ -1838,48 +2024,140 @@ def last_words(log: RunLog) -> Iterator[None]:
 
 
 def training_loop(run: Run) -> None:
-    """Step until the budget is used.
+    """Step until the budget is used or the target reached.
 
     raises  Stopped, saved, on all processes when one of them was told to stop
     """
-    cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
-    num_micro_batches, _ = micro_batch_shape(cfg, world.size)
     if run.step:
         look(run)       # checkpoints are made before the look that belongs to their step
-    with StopSignals() as signals:
-        while run.progress < 1:
-            with run.clock:
-                # the loss of a step is the mean over all its targets, whoever computes them
-                loss = torch.zeros((), device=world.device)
-                num_targets = run.rows.targets_in_step(run.step, cfg.rows_per_step)
-                batches = run.rows.micro_batches(run.step, cfg, world.rank, world.size)
-                for number, (inputs, targets) in enumerate(batches, start=1):
-                    optimizer.last_backward = number == num_micro_batches
-                    inputs, targets = inputs.to(world.device), targets.to(world.device)
-                    part = model(inputs, targets, window_frac(cfg, run.progress)) / num_targets
-                    run.loss_scale.backward(part)
-                    loss += part.detach()
-                # all processes learn the loss, whether one was told to stop, whether the first wants to save
-                told = torch.tensor([signals.received, run.is_time_to_save], device=world.device)
-                loss, stops, saves = world.sum(torch.cat([loss[None], told])).tolist()
-                norms = optimizer.gradient_norms()                                          # (P)
-                run.values = {"train_loss": loss, "lr_scale": lr_scale(cfg, run.step, run.progress)}
-                if run.loss_scale.unscale(optimizer, norms):
-                    run.values["grad_norm"] = check_norms(optimizer, norms, loss, run.step + 1)
-                    optimizer.step(run.values["lr_scale"])
+    with StopSignals() as signals, collector_at_rest(), prepared_steps(run) as steps:
+        run.clock.start()
+        while run.progress < 1 and not run.target:
+            run.reports.append(train_step(run, next(steps), signals))
             run.step += 1
-            run.progress = budget_used(cfg, world, run.step, run.clock)
-            if stops or saves or run.validates or is_multiple(run.step, cfg.save_every_steps):
-                run.save()
-            if stops:
-                raise Stopped(signals.received or signal.SIGTERM)
-            look(run)
+            run.progress = budget_used(run.cfg, run.world, run.step, run.clock)
+            stops, saves = hear(run, behind=0 if run.looks else run.world.reports_behind)
+            saves = saves or stops or run.validates or is_multiple(run.step, run.cfg.save_every_steps)
+            if saves or run.looks:
+                hear(run, behind=0)
+                run.clock.stop()
+                if saves:
+                    run.save()
+                if stops:
+                    raise Stopped(signals.received or signal.SIGTERM)
+                look(run)
+                run.clock.start()
+
+
+def train_step(run: Run, micro_batches: list[tuple[Tensor, Tensor]], signals: "StopSignals") -> "Report":
+    """One step of the optimizer; on a GPU it is only queued. An overflow of float16 leaves the weights alone.
+
+    raises  NonFinite, before the weights are touched, where the report can be read at once
+    """
+    cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
+    # the loss of a step is the mean over all its targets, whoever computes them
+    loss = torch.zeros((), device=world.device)
+    num_targets = run.rows.targets_in_step(run.step, cfg.rows_per_step)
+    for number, (inputs, targets) in enumerate(micro_batches, start=1):
+        optimizer.last_backward = number == len(micro_batches)
+        part = model(inputs, targets, window_frac(cfg, run.progress)) / num_targets
+        run.loss_scale.backward(part)
+        loss += part.detach()
+    # all processes learn the loss, whether one was told to stop, whether the first wants to save
+    told = torch.tensor([float(signals.received), float(run.is_time_to_save)])
+    shared = world.sum(torch.cat([loss[None], told.to(world.device, non_blocking=True)]))   # (3)
+    norms = optimizer.gradient_norms()                                                      # (P)
+    scale = lr_scale(cfg, run.step, run.progress)
+    fits = run.loss_scale.unscale(optimizer, norms)
+    report = Report(run.step + 1, scale, torch.cat([shared, norms]), fits)
+    if not world.reports_behind:
+        report.check(optimizer)
+    if fits:
+        optimizer.step(scale)
+    return report
+
+
+class Report:
+    """What a step found: loss, whether to stop and to save, norms of gradients. On its way from the device
+    while later steps are queued; reading it waits for it.
+
+    numbers  (3 + P) on the device
+    fits     whether the gradients fitted into their dtype
+    """
+
+    def __init__(self, step: int, scale: float, numbers: Tensor, fits: bool):
+        self.step, self.scale, self.fits = step, scale, fits
+        self.arrival = torch.cuda.Event() if numbers.is_cuda else None
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        if self.arrival:
+            self.arrival.record()
+
+    def read(self) -> tuple[float, float, float, Tensor]:
+        if self.arrival:
+            self.arrival.synchronize()
+        return *self.numbers[:3].tolist(), self.numbers[3:]
+
+    def check(self, optimizer: Optimizer) -> dict[str, float]:
+        """The step's values for metrics.csv.
+
+        raises  NonFinite that names the step and what is not finite
+        """
+        loss, _, _, norms = self.read()
+        values = {"train_loss": loss, "lr_scale": self.scale}
+        return values | ({"grad_norm": check_norms(optimizer, norms, loss, self.step)} if self.fits else {})
+
+
+def hear(run: Run, behind: int) -> tuple[bool, bool]:
+    """Read the reports of all steps but the last `behind`: whether one asks to stop, and whether to save."""
+    stops = saves = False
+    while len(run.reports) > behind:
+        report = run.reports.pop(0)
+        run.values = report.check(run.optimizer)
+        _, stop, save, _ = report.read()
+        stops, saves = stops or bool(stop), saves or bool(save)
+    return stops, saves
+
+
+@contextlib.contextmanager
+def prepared_steps(run: Run) -> Iterator[Iterator[list[tuple[Tensor, Tensor]]]]:
+    """The micro-batches of each step from now on, on the device; the next are made while a step runs."""
+    cfg, world = run.cfg, run.world
+
+    def make(step: int) -> list[tuple[Tensor, Tensor]]:
+        batches = run.rows.micro_batches(step, cfg, world.rank, world.size)
+        if world.device.type == "cpu":
+            return list(batches)
+        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
+
+    def steps() -> Iterator[list[tuple[Tensor, Tensor]]]:
+        following = helper.submit(make, run.step)
+        for step in itertools.count(run.step + 1):
+            batches, following = following.result(), helper.submit(make, step)
+            yield [(inputs.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True))
+                   for inputs, targets in batches]
+
+    with ThreadPoolExecutor(1) as helper:
+        yield steps()
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keep Python's garbage collector from stopping a step to walk through all modules; look() calls it."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def look(run: Run) -> None:
     """Validate and write a row of metrics.csv, where the step is one for that."""
-    if not (run.validates or run.step == 1 or is_multiple(run.step, run.cfg.log_every)):
+    if not run.looks:
         return
+    gc.collect()
     run.values |= pace(run)
     run.logged = (run.step, run.clock.seconds)
     if run.validates:
@@ -1891,9 +2169,15 @@ def look(run: Run) -> None:
         if result.val_loss < run.best_val_loss:
             run.best_val_loss, run.best_step = result.val_loss, run.step
             run.log.keep_best(run.step)
+        if result.val_loss <= run.cfg.target_loss:
+            run.target = {"target_loss": run.cfg.target_loss, "step": run.step,
+                          "tokens": run.step * run.cfg.batch_tokens,
+                          "train_seconds": round(run.clock.seconds, 2)}
     run.log.row(run.values, run.progress)
     if run.validates:
         run.log.picture()
+    if run.target:
+        run.log.note(in_words(run.target))
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -1968,7 +2252,7 @@ def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: fl
         if not run.world.is_main:
             return
         model.eval()
-        model.flex = False      # texts have many lengths, and none is worth compiling for
+        model.flex = None       # texts have many lengths, and none is worth compiling for
         # the compiler takes a second to import; only a model that is compiled has loaded it
         eager = torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
         with eager:
@@ -1982,6 +2266,7 @@ def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: fl
     results["tokens_per_second"] = results["tokens"] / results["train_seconds"]
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
     results["best_val_loss"], results["best_step"] = run.best_val_loss, run.best_step
+    results["target"] = run.target
     results["checkpoint_seconds"] = round(run.save_seconds, 2)
     for phase in ("training", "validation", "evaluation"):
         results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)
@@ -2042,7 +2327,7 @@ def load_trained(folder: Path, cfg: Config, world: World) -> tuple[GPT, Encoding
 def check(cfg: Config, world: World) -> bool:
     """Say what a run would do; False if it could not train."""
     problems = []
-    compiled, compile_reason = choose_compile(cfg, world.device)
+    kernels = choose_kernels(cfg, world)
     try:
         cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
@@ -2055,10 +2340,11 @@ def check(cfg: Config, world: World) -> bool:
     except UserError as error:
         problems.append(str(error))
     with torch.device("meta"):
-        model = GPT(cfg, 0, world.dtype, uses_flex_attention(cfg, world, compiled))
+        model = GPT(cfg, 0, world.dtype, kernels.flex)
     free_memory, free_disk = free_memory_mib(world), shutil.disk_usage(ROOT).free / 2**20
-    lines = [*introduction(cfg, world, model, compiled, compile_reason), *about_data,
+    lines = [*introduction(cfg, world, model, kernels), *about_data,
              f"free        {free_memory:,.0f} MiB of memory for each process, {free_disk:,.0f} MiB of disk"]
+    lines += time_estimate(cfg, model, world)
     if memory_estimate_mib(cfg, model, world) > free_memory:
         problems.append("the run needs more memory than is free; halve --micro_batch_tokens, "
                         "which changes no result, or lower --model_dim or --num_layers")
@@ -2069,6 +2355,20 @@ def check(cfg: Config, world: World) -> bool:
         print("\n".join([*lines, *(f"problem     {problem}" for problem in problems),
                          "cannot train" if problems else "ready to train"]))
     return not problems
+
+
+def time_estimate(cfg: Config, model: GPT, world: World) -> list[str]:
+    """What the budget's arithmetic takes and costs, if it comes to 40 % of what the devices can do."""
+    operations = model.flops_per_token() * cfg.batch_tokens * cfg.num_steps
+    if not world.peak_flops(cfg):
+        return [f"time        not known: {operations:.1e} floating-point operations, and no table has this "
+                "device; give its --peak_tflops, or measure some steps"]
+    seconds = operations / (0.4 * world.peak_flops(cfg))
+    lines = [f"time        about {minutes(seconds)} of training, if {operations:.1e} floating-point "
+             f"operations come to a guessed 40 % of {world.peak_flops(cfg) / 1e12:,.0f} TFLOP/s"]
+    if cfg.gpu_cost_per_hour:
+        lines.append(f"cost        about {cfg.gpu_cost_per_hour * seconds / 3600:,.2f} for that time")
+    return lines
 
 
 def free_memory_mib(world: World) -> float:

@@ -5,10 +5,10 @@
     python benchmarks/recipe.py --train train.jsonl --val val.jsonl --seconds 240 --seeds 3
 
 A variant is a name and flags of train_gpt.py; a word that ends with .diff is a patch for the script. The
-setting is width 256, 6 layers, rows of 512. Variants take turns, seed by seed, each for so many seconds of
-training (or so many --steps, where only the loss counts), on a copy of the scripts. Differences are paired
-by seed, with 95 % intervals of Student's t. --train learns a tokenizer of 8,192 on its file first and
-validates on all of --val.
+setting is width 256, 6 layers, rows of 512, 8,192 tokens a step. Variants take turns, seed by seed, each for
+so many seconds of training (or so many --steps, where only the loss counts), on a copy of the scripts.
+Differences are paired by seed, with 95 % intervals of Student's t. --train learns a tokenizer of 8,192 on
+its file first and validates on all of --val.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from download_fineweb import tokenized
 
 ROOT = Path(documents.__file__).resolve().parent
 SETTING = ["--num_layers", "6", "--model_dim", "256", "--num_heads", "2", "--seq_len", "512",
+           "--batch_tokens", "8192", "--hellaswag_rows", "1",
            "--val_every", "0", "--num_samples", "0", "--save_every_minutes", "0", "--log_every", "20"]
 # of Student's t, two-sided 95 %, by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

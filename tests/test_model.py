@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt
 from train_gpt import GPT, ChunkedLoss, Config, DenseMask, attend, block_mask, chunk_loss_and_gradient
@@ -119,6 +121,35 @@ def test_dense_attention_is_that_of_torch_with_its_gradients(queries_at_once, mo
                                torch.autograd.grad((theirs * weight).sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("length", [128, 512, 700])
+@pytest.mark.parametrize("window", [1, 100, 128, 300, 10**6])
+@pytest.mark.parametrize("documents", [1, 4, 60])
+def test_block_masks_from_documents_are_those_of_the_whole_mask(length, window, documents):
+    """Every block that torch finds by evaluating T x T is there, and the full ones are exactly torch's."""
+    begins = torch.zeros(2, length, dtype=torch.int32)
+    begins[:, :: max(1, length // documents)] = 1
+    begins[1] = begins[1].roll(37)
+    docs, window = begins.cumsum(1, dtype=torch.int32), torch.tensor(window)
+    mask = block_mask(docs, window)
+
+    def mask_mod(batch, head, query, key):
+        return train_gpt.sees(query, key, docs[batch, query], docs[batch, key], window)
+    oracle = create_block_mask(mask_mod, 2, None, length, length, device="cpu")
+
+    def dense(counts: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        blocks = torch.zeros(order.shape, dtype=torch.bool)
+        for place in itertools.product(*map(range, counts.shape)):
+            blocks[place][order[place][:counts[place]].long()] = True
+        return blocks
+    ours, theirs = (dense(one.kv_num_blocks, one.kv_indices) for one in (mask, oracle))
+    our_full, their_full = (dense(one.full_kv_num_blocks, one.full_kv_indices) for one in (mask, oracle))
+    assert not (ours & our_full).any()
+    inside = slice(None, length // 128)     # torch counts a last block that is not whole as partial
+    assert torch.equal(our_full[:, :, inside, inside], their_full[:, :, inside, inside])
+    assert not ((theirs | their_full) & ~(ours | our_full)).any()
+    assert (ours | our_full).sum() <= 1.5 * (theirs | their_full).sum() + 2
+
+
 def test_flex_attention_equals_dense_attention():
     torch.manual_seed(0)
     docs = (some_tokens(2, 256) == EOT).cumsum(1)
@@ -145,7 +176,7 @@ def test_flex_attention_has_the_gradients_of_dense_attention():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flex", [False, True])
+@pytest.mark.parametrize("flex", [None, {}])
 def test_compiled_layers_serve_all_windows_and_documents(flex):
     """One graph for every layer, step and window, equal to the eager model. Forward only."""
     torch._dynamo.reset()
@@ -178,6 +209,44 @@ def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
     got = torch.autograd.grad(2.5 * chunked, (x, weight))
     torch.testing.assert_close(chunked, plain)
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(train_gpt.E4M3, 0.04), (train_gpt.E5M2, 0.08)])
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+def test_fp8_products_are_products_of_any_scale(dtype, error, scale):
+    torch.manual_seed(0)
+    a, b = (scale * torch.randn(rows, 64, dtype=torch.bfloat16) for rows in (32, 48))
+    plain = a.double() @ b.double().T
+    difference = train_gpt.fp8_product(a, b, dtype).double() - plain
+    assert 0 < difference.norm() < error * plain.norm()
+    assert train_gpt.fp8_product(torch.zeros_like(a), b, dtype).abs().max() == 0
+
+
+def test_the_loss_in_fp8_is_near_that_in_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(96, 32, dtype=torch.bfloat16).requires_grad_()
+    weight = (0.5 * torch.randn(128, 32)).requires_grad_()
+    padding, targets = torch.zeros(128), torch.randint(0, 128, (96,))
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: 64)
+    losses, gradients = [], []
+    for fp8 in (False, True):
+        losses.append(ChunkedLoss.apply(x, weight, targets, padding, 15, chunk_loss_and_gradient, fp8))
+        gradients.append([gradient.float() for gradient in torch.autograd.grad(losses[-1], (x, weight))])
+    assert losses[0] != losses[1]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
+    for plain, fp8 in zip(*gradients, strict=True):
+        assert (fp8 - plain).norm() < 0.1 * plain.norm()
+
+
+def test_fp8_says_what_it_needs(monkeypatch):
+    assert "needs --dtype bfloat16" in train_gpt.fp8_problem(torch.device("cpu"), torch.float32)
+    assert not train_gpt.fp8_problem(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for capability, works in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
+        assert bool(train_gpt.fp8_problem(torch.device("cuda"), torch.bfloat16)) != works
+    with pytest.raises(train_gpt.UserError, match="--seq_len must be a multiple of 16 for --fp8"):
+        small_config(fp8=True, seq_len=24, batch_tokens=48)
 
 
 def test_chunks_are_small():

@@ -108,7 +108,7 @@ def test_matrices_of_one_shape_are_updated_each_by_itself():
         parameter.grad = torch.randn_like(parameter)
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     optimizer.step(0.5)
-    lr = 0.5 * cfg.muon_lr * (cfg.batch_tokens / 524288) ** 0.25
+    lr = 0.5 * cfg.muon_lr * (cfg.batch_tokens / 524288) ** (1 / 12)
     for name in {piece.name for piece in optimizer.groups["matrices"]}:
         grad, weight = grads[name], before[name]
         for index in range(grad.numel() // (grad.size(-2) * grad.size(-1))):
@@ -125,12 +125,24 @@ def test_learning_rates_follow_batch_and_width_as_stated():
         return Optimizer(GPT(cfg, 100), cfg, World(cfg)).lrs
     base, batch, width = lrs(), lrs(batch_tokens=1024), lrs(model_dim=64)
     for group in base:
-        assert batch[group] == pytest.approx(2 * base[group])
+        assert batch[group] == pytest.approx(2 ** (1 / 3) * base[group])
         assert width[group] == pytest.approx(base[group] * (1 if group in ("matrices", "scalars") else 0.5))
     reference = lrs(batch_tokens=524288, model_dim=768, num_layers=1, value_embeddings=0)
     cfg = Config()
     assert reference == pytest.approx({"matrices": cfg.muon_lr, "embeddings": cfg.embed_lr,
                                        "head": cfg.head_lr, "scalars": cfg.scalar_lr})
+
+
+def test_the_rules_fill_in_what_is_left_open_and_nothing_else():
+    for tokens, batch in ((10_000, 512), (10**6, 8192), (98_304_000, 2**17), (986_316_800, 2**19)):
+        cfg = Config(train_tokens=tokens)
+        assert cfg.batch_tokens == batch and (cfg.num_steps - 1) * batch < tokens <= cfg.num_steps * batch
+    assert [Config(model_dim=dim).num_heads for dim in (64, 256, 384, 768, 1000, 2048)] == [1, 2, 3, 6, 5, 16]
+    assert [Config(seq_len=length).short_window for length in (256, 1024, 4096)] == [256, 512, 2048]
+    assert Config(seq_len=1000, train_tokens=10**6).batch_tokens == 8000
+    given = dict(num_steps=7, batch_tokens=1024, num_heads=4, short_window=100)
+    cfg = Config(**given)
+    assert {knob: getattr(cfg, knob) for knob in given} == given
 
 
 def test_the_schedule_warms_up_stays_and_cools_down():

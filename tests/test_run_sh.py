@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from train_gpt import parse_config
+from train_gpt import PRESETS, Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +75,46 @@ def test_a_python_without_venv_is_answered_with_what_to_install(checkout, tmp_pa
     done = run_sh(checkout, "setup", path=stub_python(tmp_path, body))
     assert done.returncode == 1 and "apt install python3-venv" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_a_preset_says_first_what_it_needs_and_costs(checkout):
+    done = run_sh(checkout, "gpt2-xl", "--dry_run", "--peak_tflops", "989", "--gpu_cost_per_hour", "20")
+    assert done.returncode == 0, done.stderr
+    assert "103 shards of FineWeb (21 GB" in done.stderr and "leave out --dry_run" in done.stderr
+    assert re.search(r"^model +1,5\d\d,\d{3},\d{3} parameters", done.stdout, re.MULTILINE)
+    assert re.search(r"^memory .*MiB.*^time +about .* of training.*^cost +about [\d,]+\.\d\d", done.stdout,
+                     re.MULTILINE | re.DOTALL)
+    assert not list((checkout / "data").glob("*")) and not (checkout / "experiments").exists()
+    done = run_sh(checkout, "gpt2-xl", "--dry_run", "--seqlen", "5")
+    assert done.returncode == 1 and "unrecognized arguments: --seqlen" in done.stderr
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_a_preset_gets_its_data_and_trains_on_all_gpus(checkout, gpus):
+    """A Python that only writes down what it is asked for."""
+    (checkout / ".venv/bin/python").write_text(f"""#!/bin/sh
+case "$*" in *device_count*) echo {gpus}; exit;; *--check*) echo "memory  1"; exit;; esac
+echo "$*" >> asked.txt""")
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=4 " if gpus else ""
+    for preset, data in (("s", "fineweb_web"), ("gpt2-small", "fineweb_gpt2")):
+        done = run_sh(checkout, preset, "--seed", "7")
+        assert done.returncode == 0 and ("no GPU" in done.stderr) == (not gpus)
+        *before, training = (checkout / "asked.txt").read_text().splitlines()
+        assert training == f"{launch}train_gpt.py --preset {preset} --data {data} --seed 7"
+        if preset == "s":
+            assert before[0].startswith("train_tokenizer.py --source 10B ")
+        assert before[-1].startswith("download_fineweb.py --version 10B") and f"--name {data}" in before[-1]
+        (checkout / "asked.txt").unlink()
+
+
+def test_a_preset_of_run_sh_never_sees_a_token_twice():
+    script = (ROOT / "run.sh").read_text()
+    shards = dict(re.findall(r"^ +([a-z0-9-]+)\) shards=(\d+) ;;$", script, re.MULTILINE))
+    assert {"demo", *shards} == set(PRESETS)
+    for preset, number in shards.items():
+        cfg = Config(**PRESETS[preset])
+        tokens = cfg.batch_tokens * cfg.num_steps
+        assert tokens <= 0.98 * int(number) * 10**8      # rows are packed, which drops some
 
 
 @pytest.mark.slow

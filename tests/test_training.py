@@ -1,6 +1,7 @@
 """Whole tiny runs: what they learn, write, refuse and survive. Run: ./run.sh test tests/test_training.py"""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -75,6 +76,68 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
     assert summary["code_sha256"] == hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
     assert f"torch=={torch.__version__}" in (folder / "requirements.txt").read_text()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_ends_at_its_target_and_says_when(lab, here):
+    folder = train_here(here, num_steps=30, val_every=2, target_loss=5.6, muon_lr=2, embed_lr=10, head_lr=1)
+    summary, rows = summary_of(folder), rows_of(folder)
+    reached = next(row for row in rows if row["val_loss"] and float(row["val_loss"]) <= 5.6)
+    assert 0 < int(reached["step"]) < 30 and rows[-1] == reached
+    assert summary["target"] == {"target_loss": 5.6, "step": int(reached["step"]),
+                                 "tokens": int(reached["tokens"]),
+                                 "train_seconds": pytest.approx(float(reached["train_seconds"]), abs=0.01)}
+    assert summary["status"] == "finished"
+    assert (folder / "training_log.txt").read_text().count("val_loss 5.6 is reached after") == 2
+    missed = train_here(here, target_loss=0.1, model_name="missed")
+    assert summary_of(missed)["target"] is None and summary_of(missed)["step"] == 4
+
+
+def test_steps_that_are_heard_from_later_are_the_same_steps(lab, here, monkeypatch):
+    """As on a GPU, where Python does not wait for a step to end."""
+    knobs = dict(num_steps=7, log_every=3, val_every=4, save_every_steps=5)
+    at_once = rows_of(train_here(here, **knobs, model_name="at_once"))
+    monkeypatch.setattr(World, "reports_behind", 2)
+    later = rows_of(train_here(here, **knobs, model_name="later"))
+    kept = ("step", "train_loss", "val_loss", "grad_norm", "lr_scale")
+    for ours, theirs in zip(at_once, later, strict=True):
+        assert [ours[name] for name in kept] == [theirs[name] for name in kept]
+
+
+def test_a_loss_gone_wrong_is_named_by_its_step_also_when_heard_from_later(lab, here, monkeypatch):
+    real, calls = GPT.forward, []
+
+    def forward(model, *arguments):
+        calls.append(1)
+        return real(model, *arguments) * (math.nan if len(calls) == 5 else 1)       # the warm-up is the first
+    monkeypatch.setattr(GPT, "forward", forward)
+    monkeypatch.setattr(World, "reports_behind", 1)
+    with pytest.raises(UserError, match="the loss of step 4 is nan"):
+        train_here(here, num_steps=20, log_every=20, val_every=0, save_every_steps=3)
+    saved = run_folder.read_checkpoint(max((here / "experiments").iterdir()))
+    assert saved["step"] == 3 and all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_the_garbage_collector_rests_while_a_run_trains(lab, here, monkeypatch):
+    real, at_work = train_gpt.train_step, []
+    monkeypatch.setattr(train_gpt, "train_step",
+                        lambda *arguments: at_work.append(gc.isenabled()) or real(*arguments))
+    train_here(here)
+    assert at_work == [False] * 4 and gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_attention_falls_back_where_flex_attention_fails_and_says_why(monkeypatch):
+    world = World(Config(device="cpu"))
+    assert train_gpt.choose_kernels(Config(compile="off"), world).attention == "plain products"
+    world.device = torch.device("cuda")     # there is none here, so the probe fails
+    monkeypatch.setattr(train_gpt, "choose_compile", lambda cfg, device: (True, "pretended"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    kernels = train_gpt.choose_kernels(Config(), world)
+    assert kernels.flex is None
+    assert kernels.attention.startswith("plain products: FlexAttention does not work here (")
+    monkeypatch.setattr(train_gpt, "flex_problem", lambda cfg, world: "")
+    assert train_gpt.choose_kernels(Config(), world).flex["BLOCK_M"] == 64
+    monkeypatch.setattr(train_gpt, "choose_compile", lambda cfg, device: (False, "pretended"))
+    assert "needs torch.compile" in train_gpt.choose_kernels(Config(), world).attention
 
 
 def test_every_row_of_the_metrics_has_its_train_loss(lab, here):

@@ -1,0 +1,127 @@
+"""What a training step takes, beside its matrix products alone, and what of it is Muon's.
+
+    python benchmarks/step.py demo xs                                  presets
+    python benchmarks/step.py gpt2-small --fp8                         further flags are train_gpt.py's
+
+One process, random tokens. A micro-batch is timed and counted as often as a step has it; the optimizer is
+timed in its parts. The floor is the time of the step's matrix products one after the other, with nothing
+between them: three for each weight, six for attention.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt
+from documents import Parser, command
+from train_gpt import GPT, PRESETS, Config, Optimizer, World
+
+
+def seconds_of(work: Callable[[], object], world: World, times: int) -> float:
+    """Median of several calls after one that warms up."""
+    taken = []
+    for _ in range(times + 1):
+        world.synchronize()
+        begun = time.perf_counter()
+        work()
+        world.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[1:])
+
+
+def products(model: GPT, tokens: int, world: World) -> Callable[[], None]:
+    """All matrix products of a micro-batch: outputs, gradients of inputs, gradients of weights."""
+    cfg, pairs = model.cfg, []
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=world.device).to(model.dtype)
+    weights = [weight.flatten(0, -2) for layer in model.layers for weight in layer.parameters()
+               if weight.ndim > 1]
+    rows = train_gpt.chunk_rows(some(tokens, 1), model.head.size(0))
+    chunked = [(model.head, min(rows, tokens - start)) for start in range(0, tokens, rows)]
+    for weight, count in [*((weight, tokens) for weight in weights), *chunked]:
+        x, w, grad = some(count, weight.size(1)), weight.detach().to(model.dtype), some(count, len(weight))
+        pairs += [(x, w.T), (grad, w), (grad.T, x)]
+    heads, length = tokens // cfg.seq_len * cfg.num_heads, cfg.seq_len
+    head, scores = some(heads, length, cfg.head_dim), some(heads, length, length)
+    attention = [(head, head.mT), (scores, head), (head, head.mT), (scores, head), (scores.mT, head),
+                 (scores.mT, head)] * cfg.num_layers if not model.flex else []
+
+    def multiply() -> None:
+        for a, b in [*pairs, *attention]:
+            a @ b
+    return multiply
+
+
+def measure(cfg: Config, times: int) -> str:
+    """A row of the table."""
+    world = World(cfg)
+    kernels = train_gpt.choose_kernels(cfg, world)
+    torch.manual_seed(0)
+    model = GPT(cfg, cfg.vocab_size - 1, world.dtype, kernels.flex).to(world.device)
+    precision = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+    optimizer = Optimizer(model, cfg, world, precision)
+    if kernels.compiled:
+        model.compile_parts()
+        optimizer.compile_parts()
+    cfg = train_gpt.choose_micro_batch(cfg, model, world)
+    count, rows = train_gpt.micro_batch_shape(cfg, world.size)
+    tokens = torch.randint(0, cfg.vocab_size - 1, (rows, cfg.seq_len), device=world.device)
+    tokens[:, 0] = model.eot_id
+    targets = tokens.roll(-1, 1)
+
+    def micro_batch() -> None:
+        (model(tokens, targets) / tokens.numel()).backward()
+    learning = count * seconds_of(micro_batch, world, times)
+    momentum = 0.95
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    def by_muon() -> None:
+        with torch.no_grad():
+            optimizer.muon_step(optimizer.groups["matrices"], 0.0, momentum)
+
+    def by_adam() -> None:
+        optimizer.steps_done = 1
+        with torch.no_grad():
+            for group in ("embeddings", "head", "scalars"):
+                optimizer.adam_step(optimizer.groups[group], 0.0)
+    muon, adam = seconds_of(by_muon, world, times), seconds_of(by_adam, world, times)
+    step = learning + muon + adam
+    peak = world.peak_memory_mib()
+    floor = count * seconds_of(products(model, rows * cfg.seq_len, world), world, times)
+    matrices = sum(parameter.numel() for name, parameter in model.named_parameters()
+                   if train_gpt.group_of(name, parameter) == "matrices")
+    others = sum(gradient.numel() for gradient in gradients.values()) - matrices
+    speed = cfg.batch_tokens / step
+    flops = world.peak_flops(cfg)
+    mfu = f"{speed * model.flops_per_token() / flops:.0%}" if flops else "-"
+    return (f"| {cfg.preset} | {cfg.batch_tokens:,} | {speed:,.0f} | {floor / step:.2f} | {mfu} | "
+            f"{peak:,.0f} | {1000 * muon:,.0f} of {1000 * step:,.0f} ms, {muon / step:.1%} | "
+            f"{4 * matrices / 2**20:,.0f}; Adam would take {8 * matrices / 2**20:,.0f}, and takes "
+            f"{8 * others / 2**20:,.0f} for the rest |")
+
+
+@command
+def main() -> None:
+    parser = Parser("Time a training step of presets, its floor, and Muon's share.",
+                    epilog="Further flags are train_gpt.py's.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("presets", nargs="+", choices=PRESETS, help="a row of the table each")
+    parser.add_argument("--times", type=int, default=3, help="of which the median is taken")
+    args, flags = parser.parse_known_args()
+    print("| preset | tokens of a step | tokens/s | floor / step | MFU | peak MiB | Muon's time | "
+          "Muon's memory, MiB |\n|---|---|---|---|---|---|---|---|")
+    for preset in args.presets:
+        cfg = train_gpt.parse_config(["--preset", preset, *flags])
+        vocabulary = cfg.vocab_size or (4097 if preset == "demo" else 50257)
+        print(measure(replace(cfg, vocab_size=vocabulary), args.times), flush=True)
+
+
+if __name__ == "__main__":
+    main()

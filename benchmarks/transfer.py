@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from documents import Parser, command
 from recipe import ROOT, make_variant, train
+
+from documents import Parser, command
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")

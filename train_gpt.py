@@ -14,7 +14,7 @@ Training.
 Where experiments usually edit, search for "EDIT": config | mask | layer | optimizer | schedule.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
-         V vocabulary   L layers   N tokens in a chunk   Q queries at once
+         V vocabulary   L layers   N tokens in a chunk   Q queries at once   J blocks of a row
 """
 
 import argparse
@@ -83,7 +83,7 @@ class Config:
     # EDIT: config
     # the run
     model_name: str = "gpt"           # last part of the run folder's name
-    preset: str = ""                  # demo, xs, s, m, gpt2-small, gpt2-medium, gpt2-xl; flags win
+    preset: str = ""                  # demo, xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: flags win
     tokenizer: str = ""               # folder in tokenizers/; empty: the one the data was made with
     data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
     seed: int = 0                     # decides weights, order of the data and samples
@@ -114,6 +114,7 @@ class Config:
     long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
     short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
+    depth_warmup_frac: float = 0.8    # first part of training, in which only the first layer works; 0: none
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, rules scale them
     muon_lr: float = 0.05             # matrices in layers
     embed_lr: float = 0.6             # token embedding and value embeddings
@@ -162,7 +163,7 @@ class Config:
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
         self.require("timeout_seconds", self.timeout_seconds <= 10**7, "at most 10,000,000")
-        for knob in ("cooldown_frac", "final_lr_frac", "window_warmup_frac"):
+        for knob in ("cooldown_frac", "final_lr_frac", "window_warmup_frac", "depth_warmup_frac"):
             self.require(knob, getattr(self, knob) <= 1, "between 0 and 1")
         for knob in ("seq_len", "max_doc_len"):
             self.require(knob, getattr(self, knob) >= 2, "at least 2")
@@ -250,24 +251,27 @@ PRESETS = {
     # a few minutes on two CPU cores
     "demo": dict(model_name="demo", num_steps=260, batch_tokens=8192, train_minutes=4, val_every=40,
                  log_every=5),
-    # the three baselines of gpt-lab: 98, 397 and 986 million tokens
+    # the three baselines of gpt-lab: 98, 397 and 986 million tokens; here and below all layers work from the
+    # start, since a depth warm-up has been measured on small budgets only
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,
-               train_tokens=98_304_000, val_every=125),
+               train_tokens=98_304_000, val_every=125, depth_warmup_frac=0),
     "s": dict(model_name="s", num_layers=12, num_heads=6, model_dim=384, value_embeddings=3, seq_len=1024,
-              train_tokens=396_492_800, val_every=125),
+              train_tokens=396_492_800, val_every=125, depth_warmup_frac=0),
     "m": dict(model_name="m", num_layers=16, num_heads=12, model_dim=768, value_embeddings=4, seq_len=2048,
-              train_tokens=986_316_800, val_every=125),
+              train_tokens=986_316_800, val_every=125, depth_warmup_frac=0),
     # the two tracks of Modded-NanoGPT: targets 3.28 and 2.92 on FineWeb with GPT-2's tokenizer
     "gpt2-small": dict(model_name="gpt2-small", num_layers=12, num_heads=6, model_dim=768, value_embeddings=3,
                        seq_len=2048, batch_tokens=393216, num_steps=1770, val_every=125, long_window=1792,
-                       short_window=896, window_warmup_frac=1, val_tokens=10_485_760, target_loss=3.28),
+                       short_window=896, window_warmup_frac=1, depth_warmup_frac=0, val_tokens=10_485_760,
+                       target_loss=3.28),
     "gpt2-medium": dict(model_name="gpt2-medium", num_layers=16, num_heads=8, model_dim=1024,
                         value_embeddings=3, seq_len=2048, batch_tokens=524288, num_steps=5960, val_every=125,
-                        short_window=1024, window_warmup_frac=1, val_tokens=10_485_760, target_loss=2.92),
+                        short_window=1024, window_warmup_frac=1, depth_warmup_frac=0, val_tokens=10_485_760,
+                        target_loss=2.92),
     # 1.5 billion parameters, for one box with 8 GPUs of 80 GB: 10 billion tokens
     "gpt2-xl": dict(model_name="gpt2-xl", num_layers=24, num_heads=16, model_dim=2048, value_embeddings=1,
                     seq_len=2048, batch_tokens=1_048_576, num_steps=9536, val_every=500, short_window=1024,
-                    window_warmup_frac=1, val_tokens=10_485_760),
+                    window_warmup_frac=1, depth_warmup_frac=0, val_tokens=10_485_760),
 }
 
 
@@ -347,19 +351,19 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         return sees(query, key, docs[batch, query], docs[batch, key], window)
     length = docs.size(1)
     # places behind the end belong to the last document; nobody reads what they see
-    padded = F.pad(docs[:, None], (0, -length % BLOCK), mode="replicate")[:, 0]             # (B, 128 n)
-    first, last = padded[:, ::BLOCK], padded[:, BLOCK - 1::BLOCK]                           # (B, n)
-    place = torch.arange(first.size(1), dtype=docs.dtype, device=docs.device)               # (n)
-    apart = BLOCK * (place[:, None] - place)    # of the first query and the first key      # (n, n)
-    seen = (apart >= 0) & (apart - (BLOCK - 1) < window) & (last[:, None] >= first[..., None])  # (B, n, n)
-    whole = (apart > 0) & (apart + BLOCK - 1 < window)                                      # (n, n)
-    whole = whole & (first[:, None] == last[..., None])                                     # (B, n, n)
+    padded = F.pad(docs[:, None], (0, -length % BLOCK), mode="replicate")[:, 0]             # (B, 128J)
+    first, last = padded[:, ::BLOCK], padded[:, BLOCK - 1::BLOCK]                           # (B, J)
+    place = torch.arange(first.size(1), dtype=docs.dtype, device=docs.device)               # (J)
+    apart = BLOCK * (place[:, None] - place)    # of the first query and the first key      # (J, J)
+    seen = (apart >= 0) & (apart - (BLOCK - 1) < window) & (last[:, None] >= first[..., None])  # (B, J, J)
+    whole = (apart > 0) & (apart + BLOCK - 1 < window)                                      # (J, J)
+    whole = whole & (first[:, None] == last[..., None])                                     # (B, J, J)
     return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), BLOCK, mask_mod, (length, length))
 
 
 def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, n, n) which key blocks each query block reads -> their number (B, 1, n) and order (B, 1, n, n)."""
-    order = blocks.int().argsort(dim=-1, descending=True, stable=True)                      # (B, n, n)
+    """(B, J, J) which key blocks each query block reads -> their number (B, 1, J) and order (B, 1, J, J)."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)                      # (B, J, J)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
@@ -490,6 +494,17 @@ class Layer(nn.Module):
         return linear(y, self.out)                                                          # (B, T, D)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What of a model works at a moment of training: its first layers, with a share of their windows.
+
+    The other layers are left out. They begin as identities, since what they add is zero at first, so nothing
+    jumps when they join.
+    """
+    depth: int
+    window_frac: float = 1.0
+
+
 class GPT(nn.Module):
     """Embedding -> norm -> layers -> norm -> head; logits within plus or minus logit_cap.
 
@@ -516,22 +531,22 @@ class GPT(nn.Module):
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
         self.register_buffer("padding", torch.where(is_token, 0.0, -math.inf), persistent=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor, window_frac: float = 1.0) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None) -> Tensor:
         """Sum of the losses of all targets, in nats.
 
         inputs       (B, T) token ids
         targets      (B, T) token ids; -1 where there is nothing to predict
-        window_frac  share of their full length that the attention windows have
+        stage        of training; None: all of the model
         returns      () float32
         """
-        x = self.hidden(inputs, window_frac)                                                # (B, T, D)
+        x = self.hidden(inputs, stage)                                                      # (B, T, D)
         return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding,
                                  self.cfg.logit_cap, self.chunk_kernel, self.cfg.fp8)
 
-    def token_losses(self, inputs: Tensor, targets: Tensor, window_frac: float = 1.0) -> Tensor:
+    def token_losses(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None) -> Tensor:
         """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph."""
         # detached only here: with gradients on, the layers compiled for training serve for validation too
-        x = self.hidden(inputs, window_frac).detach().flatten(0, 1)                         # (BT, D)
+        x = self.hidden(inputs, stage).detach().flatten(0, 1)                               # (BT, D)
         weight, wanted = self.head.detach().to(x.dtype), targets.flatten()                  # (V, D), (BT)
         losses = torch.zeros(wanted.shape, device=x.device)                                 # (BT)
         places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
@@ -553,9 +568,10 @@ class GPT(nn.Module):
         z = linear(x, self.head).float()                                                    # (..., V)
         return soft_cap(z, self.cfg.logit_cap)[..., :self.cfg.vocab_size]                   # (..., V)
 
-    def hidden(self, inputs: Tensor, window_frac: float = 1.0) -> Tensor:
+    def hidden(self, inputs: Tensor, stage: Stage | None = None) -> Tensor:
         """What the head reads: (B, T) token ids -> (B, T, D)."""
-        masks = self.masks(inputs, window_frac)
+        stage = stage or Stage(len(self.layers))
+        masks = self.masks(inputs, stage.window_frac)
         cos, sin = rotary_table(inputs.size(1), self.cfg.head_dim, inputs.device)           # (T, K/2)
         x0 = F.embedding(inputs, self.embed).to(self.dtype)                                 # (B, T, D)
         # each token also carries the one before it, unless it begins a document
@@ -563,11 +579,20 @@ class GPT(nn.Module):
         before = before.masked_fill((inputs == self.eot_id)[..., None], 0)                  # (B, T, D)
         x0 = rms_norm(x0 + self.smear.to(x0.dtype) * before)                                # (B, T, D)
         x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[:stage.depth]):
             table = self.value_table(number)
             values = None if table is None else F.embedding(inputs, table).to(self.dtype)   # (B, T, D)
             x = layer(x, x0, values, masks[number], cos, sin)                               # (B, T, D)
         return rms_norm(x)                                                                  # (B, T, D)
+
+    def asleep(self, stage: Stage) -> set[str]:
+        """Names of the parameters that have nothing to do yet."""
+        awake = {id(self.value_table(number)) for number in range(stage.depth)}
+        tables = {f"value_embeds.{number}" for number, table in enumerate(self.value_embeds)
+                  if id(table) not in awake}
+        layers = {f"layers.{number}.{name}" for number in range(stage.depth, len(self.layers))
+                  for name, _ in self.layers[number].named_parameters()}
+        return tables | layers
 
     def value_table(self, layer: int) -> Tensor | None:
         """Table i of n serves the i-th of the first n layers and the i-th of the last n."""
@@ -609,16 +634,17 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> float:
+    def flops_per_token(self, stage: Stage | None = None) -> float:
         """Floating-point operations of one trained token, forward and backward.
 
         6 per weight of a matrix, and 12 per model dimension and key that a token attends to on average.
         source  Kaplan et al. 2020, arXiv:2001.08361
         """
-        length = self.cfg.seq_len
-        matrices = self.head.numel() + sum(p.numel() for layer in self.layers for p in layer.parameters()
+        length, stage = self.cfg.seq_len, stage or Stage(len(self.layers))
+        layers, windows = self.layers[:stage.depth], self.windows(length, stage.window_frac)[:stage.depth]
+        matrices = self.head.numel() + sum(p.numel() for layer in layers for p in layer.parameters()
                                            if p.ndim > 1)
-        keys = sum(window - window**2 / (2 * length) for window in self.windows(length, 1.0))
+        keys = sum(window - window**2 / (2 * length) for window in windows)
         return 6 * matrices + 12 * self.cfg.model_dim * keys
 
 
@@ -786,6 +812,7 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Config, world: "World", product_dtype: torch.dtype = torch.float32):
         self.cfg, self.world, self.product_dtype = cfg, world, product_dtype
+        self.asleep: set[str] = set()   # names of parameters that are not trained yet
         self.lrs = learning_rates(cfg)
         self.parameters = dict(model.named_parameters())
         self.groups: dict[str, list[Piece]] = {group: [] for group in self.lrs}
@@ -816,7 +843,7 @@ class Optimizer:
         return pieces
 
     def _own(self, pieces: list[Piece]) -> list[Piece]:
-        return [piece for piece in pieces if piece.owner == self.world.rank]
+        return [piece for piece in pieces if piece.owner == self.world.rank and piece.name not in self.asleep]
 
     def _send(self, pieces: list[Piece], _parameter: nn.Parameter) -> None:
         for piece in pieces if self.last_backward else ():
@@ -831,7 +858,7 @@ class Optimizer:
         raises  RuntimeError that names a parameter without gradient, before any process waits for another
         """
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
+            if parameter.grad is None and name not in self.asleep:
                 raise RuntimeError(f"parameter {name} has no gradient: the loss does not depend on it")
         self.world.wait()
         places = {name: place for place, name in enumerate(self.parameters)}
@@ -863,7 +890,8 @@ class Optimizer:
             else:
                 self.adam_step(self._own(pieces), lr)
             for piece in pieces:    # they travel while the next group is computed
-                self.world.begin_copy(piece.weights, piece.owner)
+                if piece.name not in self.asleep:
+                    self.world.begin_copy(piece.weights, piece.owner)
         self.world.wait()
         self.clear_gradients()
 
@@ -937,8 +965,10 @@ def lr_scale(cfg: Config, step: int, progress: float) -> float:
     return warmup * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * cooldown)
 
 
-def window_frac(cfg: Config, progress: float) -> float:
-    return min(1.0, progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0
+def stage_at(cfg: Config, progress: float) -> Stage:
+    """One layer, then all; windows that grow. `progress` is the share of the budget that is used."""
+    depth = 1 if progress < cfg.depth_warmup_frac else cfg.num_layers
+    return Stage(depth, min(1.0, progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1115,7 +1145,7 @@ class HeldOut:
         inputs[:, 0] = self.eot_id
         return torch.from_numpy(np.where(inputs < 0, self.eot_id, inputs)), torch.from_numpy(targets)
 
-    def evaluate(self, model: GPT, rows: int, world: "World", window_frac: float = 1.0) -> Validation:
+    def evaluate(self, model: GPT, rows: int, world: "World", stage: Stage | None = None) -> Validation:
         """Validate with `rows` rows at a time and the attention windows of the moment; sums in float64."""
         sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # nats, tokens, nats in text, bytes
         num_bytes = self.num_bytes.to(world.device)
@@ -1124,7 +1154,7 @@ class HeldOut:
         for start in range(world.rank * rows, rounds * rows * world.size, rows * world.size):
             inputs, targets = self.windows(list(range(start, start + rows)))
             targets = targets.to(world.device)
-            losses = model.token_losses(inputs.to(world.device), targets, window_frac).double()     # (B, T)
+            losses = model.token_losses(inputs.to(world.device), targets, stage).double()           # (B, T)
             counted = targets >= 0
             byte_count = num_bytes[targets.clamp(min=0)] * counted                          # (B, T)
             sums += torch.stack([losses.sum(), counted.sum(), losses[byte_count > 0].sum(), byte_count.sum()])
@@ -1589,7 +1619,8 @@ def pace(run: "Run") -> dict[str, float]:
               "epoch": run.step * cfg.rows_per_step / run.rows.num_rows, "train_seconds": seconds,
               "tokens_per_second": speed, "peak_memory_mib": run.world.peak_memory_mib("training")}
     peak = run.world.peak_flops(cfg)
-    return values | ({"mfu": speed * run.model.flops_per_token() / peak} if peak else {})
+    flops = run.model.flops_per_token(stage_at(cfg, run.progress))
+    return values | ({"mfu": speed * flops / peak} if peak else {})
 
 
 def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) -> list[str]:
@@ -1754,7 +1785,7 @@ def warm_up(model: GPT, optimizer: Optimizer, cfg: Config, world: World) -> None
     _, rows = micro_batch_shape(cfg, world.size)
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     targets = torch.full_like(inputs, -1)
-    model(inputs, targets, window_frac(cfg, 0)).backward()
+    model(inputs, targets, Stage(cfg.num_layers, stage_at(cfg, 0).window_frac)).backward()
     model.token_losses(inputs, targets)
     optimizer.clear_gradients()
     optimizer.warm_up()
@@ -2055,12 +2086,14 @@ def train_step(run: Run, micro_batches: list[tuple[Tensor, Tensor]], signals: "S
     raises  NonFinite, before the weights are touched, where the report can be read at once
     """
     cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
+    stage = stage_at(cfg, run.progress)
+    optimizer.asleep = model.asleep(stage)
     # the loss of a step is the mean over all its targets, whoever computes them
     loss = torch.zeros((), device=world.device)
     num_targets = run.rows.targets_in_step(run.step, cfg.rows_per_step)
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
         optimizer.last_backward = number == len(micro_batches)
-        part = model(inputs, targets, window_frac(cfg, run.progress)) / num_targets
+        part = model(inputs, targets, stage) / num_targets
         run.loss_scale.backward(part)
         loss += part.detach()
     # all processes learn the loss, whether one was told to stop, whether the first wants to save
@@ -2164,7 +2197,7 @@ def look(run: Run) -> None:
         _, rows_at_once = micro_batch_shape(run.cfg, run.world.size)
         with run.world.memory_of("validation"):
             result = run.held_out.evaluate(run.model, rows_at_once, run.world,
-                                           window_frac(run.cfg, run.progress))
+                                           stage_at(run.cfg, run.progress))
         run.values |= dataclasses.asdict(result)
         if result.val_loss < run.best_val_loss:
             run.best_val_loss, run.best_step = result.val_loss, run.step
@@ -2359,7 +2392,8 @@ def check(cfg: Config, world: World) -> bool:
 
 def time_estimate(cfg: Config, model: GPT, world: World) -> list[str]:
     """What the budget's arithmetic takes and costs, if it comes to 40 % of what the devices can do."""
-    operations = model.flops_per_token() * cfg.batch_tokens * cfg.num_steps
+    per_token = (model.flops_per_token(stage_at(cfg, percent / 100)) for percent in range(100))
+    operations = sum(per_token) / 100 * cfg.batch_tokens * cfg.num_steps
     if not world.peak_flops(cfg):
         return [f"time        not known: {operations:.1e} floating-point operations, and no table has this "
                 "device; give its --peak_tflops, or measure some steps"]

@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt
-from train_gpt import GPT, ChunkedLoss, Config, DenseMask, attend, block_mask, chunk_loss_and_gradient
+from train_gpt import (
+    GPT,
+    ChunkedLoss,
+    Config,
+    DenseMask,
+    Stage,
+    attend,
+    block_mask,
+    chunk_loss_and_gradient,
+)
 
 EOT = 100
 
@@ -78,6 +87,19 @@ def test_windows_end_where_they_say():
     changed[0, 8] += 1
     moved = (before != model.logits(changed)).any(-1)[0]
     assert moved.nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
+
+
+def test_layers_that_are_not_awake_are_left_out_and_named():
+    tokens = some_tokens(2, 32)
+    for depth in (1, 3, 5):
+        model = awake_model(small_config(num_layers=5, value_embeddings=2))
+        asleep = model.asleep(Stage(depth))
+        model(tokens, tokens, Stage(depth)).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (name in asleep), (depth, name)
+        assert bool(asleep) == (depth < 5)
+    fresh = GPT(small_config(num_layers=5), EOT)
+    assert torch.equal(fresh.hidden(tokens, Stage(1)), fresh.hidden(tokens))    # they begin as identities
 
 
 def test_windows_grow_over_training():
@@ -188,7 +210,8 @@ def test_compiled_layers_serve_all_windows_and_documents(flex):
     with torch.no_grad():
         for seed, frac in enumerate((0, 0.7, 0.9, 1)):
             tokens = torch.randint(0, 101, (2, 256), generator=torch.Generator().manual_seed(seed))
-            torch.testing.assert_close(compiled.hidden(tokens, frac), eager.hidden(tokens, frac),
+            stage = Stage(4, frac)
+            torch.testing.assert_close(compiled.hidden(tokens, stage), eager.hidden(tokens, stage),
                                        rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -322,7 +345,7 @@ def test_flops_are_six_per_weight_of_a_matrix_and_attention():
 # Shape comments
 # ------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5}
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5, "J": 1}
 
 
 def size_of(word: str, sizes: dict[str, int]) -> int:
@@ -361,8 +384,8 @@ def test_shape_comments_are_true(monkeypatch):
     def trace(frame, event, value):
         if frame.f_code.co_filename != train_gpt.__file__:
             return None
-        sizes = SIZES | ({"N": len(frame.f_locals["x"])}
-                         if frame.f_code.co_name.startswith("chunk_loss") else {})
+        chunk = {"chunk_loss_and_gradient": "logits", "chunk_losses": "x"}.get(frame.f_code.co_name)
+        sizes = SIZES | ({"N": len(frame.f_locals[chunk])} if chunk else {})
         waiting = []
 
         def inside(frame, event, value):
@@ -390,6 +413,7 @@ def test_shape_comments_are_true(monkeypatch):
         model(tokens, tokens).backward()
         model.token_losses(tokens, tokens)
         model.logits(tokens)
+        GPT(cfg, 191, flex={}).masks(tokens, 1.0)
     finally:
         sys.settrace(previous)
     unchecked = set(statements) - checked

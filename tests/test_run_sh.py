@@ -86,7 +86,7 @@ def test_a_preset_says_first_what_it_needs_and_costs(checkout):
                      re.MULTILINE | re.DOTALL)
     assert not list((checkout / "data").glob("*")) and not (checkout / "experiments").exists()
     done = run_sh(checkout, "gpt2-xl", "--dry_run", "--seqlen", "5")
-    assert done.returncode == 1 and "unrecognized arguments: --seqlen" in done.stderr
+    assert done.returncode == 1 and "did you mean --seq_len?" in done.stderr
 
 
 @pytest.mark.parametrize("gpus", [0, 4])

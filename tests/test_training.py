@@ -34,8 +34,8 @@ def test_a_tiny_model_learns_a_repeated_text(lab, here):
                                          + json.dumps({"text": "x"}) + "\n")
     tokens = [300, *train_tokenizer.load_tokenizer("tiny_v300_n1073741824").encode_ordinary("abcdefghij" * 9)]
     shards = [np.array(tokens * 50, dtype=np.uint16)]
-    cfg = Config(**{**TINY, "vocab_size": 301, "num_steps": 60, "model_dim": 32, "muon_lr": 2, "embed_lr": 10,
-                    "head_lr": 1})
+    cfg = Config(**{**TINY, "vocab_size": 301, "num_steps": 60, "model_dim": 32, "muon_lr": 0.5,
+                    "embed_lr": 3.5, "head_lr": 0.35})
     rows = train_gpt.Rows(shards, cfg, 300)
     torch.manual_seed(0)
     model = GPT(cfg, 300)
@@ -79,7 +79,8 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
 
 
 def test_a_run_ends_at_its_target_and_says_when(lab, here):
-    folder = train_here(here, num_steps=30, val_every=2, target_loss=5.6, muon_lr=2, embed_lr=10, head_lr=1)
+    folder = train_here(here, num_steps=30, val_every=2, target_loss=5.6, muon_lr=0.5, embed_lr=2.5,
+                        head_lr=0.25)
     summary, rows = summary_of(folder), rows_of(folder)
     reached = next(row for row in rows if row["val_loss"] and float(row["val_loss"]) <= 5.6)
     assert 0 < int(reached["step"]) < 30 and rows[-1] == reached
@@ -475,7 +476,7 @@ def test_a_machine_without_a_compiler_trains_without_one(monkeypatch):
 
 def test_float16_with_scaled_losses_is_near_float32(lab, here):
     def losses(dtype: str) -> list[float]:
-        folder = train_here(here, dtype=dtype, num_steps=8, muon_lr=1.0)
+        folder = train_here(here, dtype=dtype, num_steps=8, muon_lr=0.25, embed_lr=0.15, head_lr=0.003)
         return [float(row["train_loss"]) for row in rows_of(folder)]
     assert losses("float16") == pytest.approx(losses("float32"), rel=5e-3)
 

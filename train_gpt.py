@@ -966,7 +966,10 @@ def lr_scale(cfg: Config, step: int, progress: float) -> float:
 
 
 def stage_at(cfg: Config, progress: float) -> Stage:
-    """One layer, then all; windows that grow. `progress` is the share of the budget that is used."""
+    """One layer, then all (Bu 2025, arXiv:2511.04981); windows that grow.
+
+    progress  share of the budget that is used, 0 to 1
+    """
     depth = 1 if progress < cfg.depth_warmup_frac else cfg.num_layers
     return Stage(depth, min(1.0, progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0)
 
@@ -2374,6 +2377,7 @@ def check(cfg: Config, world: World) -> bool:
         problems.append(str(error))
     with torch.device("meta"):
         model = GPT(cfg, 0, world.dtype, kernels.flex)
+    cfg = choose_micro_batch(cfg, model, world)
     free_memory, free_disk = free_memory_mib(world), shutil.disk_usage(ROOT).free / 2**20
     lines = [*introduction(cfg, world, model, kernels), *about_data,
              f"free        {free_memory:,.0f} MiB of memory for each process, {free_disk:,.0f} MiB of disk"]

@@ -7,8 +7,8 @@
 A variant is a name and flags of train_gpt.py; a word that ends with .diff is a patch for the script. The
 setting is width 256, 6 layers, rows of 512, 8,192 tokens a step. Variants take turns, seed by seed, each for
 so many seconds of training (or so many --steps, where only the loss counts), on a copy of the scripts.
-Differences are paired by seed, with 95 % intervals of Student's t. --train learns a tokenizer of 8,192 on
-its file first and validates on all of --val.
+Differences are paired by seed, with 95 % intervals of Student's t. --train learns a tokenizer on its file
+first and validates on all of --val.
 """
 
 import argparse
@@ -76,17 +76,19 @@ def train(variant: Variant, seed: int, budget: list[str], data: str) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def prepare(train_file: Path, val_file: Path, scratch: Path) -> str:
+def prepare(train_file: Path, val_file: Path, vocabsize: int, scratch: Path) -> str:
     """The name of a data set of these two files, with a tokenizer of its own."""
     (scratch / "data").mkdir()
     (scratch / "tokenizers").mkdir()
     for script in ROOT.glob("*.py"):
         shutil.copy(script, scratch)
-    flags = ["--source", str(train_file.resolve()), "--vocabsize", "8192", "--name", "own"]
-    subprocess.run([sys.executable, "train_tokenizer.py", *flags, "--samples", str(2**30)], cwd=scratch,
-                   check=True, stdout=subprocess.DEVNULL)
+    flags = ["--source", str(train_file.resolve()), "--vocabsize", str(vocabsize), "--name", "own"]
+    done = subprocess.run([sys.executable, "train_tokenizer.py", *flags, "--samples", str(2**30)],
+                          cwd=scratch, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"no tokenizer could be learned: {done.stderr.strip().splitlines()[-1]}")
     train_tokenizer.TOKENIZERS = scratch / "tokenizers"
-    tokenizer = train_tokenizer.load_tokenizer(f"own_v8192_n{2**30}")
+    tokenizer = train_tokenizer.load_tokenizer(f"own_v{vocabsize}_n{2**30}")
     folder = scratch / "data" / "own"
     folder.mkdir()
     entries = []
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="a folder in data/")
     parser.add_argument("--train", type=Path, metavar="FILE", help="text to train on, instead of --data")
     parser.add_argument("--val", type=Path, metavar="FILE", help="text to validate on, with --train")
+    parser.add_argument("--vocabsize", type=positive, default=8192, help="of the tokenizer, with --train")
     parser.add_argument("--seconds", type=float, default=60, help="of training, for each run")
     parser.add_argument("--steps", type=int, default=0, help="steps of each run, instead of seconds")
     parser.add_argument("--seeds", type=lambda text: positive(text), default=3, help="runs of each variant")
@@ -130,7 +133,7 @@ def main() -> None:
         raise UserError(f"--seeds must be at most {max(T_95) + 1}")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        data = prepare(args.train, args.val, scratch) if args.train else args.data
+        data = prepare(args.train, args.val, args.vocabsize, scratch) if args.train else args.data
         variants = [make_variant(text, scratch) for text in args.variant or ["train_gpt="]]
         budget = (["--num_steps", str(args.steps)] if args.steps else
                   ["--num_steps", "1000000", "--train_minutes", str(args.seconds / 60)])

@@ -2,12 +2,14 @@
 
     python benchmarks/transfer.py --data books --widths 128 256 512 --factors 0.25 0.5 1 2 4
 
-Every run has 6 layers, rows of 512 and the same tokens. Writes experiments/transfer.csv and transfer.png;
-where the rules for width hold, the curves have their lowest points above one another.
+Further flags are train_gpt.py's. Every run has 6 layers, rows of 512 and the same tokens. Writes
+experiments/transfer.csv and transfer.png; where the rules for width hold, the curves have their lowest points
+above one another.
 """
 
 import argparse
 import csv
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -42,7 +44,7 @@ def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> Non
 
 @command
 def main() -> None:
-    parser = Parser("Sweep the learning rate over widths.",
+    parser = Parser("Sweep the learning rate over widths.", epilog="Further flags are train_gpt.py's.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder in data/")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="of the model")
@@ -51,14 +53,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of each run")
     parser.add_argument("--batch_tokens", type=int, default=4096, help="of each step")
     parser.add_argument("--val_tokens", type=int, default=65536, help="to validate on")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     results: dict[int, dict[float, float]] = {width: {} for width in args.widths}
     with tempfile.TemporaryDirectory() as scratch:
         for width in args.widths:
             for factor in args.factors:
                 rates = " ".join(f"--{knob} {factor * getattr(Config(), knob):g}" for knob in RATES)
                 variant = make_variant(f"w{width}_f{factor:g}={rates} --model_dim {width} --num_heads 0 "
-                                       f"--val_tokens {args.val_tokens}", Path(scratch))
+                                       f"--val_tokens {args.val_tokens} {shlex.join(flags)}", Path(scratch))
                 budget = ["--num_steps", str(args.steps), "--batch_tokens", str(args.batch_tokens)]
                 results[width][factor] = train(variant, 0, budget, args.data)["val_bpb"]
                 print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",

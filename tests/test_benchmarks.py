@@ -1,6 +1,7 @@
 """The benchmarks run, on tiny inputs. Run: ./run.sh test tests/test_benchmarks.py"""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,48 @@ def test_the_tokenizing_benchmark_compares_the_same_tokens(measure, lab: Path):
     said = measure("tokenizing.py", "--source", "text.jsonl", "--tokenizer", "tiny_v300_n1073741824",
                      "--runs", "1", "--num_workers", "1")
     assert "times tiktoken's speed" in said and not list(lab.glob("data/benchmark*"))
+
+
+TINY_MODEL = ("--model_dim 16 --num_layers 2 --num_heads 1 --seq_len 64 --compile off --batch_tokens 256 "
+              "--device cpu")
+
+
+def test_the_recipe_benchmark_pairs_variants_by_seed_on_any_text(measure, lab: Path):
+    lines = (lab / "text.jsonl").read_text().splitlines(keepends=True)
+    (lab / "for_training.jsonl").write_text("".join(lines[:200]))
+    (lab / "for_validation.jsonl").write_text("".join(lines[200:]))
+    first_line = (lab / "train_gpt.py").read_text().splitlines()[0]
+    (lab / "other.diff").write_text(f"--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1 +1 @@\n"
+                                    f"-{first_line}\n+{first_line} Really.\n")
+    said = measure("recipe.py", "--train", "for_training.jsonl", "--val", "for_validation.jsonl",
+                   "--steps", "3", "--seeds", "2", "--vocabsize", "300", "--variant", f"plain={TINY_MODEL}",
+                   "--variant", f"other=other.diff {TINY_MODEL} --muon_lr 0.2")
+    rows = re.findall(r"^(plain|other) seed (\d): val_bpb ([\d.]+), .* 3 steps, 768 tokens", said,
+                      re.MULTILINE)
+    assert [row[:2] for row in rows] == [("plain", "0"), ("other", "0"), ("other", "1"), ("plain", "1")]
+    bpb = {row[:2]: float(row[2]) for row in rows}
+    differences = [bpb["other", seed] - bpb["plain", seed] for seed in "01"]
+    half = 12.706 * abs(differences[0] - differences[1]) / 2
+    row = re.search(r"^\| other \| [\d.]+ \| (\S+) ± (\S+) \|", said, re.MULTILINE)
+    mean, interval = map(float, row.groups())
+    assert mean == pytest.approx(sum(differences) / 2, abs=2e-4) and interval == pytest.approx(half, abs=3e-3)
+    assert said.splitlines()[-4:] == [f"val_bpb {bpb[name, seed]:.4f}  {name}"
+                                      for name in ("plain", "other") for seed in "01"]
+
+
+def test_the_benchmark_of_the_step_names_floor_and_share(measure):
+    said = measure("step.py", "demo", "--times", "1", *TINY_MODEL.split())
+    assert re.search(r"^\| demo \| 256 \| [\d,]+ \| \d\.\d\d \| - \| [\d,]+ \| \d+ of \d+ ms, [\d.]+% \|",
+                     said, re.MULTILINE)
+
+
+def test_the_sweep_over_widths_leaves_a_table_and_a_picture(measure, lab: Path):
+    said = measure("transfer.py", "--data", "tiny", "--widths", "16", "32", "--factors", "1", "2",
+                   "--steps", "2", "--batch_tokens", "256", "--val_tokens", "256", "--seq_len", "64",
+                   "--compile", "off")
+    assert said.count("val_bpb") == 4
+    assert len((lab / "experiments/transfer.csv").read_text().splitlines()) == 5
+    assert (lab / "experiments/transfer.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_hellaswag_benchmark_compares_the_same_choices(measure, lab: Path):

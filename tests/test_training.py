@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +125,20 @@ def test_the_garbage_collector_rests_while_a_run_trains(lab, here, monkeypatch):
                         lambda *arguments: at_work.append(gc.isenabled()) or real(*arguments))
     train_here(here)
     assert at_work == [False] * 4 and gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_the_largest_preset_fits_a_box_of_eight_gpus(monkeypatch):
+    """By the estimate that chooses the micro-batch; no such box was at hand."""
+    world = SimpleNamespace(size=8, local_size=8, device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(train_gpt, "free_memory_mib", lambda world: 79_000)
+    cfg = parse_config(["--preset", "gpt2-xl", "--vocab_size", "50257"])
+    with torch.device("meta"):
+        model = GPT(cfg, 50256, torch.bfloat16, flex={})
+    assert model.num_parameters() == pytest.approx(1.5e9, rel=0.02)
+    cfg = train_gpt.choose_micro_batch(cfg, model, world)
+    needed = train_gpt.memory_estimate_mib(cfg, model, world)
+    print(f"gpt2-xl on 8 GPUs: {needed:,.0f} MiB each, micro-batches of {cfg.micro_batch_tokens:,} tokens")
+    assert 15_000 < needed < 0.8 * 79_000 and cfg.micro_batch_tokens >= 4 * cfg.seq_len
 
 
 def test_attention_falls_back_where_flex_attention_fails_and_says_why(monkeypatch):

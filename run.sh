@@ -87,25 +87,25 @@ demo() {
     exec .venv/bin/python train_gpt.py --preset demo --tokenizer "$tokenizer" --data "$name" "$@"
 }
 
-# Get what a preset trains on, so many shards of 100 million tokens that none is seen twice; train on all GPUs.
+# Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; train on all GPUs.
 preset() {
-    local preset="$1" source=10B-gpt2 tokenizer=gpt2 data=fineweb_gpt2 shards download gpus argument
+    local preset="$1" data="fineweb_$1" source=10B-gpt2 tokenizer=gpt2 shards download gpus argument report
     local dry_run=false flags=() launch=(.venv/bin/python)
     for argument in "${@:2}"; do
         if [ "$argument" = --dry_run ]; then dry_run=true; else flags+=("$argument"); fi
     done
     case "$preset" in
         xs) shards=2 ;;
-        s) shards=5 ;;
-        m) shards=11 ;;
-        gpt2-small) shards=8 ;;
-        gpt2-medium) shards=34 ;;
+        s) shards=6 ;;
+        m) shards=14 ;;
+        gpt2-small) shards=10 ;;
+        gpt2-medium) shards=42 ;;
         gpt2-xl) shards=103 ;;
     esac
     case "$preset" in
         gpt2-*) download="$((shards * 2 / 10 + 1)) GB, already tokenized by GPT-2's tokenizer" ;;
         *)
-            source=10B tokenizer=web_v50256_n1000000000 data=fineweb_web
+            source=10B tokenizer=web_v50256_n1000000000
             download="about $((2 * (1 + (shards + 5) / 6))) GB of text, of which a tokenizer of its own is learned"
             ;;
     esac
@@ -117,12 +117,15 @@ preset() {
         launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
     fi
     # without its data the preset cannot train yet, and says that too; what it needs is what counts here
-    { "${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" "${flags[@]}" || true; } \
-        | grep -E '^(device|model|budget|memory|free|time|cost) ' || fail "that preset does not run with these flags"
+    report="$("${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" "${flags[@]}" 2> .venv/check.txt \
+        | grep -E '^(device|model|budget|memory|free|time|cost|problem) ' | grep -v " there is no $data in ")" || true
+    [ -n "$report" ] || fail "$(tail -n 1 .venv/check.txt)"
+    printf '%s\n' "$report"
     if "$dry_run"; then
         say "nothing was done; leave out --dry_run to begin"
         return
     fi
+    ! grep -q '^problem ' <<< "$report" || fail "this machine cannot train that preset; the problem is named above"
     if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
         .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 --vocabsize 50256 --name web
     fi

@@ -101,7 +101,7 @@ class Config:
     batch_tokens: int = 0             # tokens of a step, over all processes; 0: by the rule for train_tokens
     micro_batch_tokens: int = 0       # tokens a process takes at once, at most; 0: as many as memory holds
     seq_len: int = 512                # tokens in a row
-    max_doc_len: int = 2048           # longer documents are cut into parts of this many tokens
+    max_doc_len: int = 0              # longer documents are cut into parts of this many tokens; 0: of a row
     # the model
     num_layers: int = 6               # transformer layers
     num_heads: int = 0                # attention heads; 0: about one for 128 of the width
@@ -165,8 +165,8 @@ class Config:
         self.require("timeout_seconds", self.timeout_seconds <= 10**7, "at most 10,000,000")
         for knob in ("cooldown_frac", "final_lr_frac", "window_warmup_frac", "depth_warmup_frac"):
             self.require(knob, getattr(self, knob) <= 1, "between 0 and 1")
-        for knob in ("seq_len", "max_doc_len"):
-            self.require(knob, getattr(self, knob) >= 2, "at least 2")
+        self.require("seq_len", self.seq_len >= 2, "at least 2")
+        self.require("max_doc_len", self.max_doc_len != 1, "at least 2, or 0")
         for knob, value in by_rule(self).items():
             object.__setattr__(self, knob, value)
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
@@ -228,6 +228,8 @@ def by_rule(cfg: Config) -> dict[str, int]:
         fitting = (heads for heads in range(max(1, round(cfg.model_dim / 128)), 0, -1)
                    if cfg.model_dim % (4 * heads) == 0)
         values["num_heads"] = next(fitting, 1)
+    if not cfg.max_doc_len:
+        values["max_doc_len"] = cfg.seq_len + 1     # a row's tokens, and the last one's target
     if not cfg.short_window:
         values["short_window"] = min(cfg.long_window or cfg.seq_len, max(512, cfg.seq_len // 2))
     return values
@@ -249,7 +251,7 @@ def learning_rates(cfg: Config) -> dict[str, float]:
 
 PRESETS = {
     # a few minutes on two CPU cores
-    "demo": dict(model_name="demo", num_steps=260, batch_tokens=8192, train_minutes=4, val_every=40,
+    "demo": dict(model_name="demo", num_steps=600, batch_tokens=8192, train_minutes=4, val_every=40,
                  log_every=5),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens; here and below all layers work from the
     # start, since a depth warm-up has been measured on small budgets only
@@ -293,11 +295,15 @@ def parse_config(argv: list[str]) -> Config:
             group.add_argument(f"--{knob}", **how)
     parser.add_argument("-h", "--help", action="help", help="show this help")
     flags = vars(parser.parse_args(argv))
-    knobs = {**PRESETS.get(flags.get("preset", ""), {}), **flags}
+    # another number of tokens decides steps and batch anew
+    decided = () if "train_tokens" not in flags else ("num_steps", "batch_tokens")
+    preset = PRESETS.get(flags.get("preset", ""), {})
+    knobs = {**{knob: value for knob, value in preset.items() if knob not in decided}, **flags}
     if "resume" not in knobs:
         return Config(**knobs)
     folder = find_run(knobs["resume"], knobs.get("model_name", defaults["model_name"]))
-    knobs = {**(known_knobs(folder) if folder else {}), **knobs}
+    saved = known_knobs(folder) if folder else {}
+    knobs = {**{knob: value for knob, value in saved.items() if knob not in decided}, **knobs}
     return Config(**{**knobs, "resume": str(folder or "")})
 
 
@@ -618,7 +624,7 @@ class GPT(nn.Module):
         made: dict[int, DenseMask | BlockMask] = {}
         for length in set(windows):
             # a tensor, so that kernels compiled for one window serve all
-            window = torch.tensor(length, dtype=docs.dtype, device=inputs.device)           # ()
+            window = torch.full((), length, dtype=docs.dtype, device=inputs.device)         # ()
             made[length] = (DenseMask(docs, window) if self.flex is None else
                             block_mask(docs, window))
         return [made[length] for length in windows]
@@ -707,15 +713,19 @@ class ChunkedLoss(torch.autograd.Function):
         x, narrow = x.detach(), weight.detach().to(x.dtype)                                 # (N, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (N, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
+        if fp8:
+            by_columns, by_rows = to_fp8(narrow, E4M3), to_fp8(narrow.T, E4M3)
         start = 0
         rows = chunk_rows(x, weight.size(0))
         for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-            logits = fp8_product(part, narrow) if fp8 else part @ narrow.T                  # (N, V)
+            logits = fp8_product(to_fp8(part, E4M3), by_columns) if fp8 else part @ narrow.T    # (N, V)
             losses, slope = kernel(logits, wanted, padding, cap)                            # (N), (N, V)
             total += losses.sum()
             if fp8:
-                x_grad[start:start + len(part)] = fp8_product(slope, narrow.T, E5M2)        # (N, D)
-                weight_grad += fp8_product(slope.T, part.T, E5M2)                           # (V, D)
+                slope, unit = to_fp8(slope, E5M2)                                           # (N, V), ()
+                x_grad[start:start + len(part)] = fp8_product((slope, unit), by_rows)       # (N, D)
+                turned = (slope.T.contiguous(), unit)
+                weight_grad += fp8_product(turned, to_fp8(part.T, E4M3))                    # (V, D)
             else:
                 torch.mm(slope, narrow, out=x_grad[start:start + len(part)])                # (N, D)
                 weight_grad += slope.T @ part                                               # (V, D)
@@ -858,7 +868,9 @@ class Optimizer:
         raises  RuntimeError that names a parameter without gradient, before any process waits for another
         """
         for name, parameter in self.parameters.items():
-            if parameter.grad is None and name not in self.asleep:
+            if parameter.grad is None and self.asleep:
+                self.asleep.add(name)       # it serves sleeping layers; warm_up() has seen it at work
+            elif parameter.grad is None:
                 raise RuntimeError(f"parameter {name} has no gradient: the loss does not depend on it")
         self.world.wait()
         places = {name: place for place, name in enumerate(self.parameters)}
@@ -1226,15 +1238,12 @@ def sample(logits: Tensor, cfg: Config, generator: torch.Generator) -> list[int]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def fp8_product(a: Tensor, b: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """a (N, K) times b (M, K) transposed -> (N, M) bfloat16; N, K and M must be multiples of 16.
+def fp8_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """a times b transposed, both as to_fp8 gives them: (N, K), (M, K) -> (N, M) bfloat16.
 
-    Both are divided by their largest magnitude, so that it becomes the largest of their FP8 dtype.
-    dtype    of a: e4m3 has finer steps, e5m2 the wider range that gradients need; b is e4m3
-    source   Micikevicius et al. 2022, arXiv:2209.05433
+    N, K and M must be multiples of 16, and one of the two e4m3.
     """
-    (a, a_unit), (b, b_unit) = to_fp8(a, dtype), to_fp8(b, E4M3)
-    return torch._scaled_mm(a, b.T, a_unit, b_unit, out_dtype=torch.bfloat16)               # (N, M)
+    return torch._scaled_mm(a[0], b[0].T, a[1], b[1], out_dtype=torch.bfloat16)
 
 
 def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
@@ -1247,7 +1256,12 @@ def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in FP8, row by row in memory, and the () float32 unit that it is measured in."""
+    """x in FP8, row by row in memory, and the () float32 unit that it is measured in.
+
+    The unit makes the largest magnitude of x the largest of the dtype. e4m3 has finer steps, e5m2 the wider
+    range that gradients need.
+    source  Micikevicius et al. 2022, arXiv:2209.05433
+    """
     largest = torch.finfo(dtype).max
     unit = x.abs().amax().float().clamp(min=1e-12) / largest                                # ()
     return (x.float() / unit).clamp(-largest, largest).to(dtype).contiguous(), unit
@@ -1537,13 +1551,13 @@ class Kernels:
 
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
-    """What works on all processes."""
-    kernels = Kernels(*choose_compile(cfg, world.device), None, "plain products")
+    """What works on all processes; every process asks the others, whatever works on it."""
+    compiled, reason = min(world.gather(choose_compile(cfg, world.device)))     # one that cannot decides
+    kernels = Kernels(compiled, reason, None, "plain products")
     if world.device.type == "cpu":      # FlexAttention has no backward there
         return kernels
-    problem = "FlexAttention needs torch.compile"
-    if kernels.compiled:
-        problem = next(filter(None, world.gather(flex_problem(cfg, world))), "")
+    problem = flex_problem(cfg, world) if compiled else "FlexAttention needs torch.compile"
+    problem = next(filter(None, world.gather(problem)), "")
     if problem:
         return dataclasses.replace(kernels, attention=f"plain products: {problem}")
     return dataclasses.replace(kernels, flex=flex_options(world.device), attention="FlexAttention")
@@ -1568,7 +1582,7 @@ def flex_problem(cfg: Config, world: World) -> str:
 
 def flex_options(device: torch.device) -> dict:
     """Smaller tiles for GPUs with 100 KB of shared memory, where those for 164 KB and more do not fit."""
-    if torch.cuda.get_device_capability(device) not in ((8, 6), (8, 9), (12, 0)):
+    if torch.cuda.get_device_capability(device) not in ((8, 6), (8, 9), (12, 0), (12, 1)):
         return {}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
@@ -1789,6 +1803,7 @@ def warm_up(model: GPT, optimizer: Optimizer, cfg: Config, world: World) -> None
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     targets = torch.full_like(inputs, -1)
     model(inputs, targets, Stage(cfg.num_layers, stage_at(cfg, 0).window_frac)).backward()
+    optimizer.gradient_norms()      # names a parameter without gradient now, not when its layer wakes up
     model.token_losses(inputs, targets)
     optimizer.clear_gradients()
     optimizer.warm_up()
@@ -2067,7 +2082,7 @@ def training_loop(run: Run) -> None:
     with StopSignals() as signals, collector_at_rest(), prepared_steps(run) as steps:
         run.clock.start()
         while run.progress < 1 and not run.target:
-            run.reports.append(train_step(run, next(steps), signals))
+            run.reports.append(train_step(run, *next(steps), signals))
             run.step += 1
             run.progress = budget_used(run.cfg, run.world, run.step, run.clock)
             stops, saves = hear(run, behind=0 if run.looks else run.world.reports_behind)
@@ -2083,9 +2098,12 @@ def training_loop(run: Run) -> None:
                 run.clock.start()
 
 
-def train_step(run: Run, micro_batches: list[tuple[Tensor, Tensor]], signals: "StopSignals") -> "Report":
+def train_step(run: Run, num_targets: int, micro_batches: list[tuple[Tensor, Tensor]],
+               signals: "StopSignals") -> "Report":
     """One step of the optimizer; on a GPU it is only queued. An overflow of float16 leaves the weights alone.
 
+    num_targets    of the step, over all processes
+    micro_batches  of this process, (B, T) inputs and targets each
     raises  NonFinite, before the weights are touched, where the report can be read at once
     """
     cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
@@ -2093,7 +2111,6 @@ def train_step(run: Run, micro_batches: list[tuple[Tensor, Tensor]], signals: "S
     optimizer.asleep = model.asleep(stage)
     # the loss of a step is the mean over all its targets, whoever computes them
     loss = torch.zeros((), device=world.device)
-    num_targets = run.rows.targets_in_step(run.step, cfg.rows_per_step)
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
         optimizer.last_backward = number == len(micro_batches)
         part = model(inputs, targets, stage) / num_targets
@@ -2155,22 +2172,23 @@ def hear(run: Run, behind: int) -> tuple[bool, bool]:
 
 
 @contextlib.contextmanager
-def prepared_steps(run: Run) -> Iterator[Iterator[list[tuple[Tensor, Tensor]]]]:
-    """The micro-batches of each step from now on, on the device; the next are made while a step runs."""
+def prepared_steps(run: Run) -> Iterator[Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]]:
+    """Targets and micro-batches of each step from now on, on the device; made while the step before runs."""
     cfg, world = run.cfg, run.world
 
-    def make(step: int) -> list[tuple[Tensor, Tensor]]:
+    def make(step: int) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        num_targets = run.rows.targets_in_step(step, cfg.rows_per_step)
         batches = run.rows.micro_batches(step, cfg, world.rank, world.size)
         if world.device.type == "cpu":
-            return list(batches)
-        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
+            return num_targets, list(batches)
+        return num_targets, [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
 
-    def steps() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def steps() -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
         following = helper.submit(make, run.step)
         for step in itertools.count(run.step + 1):
-            batches, following = following.result(), helper.submit(make, step)
-            yield [(inputs.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True))
-                   for inputs, targets in batches]
+            (num_targets, batches), following = following.result(), helper.submit(make, step)
+            yield num_targets, [(inputs.to(world.device, non_blocking=True),
+                                 targets.to(world.device, non_blocking=True)) for inputs, targets in batches]
 
     with ThreadPoolExecutor(1) as helper:
         yield steps()
@@ -2209,11 +2227,19 @@ def look(run: Run) -> None:
             run.target = {"target_loss": run.cfg.target_loss, "step": run.step,
                           "tokens": run.step * run.cfg.batch_tokens,
                           "train_seconds": round(run.clock.seconds, 2)}
-    run.log.row(run.values, run.progress)
+    run.log.row(run.values, work_done(run))
     if run.validates:
         run.log.picture()
     if run.target:
         run.log.note(in_words(run.target))
+
+
+def work_done(run: Run) -> float:
+    """Share of the work that is done, 0 to 1; steps in which all layers work are more of it."""
+    if run.cfg.train_minutes and run.progress > run.step / run.cfg.num_steps:
+        return run.progress     # the clock decides
+    costs = [run.model.flops_per_token(stage_at(run.cfg, percent / 100)) for percent in range(100)]
+    return float(np.interp(run.progress, np.linspace(0, 1, 101), [0, *np.cumsum(costs)])) / sum(costs)
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -2336,7 +2362,8 @@ def score_saved(folder: Path, task: Task) -> tuple[Scores, dict, bool]:
 
     returns  the scores, what they were made on, and whether this is the first process
     """
-    cfg = Config(**known_knobs(folder) | {"device": "auto", "compile": "auto", "deterministic": False})
+    cfg = Config(**known_knobs(folder) | {"device": "auto", "compile": "auto", "deterministic": False,
+                                          "fp8": False})
     world = World(cfg)
     try:
         model, tokenizer = world.together(lambda: load_trained(folder, cfg, world))
@@ -2383,14 +2410,15 @@ def check(cfg: Config, world: World) -> bool:
              f"free        {free_memory:,.0f} MiB of memory for each process, {free_disk:,.0f} MiB of disk"]
     lines += time_estimate(cfg, model, world)
     if memory_estimate_mib(cfg, model, world) > free_memory:
-        problems.append("the run needs more memory than is free; halve --micro_batch_tokens, "
-                        "which changes no result, or lower --model_dim or --num_layers")
+        problems.append("the run needs more memory than is free; use "
+                        + memory_advice(cfg, world, kernels.flex))
     weights = 4 * model.num_parameters() / 2**20
     if free_disk < 100 + (weights if cfg.save_model else 0):
         problems.append(f"only {free_disk:,.0f} MiB of disk are free")
     if world.is_main:
         print("\n".join([*lines, *(f"problem     {problem}" for problem in problems),
-                         "cannot train" if problems else "ready to train"]))
+                         "cannot train" if problems else "ready to train"]), flush=True)
+    world.gather(None)      # torchrun ends all processes when the first one fails, so the word comes first
     return not problems
 
 
@@ -2402,7 +2430,8 @@ def time_estimate(cfg: Config, model: GPT, world: World) -> list[str]:
         return [f"time        not known: {operations:.1e} floating-point operations, and no table has this "
                 "device; give its --peak_tflops, or measure some steps"]
     seconds = operations / (0.4 * world.peak_flops(cfg))
-    lines = [f"time        about {minutes(seconds)} of training, if {operations:.1e} floating-point "
+    seconds = min(seconds, 60 * cfg.train_minutes or math.inf)
+    lines = [f"time        about {seconds / 3600:,.1f} hours of training, if {operations:.1e} floating-point "
              f"operations come to a guessed 40 % of {world.peak_flops(cfg) / 1e12:,.0f} TFLOP/s"]
     if cfg.gpu_cost_per_hour:
         lines.append(f"cost        about {cfg.gpu_cost_per_hour * seconds / 3600:,.2f} for that time")

@@ -5,7 +5,7 @@
 
 One process, random tokens. A micro-batch is timed and counted as often as a step has it; the optimizer is
 timed in its parts. The floor is the time of the step's matrix products one after the other, with nothing
-between them: three for each weight, six for attention.
+between them: three for each weight, and six for attention where it is made of products.
 """
 
 import argparse
@@ -78,9 +78,10 @@ def measure(cfg: Config, times: int) -> str:
 
     def micro_batch() -> None:
         (model(tokens, targets) / tokens.numel()).backward()
-    learning = count * seconds_of(micro_batch, world, times)
+    with world.memory_of("micro-batch"):
+        learning = count * seconds_of(micro_batch, world, times)
+    peak = world.peak_memory_mib("micro-batch")
     momentum = 0.95
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     def by_muon() -> None:
         with torch.no_grad():
@@ -93,11 +94,10 @@ def measure(cfg: Config, times: int) -> str:
                 optimizer.adam_step(optimizer.groups[group], 0.0)
     muon, adam = seconds_of(by_muon, world, times), seconds_of(by_adam, world, times)
     step = learning + muon + adam
-    peak = world.peak_memory_mib()
     floor = count * seconds_of(products(model, rows * cfg.seq_len, world), world, times)
     matrices = sum(parameter.numel() for name, parameter in model.named_parameters()
                    if train_gpt.group_of(name, parameter) == "matrices")
-    others = sum(gradient.numel() for gradient in gradients.values()) - matrices
+    others = model.num_parameters() - matrices
     speed = cfg.batch_tokens / step
     flops = world.peak_flops(cfg)
     mfu = f"{speed * model.flops_per_token() / flops:.0%}" if flops else "-"

@@ -9,6 +9,7 @@ above one another.
 
 import argparse
 import csv
+import math
 import shlex
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipe import ROOT, make_variant, train
 
-from documents import Parser, command
+from documents import Parser, UserError, command
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
@@ -62,10 +63,15 @@ def main() -> None:
                 variant = make_variant(f"w{width}_f{factor:g}={rates} --model_dim {width} --num_heads 0 "
                                        f"--val_tokens {args.val_tokens} {shlex.join(flags)}", Path(scratch))
                 budget = ["--num_steps", str(args.steps), "--batch_tokens", str(args.batch_tokens)]
-                results[width][factor] = train(variant, 0, budget, args.data)["val_bpb"]
+                try:
+                    results[width][factor] = train(variant, 0, budget, args.data)["val_bpb"]
+                except UserError as error:      # a rate that is too high ends a run, not the sweep
+                    print(error)
+                    results[width][factor] = math.inf
                 print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",
                       flush=True)
     folder = ROOT / "experiments"
+    folder.mkdir(exist_ok=True)
     with open(folder / "transfer.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["width", "factor", "val_bpb"])

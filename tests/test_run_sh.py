@@ -86,7 +86,7 @@ def test_a_preset_says_first_what_it_needs_and_costs(checkout):
                      re.MULTILINE | re.DOTALL)
     assert not list((checkout / "data").glob("*")) and not (checkout / "experiments").exists()
     done = run_sh(checkout, "gpt2-xl", "--dry_run", "--seqlen", "5")
-    assert done.returncode == 1 and "did you mean --seq_len?" in done.stderr
+    assert done.returncode == 1 and "did you mean --seq_len?" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("gpus", [0, 4])
@@ -96,7 +96,7 @@ def test_a_preset_gets_its_data_and_trains_on_all_gpus(checkout, gpus):
 case "$*" in *device_count*) echo {gpus}; exit;; *--check*) echo "memory  1"; exit;; esac
 echo "$*" >> asked.txt""")
     launch = "-m torch.distributed.run --standalone --nproc_per_node=4 " if gpus else ""
-    for preset, data in (("s", "fineweb_web"), ("gpt2-small", "fineweb_gpt2")):
+    for preset, data in (("s", "fineweb_s"), ("gpt2-small", "fineweb_gpt2-small")):
         done = run_sh(checkout, preset, "--seed", "7")
         assert done.returncode == 0 and ("no GPU" in done.stderr) == (not gpus)
         *before, training = (checkout / "asked.txt").read_text().splitlines()
@@ -107,14 +107,15 @@ echo "$*" >> asked.txt""")
         (checkout / "asked.txt").unlink()
 
 
-def test_a_preset_of_run_sh_never_sees_a_token_twice():
+def test_a_preset_of_run_sh_gets_enough_tokens():
     script = (ROOT / "run.sh").read_text()
     shards = dict(re.findall(r"^ +([a-z0-9-]+)\) shards=(\d+) ;;$", script, re.MULTILINE))
     assert {"demo", *shards} == set(PRESETS)
     for preset, number in shards.items():
         cfg = Config(**PRESETS[preset])
         tokens = cfg.batch_tokens * cfg.num_steps
-        assert tokens <= 0.98 * int(number) * 10**8      # rows are packed, which drops some
+        # rows are packed, which drops some; the largest takes all that there is
+        assert tokens <= (0.98 if preset == "gpt2-xl" else 0.75) * int(number) * 10**8
 
 
 @pytest.mark.slow

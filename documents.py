@@ -58,6 +58,11 @@ class UserError(Exception):
     """Something the person at the keyboard can mend; shown as one line, without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a line of our own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag that has one."""
 
@@ -230,8 +235,7 @@ class Source:
                         if text is not None:
                             yield f"{name}:{number}", self._decode(text)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
-                first_line = str(error).splitlines()[0]
-                raise UserError(f"{path} is no readable parquet file ({first_line})") from error
+                raise UserError(f"{path} is no readable parquet file ({first_line(error)})") from error
 
     def _decode(self, raw: bytes) -> str:
         try:

@@ -39,6 +39,7 @@ from documents import (
     Parser,
     UserError,
     command,
+    first_line,
     is_first_process,
     leave_the_word_to_the_first,
     locked,
@@ -114,8 +115,8 @@ def fetch_from_hub(split: str, path: Path) -> str:
         try:
             rows += pyarrow.parquet.read_table(copy).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{file.path} of {REPO} is no readable parquet file ({first_line})") from error
+            raise UserError(f"{file.path} of {REPO} is no readable parquet file "
+                            f"({first_line(error)})") from error
         finally:
             if not kept:
                 hub.forget(copy)

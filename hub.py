@@ -209,8 +209,7 @@ def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]
         asked = float(response.headers.get("Retry-After"))
     if status is not None:
         return f"{status} {response.reason_phrase}", asked
-    first_line = (str(error) or type(error).__name__).splitlines()[0][:120]
-    return first_line, asked
+    return documents.first_line(error), asked
 
 
 # ------------------------------------------------------------------------------------------------

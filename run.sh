@@ -89,7 +89,7 @@ demo() {
 
 # Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; train on all GPUs.
 preset() {
-    local preset="$1" data="fineweb_$1" source=10B-gpt2 tokenizer=gpt2 shards download gpus argument report
+    local preset="$1" data="fineweb_$1" source=10B-gpt2 tokenizer=gpt2 shards gigabytes download gpus argument report
     local dry_run=false flags=() launch=(.venv/bin/python)
     for argument in "${@:2}"; do
         if [ "$argument" = --dry_run ]; then dry_run=true; else flags+=("$argument"); fi
@@ -102,15 +102,14 @@ preset() {
         gpt2-medium) shards=42 ;;
         gpt2-xl) shards=103 ;;
     esac
-    case "$preset" in
-        gpt2-*) download="$((shards * 2 / 10 + 1)) GB, already tokenized by GPT-2's tokenizer" ;;
-        *)
-            source=10B tokenizer=web_v50256_n1000000000
-            download="about $((2 * (1 + (shards + 5) / 6))) GB of text, of which a tokenizer of its own is learned"
-            ;;
-    esac
+    gigabytes=$((shards * 2 / 10 + 1))
+    download="$gigabytes GB, already tokenized by GPT-2's tokenizer"
+    if [[ $preset != gpt2-* ]]; then
+        source=10B tokenizer=web_v50256_n1000000000
+        download="about $((2 * (1 + (shards + 5) / 6))) GB of text, of which a tokenizer of its own is learned"
+    fi
     gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
-    say "$preset trains on $shards shards of FineWeb ($download); they take $((shards * 2 / 10 + 1)) GB in data/$data"
+    say "$preset trains on $shards shards of FineWeb ($download); they take $gigabytes GB in data/$data"
     if [ "$gpus" = 0 ]; then
         say "there is no GPU here, so all of this runs on the CPU, for days or more; the demo is made for CPUs"
     else

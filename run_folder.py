@@ -36,7 +36,7 @@ import torch
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from documents import UserError, sha256_of
+from documents import UserError, first_line, sha256_of
 from train_tokenizer import TOKENIZERS, load_tokenizer, tokenizer_sha256
 
 ROOT = Path(__file__).resolve().parent
@@ -477,8 +477,7 @@ def read_checkpoint(folder: Path) -> dict:
         try:
             state = load_checkpoint(path)
         except Exception as error:      # a damaged file can raise anything
-            first_line = (str(error) or type(error).__name__).splitlines()[0][:100]
-            print(f"warning: {path} is damaged ({first_line})", file=sys.stderr)
+            print(f"warning: {path} is damaged ({first_line(error)})", file=sys.stderr)
             continue
         if name == PREVIOUS:
             print(f"warning: going on from the one before it, of step {state['step']}", file=sys.stderr)

@@ -52,7 +52,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import documents
-from documents import Parser, UserError, available_cores, command, leave_the_word_to_the_first
+from documents import (
+    Parser,
+    UserError,
+    available_cores,
+    command,
+    first_line,
+    leave_the_word_to_the_first,
+)
 from download_hellaswag import Question, Scores, Task, hellaswag_accuracy, hellaswag_if_here
 from run_folder import (
     RunLog,
@@ -460,11 +467,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layer(nn.Module):
     """One transformer layer: attention, then an MLP, each on normed input and added to the stream."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, flex: dict | None = None):
         super().__init__()
         width, hidden = cfg.model_dim, cfg.mlp_ratio * cfg.model_dim
         self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
-        self.attention_scale, self.kernel_options = cfg.attention_cap / cfg.head_dim, None
+        self.attention_scale, self.flex = cfg.attention_cap / cfg.head_dim, flex
         self.qkv = nn.Parameter(uniform(3, width, width, std=0.5 / math.sqrt(width)))
         self.out = nn.Parameter(torch.zeros(width, width))
         self.up = nn.Parameter(uniform(hidden, width, std=0.5 / math.sqrt(width)))
@@ -494,7 +501,7 @@ class Layer(nn.Module):
         if value_embedding is not None:
             value_embedding = value_embedding.view(B, T, self.num_heads, self.head_dim)     # (B, T, H, K)
             v = v + table * value_embedding.transpose(1, 2)                                 # (B, H, T, K)
-        y = attend(q, k, v, mask, self.attention_scale, self.kernel_options)                # (B, H, T, K)
+        y = attend(q, k, v, mask, self.attention_scale, self.flex)                          # (B, H, T, K)
         y = y.transpose(1, 2)                                                               # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
         return linear(y, self.out)                                                          # (B, T, D)
@@ -519,8 +526,6 @@ class GPT(nn.Module):
     flex    attend by FlexAttention with these kernel options; None: by DenseAttention
     """
 
-    is_compiled = False
-
     def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
                  flex: dict | None = None):
         super().__init__()
@@ -529,11 +534,10 @@ class GPT(nn.Module):
         self.value_embeds = nn.ParameterList(
             torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))       # share of the token before
-        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
-        for layer in self.layers:
-            layer.kernel_options = flex
+        self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
         self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
         self.chunk_kernel, self.losses_kernel = chunk_loss_and_gradient, chunk_losses
+        self.is_compiled = False
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
         self.register_buffer("padding", torch.where(is_token, 0.0, -math.inf), persistent=False)
 
@@ -1425,10 +1429,9 @@ class World:
             yield
         except RuntimeError as error:
             self._lost = True
-            first_line = str(error).splitlines()[0][:200]
             raise UserError(f"process {self.rank} of {self.size} lost another one, which died or was silent "
                             f"for {self.timeout_seconds:g} s (--timeout_seconds); see what it said, then "
-                            f"start again with --resume auto ({first_line})") from error
+                            f"start again with --resume auto ({first_line(error)})") from error
 
     def close(self) -> None:
         """Leave the other processes; at once if one of them is lost, or this could wait for it."""
@@ -1534,8 +1537,7 @@ def choose_compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
         torch.compile(adam_update)(*torch.ones(4, 8, device=device).unbind(), one, 0.9, 0.9, one, 1e-8)
         return True, "a tiny function compiled"
     except Exception as error:      # a missing compiler, header or kernel: each has its own; all say "no"
-        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
-        reason = f"torch.compile does not work here ({type(error).__name__}: {first_line})"
+        reason = f"torch.compile does not work here ({type(error).__name__}: {first_line(error)})"
         if cfg.compile == "on":
             raise UserError(f"{reason}; on Debian it needs: apt install g++ python3-dev") from error
         return False, reason
@@ -1576,8 +1578,7 @@ def flex_problem(cfg: Config, world: World) -> str:
         torch.cuda.synchronize()
         return ""
     except Exception as error:      # a compiler's, a driver's, a kernel's: each has its own; all say "no"
-        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
-        return f"FlexAttention does not work here ({type(error).__name__}: {first_line})"
+        return f"FlexAttention does not work here ({type(error).__name__}: {first_line(error)})"
 
 
 def flex_options(device: torch.device) -> dict:
@@ -1785,9 +1786,9 @@ def memory_advice(cfg: Config, world: World, flex: dict | None) -> str:
     return ", then ".join(f"{flag} (about {mib:,.0f} MiB)" for mib, flag in sorted(needs)[:3])
 
 
-def make_model(cfg: Config, tokenizer: Encoding, world: World, kernels: Kernels) -> tuple[GPT, Optimizer]:
+def make_model(cfg: Config, eot_id: int, world: World, kernels: Kernels) -> tuple[GPT, Optimizer]:
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, tokenizer.eot_token, world.dtype, kernels.flex).to(world.device)
+    model = GPT(cfg, eot_id, world.dtype, kernels.flex).to(world.device)
     world.share_weights(model)
     products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
     optimizer = Optimizer(model, cfg, world, products)
@@ -1897,6 +1898,10 @@ class Run:
     target: dict | None = None          # when val_loss first was as low as --target_loss
     save_seconds: float = 0.0           # time that went into checkpoints
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
+
+    @functools.cached_property
+    def work(self) -> list[float]:
+        return work_by_percent(self.cfg, self.model)
 
     @property
     def validates(self) -> bool:
@@ -2023,7 +2028,7 @@ def train(cfg: Config, world: World) -> None:
         raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "
                              "Undo that, or go on all the same with --resume_changed")
     kernels = choose_kernels(cfg, world)
-    model, optimizer = make_model(cfg, tokenizer, world, kernels)
+    model, optimizer = make_model(cfg, tokenizer.eot_token, world, kernels)
     world.together(lambda: saved and check_shapes(saved["model"], model))
     log = world.together(lambda: RunLog(cfg, COLUMNS, identity, tokenizer, saved, text, world.is_main))
     with log, last_words(log):
@@ -2124,7 +2129,7 @@ def train_step(run: Run, num_targets: int, micro_batches: list[tuple[Tensor, Ten
     fits = run.loss_scale.unscale(optimizer, norms)
     report = Report(run.step + 1, scale, torch.cat([shared, norms]), fits)
     if not world.reports_behind:
-        report.check(optimizer)
+        report.read(optimizer)
     if fits:
         optimizer.step(scale)
     return report
@@ -2142,22 +2147,25 @@ class Report:
         self.step, self.scale, self.fits = step, scale, fits
         self.arrival = torch.cuda.Event() if numbers.is_cuda else None
         self.numbers = numbers.to("cpu", non_blocking=True)
+        self.values: dict[str, float] = {}      # for metrics.csv, once read
+        self.stops = self.saves = False
         if self.arrival:
             self.arrival.record()
 
-    def read(self) -> tuple[float, float, float, Tensor]:
-        if self.arrival:
-            self.arrival.synchronize()
-        return *self.numbers[:3].tolist(), self.numbers[3:]
-
-    def check(self, optimizer: Optimizer) -> dict[str, float]:
-        """The step's values for metrics.csv.
+    def read(self, optimizer: Optimizer) -> None:
+        """Wait for the numbers and fill in what they say, the first time.
 
         raises  NonFinite that names the step and what is not finite
         """
-        loss, _, _, norms = self.read()
-        values = {"train_loss": loss, "lr_scale": self.scale}
-        return values | ({"grad_norm": check_norms(optimizer, norms, loss, self.step)} if self.fits else {})
+        if self.values:
+            return
+        if self.arrival:
+            self.arrival.synchronize()
+        loss, stops, saves = self.numbers[:3].tolist()
+        self.stops, self.saves = stops > 0, saves > 0
+        self.values = {"train_loss": loss, "lr_scale": self.scale}
+        if self.fits:
+            self.values["grad_norm"] = check_norms(optimizer, self.numbers[3:], loss, self.step)
 
 
 def hear(run: Run, behind: int) -> tuple[bool, bool]:
@@ -2165,9 +2173,8 @@ def hear(run: Run, behind: int) -> tuple[bool, bool]:
     stops = saves = False
     while len(run.reports) > behind:
         report = run.reports.pop(0)
-        run.values = report.check(run.optimizer)
-        _, stop, save, _ = report.read()
-        stops, saves = stops or bool(stop), saves or bool(save)
+        report.read(run.optimizer)
+        run.values, stops, saves = report.values, stops or report.stops, saves or report.saves
     return stops, saves
 
 
@@ -2235,11 +2242,17 @@ def look(run: Run) -> None:
 
 
 def work_done(run: Run) -> float:
-    """Share of the work that is done, 0 to 1; steps in which all layers work are more of it."""
+    """Share of the run's work that is done, 0 to 1."""
     if run.cfg.train_minutes and run.progress > run.step / run.cfg.num_steps:
         return run.progress     # the clock decides
-    costs = [run.model.flops_per_token(stage_at(run.cfg, percent / 100)) for percent in range(100)]
-    return float(np.interp(run.progress, np.linspace(0, 1, 101), [0, *np.cumsum(costs)])) / sum(costs)
+    done = np.interp(run.progress, np.linspace(0, 1, 101), [0, *np.cumsum(run.work)])
+    return float(done / sum(run.work))
+
+
+def work_by_percent(cfg: Config, model: GPT) -> list[float]:
+    """Floating-point operations of each hundredth of the budget; steps of all layers take more."""
+    tokens = cfg.batch_tokens * cfg.num_steps / 100
+    return [tokens * model.flops_per_token(stage_at(cfg, percent / 100)) for percent in range(100)]
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -2424,8 +2437,7 @@ def check(cfg: Config, world: World) -> bool:
 
 def time_estimate(cfg: Config, model: GPT, world: World) -> list[str]:
     """What the budget's arithmetic takes and costs, if it comes to 40 % of what the devices can do."""
-    per_token = (model.flops_per_token(stage_at(cfg, percent / 100)) for percent in range(100))
-    operations = sum(per_token) / 100 * cfg.batch_tokens * cfg.num_steps
+    operations = sum(work_by_percent(cfg, model))
     if not world.peak_flops(cfg):
         return [f"time        not known: {operations:.1e} floating-point operations, and no table has this "
                 "device; give its --peak_tflops, or measure some steps"]

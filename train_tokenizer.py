@@ -292,9 +292,8 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            first_line = str(error).splitlines()[0][:200]
             raise UserError(f"process {self.rank} of {self.size} lost another one; see what it said, then "
-                            f"start again ({first_line})") from error
+                            f"start again ({documents.first_line(error)})") from error
 
     def __enter__(self) -> "World":
         return self

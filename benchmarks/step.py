@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from documents import Parser, command
-from train_gpt import GPT, PRESETS, Config, Optimizer, World
+from train_gpt import GPT, PRESETS, Config, World
 
 
 def seconds_of(work: Callable[[], object], world: World, times: int) -> float:
@@ -63,13 +63,7 @@ def measure(cfg: Config, times: int) -> str:
     """A row of the table."""
     world = World(cfg)
     kernels = train_gpt.choose_kernels(cfg, world)
-    torch.manual_seed(0)
-    model = GPT(cfg, cfg.vocab_size - 1, world.dtype, kernels.flex).to(world.device)
-    precision = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
-    optimizer = Optimizer(model, cfg, world, precision)
-    if kernels.compiled:
-        model.compile_parts()
-        optimizer.compile_parts()
+    model, optimizer = train_gpt.make_model(cfg, cfg.vocab_size - 1, world, kernels)
     cfg = train_gpt.choose_micro_batch(cfg, model, world)
     count, rows = train_gpt.micro_batch_shape(cfg, world.size)
     tokens = torch.randint(0, cfg.vocab_size - 1, (rows, cfg.seq_len), device=world.device)
@@ -81,11 +75,10 @@ def measure(cfg: Config, times: int) -> str:
     with world.memory_of("micro-batch"):
         learning = count * seconds_of(micro_batch, world, times)
     peak = world.peak_memory_mib("micro-batch")
-    momentum = 0.95
 
     def by_muon() -> None:
         with torch.no_grad():
-            optimizer.muon_step(optimizer.groups["matrices"], 0.0, momentum)
+            optimizer.muon_step(optimizer.groups["matrices"], 0.0, 0.95)
 
     def by_adam() -> None:
         optimizer.steps_done = 1

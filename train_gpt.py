@@ -500,7 +500,7 @@ class Layer(nn.Module):
         v = own * v                                                                         # (B, H, T, K)
         if value_embedding is not None:
             value_embedding = value_embedding.view(B, T, self.num_heads, self.head_dim)     # (B, T, H, K)
-            v = v + table * value_embedding.transpose(1, 2)                                 # (B, H, T, K)
+            v = v + table * value_embedding.transpose(1, 2).to(v.dtype)                     # (B, H, T, K)
         y = attend(q, k, v, mask, self.attention_scale, self.flex)                          # (B, H, T, K)
         y = y.transpose(1, 2)                                                               # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
@@ -537,6 +537,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
         self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
         self.chunk_kernel, self.losses_kernel = chunk_loss_and_gradient, chunk_losses
+        self.smear_kernel, self.norm_kernel = smeared, rms_norm
         self.is_compiled = False
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
         self.register_buffer("padding", torch.where(is_token, 0.0, -math.inf), persistent=False)
@@ -583,17 +584,14 @@ class GPT(nn.Module):
         stage = stage or Stage(len(self.layers))
         masks = self.masks(inputs, stage.window_frac)
         cos, sin = rotary_table(inputs.size(1), self.cfg.head_dim, inputs.device)           # (T, K/2)
-        x0 = F.embedding(inputs, self.embed).to(self.dtype)                                 # (B, T, D)
-        # each token also carries the one before it, unless it begins a document
-        before = F.pad(x0, (0, 0, 1, 0))[:, :-1]                                            # (B, T, D)
-        before = before.masked_fill((inputs == self.eot_id)[..., None], 0)                  # (B, T, D)
-        x0 = rms_norm(x0 + self.smear.to(x0.dtype) * before)                                # (B, T, D)
+        x0 = self.smear_kernel(F.embedding(inputs, self.embed), inputs == self.eot_id,
+                               self.smear).to(self.dtype)                                   # (B, T, D)
         x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
         for number, layer in enumerate(self.layers[:stage.depth]):
             table = self.value_table(number)
-            values = None if table is None else F.embedding(inputs, table).to(self.dtype)   # (B, T, D)
+            values = None if table is None else F.embedding(inputs, table)                  # (B, T, D)
             x = layer(x, x0, values, masks[number], cos, sin)                               # (B, T, D)
-        return rms_norm(x)                                                                  # (B, T, D)
+        return self.norm_kernel(x)                                                          # (B, T, D)
 
     def asleep(self, stage: Stage) -> set[str]:
         """Names of the parameters that have nothing to do yet."""
@@ -634,10 +632,13 @@ class GPT(nn.Module):
         return [made[length] for length in windows]
 
     def compile_parts(self) -> None:
-        """Compile what repeats: one layer serves all layers, one chunk of the loss all chunks."""
+        """Compile what repeats, so that one layer serves all layers and one chunk of the loss all chunks, and the
+        small operations before and behind the layers."""
         self.is_compiled = True
         for layer in self.layers:
             layer.compile(dynamic=False)
+        self.smear_kernel = torch.compile(smeared, dynamic=False)
+        self.norm_kernel = torch.compile(rms_norm, dynamic=False)
         self.chunk_kernel = torch.compile(chunk_loss_and_gradient, dynamic=False)
         self.losses_kernel = torch.compile(chunk_losses, dynamic=False)
 
@@ -656,6 +657,17 @@ class GPT(nn.Module):
                                            if p.ndim > 1)
         keys = sum(window - window**2 / (2 * length) for window in windows)
         return 6 * matrices + 12 * self.cfg.model_dim * keys
+
+
+def smeared(x: Tensor, begins: Tensor, share: Tensor) -> Tensor:
+    """Embeddings, each with a share (D) of the one before it, unless it begins a document; normed.
+
+    x        (B, T, D)
+    begins   (B, T) bool
+    returns  (B, T, D)
+    """
+    before = F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(begins[..., None], 0)               # (B, T, D)
+    return rms_norm(x + share * before)                                                     # (B, T, D)
 
 
 def uniform(*shape: int, std: float) -> Tensor:

@@ -200,7 +200,8 @@ def test_flex_attention_has_the_gradients_of_dense_attention():
 @pytest.mark.slow
 @pytest.mark.parametrize("flex", [None, {}])
 def test_compiled_layers_serve_all_windows_and_documents(flex):
-    """One graph for every layer, step and window, equal to the eager model. Forward only."""
+    """One graph for every layer, step and window, and one before and behind them, equal to the eager model.
+    Forward only."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cfg = small_config(model_dim=64, seq_len=256, batch_tokens=512, long_window=200, short_window=130,
@@ -213,7 +214,7 @@ def test_compiled_layers_serve_all_windows_and_documents(flex):
             stage = Stage(4, frac)
             torch.testing.assert_close(compiled.hidden(tokens, stage), eager.hidden(tokens, stage),
                                        rtol=1e-4, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 37])

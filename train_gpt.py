@@ -632,8 +632,8 @@ class GPT(nn.Module):
         return [made[length] for length in windows]
 
     def compile_parts(self) -> None:
-        """Compile what repeats, so that one layer serves all layers and one chunk of the loss all chunks, and the
-        small operations before and behind the layers."""
+        """Compile what repeats, so that one layer serves all layers and one chunk of the loss all chunks, and
+        the small operations before and behind the layers."""
         self.is_compiled = True
         for layer in self.layers:
             layer.compile(dynamic=False)

@@ -4,6 +4,7 @@
 #                                 ./run.sh setup  no more than the set-up
 #     ./run.sh PRESET             xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on all GPUs here
 #     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
+#     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread
 # The environment is .venv. An installed torch of 2.9 or later is used as it is; otherwise requirements.txt is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -77,6 +78,7 @@ install() {
         || fail "pip could not install the packages (its message is above); check the network and run this again"
 }
 
+# Make what the demo trains on; fill the array `training` with the command.
 demo() {
     local name tokenizer
     # another Python has another library, and so another tokenizer and other data
@@ -84,10 +86,11 @@ demo() {
     tokenizer="${name}_v4096_n20000000"
     .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name "$name"
     .venv/bin/python download_fineweb.py --version stdlib --tokenizer "$tokenizer" --name "$name"
-    exec .venv/bin/python train_gpt.py --preset demo --tokenizer "$tokenizer" --data "$name" "$@"
+    training=(.venv/bin/python train_gpt.py --preset demo --tokenizer "$tokenizer" --data "$name" "$@")
 }
 
-# Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; train on all GPUs.
+# Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; fill the array
+# `training` with the command that trains on all GPUs.
 preset() {
     local preset="$1" data="fineweb_$1" source=10B-gpt2 tokenizer=gpt2 shards gigabytes download gpus argument report
     local dry_run=false flags=() launch=(.venv/bin/python)
@@ -122,20 +125,32 @@ preset() {
     printf '%s\n' "$report"
     if "$dry_run"; then
         say "nothing was done; leave out --dry_run to begin"
-        return
+        exit
     fi
     ! grep -q '^problem ' <<< "$report" || fail "this machine cannot train that preset; the problem is named above"
     if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
         .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 --vocabsize 50256 --name web
     fi
     .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" --tokenizer "$tokenizer" --name "$data"
-    exec "${launch[@]}" train_gpt.py --preset "$preset" --data "$data" "${flags[@]}"
+    training=("${launch[@]}" train_gpt.py --preset "$preset" --data "$data" "${flags[@]}")
+}
+
+seeds() {
+    local preset="${1:-}" count="${2:-}"
+    [[ $count =~ ^[1-9][0-9]*$ ]] || fail "say which preset and how many seeds, as in: ./run.sh seeds demo 8"
+    case "$preset" in
+        demo) demo "${@:3}" ;;
+        xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" "${@:3}" ;;
+        *) fail "there is no preset '$preset'; they are demo, xs, s, m, gpt2-small, gpt2-medium and gpt2-xl" ;;
+    esac
+    exec .venv/bin/python seeds.py "$count" --name "$preset" -- "${training[@]}"
 }
 
 case "${1:-demo}" in
     demo)
         set_up requirements.txt
         demo "${@:2}"
+        exec "${training[@]}"
         ;;
     test)
         set_up requirements.txt requirements-dev.txt
@@ -146,12 +161,17 @@ case "${1:-demo}" in
     xs | s | m | gpt2-small | gpt2-medium | gpt2-xl)
         set_up requirements.txt
         preset "$@"
+        exec "${training[@]}"
+        ;;
+    seeds)
+        set_up requirements.txt
+        seeds "${@:2}"
         ;;
     setup)
         set_up requirements.txt
         ;;
     -h | --help | help)
-        sed -n '2,7s/^# //p' run.sh
+        sed -n '2,8s/^# //p' run.sh
         ;;
     *)
         fail "there is no '$1'; type ./run.sh for the demo, ./run.sh test for the tests, ./run.sh help for more"

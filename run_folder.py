@@ -30,14 +30,17 @@ import zipfile
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 from tiktoken import Encoding
 from tqdm import tqdm
 
 from documents import UserError, first_line, sha256_of
+from trackers import numbers_in, open_trackers
 from train_tokenizer import TOKENIZERS, load_tokenizer, tokenizer_sha256
+
+if TYPE_CHECKING:       # who only reads what runs left need not wait for it
+    import torch
 
 ROOT = Path(__file__).resolve().parent
 EXPERIMENTS = ROOT / "experiments"
@@ -93,6 +96,7 @@ class RunLog:
         (self.folder / "summary.json").unlink(missing_ok=True)      # of a run that failed and goes on
         self._write("metrics.csv", "\n".join([",".join(columns), *map(self._csv_row, self.rows), ""]))
         self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
+        self.trackers = open_trackers(cfg, self.folder, self.saved_step)
 
     def _tell_origin(self) -> None:
         """Write what makes this session's results; what made those before it stays beside it."""
@@ -130,6 +134,8 @@ class RunLog:
         self.rows.append(values)
         self.csv.write(self._csv_row(values) + "\n")
         self.csv.flush()
+        for tracker in self.trackers:
+            tracker.row(values["step"], numbers_in(values))
         left = values["train_seconds"] * (1 - progress) / progress
         line = (f"step {values['step']:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}  "
                 f"train_loss {values['train_loss']:.4f}  "
@@ -163,7 +169,7 @@ class RunLog:
         if self.active:
             write_items(self.folder, name, items)
 
-    def weights(self, model: torch.nn.Module) -> None:
+    def weights(self, model: "torch.nn.Module") -> None:
         if self.active:
             from safetensors.torch import save_file
             tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
@@ -181,6 +187,8 @@ class RunLog:
             results["cost"] = round(hours * self.cfg.gpu_cost_per_hour, 4)
         self._tell_origin()
         self._write("summary.json", json.dumps(results, indent=2) + "\n")
+        for tracker in self.trackers:
+            tracker.summary(numbers_in(results))
         return results
 
     def checkpoint(self, state: dict) -> None:
@@ -213,6 +221,8 @@ class RunLog:
     def __exit__(self, *error) -> None:
         if self.active:
             self.bar.close()
+            for tracker in self.trackers:
+                tracker.close()
             for file in (self.text, self.csv):
                 with contextlib.suppress(OSError):      # a full disk, which has been reported
                     file.close()
@@ -302,7 +312,7 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
     """raises  UserError if the run left none, or they are damaged"""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -421,6 +431,7 @@ def write_checkpoint(folder: Path, state: dict) -> None:
 
     raises  OSError, and then nothing has changed
     """
+    import torch
     partial = folder / f"{LAST}.partial"
     try:
         with open(partial, "wb") as file:
@@ -490,6 +501,7 @@ def read_checkpoint(folder: Path) -> dict:
 
 def load_checkpoint(path: Path) -> dict:
     """raises  any error if the file is damaged or something else"""
+    import torch
     with zipfile.ZipFile(path) as archive:      # torch.load looks at no CRC-32, and into no "folder" at all
         if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
             raise zipfile.BadZipFile("a CRC-32 or an attribute is wrong")
@@ -598,6 +610,7 @@ def tokenizer_meta(tokenizer: Encoding) -> str:
 
 def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
     """What made a result, for its summary and for whoever resumes it."""
+    import torch
     sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in own_sources()}
     return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
             "data": dataset.folder.name, "data_sha256": dataset.sha256,

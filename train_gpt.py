@@ -23,6 +23,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import math
@@ -52,6 +53,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import documents
+from compare import open_groups, read_run, standing
 from documents import (
     Parser,
     UserError,
@@ -140,6 +142,9 @@ class Config:
     temperature: float = 0.8          # of sampling; 0 takes the likeliest token
     top_k: int = 50                   # sample among this many of the likeliest tokens; 0: among all
     save_model: bool = False          # leave the weights as model.safetensors
+    compare_to: str = ""              # folder or glob of runs, from which the end is measured in their sigmas
+    wandb: str = ""                   # project of Weights & Biases to log to, too; WANDB_MODE=offline works
+    tensorboard: bool = False         # leave event files for TensorBoard in the run folder, too
     gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
     # the machine
     device: str = "auto"              # cpu, cuda, or auto: cuda if there is one
@@ -1605,7 +1610,7 @@ def flex_options(device: torch.device) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
-           "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib")
+           "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib", "flops")
 
 
 def introduction(cfg: Config, world: World, model: GPT, kernels: Kernels) -> list[str]:
@@ -1644,13 +1649,14 @@ def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) 
 def pace(run: "Run") -> dict[str, float]:
     """How far a run is, and how fast since the last row."""
     cfg, seconds = run.cfg, run.clock.seconds
-    speed = cfg.batch_tokens * (run.step - run.logged[0]) / (seconds - run.logged[1])
+    step, second, flops = run.logged
+    speed = cfg.batch_tokens * (run.step - step) / (seconds - second)
     values = {"step": run.step, "tokens": run.step * cfg.batch_tokens,
               "epoch": run.step * cfg.rows_per_step / run.rows.num_rows, "train_seconds": seconds,
-              "tokens_per_second": speed, "peak_memory_mib": run.world.peak_memory_mib("training")}
+              "tokens_per_second": speed, "peak_memory_mib": run.world.peak_memory_mib("training"),
+              "flops": run.flops}
     peak = run.world.peak_flops(cfg)
-    flops = run.model.flops_per_token(stage_at(cfg, run.progress))
-    return values | ({"mfu": speed * flops / peak} if peak else {})
+    return values | ({"mfu": (run.flops - flops) / (seconds - second) / peak} if peak else {})
 
 
 def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) -> list[str]:
@@ -1676,6 +1682,8 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
         lines.append(f"{name:<12}{task_in_words(result)}")
     if "cost" in summary:
         lines.append(f"cost        {summary['cost']:.2f}")
+    if cfg.compare_to:
+        lines.append(f"compare     {standing(read_run(folder), cfg.compare_to)}")
     if samples:
         text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
         lines += ["sample      held-out beginning ⟨⟩ continuation:",
@@ -1903,7 +1911,8 @@ class Run:
     step: int = 0
     progress: float = 0.0               # share of the budget that is used
     values: dict = dataclasses.field(default_factory=dict)      # of the last step, as metrics.csv has them
-    logged: tuple[int, float] = (0, 0.0)            # step and seconds of the last row of metrics.csv
+    flops: float = 0.0                  # floating-point operations so far
+    logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops of metrics.csv's last row
     best_val_loss: float = math.inf
     best_step: int = 0
     reports: list["Report"] = dataclasses.field(default_factory=list)   # of steps not yet heard from
@@ -1940,7 +1949,7 @@ class Run:
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
             "random_states": self.world.gather(random_state(self.world)),
-            "values": self.values, "logged": self.logged,
+            "values": self.values, "logged": self.logged, "flops": self.flops,
             "best": {"val_loss": self.best_val_loss, "step": self.best_step},
             "train_seconds": self.clock.seconds, "save_seconds": self.save_seconds,
             "peak_memory_mib": {phase: self.world.peak_memory_mib(phase) for phase in self.world.peaks},
@@ -1958,6 +1967,7 @@ class Run:
         large = ("model", "optimizer", "rows")
         small = self.world.same(saved and {key: saved[key] for key in saved if key not in large})
         self.step, self.values, self.logged = small["step"], small["values"], small["logged"]
+        self.flops = small["flops"]
         self.clock.stopped_at = small["train_seconds"]
         self.progress = budget_used(self.cfg, self.world, self.step, self.clock)
         self.best_val_loss, self.best_step = small["best"]["val_loss"], small["best"]["step"]
@@ -2021,7 +2031,8 @@ def check_shapes(weights: dict[str, Tensor], model: GPT) -> None:
 
 # knobs that leave every result as it is; data and tokenizer are compared by their content
 NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_every_minutes", "data",
-                 "tokenizer", "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour")
+                 "tokenizer", "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour", "compare_to",
+                 "wandb", "tensorboard")
 
 
 def train(cfg: Config, world: World) -> None:
@@ -2030,6 +2041,7 @@ def train(cfg: Config, world: World) -> None:
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
     task = world.together(lambda: hellaswag_if_here(cfg.hellaswag_rows) if world.is_main else None)
     task = world.same(task)     # other machines need not have the file
+    world.together(lambda: world.is_main and cfg.compare_to and open_groups([cfg.compare_to]))
     identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):
@@ -2125,6 +2137,7 @@ def train_step(run: Run, num_targets: int, micro_batches: list[tuple[Tensor, Ten
     """
     cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
     stage = stage_at(cfg, run.progress)
+    run.flops += cfg.batch_tokens * model.flops_per_token(stage)
     optimizer.asleep = model.asleep(stage)
     # the loss of a step is the mean over all its targets, whoever computes them
     loss = torch.zeros((), device=world.device)
@@ -2232,7 +2245,7 @@ def look(run: Run) -> None:
         return
     gc.collect()
     run.values |= pace(run)
-    run.logged = (run.step, run.clock.seconds)
+    run.logged = (run.step, run.clock.seconds, run.flops)
     if run.validates:
         _, rows_at_once = micro_batch_shape(run.cfg, run.world.size)
         with run.world.memory_of("validation"):
@@ -2352,6 +2365,7 @@ def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: fl
     results["parameters"] = model.num_parameters()
     results["tokens_per_second"] = results["tokens"] / results["train_seconds"]
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
+    results["held_out_sha256"] = hashlib.sha256(text).hexdigest()
     results["best_val_loss"], results["best_step"] = run.best_val_loss, run.best_step
     results["target"] = run.target
     results["checkpoint_seconds"] = round(run.save_seconds, 2)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tiny_runs import ROOT, run
 
+import compare
 import documents
 import download_fineweb
 import run_folder
@@ -119,5 +120,6 @@ def here(lab, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(shards, "DATA", lab / "data")
     for module in (train_tokenizer, run_folder):
         monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
-    monkeypatch.setattr(run_folder, "EXPERIMENTS", tmp_path / "experiments")
+    for module in (run_folder, compare):
+        monkeypatch.setattr(module, "EXPERIMENTS", tmp_path / "experiments")
     return tmp_path

@@ -1,0 +1,142 @@
+"""One page about some runs, for any browser: a table to sort, curves, samples side by side, conclusions.
+
+It needs no network and no other file: curves are inline SVG, and a few lines of script do the sorting. What
+runs say (names, samples) is text and never markup.
+"""
+
+import io
+from html import escape
+from statistics import fmean
+
+from compare import AXES, COLUMNS, Group, Run, draw
+
+STYLE = """
+:root { --ink: #1d2733; --soft: #5d6b7a; --line: #dde3ea; --back: #ffffff; --tint: #f4f7fa;
+        --mark: #0072B2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e9ef; --soft: #9aa7b5; --line: #333d49; --back: #12171d; --tint: #1b222b;
+          --mark: #56B4E9; }
+  svg { background: #ffffff; border-radius: 6px; }
+}
+body { margin: 2rem auto; max-width: 75rem; padding: 0 1.5rem; color: var(--ink); background: var(--back);
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p { color: var(--soft); margin-top: 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
+th button:focus-visible, .axes label:focus-within { outline: 2px solid var(--mark); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " \\25B2"; }
+th[aria-sort=descending] button::after { content: " \\25BC"; }
+tbody tr:hover { background: var(--tint); }
+.axes { display: flex; flex-wrap: wrap; gap: .4rem; margin-bottom: .6rem; border: 0; padding: 0; }
+.axes label { padding: .2rem .8rem; border: 1px solid var(--line); border-radius: 1rem; cursor: pointer; }
+.axes label:has(:checked) { background: var(--mark); border-color: var(--mark); color: var(--back); }
+.axes input { position: absolute; opacity: 0; }
+figure { margin: 0; max-width: 46rem; } figure svg { width: 100%; height: auto; }
+.samples { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(18rem, 1fr); gap: 1rem;
+           overflow-x: auto; }
+.samples h3 { font-size: .85rem; margin: .2rem 0; color: var(--soft); overflow-wrap: anywhere; }
+pre { background: var(--tint); padding: .8rem; border-radius: 6px; font-size: .8rem; white-space: pre-wrap;
+      overflow-wrap: anywhere; margin: 0; }
+pre b { color: var(--mark); font-weight: inherit; }
+"""
+
+SCRIPT = """
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const head = button.parentElement, body = head.closest("table").tBodies[0], place = head.cellIndex;
+  const up = head.getAttribute("aria-sort") !== "ascending", key = row => row.cells[place].dataset.value;
+  const order = (a, b) => {
+    const x = key(a), y = key(b);
+    if (x === "" || y === "") return (x === "") - (y === "");   // what was not measured stays below
+    const numbers = !isNaN(x) && !isNaN(y);
+    return (up ? 1 : -1) * (numbers ? x - y : x.localeCompare(y));
+  };
+  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  body.append(...[...body.rows].sort(order));
+});
+for (const input of document.querySelectorAll(".axes input")) input.addEventListener("change", () => {
+  for (const figure of document.querySelectorAll("figure")) figure.hidden = figure.id !== "by-" + input.value;
+});
+"""
+
+
+def page(groups: list[Group], metric: str, said: list[str]) -> str:
+    """The HTML of the page; `said` are the conclusions in lines."""
+    title = " and ".join(group.name for group in groups[:3]) + (" and others" if len(groups) > 3 else "")
+    runs = [(group, run) for group in groups for run in group.runs]
+    finished = [run for _, run in runs if run.is_finished]
+    best = min(finished, key=lambda run: run.summary["val_bpb"], default=None)
+    parts = [f"<h1>{escape(title)}</h1>",
+             f"<p>{len(finished)} finished runs of {len(runs)}"
+             + (f"; lowest: {best.summary['val_bpb']:.4f} bits per byte, {escape(best.name)}" if best else "")
+             + "</p>", "<h2>Runs</h2>", _table(runs)]
+    if said:
+        parts += ["<h2>Conclusions</h2>", f"<pre>{escape(chr(10).join(said).strip())}</pre>"]
+    parts += [_curves(groups, metric), _samples(groups)]
+    return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
+            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts)
+            + f"\n<script>{SCRIPT}</script></body></html>\n")
+
+
+def _table(runs: list[tuple[Group, Run]]) -> str:
+    columns = [column for column in COLUMNS if any(column.value(run) is not None for _, run in runs)]
+    head = "".join(f"<th scope=\"col\"><button>{escape(title)}</button></th>"
+                   for title in ["group", *(column.title for column in columns)])
+    lines = []
+    for group, run in runs:
+        cells = [f"<td data-value=\"{escape(group.name)}\">{escape(group.name)}</td>"]
+        for column in columns:
+            value = column.value(run)
+            key = value["value"] if isinstance(value, dict) else "" if value is None else value
+            cells.append(f"<td data-value=\"{escape(str(key))}\">"
+                         f"{'' if value is None else escape(column.text(value))}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (f"<div class=\"wide\"><table><thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(lines)
+            + "</tbody></table></div>")
+
+
+def _curves(groups: list[Group], metric: str) -> str:
+    """A figure for each axis that the runs know, one of which is shown."""
+    from matplotlib import pyplot
+    labels, figures = [], []
+    for axis, (name, _) in AXES.items():
+        figure = draw(groups, axis, metric)
+        if not figure:
+            continue
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+        svg = out.getvalue()
+        checked, hidden = ("", " hidden") if figures else (" checked", "")
+        labels.append(f"<label><input type=\"radio\" name=\"axis\" value=\"{axis}\"{checked}>"
+                      f"{escape(name)}</label>")
+        figures.append(f"<figure id=\"by-{axis}\"{hidden}>{svg[svg.index('<svg'):]}</figure>")
+    if not figures:
+        return ""
+    return f"<h2>Curves</h2>\n<fieldset class=\"axes\">{''.join(labels)}</fieldset>\n" + "\n".join(figures)
+
+
+def _samples(groups: list[Group]) -> str:
+    """Each prompt's continuations side by side: one run of each group, the one nearest to its mean."""
+    shown = [(group.name, _typical(group)) for group in groups if any(run.samples for run in group.finished)]
+    prompts = list(dict.fromkeys(sample["prompt"] for _, run in shown for sample in run.samples))
+    parts = []
+    for prompt in prompts:
+        cells = []
+        for name, run in shown:
+            text = next((sample["text"] for sample in run.samples if sample["prompt"] == prompt), None)
+            body = "" if text is None else f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>"
+            cells.append(f"<div><h3>{escape(name)}: {escape(run.name)}</h3>{body}</div>")
+        parts.append(f"<div class=\"samples\">{''.join(cells)}</div>")
+    return "<h2>Samples</h2>\n" + "\n".join(parts) if parts else ""
+
+
+def _typical(group: Group) -> Run:
+    mean = fmean(group.values("val_bpb"))
+    with_samples = [run for run in group.finished if run.samples]
+    return min(with_samples, key=lambda run: abs(run.summary["val_bpb"] - mean))

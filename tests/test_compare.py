@@ -1,0 +1,346 @@
+"""compare.py on run folders that the tests write: tables, refusals, conclusions, curves, page, index."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compare
+from compare import Group, check_comparable, open_groups, read_run, standing
+from documents import UserError
+
+ROOT = Path(compare.__file__).parent
+
+
+def write_run(folder: Path, seed: int = 0, bpb: float = 1.0, **changes) -> Path:
+    """A run folder as RunLog leaves it, with what compare.py reads."""
+    folder.mkdir(parents=True)
+    knobs = {"model_name": folder.name, "seed": seed, "muon_lr": 0.05, "gpu_cost_per_hour": 2.0}
+    knobs |= changes.pop("knobs", {})
+    summary = {"status": "finished", "seed": seed, "parameters": 9_000_000, "tokens": 4_915_200,
+               "train_seconds": 150.0, "val_loss": 2.4 * bpb, "val_bpb": bpb, "tokens_per_second": 31_000.0,
+               "peak_memory_mib": 1485.4, "cost": 0.125, "data_sha256": "d1", "data": "books",
+               "tokenizer_sha256": "t1", "tokenizer": "books_v8192", "held_out_sha256": "h1",
+               "held_out_tokens": 37268, "script": "train_gpt.py", "code_sha256": "c1",
+               "sources": {"train_gpt.py": "c1", "shards.py": "s1"}, "preset": "demo", "device": "a CPU",
+               "processes": 1, "dtype": "bfloat16", "torch": "2.13.0"} | changes.pop("summary", {})
+    items = changes.pop("hellaswag", None)
+    assert not changes
+    (folder / "config.json").write_text(json.dumps(knobs))
+    if summary["status"]:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    rows = [{"step": step, "tokens": step * 8192, "train_seconds": step / 4, "train_loss": 5 - step / 300,
+             "val_loss": "" if step % 100 else 2.4 * (bpb + 6 - step / 100), "flops": step * 1e10,
+             "val_bpb": "" if step % 100 else bpb + 6 - step / 100} for step in range(50, 601, 50)]
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    sample = {"prompt": "Once <b>upon</b>", "text": f" a time & {seed}", "seed": seed}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    if items:
+        (folder / "hellaswag.jsonl").write_text("".join(
+            json.dumps({"name": name, "label": 0, "acc": {"choice": 0 if right else 1}}) + "\n"
+            for name, right in items))
+    return folder
+
+
+@pytest.fixture
+def two_groups(tmp_path, monkeypatch):
+    """experiments/demo and experiments/gelu with three seeds each; gelu is worse by 0.02 and a little."""
+    monkeypatch.setattr(compare, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.chdir(tmp_path)
+    for seed, (bpb, more) in enumerate(((0.910, 0.021), (0.914, 0.019), (0.918, 0.020))):
+        write_run(tmp_path / f"experiments/demo/seed{seed}", seed, bpb)
+        mine = {"code_sha256": "c2", "sources": {"my.py": "c2", "shards.py": "s1"}, "script": "my.py"}
+        write_run(tmp_path / f"experiments/gelu/seed{seed}", seed, bpb + more, knobs={"muon_lr": 0.1},
+                  summary=mine)
+    return tmp_path / "experiments"
+
+
+def say(monkeypatch, capsys, *words: str) -> tuple[str, str, int]:
+    """Run the command: what it prints, what it complains of, and its exit code."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    code, complaint = 0, ""
+    try:
+        compare.main()
+    except SystemExit as end:       # Python prints a text and exits with 1
+        code, complaint = (1, end.code + "\n") if isinstance(end.code, str) else (end.code, "")
+    out, err = capsys.readouterr()
+    return out, err + complaint, code
+
+
+def test_groups_are_folders_of_runs_globs_and_single_runs(two_groups):
+    demo, globbed, alone = open_groups(["demo", "mine=experiments/ge*/seed[01]", "gelu/seed2"])
+    assert (demo.name, len(demo.runs), demo.is_alone) == ("demo", 3, False)
+    assert (globbed.name, len(globbed.runs)) == ("mine", 2)
+    assert (alone.name, len(alone.runs), alone.is_alone) == ("seed2", 1, True)
+
+
+@pytest.mark.parametrize(("specs", "message"), [
+    (["dmo"], r"dmo is no run folder.*did you mean demo\?"), (["x=nothing/*"], "matches none"),
+    (["demo", "a/../demo"], "matches none"), (["a=demo", "a=gelu"], "two groups are called a")])
+def test_words_that_mean_no_run(two_groups, specs, message):
+    with pytest.raises(UserError, match=message):
+        open_groups(specs)
+
+
+@pytest.mark.parametrize(("changes", "metric", "although", "message"), [
+    ({"data_sha256": "d2", "data": "web"}, "val_bpb", [], "differ in data: books d1 against web d2"),
+    ({"tokenizer_sha256": "t2"}, "val_bpb", [], "tokenizer.*bits per byte.*--although tokenizer"),
+    ({"tokens": 4_000_000}, "val_bpb", [], "tokens: 4,915,200 against 4,000,000.*--although tokens"),
+    ({"tokenizer_sha256": "t2"}, "val_loss", ["tokenizer"], "counts other tokens; use --metric val_bpb"),
+    ({"held_out_sha256": "h2"}, "val_bpb", [], "validated on different text"),
+    ({"held_out_sha256": "h2"}, "val_bpb", ["data", "tokenizer", "tokens"], "validated on different text"),
+    ({"held_out_sha256": "h2", "data_sha256": "d2"}, "val_bpb", [], "held-out text differs, too"),
+    # runs of before held-out text was hashed
+    ({"held_out_sha256": None, "held_out_tokens": 1}, "val_bpb", [], "validated on different text")])
+def test_runs_that_differ_are_refused_by_name(two_groups, changes, metric, although, message):
+    write_run(two_groups / "other", summary=changes)
+    with pytest.raises(UserError, match=message):
+        check_comparable(open_groups(["demo", "other"]), metric, although)
+
+
+@pytest.mark.parametrize(("changes", "although"), [
+    ({"tokens": 1}, ["tokens"]), ({}, []),
+    ({"tokenizer_sha256": "t2", "data_sha256": "d2"}, ["tokenizer", "data"])])
+def test_runs_that_may_differ_are_compared(two_groups, changes, although):
+    write_run(two_groups / "other", summary=changes)
+    check_comparable(open_groups(["demo", "other"]), "val_bpb", although)
+
+
+def test_differences_within_a_group_count_too(two_groups):
+    write_run(two_groups / "demo/seed3", 3, summary={"tokens": 5})
+    with pytest.raises(UserError, match="tokens"):
+        check_comparable(open_groups(["demo"]), "val_bpb")
+
+
+def test_conclusions_name_difference_interval_power_and_cause(two_groups, monkeypatch, capsys):
+    out, _, code = say(monkeypatch, capsys, "demo", "gelu")
+    assert code == 0
+    assert "gelu against demo, val_bpb: 0.9340 (3 runs) against 0.9140 (3 runs)" in out
+    # paired: mean 0.02, sd 0.001, t(0.975, 2) = 4.3027
+    assert ("paired by seed  +0.0200, 95 % interval +0.0175 to +0.0225, t 34.64 on 2.0 degrees of freedom, "
+            "p below 0.001") in out
+    assert "Welch           +0.0200, 95 % interval +0.0113 to +0.0287" in out
+    assert "gelu is higher, so worse" in out
+    assert "four times in five; one of +0.0200 takes 2 pairs" in out
+    assert "they differ in --muon_lr 0.05 against 0.1; the script, train_gpt.py against my.py" in out
+
+
+def test_a_single_run_a_side_proves_nothing(two_groups, monkeypatch, capsys):
+    out, _, code = say(monkeypatch, capsys, "demo/seed0", "gelu/seed1")
+    assert code == 0
+    assert "one run a side does not tell it from chance" in out
+
+
+def test_seeds_that_do_not_match_are_not_paired(two_groups, monkeypatch, capsys):
+    for seed in range(3):
+        shutil.move(two_groups / f"gelu/seed{seed}", two_groups / "gone" / str(seed))
+        write_run(two_groups / f"gelu/seed{seed + 7}", seed + 7, 0.93 + seed / 1000)
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "Welch" in out and "paired" not in out
+
+
+def test_what_cannot_be_compared_is_still_tabled_and_ends_with_an_error(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "other", summary={"tokens": 1})
+    out, err, code = say(monkeypatch, capsys, "demo", "other")
+    assert code != 0 and "seed0" in out and "against" not in out
+    assert err.count("\n") == 1 and "differ in tokens" in err
+
+
+def test_failed_and_unfinished_runs_are_shown_and_left_out_of_means(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "demo/seed3", 3, 9.9, summary={"status": "failed: the loss of step 7 is nan"})
+    write_run(two_groups / "demo/seed4", 4, 9.9, summary={"status": ""})
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "seed3: failed: the loss of step 7 is nan" in out and "seed4: unfinished" in out
+    assert "3 of 5" in out and "against 0.9140 (3 runs)" in out
+
+
+@pytest.mark.parametrize(("target", "verdict"), [(0.94, "is reached"), (0.917, "is not shown to be reached")])
+def test_a_target_is_reached_by_the_speedruns_test(two_groups, monkeypatch, capsys, target, verdict):
+    out, _, _ = say(monkeypatch, capsys, "demo", "--target", str(target))
+    assert f"the target {target} {verdict}" in out
+
+
+def test_mcnemar_pairs_runs_by_seed(tmp_path, monkeypatch):
+    rows = [(name, name % 3 > 0) for name in range(30)]
+    worse = [(name, right and name > 15) for name, right in rows]
+    a, b = (Group(name, [read_run(write_run(tmp_path / name, 5, hellaswag=items))])
+            for name, items in (("a", rows), ("b", worse)))
+    line, = compare.hellaswag_lines(a, b)
+    assert "10 against 20 of 30 right; only the one 0, only the other 10, p 0.002 (McNemar)" in line
+    other = Group("c", [read_run(write_run(tmp_path / "c", 5, hellaswag=rows[1:]))])
+    assert "different rows" in compare.hellaswag_lines(a, other)[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Formats
+# ------------------------------------------------------------------------------------------------
+
+def test_markdown_has_a_cell_for_every_column(two_groups, monkeypatch, capsys):
+    out, err, _ = say(monkeypatch, capsys, "demo", "gelu", "--format", "markdown")
+    runs, groups = out.strip().split("\n\n")
+    for table, lines in ((runs, 8), (groups, 4)):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+        assert len(table.splitlines()) == lines
+    assert "paired" in err      # not in what is pasted
+
+
+def test_latex_is_a_tabular_of_booktabs(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "100%_under_score&", 0)
+    out, _, _ = say(monkeypatch, capsys, "100%_under_score&", "--format", "latex")
+    assert r"100\%\_under\_score\&" in out
+    body = out.split(r"\midrule")[1].split(r"\bottomrule")[0].strip()
+    heading = out.split(r"\toprule")[1].split(r"\\")[0]
+    columns = out.split("tabular}{")[1].split("}")[0]
+    assert body.count(" & ") == heading.count(" & ") == len(columns) - 1
+
+
+def test_csv_has_the_numbers_in_full(two_groups, monkeypatch, capsys):
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["group"] for row in rows] == ["demo"] * 3 + ["gelu"] * 3
+    assert [float(row["val_bpb"]) for row in rows[:3]] == [0.910, 0.914, 0.918]
+    assert rows[0]["parameters"] == "9000000"
+
+
+def test_columns_nobody_measured_are_left_out(two_groups):
+    titles = compare.runs_table(open_groups(["demo"]))[0]
+    assert "HellaSwag" not in titles and "cost" in titles
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves and the page
+# ------------------------------------------------------------------------------------------------
+
+def test_curves_are_drawn_over_every_axis_that_the_runs_know(two_groups, monkeypatch, capsys):
+    say(monkeypatch, capsys, "demo", "gelu", "--plot", "figures/gelu")
+    written = {path.name for path in Path("figures").iterdir()}
+    assert written == {f"gelu_{axis}.{ending}" for axis in ("step", "tokens", "time", "flops", "cost")
+                       for ending in ("png", "svg")}
+    for row in two_groups.glob("*/*/metrics.csv"):
+        row.write_text(row.read_text().replace(",flops", ",other"))
+    shutil.rmtree("figures")
+    say(monkeypatch, capsys, "demo", "gelu", "--plot", "figures/gelu")
+    assert not list(Path("figures").glob("*flops*")) and list(Path("figures").glob("*tokens*"))
+
+
+def test_a_groups_curve_is_the_mean_in_a_band_of_one_deviation(two_groups):
+    figure = compare.draw(open_groups(["demo"]), "step", "val_bpb")
+    axes, = figure.axes
+    x, y = axes.lines[0].get_data()
+    assert list(x) == [100, 200, 300, 400, 500, 600]
+    assert y[-1] == pytest.approx(0.914)
+    band = axes.collections[0].get_paths()[0].vertices
+    heights = band[band[:, 0] == 600][:, 1]
+    assert (min(heights), max(heights)) == pytest.approx((0.910, 0.918))
+
+
+@pytest.fixture
+def browser():
+    """A page of headless Chromium without network."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium:
+        pytest.skip("no Chromium here; on Debian: apt install chromium")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = opened.new_context(offline=True, viewport={"width": 1200, "height": 900})
+        yield context.new_page()
+        opened.close()
+
+
+@pytest.mark.slow
+def test_the_page_sorts_switches_axes_and_shows_samples(two_groups, monkeypatch, capsys, browser):
+    _, _, code = say(monkeypatch, capsys, "demo", "gelu", "--html", "out/page.html")
+    assert code == 0
+    complaints = []
+    browser.on("console", lambda message: complaints.append(message.text))
+    browser.on("pageerror", lambda error: complaints.append(str(error)))
+    browser.on("request", lambda request: request.url.startswith("file:") or complaints.append(request.url))
+    browser.goto(Path("out/page.html").resolve().as_uri())
+
+    def column(title):
+        place = browser.locator("thead th").all_inner_texts().index(title)
+        return browser.locator(f"tbody td:nth-child({place + 1})").all_inner_texts()
+    assert len(column("run")) == 6
+    head = browser.get_by_role("button", name="val_bpb")
+    head.click()
+    assert column("val_bpb") == sorted(column("val_bpb"))
+    assert browser.locator("th[aria-sort=ascending]").count() == 1
+    head.click()
+    assert column("val_bpb") == sorted(column("val_bpb"), reverse=True)
+    browser.get_by_role("button", name="group").click()
+    assert column("group") == ["demo"] * 3 + ["gelu"] * 3
+
+    assert browser.locator("figure:visible").get_attribute("id") == "by-step"
+    browser.get_by_label("training FLOPs").check(force=True)
+    assert browser.locator("figure:visible").get_attribute("id") == "by-flops"
+    assert browser.locator("figure:visible svg").bounding_box()["width"] > 300
+
+    samples = browser.locator(".samples pre").all_inner_texts()
+    assert [text[:25] for text in samples] == ["Once <b>upon</b> a time &"] * 2
+    left, right = (browser.locator(".samples > div").nth(place).bounding_box() for place in (0, 1))
+    assert left["y"] == right["y"] and right["x"] > left["x"]       # side by side
+    assert "paired by seed" in browser.locator("body").inner_text()
+    assert complaints == []
+
+
+def test_what_runs_say_is_never_markup(two_groups):
+    from page import page
+    shutil.move(two_groups / "gelu", two_groups / "<img src=x>")
+    html = page(open_groups(["demo", "<img src=x>"]), "val_bpb", ["<script>alert(1)</script>"])
+    assert "<img" not in html and "<script>alert" not in html and "<b>upon" not in html
+
+
+# ------------------------------------------------------------------------------------------------
+# --compare_to, and the index
+# ------------------------------------------------------------------------------------------------
+
+def test_standing_is_in_the_groups_standard_deviations(two_groups):
+    run = read_run(write_run(two_groups / "20260101_120000_try", 9, 0.922))
+    assert standing(run, "demo") == (
+        "at the end you are +0.0080 bits per byte, 2.0 sigma, above demo (3 runs, mean 0.9140, sigma 0.0040)")
+    assert "-0.0120 bits per byte, 3.0 sigma, below" in standing(
+        read_run(write_run(two_groups / "20260101_120001_try", 9, 0.902)), "demo")
+
+
+def test_standing_leaves_the_run_itself_out(two_groups):
+    run = read_run(write_run(two_groups / "demo/seed3", 3, 0.922))
+    assert "2.0 sigma, above demo (3 runs" in standing(run, "demo")
+
+
+def test_standing_says_why_it_cannot_be_told(two_groups):
+    other = read_run(write_run(two_groups / "a", summary={"held_out_sha256": "h2"}))
+    assert standing(other, "demo").startswith("no comparison with demo: demo (seed0) and this run (a)")
+    lonely = read_run(write_run(two_groups / "b", bpb=0.93))
+    assert "without a spread" in standing(lonely, "demo/seed0")
+
+
+def test_the_index_names_failures(two_groups):
+    write_run(two_groups / "demo/seed3", 3, summary={"status": "failed: the loss of step 7 is nan"})
+    write_run(two_groups / "20260101_000000_private", 0)
+    text = compare.index(two_groups)
+    assert "| [demo](demo/) | 3 of 4 | demo | 4.9M | 2.1936 ± 0.0096 | 0.9140 ± 0.0040 |" in text
+    assert "- `demo/seed3`: failed: the loss of step 7 is nan" in text
+    assert "private" not in text
+
+
+def test_the_committed_index_is_what_the_committed_runs_say(tmp_path):
+    """If this fails, run: python compare.py --index"""
+    listed = subprocess.run(["git", "ls-files", "experiments"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines() or pytest.skip("no git repository here"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert (ROOT / "experiments/README.md").read_text() == compare.index(tmp_path / "experiments")
+
+
+def test_compare_needs_no_torch():
+    code = "import compare, page, seeds, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

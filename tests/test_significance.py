@@ -1,0 +1,159 @@
+"""Every statistic beside scipy, and beside examples that others published."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import significance
+
+stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle here; it is in requirements-dev.txt")
+
+# extra hours of sleep of ten patients under two drugs (Student 1908), as R's help for t.test has them
+DRUG_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+DRUG_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+
+losses = st.lists(st.floats(2, 4).map(lambda x: round(x, 4)), min_size=2, max_size=9).filter(
+    lambda values: len(set(values)) > 1)
+
+
+def test_welch_on_students_sleep_data():
+    test = significance.welch(DRUG_2, DRUG_1)
+    assert (round(test.t, 4), round(test.df, 3), round(test.p, 5)) == (-1.8608, 17.776, 0.07939)
+    assert (round(test.low, 7), round(test.high, 7)) == (-3.3654832, 0.2054832)
+
+
+def test_paired_on_students_sleep_data():
+    test = significance.paired(DRUG_1, DRUG_2)
+    assert (round(test.mean, 2), round(test.t, 4), test.df, round(test.p, 6)) == (1.58, 4.0621, 9, 0.002833)
+    assert (round(test.low, 4), round(test.high, 4)) == (0.7001, 2.4599)
+
+
+@given(losses, losses)
+@settings(deadline=None, max_examples=60)
+def test_welch_is_scipys(a, b):
+    ours, theirs = significance.welch(a, b), stats.ttest_ind(b, a, equal_var=False)
+    assert ours.t == pytest.approx(theirs.statistic, rel=1e-9)
+    assert ours.df == pytest.approx(theirs.df, rel=1e-9)
+    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-8, abs=1e-13)
+    low, high = theirs.confidence_interval(0.95)
+    assert (ours.low, ours.high) == pytest.approx((low, high), rel=1e-8, abs=1e-10)
+
+
+@given(st.lists(st.tuples(st.floats(2, 4), st.floats(2, 4)), min_size=2, max_size=9))
+@settings(deadline=None, max_examples=60)
+def test_paired_is_scipys(pairs):
+    a, b = zip(*pairs, strict=True)
+    differences = [y - x for x, y in pairs]
+    if max(differences) - min(differences) < 1e-6:
+        return      # scipy warns of what is left of nothing
+    ours, theirs = significance.paired(a, b), stats.ttest_rel(b, a)
+    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-7, abs=1e-13)
+    low, high = theirs.confidence_interval(0.95)
+    assert (ours.low, ours.high) == pytest.approx((low, high), rel=1e-7, abs=1e-9)
+
+
+@given(losses, st.floats(2, 4))
+@settings(deadline=None, max_examples=60)
+def test_p_below_is_scipys_one_sided_test(values, target):
+    theirs = stats.ttest_1samp(values, target, alternative="less").pvalue
+    assert significance.p_below(values, target) == pytest.approx(theirs, rel=1e-8, abs=1e-13)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
+@settings(deadline=None, max_examples=60)
+def test_mcnemar_is_the_binomial_test_of_questions_that_divide(pairs):
+    a, b = zip(*pairs, strict=True)
+    test = significance.mcnemar(a, b)
+    assert test.only_a == sum(x and not y for x, y in pairs)
+    assert test.only_b == sum(y and not x for x, y in pairs)
+    assert test.only_a + test.only_b + test.both + test.neither == len(pairs)
+    divided = test.only_a + test.only_b
+    theirs = stats.binomtest(test.only_a, divided, 0.5).pvalue if divided else 1.0
+    assert test.p == pytest.approx(theirs, rel=1e-9)
+
+
+def test_mcnemar_on_agrestis_approval_ratings():
+    """Agresti 2002, Categorical Data Analysis, 10.1: of 1,600 voters 150 withdrew their approval and 86 began
+    to approve; he finds z squared = 17.36, on one degree of freedom."""
+    a = [True] * (794 + 150) + [False] * (86 + 570)
+    b = [True] * 794 + [False] * 150 + [True] * 86 + [False] * 570
+    test = significance.mcnemar(a, b)
+    assert (test.only_a, test.only_b, test.both, test.neither) == (150, 86, 794, 570)
+    assert test.p == pytest.approx(stats.chi2.sf(17.36, 1), rel=0.3)    # for large numbers; ours is exact
+
+
+def test_power_is_that_of_rs_example():
+    """power.t.test(n = 20, delta = 1, sd = 1) says 0.8689528; it leaves the far tail out, which is 2e-7."""
+    assert significance.power(1, math.sqrt(2 / 20), 38) == pytest.approx(0.8689528, abs=3e-7)
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 7.3, 30, 200])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 0.5, 3.0, 8.0])
+def test_noncentral_t_is_scipys(df, shift):
+    for t in (-3.0, 0.0, 1.0, 2.5, 12.0):
+        theirs = stats.nct.cdf(t, df, shift)
+        assert significance.noncentral_t_cdf(t, df, shift) == pytest.approx(theirs, abs=2e-6)
+
+
+@pytest.mark.parametrize("df", [1, 2, 2.5, 4, 9, 57, 1000])
+def test_students_distribution_is_scipys(df):
+    for share in (0.6, 0.9, 0.975, 0.999):
+        assert significance.t_quantile(share, df) == pytest.approx(stats.t.ppf(share, df), rel=1e-9)
+        assert significance.t_quantile(1 - share, df) == pytest.approx(stats.t.ppf(1 - share, df), rel=1e-9)
+    for t in (-40, -2.1, 0, 0.3, 5):
+        assert significance.t_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), rel=1e-9)
+
+
+@given(losses)
+@settings(deadline=None, max_examples=30)
+def test_interval_of_a_mean_is_scipys(values):
+    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert significance.interval(values) == pytest.approx(tuple(theirs), rel=1e-8)
+
+
+@pytest.mark.parametrize(("runs_a", "runs_b"), [(3, 3), (8, 5), (4, 0), (20, 0)])
+def test_a_detectable_effect_is_found_four_times_in_five(runs_a, runs_b):
+    """By drawing experiments, which knows nothing of noncentral distributions."""
+    effect, draw = significance.detectable_effect(0.01, runs_a, runs_b), random.Random(0)
+    found = 0
+    for _ in range(4000):
+        a = [draw.gauss(3, 0.01) for _ in range(runs_a)]
+        b = [draw.gauss(3 + effect, 0.01) for _ in range(runs_b)]
+        if runs_b:
+            test = stats.ttest_ind(a, b)
+        else:
+            test = stats.ttest_1samp([draw.gauss(effect, 0.01) for _ in range(runs_a)], 0)
+        found += test.pvalue < 0.05
+    assert found / 4000 == pytest.approx(0.8, abs=0.025)
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_needed_runs_are_the_fewest_that_suffice(is_paired):
+    for effect in (0.02, 0.008, 0.003):
+        runs = significance.runs_needed(effect, 0.005, is_paired)
+
+        def smallest(runs):
+            return significance.detectable_effect(0.005, runs, 0 if is_paired else runs)
+        assert smallest(runs) <= effect
+        assert runs == 2 or smallest(runs - 1) > effect
+
+
+def test_runs_that_agree_to_the_last_digit():
+    assert significance.paired([1.0, 2.0], [2.0, 3.0]).p == 0
+    assert significance.paired([1.0, 2.0], [1.0, 2.0]).p == 1
+    assert significance.welch([1.0, 1.0], [1.0, 1.0]).low == 0
+    assert significance.p_below([3.0, 3.0], 3.1) == 0
+    assert significance.runs_needed(0.1, 0.0) == 2
+    assert significance.detectable_effect(0.0, 3, 3) == 0
+
+
+def test_one_run_has_no_spread():
+    for test in (lambda: significance.welch([1.0], [1.0, 2.0]), lambda: significance.paired([1.0], [2.0]),
+                 lambda: significance.p_below([1.0], 2.0)):
+        with pytest.raises(ValueError, match="two"):
+            test()
+    with pytest.raises(ValueError, match=r"10,000"):
+        significance.runs_needed(1e-6, 1.0)

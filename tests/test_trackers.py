@@ -1,0 +1,69 @@
+"""Weights & Biases and TensorBoard beside the run folder; both optional. No network."""
+
+import sys
+
+import pytest
+from tiny_runs import drive, flags, newest, rows_of, train_here
+
+import trackers
+from documents import UserError
+from train_gpt import Config
+
+
+@pytest.mark.slow
+def test_wandb_gets_every_row_offline(lab, tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    spy = """
+import wandb
+real_init = wandb.init
+def init(**options):
+    run = real_init(**options)
+    assert run.settings.mode == "offline", run.settings.mode
+    real_log = run.log
+    def log(values, step):
+        print("LOGGED", step, values["train_loss"], flush=True)
+        real_log(values, step)
+    run.log = log
+    print("INIT", options["project"], options["config"]["num_steps"], flush=True)
+    return run
+wandb.init = init
+"""
+    environment = {"WANDB_MODE": "offline", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = drive(lab, spy, *flags(wandb="bench", model_name="followed", num_samples=0), env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = newest(lab, "followed")
+    logged = [line.split() for line in done.stdout.splitlines() if line.startswith("LOGGED")]
+    assert [(int(step), float(f"{float(loss):.6g}")) for _, step, loss in logged] == [
+        (int(row["step"]), float(row["train_loss"])) for row in rows_of(folder)]
+    assert "INIT bench 4" in done.stdout
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_tensorboard_has_the_curves(here):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="tensorboard is not installed")
+    folder = train_here(here, tensorboard=True, num_samples=0)
+    board = events.EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    for column in ("train_loss", "val_bpb", "lr_scale", "flops"):
+        ours = [(int(row["step"]), float(row[column])) for row in rows_of(folder) if row[column]]
+        theirs = [(event.step, event.value) for event in board.Scalars(column)]
+        assert [step for step, _ in theirs] == [step for step, _ in ours]
+        assert [value for _, value in theirs] == pytest.approx([value for _, value in ours], rel=1e-5)
+
+
+@pytest.mark.parametrize(("knobs", "package"),
+                         [({"wandb": "x"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, knobs, package):
+    for module in list(sys.modules):
+        if module.split(".")[0] == package or module.endswith(".tensorboard"):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        trackers.open_trackers(Config(**knobs), tmp_path, 0)
+
+
+def test_nothing_is_imported_unless_asked_for(here):
+    before = set(sys.modules)
+    train_here(here, num_samples=0)
+    assert not {name.split(".")[0] for name in set(sys.modules) - before} & {"wandb", "tensorboard"}

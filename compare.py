@@ -43,7 +43,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        """The folder as seen from experiments/, if it is there."""
+        folder, home = self.folder.resolve(), EXPERIMENTS.resolve()
+        return str(folder.relative_to(home)) if folder.is_relative_to(home) else folder.name
 
     @property
     def status(self) -> str:
@@ -118,34 +120,44 @@ def open_groups(specs: list[str]) -> list[Group]:
     """
     groups = []
     for spec in specs:
-        name, pattern = "", spec
-        if not run_folders(spec) and "=" in spec:
-            name, pattern = spec.split("=", 1)
-        runs = [read_run(folder) for folder in run_folders(pattern)]
-        if not runs:
+        name, found = "", matches(spec)
+        if not found and "=" in spec:
+            name, spec = spec.split("=", 1)
+            found = matches(spec)
+        if not found:
             known = [path.name for path in EXPERIMENTS.iterdir()] if EXPERIMENTS.is_dir() else []
-            near = difflib.get_close_matches(Path(pattern).name, known, n=1, cutoff=0.4)
-            raise UserError(f"{pattern} is no run folder, and matches none, here or in experiments/"
+            near = difflib.get_close_matches(Path(spec).name, known, n=1, cutoff=0.4)
+            raise UserError(f"{spec} is no run folder, and matches none, here or in experiments/"
                             + (f"; did you mean {near[0]}?" if near else ""))
-        alone = len(runs) == 1 and not name
-        groups.append(Group(runs[0].name if alone else name or Path(pattern).name, runs, alone))
+        if name:
+            groups.append(Group(name, [run for path in found for run in runs_in(path)]))
+            continue
+        for path in found:
+            runs = runs_in(path)
+            alone = is_run(path)
+            groups.append(Group(runs[0].name if alone else path.name, runs, alone))
     names = [group.name for group in groups]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
-        raise UserError(f"two groups are called {double}; name them, as in a={specs[0]}")
+        raise UserError(f"two groups are called {double}; name them, as in a=GLOB")
     return groups
 
 
-def run_folders(pattern: str) -> list[Path]:
-    """The run folders that a path or glob means, here or in experiments/; those in a folder of runs, too."""
+def matches(pattern: str) -> list[Path]:
+    """The run folders, and folders of run folders, that a path or glob means, here or in experiments/."""
     for where in (Path(), EXPERIMENTS):
         found = [Path(path) for path in sorted(glob.glob(str(where / Path(pattern).expanduser())))]
-        inside = [child for path in found if not is_run(path) and path.is_dir()
-                  for child in sorted(path.iterdir()) if is_run(child)]
-        folders = sorted({path for path in found if is_run(path)} | set(inside))
-        if folders:
-            return folders
+        found = [path for path in found if runs_in(path)]
+        if found:
+            return found
     return []
+
+
+def runs_in(path: Path) -> list[Run]:
+    """The run that a folder is, or those that lie in it."""
+    if is_run(path):
+        return [read_run(path)]
+    return [read_run(child) for child in sorted(path.iterdir()) if is_run(child)] if path.is_dir() else []
 
 
 def is_run(folder: Path) -> bool:
@@ -569,8 +581,7 @@ def index(experiments: Path) -> str:
              "|---|--:|---|--:|--:|--:|--:|---|"]
     failures = []
     for folder in folders:
-        runs = [read_run(path) for path in ([folder] if is_run(folder) else sorted(folder.iterdir()))
-                if is_run(path)]
+        runs = runs_in(folder)
         group = Group(folder.name, runs)
         failures += [f"- `{run.folder.relative_to(experiments)}`: {run.status}" for run in runs
                      if not run.is_finished]
@@ -624,7 +635,7 @@ def main() -> None:
                         help="of the tables")
     parser.add_argument("--metric", choices=("val_bpb", "val_loss"), default="val_bpb",
                         help="what is compared and drawn")
-    parser.add_argument("--although", choices=tuple(CONDITIONS), nargs="+", default=[],
+    parser.add_argument("--although", choices=tuple(CONDITIONS), nargs="+",
                         help="compare although runs differ in this")
     parser.add_argument("--target", type=float, help="test whether each group reaches this value")
     parser.add_argument("--plot", type=Path, metavar="BASE",
@@ -644,7 +655,7 @@ def main() -> None:
     problem, said = "", []
     try:
         if are_groups and len(compared) > 1:
-            said = conclusions(compared, args.metric, args.although)
+            said = conclusions(compared, args.metric, args.although or ())
     except UserError as error:
         problem = str(error)
     if args.target is not None:

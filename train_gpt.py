@@ -53,7 +53,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import documents
-from compare import open_groups, read_run, standing
 from documents import (
     Parser,
     UserError,
@@ -1683,6 +1682,7 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     if "cost" in summary:
         lines.append(f"cost        {summary['cost']:.2f}")
     if cfg.compare_to:
+        from compare import read_run, standing
         lines.append(f"compare     {standing(read_run(folder), cfg.compare_to)}")
     if samples:
         text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
@@ -2018,6 +2018,14 @@ def open_run(cfg: Config, world: World) -> tuple[Config, TextIO | None, dict | N
     return cfg, *world.together(hold_and_read)
 
 
+def check_baseline(cfg: Config) -> None:
+    """raises  UserError if --compare_to names no run"""
+    if cfg.compare_to:
+        # not at the top of the file, since it is no part of what makes a result
+        from compare import open_groups
+        open_groups([cfg.compare_to])
+
+
 def check_shapes(weights: dict[str, Tensor], model: GPT) -> None:
     """raises  UserError if the weights of a checkpoint do not belong to this model"""
     then = {name: list(weight.shape) for name, weight in weights.items()}
@@ -2041,7 +2049,7 @@ def train(cfg: Config, world: World) -> None:
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
     task = world.together(lambda: hellaswag_if_here(cfg.hellaswag_rows) if world.is_main else None)
     task = world.same(task)     # other machines need not have the file
-    world.together(lambda: world.is_main and cfg.compare_to and open_groups([cfg.compare_to]))
+    world.together(lambda: world.is_main and check_baseline(cfg))
     identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):

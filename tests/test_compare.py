@@ -76,10 +76,12 @@ def say(monkeypatch, capsys, *words: str) -> tuple[str, str, int]:
 
 
 def test_groups_are_folders_of_runs_globs_and_single_runs(two_groups):
-    demo, globbed, alone = open_groups(["demo", "mine=experiments/ge*/seed[01]", "gelu/seed2"])
+    demo, named, alone = open_groups(["demo", "mine=experiments/ge*/seed[01]", "gelu/seed2"])
     assert (demo.name, len(demo.runs), demo.is_alone) == ("demo", 3, False)
-    assert (globbed.name, len(globbed.runs)) == ("mine", 2)
-    assert (alone.name, len(alone.runs), alone.is_alone) == ("seed2", 1, True)
+    assert (named.name, len(named.runs)) == ("mine", 2)
+    assert (alone.name, len(alone.runs), alone.is_alone) == ("gelu/seed2", 1, True)
+    assert [group.name for group in open_groups(["*/seed1"])] == ["demo/seed1", "gelu/seed1"]
+    assert [(group.name, len(group.runs)) for group in open_groups(["*"])] == [("demo", 3), ("gelu", 3)]
 
 
 @pytest.mark.parametrize(("specs", "message"), [
@@ -318,7 +320,7 @@ def test_standing_leaves_the_run_itself_out(two_groups):
 
 def test_standing_says_why_it_cannot_be_told(two_groups):
     other = read_run(write_run(two_groups / "a", summary={"held_out_sha256": "h2"}))
-    assert standing(other, "demo").startswith("no comparison with demo: demo (seed0) and this run (a)")
+    assert standing(other, "demo").startswith("no comparison with demo: demo (demo/seed0) and this run (a)")
     lonely = read_run(write_run(two_groups / "b", bpb=0.93))
     assert "without a spread" in standing(lonely, "demo/seed0")
 

@@ -140,7 +140,8 @@ def readme_commands(program: str) -> list[str]:
 
 @pytest.mark.slow
 def test_each_readme_command_runs(checkout):
-    """In the README's order, in one folder; runs are cut to two steps, `torchrun` starts two processes."""
+    """In the README's order, in one folder; runs are cut to two steps and two seeds, `torchrun` starts two
+    processes."""
     (checkout / "my_texts").mkdir()
     text = (ROOT / "documents.py").read_text()
     for number in range(3):
@@ -153,12 +154,13 @@ def test_each_readme_command_runs(checkout):
     short = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--compile", "off",
              "--device", "cpu", "--batch_tokens", "1024"]
     for line in commands:
-        words = line.replace(".venv/bin/", "").split()
-        words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words[1:]]
+        words = [sys.executable if word == ".venv/bin/python" else word for word in shlex.split(line)]
+        words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words]
+        if "seeds.py" in words:
+            words[2] = "2"
         if any(word in ("train_gpt.py", "my_experiment.py") for word in words) and "--help" not in words:
             words += short
-        done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True,
-                              timeout=200)
+        done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
@@ -180,6 +182,24 @@ def test_the_first_experiment_of_the_readme_fits_the_file():
     old, new = ([line[1:] for line in diff.splitlines() if line.startswith(sign)] for sign in "-+")
     assert len(old) == len(new) == 1 and source.count(old[0] + "\n") == 1
     compile(source.replace(old[0], new[0]), "my_experiment.py", "exec")
+
+
+def test_seeds_of_a_preset_say_what_is_missing(checkout):
+    for words, message in ((["seeds"], "how many seeds"), (["seeds", "demo", "many"], "how many seeds"),
+                           (["seeds", "huge", "3"], "there is no preset 'huge'")):
+        done = run_sh(checkout, *words)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_seeds_of_the_demo_run_it_with_each_seed(checkout):
+    """With a seeds.py that only says what it was asked for."""
+    for script in ("train_tokenizer.py", "download_fineweb.py"):
+        (checkout / script).write_text("")
+    (checkout / "seeds.py").write_text("import sys; print(*sys.argv[1:])")
+    done = run_sh(checkout, "seeds", "demo", "8", "--muon_lr", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"8 --name demo -- \.venv/bin/python train_gpt\.py --preset demo "
+                        r"--tokenizer demo-py\S+ --data demo-py\S+ --muon_lr 0\.1\n", done.stdout)
 
 
 def test_the_readme_names_every_file():

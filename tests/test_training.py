@@ -30,6 +30,35 @@ from train_gpt import GPT, PRESETS, Config, HeldOut, World, generate, parse_conf
 # What a run learns and leaves
 # ------------------------------------------------------------------------------------------------
 
+def test_flops_are_those_of_the_layers_at_work(here):
+    folder = train_here(here)
+    cfg = Config(**TINY, vocab_size=301)
+    with torch.device("meta"):
+        model = GPT(cfg, 300)
+    steps = [128 * model.flops_per_token(train_gpt.stage_at(cfg, step / 4)) for step in range(4)]
+    assert steps[0] == steps[1] < steps[2] == steps[3]
+    assert [float(row["flops"]) for row in rows_of(folder)] == pytest.approx(np.cumsum(steps), rel=1e-5)
+
+
+def test_a_run_ends_with_its_distance_from_a_baseline(here, capsys):
+    bpbs = [summary_of(train_here(here, model_name="base", seed=seed))["val_bpb"] for seed in (1, 2, 3)]
+    run = train_here(here, compare_to="base=*_base*")
+    above = summary_of(run)["val_bpb"] - np.mean(bpbs)
+    said = f"you are {above:+.4f} bits per byte, {abs(above) / np.std(bpbs, ddof=1):.1f} sigma, "
+    assert said in capsys.readouterr().out and said in (run / "training_log.txt").read_text()
+    with pytest.raises(UserError, match="nothing_there is no run folder"):
+        train_here(here, compare_to="nothing_there")
+
+
+def test_the_summary_names_the_held_out_text(lab, here):
+    """Runs with other tokenizers, but the same held-out documents, have the same hash."""
+    summary = summary_of(train_here(here))
+    dataset, tokenizer = shards.open_dataset("tiny", "")
+    text = HeldOut(dataset.tokens("val"), Config(**TINY), tokenizer).text()
+    assert summary["held_out_sha256"] == hashlib.sha256(text).hexdigest()
+    assert summary["held_out_bytes"] == len(text)
+
+
 def test_a_tiny_model_learns_a_repeated_text(lab, here):
     (here / "repeated.jsonl").write_text((json.dumps({"text": "abcdefghij" * 9}) + "\n") * 50
                                          + json.dumps({"text": "x"}) + "\n")

@@ -81,7 +81,8 @@ class Run:
 def lines_of(path: Path) -> list[dict]:
     """The objects of a .jsonl file of a run folder; none where it is missing."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")    # splitlines() would cut at U+2028 in a sample
+        return [json.loads(line) for line in lines if line]
     except FileNotFoundError:
         return []
     except ValueError as error:
@@ -89,7 +90,12 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def read_run(folder: Path) -> Run:
+    """raises  UserError if the folder's files are not what a run writes"""
     summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    if summary.get("status") == "finished":
+        for fact in ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second"):
+            if not isinstance(summary.get(fact), int | float):
+                raise UserError(f"{folder / 'summary.json'} is not what a run writes: it lacks {fact}")
     return Run(folder, read_object(folder / "config.json"), summary)
 
 
@@ -105,37 +111,46 @@ class Group:
         return [run for run in self.runs if run.is_finished]
 
     def values(self, metric: str) -> list[float]:
-        return [run.summary[metric] for run in self.finished if metric in run.summary]
+        return [run.summary[metric] for run in self.finished]
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """The metric by seed; nothing where two runs share one."""
-        runs = {run.summary["seed"]: run.summary[metric] for run in self.finished if metric in run.summary}
-        return runs if len(runs) == len(self.values(metric)) else {}
+        runs = {run.summary["seed"]: run.summary[metric] for run in self.finished}
+        return runs if len(runs) == len(self.finished) else {}
 
 
 def open_groups(specs: list[str]) -> list[Group]:
-    """The groups that the words of a command line mean.
+    """The groups that the words of a command line mean, each run once.
 
-    raises  UserError if one means no run
+    raises  UserError if one means no run, or a run stands in two groups
     """
-    groups = []
+    groups, seen = [], {}
     for spec in specs:
         name, found = "", matches(spec)
         if not found and "=" in spec:
             name, spec = spec.split("=", 1)
             found = matches(spec)
-        if not found:
+        holding = [path for path in found if holds_runs(path)]
+        if len(specs) > 1 and not name and found and not holding:   # such as a README.md that a * found
+            print(f"left out: {spec} is no run folder", file=sys.stderr)
+            continue
+        if not holding:
             known = [path.name for path in EXPERIMENTS.iterdir()] if EXPERIMENTS.is_dir() else []
             near = difflib.get_close_matches(Path(spec).name, known, n=1, cutoff=0.4)
-            raise UserError(f"{spec} is no run folder, and matches none, here or in experiments/"
+            raise UserError(f"{spec or 'nothing'} is no run folder, and matches none, here or in experiments/"
                             + (f"; did you mean {near[0]}?" if near else ""))
         if name:
-            groups.append(Group(name, [run for path in found for run in runs_in(path)]))
+            groups.append(Group(name, without_copies(run for path in holding for run in runs_in(path))))
             continue
-        for path in found:
-            runs = runs_in(path)
+        for path in holding:
+            runs = without_copies(runs_in(path))
             alone = is_run(path)
-            groups.append(Group(runs[0].name if alone else path.name, runs, alone))
+            groups += [Group(runs[0].name if alone else path.name, runs, alone)] if runs else []
+    for group in groups:
+        for run in group.runs:
+            other = seen.setdefault(run.folder.resolve(), group.name)
+            if other != group.name:
+                raise UserError(f"{run.name} stands in two groups, {other} and {group.name}")
     names = [group.name for group in groups]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
@@ -143,25 +158,44 @@ def open_groups(specs: list[str]) -> list[Group]:
     return groups
 
 
+def without_copies(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, also where links or --keep made it appear under two names."""
+    kept: list[Run] = []
+    for run in runs:
+        twin = next((other for other in kept if other.folder.resolve() == run.folder.resolve()
+                     or (run.summary and other.summary == run.summary)), None)
+        if twin:
+            print(f"left out: {run.name} is a copy of {twin.name}", file=sys.stderr)
+        else:
+            kept.append(run)
+    return kept
+
+
 def matches(pattern: str) -> list[Path]:
-    """The run folders, and folders of run folders, that a path or glob means, here or in experiments/."""
-    for where in (Path(), EXPERIMENTS):
-        found = [Path(path) for path in sorted(glob.glob(str(where / Path(pattern).expanduser())))]
-        found = [path for path in found if runs_in(path)]
-        if found:
-            return found
-    return []
+    """What a path or glob means: here, or in experiments/ if it finds no run here."""
+    pattern = os.path.expanduser(pattern)
+    here, there = ([where / path for path in sorted(glob.glob(pattern, root_dir=where))] if pattern else []
+                   for where in (Path(), EXPERIMENTS))
+    return there if not any(map(holds_runs, here)) and there else here
 
 
 def runs_in(path: Path) -> list[Run]:
-    """The run that a folder is, or those that lie in it."""
-    if is_run(path):
-        return [read_run(path)]
-    return [read_run(child) for child in sorted(path.iterdir()) if is_run(child)] if path.is_dir() else []
+    """The run that a folder is, or those that lie in it; a damaged one is left out with a word."""
+    runs = []
+    for folder in [path] if is_run(path) else sorted(path.iterdir()):
+        try:
+            runs += [read_run(folder)] if is_run(folder) else []
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return runs
 
 
 def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file()
+
+
+def holds_runs(path: Path) -> bool:
+    return is_run(path) or (path.is_dir() and any(map(is_run, path.iterdir())))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,43 +210,65 @@ PERSONAL_KNOBS = ("model_name", "seed", "check", "resume", "resume_changed", "sa
                   "wandb", "tensorboard")
 
 
-def held_out_text(run: Run) -> str:
-    """What names the text that a run was validated on; where it was not hashed yet, the data name it."""
-    facts = run.summary
-    return str(facts.get("held_out_sha256") or (facts.get("data_sha256"), facts.get("held_out_tokens")))
+class NotComparable(UserError):
+    """Two runs of which one number must not be set against the other's.
+
+    advice  what to do about it on compare.py's command line
+    """
+
+    def __init__(self, problem: str, advice: str):
+        super().__init__(f"{problem}; {advice}")
+        self.problem = problem
 
 
 def check_comparable(groups: list[Group], metric: str, although: Iterable[str] = ()) -> None:
-    """raises  UserError that names the first difference that forbids to compare the groups"""
+    """Within groups and between them.
+
+    raises  NotComparable that names what forbids it
+    """
     runs = [(group.name, run) for group in groups for run in group.finished]
     base_group, base = runs[0]
     for name, run in runs[1:]:
-        where = f"{base_group} ({base.name}) and {name} ({run.name})"
-        same_text = held_out_text(run) == held_out_text(base)
-        for condition, fact in CONDITIONS.items():
-            if condition in although or run.summary.get(fact) == base.summary.get(fact):
-                continue
-            said = fact if condition == "tokens" else condition
-            values = [f"{value:,}" if isinstance(value, int) else f"{value} {str(facts.get(fact))[:8]}"
-                      for facts in (base.summary, run.summary) for value in [facts.get(said)]]
-            if not same_text:
-                advice = "; their held-out text differs, too, so nothing makes them comparable"
-            elif condition == "tokens":
-                advice = "; if that is the question, use --although tokens"
-            else:
-                advice = f"; bits per byte of the same text can still be compared: --although {condition}"
-            raise UserError(f"{where} differ in {condition}: {values[0]} against {values[1]}{advice}")
+        pair = f"{base_group} ({base.name}) and {name} ({run.name})" if name != base_group else (
+            f"two runs of {name} ({base.name}, {run.name})")
+        differing = [condition for condition, fact in CONDITIONS.items()
+                     if condition not in although and run.summary.get(fact) != base.summary.get(fact)]
+        same_text = validated_on_one_text(base, run)
+        if differing:
+            values = [f"{condition}: {told(base, condition)} against {told(run, condition)}"
+                      for condition in differing]
+            allow = " ".join(f"--although {condition}" for condition in differing)
+            advice = "nor were they validated on the same text, so nothing makes them comparable"
+            if same_text:
+                advice = (f"if that is the question, use {allow}" if differing == ["tokens"] else
+                          f"bits per byte of the same held-out text can still be compared: {allow}")
+            raise NotComparable(f"{pair} differ in {' and in '.join(values)}", advice)
         if not same_text:
-            raise UserError(f"{where} were validated on different text; train them on the same held-out "
-                            "documents (and --val_tokens)")
-        if metric != "val_bpb" and run.summary["tokenizer_sha256"] != base.summary["tokenizer_sha256"]:
-            raise UserError(f"{where} have different tokenizers, so {metric} counts other tokens; "
-                            "use --metric val_bpb")
+            raise NotComparable(f"{pair} were validated on different text",
+                                "train them on the same held-out documents (and --val_tokens)")
+        tokenizers = {run.summary.get("tokenizer_sha256") for run in (base, run)}
+        if metric != "val_bpb" and len(tokenizers) > 1:
+            raise NotComparable(f"{pair} have different tokenizers, so {metric} counts other tokens",
+                                "use --metric val_bpb")
 
 
-def differing_knobs(a: Group, b: Group) -> list[str]:
-    """What the two configurations do differently: knobs, sources, and the machine."""
-    first, second = a.finished[0], b.finished[0]
+def told(run: Run, condition: str) -> str:
+    """A run's data, tokenizer or tokens, as people tell them apart."""
+    value, sha256 = run.summary.get(condition), str(run.summary.get(CONDITIONS[condition]))
+    return f"{value:,}" if condition == "tokens" else f"{value} {sha256[:8]}"
+
+
+def validated_on_one_text(a: Run, b: Run) -> bool:
+    hashes = [run.summary.get("held_out_sha256") for run in (a, b)]
+    if all(hashes):
+        return hashes[0] == hashes[1]
+    # runs of before the text was hashed: equal data and as many tokens of it are the same text
+    facts = [(run.summary.get("data_sha256"), run.summary.get("held_out_tokens")) for run in (a, b)]
+    return facts[0] == facts[1]
+
+
+def differences_of(first: Run, second: Run) -> list[str]:
+    """What two runs did differently: knobs, sources, and the machine."""
     found = [f"--{knob} {first.knobs.get(knob)!r} against {second.knobs.get(knob)!r}"
              for knob in {**first.knobs, **second.knobs}
              if knob not in PERSONAL_KNOBS and first.knobs.get(knob) != second.knobs.get(knob)]
@@ -229,76 +285,90 @@ def differing_knobs(a: Group, b: Group) -> list[str]:
     return found
 
 
+def mixed(group: Group) -> list[str]:
+    """A line if runs of one group differ in more than their seed."""
+    runs = group.finished
+    other = next((run for run in runs[1:] if differences_of(runs[0], run)), None)
+    return [] if not other else [f"{group.name} is mixed: {runs[0].name} and {other.name} differ in "
+                                 + "; ".join(differences_of(runs[0], other))]
+
+
 # ------------------------------------------------------------------------------------------------
 # Conclusions
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Comparison:
-    """What group b's metric does beside group a's; without tests where a group has one run."""
+    """What group b's metric does beside group a's; without tests where they take more runs.
+
+    seeds   that both have; the test is paired if these are all that the smaller group has
+    effect  the difference to be found; 0: the one that was seen
+    """
     a: Group
     b: Group
     metric: str
+    seeds: list[int]
     welch: significance.Difference | None
     paired: significance.Difference | None
-
-    @property
-    def best_test(self) -> significance.Difference | None:
-        """The paired one, where there are seeds to pair."""
-        return self.paired or self.welch
+    effect: float = 0.0
 
     def lines(self) -> list[str]:
         """The comparison in words."""
         a, b = self.a.values(self.metric), self.b.values(self.metric)
         lines = [f"{self.b.name} against {self.a.name}, {self.metric}: {fmean(b):.4f} "
                  f"({counted(len(b), 'run')}) against {fmean(a):.4f} ({counted(len(a), 'run')})"]
-        if not self.best_test:
-            return [*lines, f"  difference {fmean(b) - fmean(a):+.4f}; one run a side does not tell it from "
-                            "chance: repeat both with several seeds"]
-        for test in filter(None, (self.paired, self.welch)):
-            lines.append(f"  {test.kind + (' by seed' if test is self.paired else ''):<16}"
-                         f"{test.mean:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}, "
-                         f"t {test.t:.2f} on {test.df:.1f} degrees of freedom, {p_in_words(test.p)}")
-        test = self.best_test
+        test = self.paired or self.welch
+        if not test:
+            return [*lines, self.of_one_run(a, b)]
+        for one, kind in ((self.paired, f"paired by {len(self.seeds)} seeds"), (self.welch, "Welch")):
+            if one:
+                lines.append(f"  {kind:<18}{one.mean:+.4f}, 95 % interval {one.low:+.4f} to {one.high:+.4f}, "
+                             f"t {one.t:.2f} on {one.df:.1f} degrees of freedom, {p_in_words(one.p)}")
         better = "lower, so better" if test.mean < 0 else "higher, so worse"
         lines.append(f"  {self.b.name} is {better}" if test.p < 0.05 else
                      "  no difference shown; that is not the same as none")
-        if test.sd > 0:
-            sizes = (len(self.seeds), 0) if self.paired else (len(a), len(b))
-            smallest = significance.detectable_effect(test.sd, *sizes)
-            lines.append(f"  so many runs find a true difference of {smallest:.4f} four times in five"
-                         + self.more_runs(test, sizes[0]))
+        if test.error > 0:
+            lines.append(f"  so many runs find a true difference of "
+                         f"{significance.smallest_effect(test.error, test.df):.4f} four times in five"
+                         + self.runs_for(abs(self.effect or test.mean), test))
         return lines
 
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds that both groups have."""
-        return sorted(set(self.a.by_seed(self.metric)) & set(self.b.by_seed(self.metric)))
+    def of_one_run(self, a: list[float], b: list[float]) -> str:
+        """What can be said where one side, or both, have a single run."""
+        difference = f"  difference {fmean(b) - fmean(a):+.4f}"
+        many, group, one = (a, self.a, self.b) if len(a) > len(b) else (b, self.b, self.a)
+        if len(many) == 1 or not stdev(many):
+            return f"{difference}; one run a side does not tell it from chance: repeat both with more seeds"
+        sigmas = abs(fmean(b) - fmean(a)) / stdev(many)
+        return (f"{difference}, {sigmas:.1f} standard deviations of {group.name}; {one.name} is a single "
+                "run: repeat it with more seeds")
 
-    def more_runs(self, test: significance.Difference, have: int) -> str:
-        unit = "pairs" if self.paired else "runs a side"
-        if not test.mean:
+    def runs_for(self, effect: float, test: significance.Difference) -> str:
+        """How many runs find an effect, beside those that are there."""
+        if not effect:
             return ""
+        unit, have = ("pairs", [len(self.seeds)]) if self.paired else (
+            "runs a side", [len(self.a.finished), len(self.b.finished)])
         try:
-            needed = significance.runs_needed(test.mean, test.sd, is_paired=bool(self.paired))
+            needed = significance.runs_needed(effect, test.sd, is_paired=bool(self.paired))
         except ValueError:
-            return f"; one as small as {test.mean:+.4f} would take more than 10,000 {unit}"
-        more = f", {needed - have} more" if needed > have else ""
-        return f"; one of {test.mean:+.4f} takes {needed} {unit}{more}"
+            return f"; one of {effect:.4f} would take more than 10,000 {unit}"
+        more = [max(0, needed - number) for number in have]
+        missing = f", {more[0]} more"
+        if not self.paired:
+            missing += f" of {self.a.name} and {more[1]} more of {self.b.name}"
+        return f"; one of {effect:.4f} takes {needed} {unit}{missing if any(more) else ''}"
 
 
-def compare(a: Group, b: Group, metric: str) -> Comparison:
-    first, second = a.values(metric), b.values(metric)
-    if not first or not second:
-        raise UserError(f"{(a if not first else b).name} has no finished run with {metric}")
-    welch = significance.welch(first, second) if min(len(first), len(second)) > 1 else None
-    comparison = Comparison(a, b, metric, welch, None)
-    seeds = comparison.seeds
-    if len(seeds) < 2:
-        return comparison
-    by_seed = a.by_seed(metric), b.by_seed(metric)
-    paired = significance.paired([by_seed[0][seed] for seed in seeds], [by_seed[1][seed] for seed in seeds])
-    return Comparison(a, b, metric, welch, paired)
+def compare(a: Group, b: Group, metric: str, effect: float = 0.0) -> Comparison:
+    first, second = a.by_seed(metric), b.by_seed(metric)
+    seeds = sorted(set(first) & set(second))
+    welch = paired = None
+    if min(len(a.finished), len(b.finished)) > 1:
+        welch = significance.welch(a.values(metric), b.values(metric))
+        if len(seeds) == min(len(first), len(second)) > 1:
+            paired = significance.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    return Comparison(a, b, metric, seeds, welch, paired, effect)
 
 
 def counted(number: int, thing: str) -> str:
@@ -306,22 +376,25 @@ def counted(number: int, thing: str) -> str:
 
 
 def p_in_words(p: float) -> str:
-    return f"p {p:.3f}" if p >= 0.001 else "p below 0.001"
+    return f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
 
 
-def target_lines(group: Group, metric: str, target: float) -> list[str]:
+def target_line(group: Group, metric: str, target: float) -> str:
     """Whether a group reaches a target on average, by the speedruns' test."""
     values = group.values(metric)
+    if any(run.summary.get("target") for run in group.finished):
+        return (f"{group.name}: its runs ended when they reached --target_loss, so their last losses prove "
+                "nothing; train them to the end of their budget")
     if len(values) < 2:
-        return [f"{group.name}: {metric} {values[0]:.4f}, the target {target:g}; a test takes two runs"]
+        return f"{group.name}: {metric} {values[0]:.4f}, the target {target:g}; a test takes two runs"
     p = significance.p_below(values, target)
     verdict = "reached" if p < 0.01 else "not shown to be reached"
-    return [f"{group.name}: mean {metric} {fmean(values):.4f} of {len(values)} runs; the target {target:g} "
-            f"is {verdict} ({p_in_words(p)}, one-sided; the speedruns ask for less than 0.01)"]
+    return (f"{group.name}: mean {metric} {fmean(values):.4f} of {len(values)} runs; the target {target:g} "
+            f"is {verdict} ({p_in_words(p)}, one-sided; the speedruns ask for less than 0.01)")
 
 
 def hellaswag_lines(a: Group, b: Group) -> list[str]:
-    """McNemar's test on the questions, for each pair of runs that belong together."""
+    """McNemar's test on the questions, for each pair of runs that belong together; of models, not recipes."""
     runs_a, runs_b = ([run for run in group.finished if run.hellaswag] for group in (a, b))
     seeds_b = {run.summary["seed"]: run for run in runs_b}
     pairs = [(run, seeds_b[run.summary["seed"]]) for run in runs_a if run.summary["seed"] in seeds_b]
@@ -337,23 +410,36 @@ def hellaswag_lines(a: Group, b: Group) -> list[str]:
                             for run in (first, second))
         test = significance.mcnemar(a_right, b_right)
         lines.append(f"  HellaSwag, {second.name} against {first.name}: {sum(b_right):,} against "
-                     f"{sum(a_right):,} of {len(a_right):,} right; only the one {test.only_b:,}, only the "
-                     f"other {test.only_a:,}, {p_in_words(test.p)} (McNemar)")
+                     f"{sum(a_right):,} of {len(a_right):,} right; {test.only_b:,} only by the former, "
+                     f"{test.only_a:,} only by the latter, {p_in_words(test.p)} (McNemar)")
     return lines
+
+
+def baseline(spec: str) -> Group:
+    """All finished runs that a word of --compare_to means, as one group.
+
+    raises  UserError if there are none
+    """
+    groups = open_groups([spec])
+    runs = without_copies(run for group in groups for run in group.finished)
+    if not runs:
+        raise UserError(f"{spec} has no finished run to compare with")
+    return Group(groups[0].name if len(groups) == 1 else spec, runs)
 
 
 def standing(run: Run, spec: str, metric: str = "val_bpb") -> str:
     """How far a finished run is from a group, in its standard deviations; or why that cannot be said."""
-    group, = open_groups([spec])
+    group = baseline(spec)
     others = [other for other in group.runs if other.folder.resolve() != run.folder.resolve()]
-    group, alone = Group(group.name, others), Group("this run", [run])
-    values = group.values(metric)
-    if not values:
-        return f"{group.name} has no finished run to compare with"
+    group = Group(group.name, others)
+    if not others:
+        return f"no comparison with {group.name}: this run is all that it has"
     try:
-        check_comparable([group, alone], metric)
-    except UserError as error:
-        return f"no comparison with {group.name}: {error}"
+        # bits per byte of one text are bits per byte, whatever the tokenizer and the data
+        check_comparable([group, Group("this run", [run])], metric, ("data", "tokenizer"))
+    except NotComparable as error:
+        return f"no comparison with {group.name}: {error.problem}"
+    values = group.values(metric)
     above = run.summary[metric] - fmean(values)
     side = "above" if above > 0 else "below"
     if len(values) < 2 or not stdev(values):
@@ -384,7 +470,8 @@ def _last(run: Run, column: str) -> float | None:
 
 
 def _accuracy(run: Run) -> dict | None:
-    return run.summary.get("benchmarks", {}).get("hellaswag", {}).get("acc")
+    scores = (run.summary.get("benchmarks") or {}).get("hellaswag") or {}
+    return scores.get("acc")
 
 
 COLUMNS = (
@@ -471,100 +558,6 @@ def as_csv(groups: list[Group]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# Curves
-# ------------------------------------------------------------------------------------------------
-
-# how far a run was at a row of metrics.csv, by name: label, value or None, and scale
-AXES: dict[str, tuple[str, Callable[[Run, dict], float | None]]] = {
-    "step": ("steps", lambda run, row: row.get("step")),
-    "tokens": ("million tokens", lambda run, row: row["tokens"] / 1e6),
-    "time": ("minutes of training", lambda run, row: row["train_seconds"] / 60),
-    "flops": ("training FLOPs", lambda run, row: row.get("flops")),
-    "cost": ("cost", lambda run, row: _price(run) * row["train_seconds"] / 3600 if _price(run) else None),
-}
-# Okabe and Ito's colours, which people who see colours differently can tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def _price(run: Run) -> float:
-    return run.knobs.get("gpu_cost_per_hour", 0)
-
-
-def curve(run: Run, axis: str, metric: str) -> tuple[list[float], list[float]]:
-    """Where a run was validated, and the metric there; empty if the run does not know the axis."""
-    place = AXES[axis][1]
-    points = [(place(run, row), row[metric]) for row in run.rows if metric in row]
-    if any(x is None for x, _ in points):
-        return [], []
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def draw(groups: list[Group], axis: str, metric: str):
-    """A figure of matplotlib: each group's mean in a band of its standard deviation; None without curves."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": axis}
-    drawn = False
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-        for number, group in enumerate(groups):
-            colour = COLOURS[number % len(COLOURS)]
-            curves = [(x, y) for x, y in (curve(run, axis, metric) for run in group.runs) if x]
-            if not curves:
-                continue
-            drawn = True
-            label = group.name if len(curves) == 1 else f"{group.name} ({len(curves)} runs)"
-            if len(curves) == 1:
-                axes.plot(*curves[0], color=colour, label=label, linewidth=1.4)
-                continue
-            # runs are validated at places of their own; the mean is taken where all of them have been
-            last = min(x[-1] for x, _ in curves)
-            grid = np.array([x for x in max((x for x, _ in curves), key=len) if x < last] + [last])
-            values = np.array([np.interp(grid, x, y) for x, y in curves])
-            mean, spread = values.mean(0), values.std(0, ddof=1)
-            axes.plot(grid, mean, color=colour, label=label, linewidth=1.4)
-            axes.fill_between(grid, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-        names = {"val_bpb": "bits per byte, held-out text", "val_loss": "nats per token, held-out text"}
-        axes.set(xlabel=AXES[axis][0], ylabel=names.get(metric, metric))
-        axes.set_xlim(left=0)
-        if drawn:
-            axes.legend(frameon=False)
-            _zoom(axes)
-    return figure if drawn else None
-
-
-def _zoom(axes) -> None:
-    """Leave the steep beginning out, which hides how the curves differ: show what is at most half above the
-    lowest end, and more where the ends themselves lie further apart."""
-    import numpy as np
-    heights = np.concatenate([line.get_ydata() for line in axes.lines])
-    ends = np.array([line.get_ydata()[-1] for line in axes.lines])
-    top = min(heights.max(), ends.min() + max(0.5 * ends.min(), 3 * np.ptp(ends)))
-    axes.set_ylim(heights.min() - 0.03 * (top - heights.min()), top)
-
-
-def save_curves(groups: list[Group], metric: str, base: Path) -> list[Path]:
-    """BASE_AXIS.png and .svg for every axis that the runs know."""
-    from matplotlib import pyplot
-    base.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for axis in AXES:
-        figure = draw(groups, axis, metric)
-        if figure:
-            for ending in ("png", "svg"):
-                path = base.with_name(f"{base.name}_{axis}.{ending}")
-                figure.savefig(path, dpi=200, metadata={"Date": None} if ending == "svg" else None)
-                written.append(path)
-        pyplot.close("all")
-    if not written:
-        raise UserError("none of these runs was validated while it trained, so there is nothing to draw")
-    return written
-
-
-# ------------------------------------------------------------------------------------------------
 # The index of what is committed
 # ------------------------------------------------------------------------------------------------
 
@@ -581,15 +574,15 @@ def index(experiments: Path) -> str:
              "|---|--:|---|--:|--:|--:|--:|---|"]
     failures = []
     for folder in folders:
-        runs = runs_in(folder)
-        group = Group(folder.name, runs)
-        failures += [f"- `{run.folder.relative_to(experiments)}`: {run.status}" for run in runs
+        group = Group(folder.name, runs_in(folder))
+        failures += [f"- `{run.folder.relative_to(experiments)}`: {run.status}" for run in group.runs
                      if not run.is_finished]
         if not group.finished:
             continue
         facts = group.finished[0].summary
         cells = [f"[{folder.name}]({folder.name}/)",
-                 f"{len(group.finished)}" + (f" of {len(runs)}" if len(runs) > len(group.finished) else ""),
+                 f"{len(group.finished)}" + (f" of {len(group.runs)}" if len(group.finished) < len(group.runs)
+                                              else ""),
                  facts.get("preset", ""), f"{median(group.values('tokens')) / 1e6:,.1f}M",
                  _mean_and_spread(group.values("val_loss")), _mean_and_spread(group.values("val_bpb")),
                  f"{median(group.values('tokens_per_second')):,.0f}",
@@ -609,18 +602,13 @@ def _mean_and_spread(values: list[float]) -> str:
 # The command
 # ------------------------------------------------------------------------------------------------
 
-def conclusions(groups: list[Group], metric: str, although: Iterable[str]) -> list[str]:
-    """Each further group against the first, in words.
-
-    raises  UserError if they cannot be compared
-    """
-    check_comparable(groups, metric, although)
+def conclusions(groups: list[Group], metric: str, although: Iterable[str], effect: float) -> list[str]:
+    """Each further group against the first, in words."""
     lines = []
     for group in groups[1:]:
-        if lines:
-            lines.append("")
-        lines += compare(groups[0], group, metric).lines() + hellaswag_lines(groups[0], group)
-        differing = differing_knobs(groups[0], group)
+        lines += [""] if lines else []
+        lines += compare(groups[0], group, metric, effect).lines() + hellaswag_lines(groups[0], group)
+        differing = differences_of(groups[0].finished[0], group.finished[0])
         lines.append(f"  they differ in {'; '.join(differing) or 'nothing that the runs know of'}")
     return lines
 
@@ -628,16 +616,20 @@ def conclusions(groups: list[Group], metric: str, although: Iterable[str]) -> li
 @command
 def main() -> None:
     parser = Parser("Compare runs: a table, statistics between groups, curves, a page.",
-                    formatter_class=lambda prog: Help(prog, max_help_position=30, width=110))
+                    usage="%(prog)s EXP [EXP ...] [flags]",
+                    formatter_class=lambda prog: Help(prog, max_help_position=24, width=110))
     parser.add_argument("runs", nargs="*", metavar="EXP",
                         help="a run folder, a glob, a folder of runs, or a group NAME=GLOB")
     parser.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text",
                         help="of the tables")
-    parser.add_argument("--metric", choices=("val_bpb", "val_loss"), default="val_bpb",
-                        help="what is compared and drawn")
-    parser.add_argument("--although", choices=tuple(CONDITIONS), nargs="+",
-                        help="compare although runs differ in this")
-    parser.add_argument("--target", type=float, help="test whether each group reaches this value")
+    parser.add_argument("--metric", choices=("val_bpb", "val_loss"),
+                        help="what is compared and drawn: val_bpb, or val_loss with --target")
+    parser.add_argument("--although", choices=tuple(CONDITIONS), action="append", default=[],
+                        help="compare although runs differ in this; may be repeated")
+    parser.add_argument("--target", type=float, metavar="LOSS",
+                        help="test whether each group reaches this value")
+    parser.add_argument("--effect", type=float, default=0.0, metavar="DIFFERENCE",
+                        help="say how many runs find so large a difference; 0: one as large as seen")
     parser.add_argument("--plot", type=Path, metavar="BASE",
                         help="draw curves into BASE_step.png, BASE_tokens.svg, ...")
     parser.add_argument("--html", type=Path, metavar="FILE",
@@ -648,39 +640,49 @@ def main() -> None:
         write_whole(EXPERIMENTS / "README.md", index(EXPERIMENTS))
     if not args.runs:
         return args.index or parser.error("name runs to compare, as in: python compare.py experiments/2026*")
+    if args.plot and not args.plot.name:
+        raise UserError(f"--plot must be how file names begin, as in figures/demo; it is {args.plot}")
+    metric = args.metric or ("val_bpb" if args.target is None else "val_loss")
     groups = open_groups(args.runs)
-    compared = [group for group in groups if group.finished]
+    finished = [group for group in groups if group.finished]
     # many single runs make a table; two of them, or groups, are also weighed against each other
-    are_groups = len(compared) == 2 or not any(group.is_alone for group in compared)
-    problem, said = "", []
+    weighed = finished if len(finished) == 2 else [group for group in finished if not group.is_alone]
+    said = [line for group in weighed for line in mixed(group)]
+    problem = ""
     try:
-        if are_groups and len(compared) > 1:
-            said = conclusions(compared, args.metric, args.although or ())
-    except UserError as error:
+        if weighed:
+            check_comparable(weighed, metric, args.although)
+            said += conclusions(weighed, metric, args.although, args.effect)
+        if args.target is not None:
+            said += ["", *(target_line(group, metric, args.target) for group in finished)]
+    except NotComparable as error:
         problem = str(error)
-    if args.target is not None:
-        said += ["", *(line for group in compared for line in target_lines(group, args.metric, args.target))]
+    left_out = [group.name for group in finished if group not in weighed] if len(weighed) > 1 else []
+    said += [f"not weighed, since single runs: {', '.join(left_out)}"] if left_out else []
+    said += [f"{run.name}: {run.status}" for group in groups for run in group.runs if not run.is_finished]
     show = {"text": as_text, "markdown": as_markdown, "latex": as_latex}.get(args.format)
     if not show:
         print(as_csv(groups))
     else:
         print(show(runs_table(groups)))
-        if any(len(group.runs) > 1 for group in groups):
+        if not problem and any(len(group.runs) > 1 for group in groups):
             print("\n" + show(groups_table(groups)))
-    notes = [f"{run.name}: {run.status}" for group in groups for run in group.runs if not run.is_finished]
-    out = sys.stdout if args.format == "text" else sys.stderr   # what goes into a paper is the table alone
-    if said or notes:
-        print("\n" + "\n".join([*said, *notes]).strip("\n"), file=out)
-    if problem:
-        raise UserError(problem)
+    if said:
+        out = sys.stdout if args.format == "text" else sys.stderr   # a paper takes the table alone
+        print("\n" + "\n".join(said).strip("\n"), file=out)
+    written = []
     if args.plot:
-        for path in save_curves(groups, args.metric, args.plot):
-            print(f"wrote {os.path.relpath(path)}", file=sys.stderr)
+        from curves import save_curves
+        written += save_curves(groups, metric, args.plot)
     if args.html:
         from page import page
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.html, page(groups, args.metric, said))
-        print(f"wrote {os.path.relpath(args.html)}", file=sys.stderr)
+        write_whole(args.html, page(groups, metric, [*said, problem]))
+        written.append(args.html)
+    for path in written:
+        print(f"wrote {os.path.relpath(path)}", file=sys.stderr)
+    if problem:
+        raise UserError(problem)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ It needs no network and no other file: curves are inline SVG, and a few lines of
 runs say (names, samples) is text and never markup.
 """
 
-import io
 from html import escape
 from statistics import fmean
 
-from compare import AXES, COLUMNS, Group, Run, draw
+from compare import COLUMNS, Group, Run
+from curves import AXES, as_bytes
 
 STYLE = """
 :root { --ink: #1d2733; --soft: #5d6b7a; --line: #dde3ea; --back: #ffffff; --tint: #f4f7fa;
@@ -102,16 +102,11 @@ def _table(runs: list[tuple[Group, Run]]) -> str:
 
 def _curves(groups: list[Group], metric: str) -> str:
     """A figure for each axis that the runs know, one of which is shown."""
-    from matplotlib import pyplot
     labels, figures = [], []
     for axis, (name, _) in AXES.items():
-        figure = draw(groups, axis, metric)
-        if not figure:
+        svg = as_bytes(groups, axis, metric, "svg").decode()
+        if not svg:
             continue
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-        svg = out.getvalue()
         checked, hidden = ("", " hidden") if figures else (" checked", "")
         labels.append(f"<label><input type=\"radio\" name=\"axis\" value=\"{axis}\"{checked}>"
                       f"{escape(name)}</label>")

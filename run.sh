@@ -4,7 +4,7 @@
 #                                 ./run.sh setup  no more than the set-up
 #     ./run.sh PRESET             xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on all GPUs here
 #     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
-#     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread
+#     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread; see seeds.py --help
 # The environment is .venv. An installed torch of 2.9 or later is used as it is; otherwise requirements.txt is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -136,14 +136,23 @@ preset() {
 }
 
 seeds() {
-    local preset="${1:-}" count="${2:-}"
+    local preset="${1:-}" count="${2:-}" name="${1:-}" kept=() flags=()
     [[ $count =~ ^[1-9][0-9]*$ ]] || fail "say which preset and how many seeds, as in: ./run.sh seeds demo 8"
+    shift 2
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --name) name="${2:-}"; shift ;;
+            --keep) kept=(--keep "${2:-}"); shift ;;
+            *) flags+=("$1") ;;
+        esac
+        shift
+    done
     case "$preset" in
-        demo) demo "${@:3}" ;;
-        xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" "${@:3}" ;;
+        demo) demo "${flags[@]}" ;;
+        xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" "${flags[@]}" ;;
         *) fail "there is no preset '$preset'; they are demo, xs, s, m, gpt2-small, gpt2-medium and gpt2-xl" ;;
     esac
-    exec .venv/bin/python seeds.py "$count" --name "$preset" -- "${training[@]}"
+    exec .venv/bin/python seeds.py "$count" --name "$name" "${kept[@]}" -- "${training[@]}"
 }
 
 case "${1:-demo}" in

@@ -36,7 +36,7 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 from documents import UserError, first_line, sha256_of
-from trackers import numbers_in, open_trackers
+from trackers import Trackers, check_packages
 from train_tokenizer import TOKENIZERS, load_tokenizer, tokenizer_sha256
 
 if TYPE_CHECKING:       # who only reads what runs left need not wait for it
@@ -75,16 +75,18 @@ class RunLog:
         self.last_line = time.perf_counter()
         if not self.active:
             return
+        check_packages(cfg)
         self.folder = Path(cfg.resume) if saved else new_folder(cfg.model_name)
         self.text = text or locked_log(self.folder)
         # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
         self.bar = tqdm(total=cfg.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False,
                         initial=self.saved_step,
                         bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} {postfix}")
-        self.identity = identity
         self.sessions = [*(saved["sessions"] if saved else []), {
             "from_step": self.saved_step,
-            **{fact: identity[fact] for fact in ("processes", "device", "code_sha256")}}]
+            **{fact: identity[fact] for fact in ("processes", "device", "code_sha256", "command")}}]
+        # a run is known by the command that began it, also when it goes on by another
+        self.identity = identity | ({"command": saved["identity"]["command"]} if saved else {})
         # the knobs of resuming speak of one session only
         knobs = dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}
         self.origin = {"config.json": json.dumps(knobs, indent=2) + "\n",
@@ -96,7 +98,7 @@ class RunLog:
         (self.folder / "summary.json").unlink(missing_ok=True)      # of a run that failed and goes on
         self._write("metrics.csv", "\n".join([",".join(columns), *map(self._csv_row, self.rows), ""]))
         self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
-        self.trackers = open_trackers(cfg, self.folder, self.saved_step)
+        self.trackers = Trackers(cfg, self.folder, self.saved_step)
 
     def _tell_origin(self) -> None:
         """Write what makes this session's results; what made those before it stays beside it."""
@@ -134,8 +136,7 @@ class RunLog:
         self.rows.append(values)
         self.csv.write(self._csv_row(values) + "\n")
         self.csv.flush()
-        for tracker in self.trackers:
-            tracker.row(values["step"], numbers_in(values))
+        self.trackers.row(values["step"], values)
         left = values["train_seconds"] * (1 - progress) / progress
         line = (f"step {values['step']:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}  "
                 f"train_loss {values['train_loss']:.4f}  "
@@ -187,8 +188,7 @@ class RunLog:
             results["cost"] = round(hours * self.cfg.gpu_cost_per_hour, 4)
         self._tell_origin()
         self._write("summary.json", json.dumps(results, indent=2) + "\n")
-        for tracker in self.trackers:
-            tracker.summary(numbers_in(results))
+        self.trackers.summary(results)
         return results
 
     def checkpoint(self, state: dict) -> None:
@@ -218,11 +218,10 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         if self.active:
             self.bar.close()
-            for tracker in self.trackers:
-                tracker.close()
+            self.trackers.close(failed=kind is not None)
             for file in (self.text, self.csv):
                 with contextlib.suppress(OSError):      # a full disk, which has been reported
                     file.close()

@@ -7,9 +7,12 @@
 The command after -- is run as it is, with --seed, --model_name and --resume auto behind it, once for each
 seed from 0 on. So kill this, start it again, and it goes on where it was; ask for more seeds later, and only
 those are run. A run that diverged stays as a failure and is counted. At the end stand the runs, their mean
-and their spread. --keep copies what is small of each run to experiments/NAME/seedN, to be committed.
+and their spread. --keep copies what is small of each run to experiments/NAME/seedN, to be committed, with
+the changes that the script has against train_gpt.py.
 """
 
+import difflib
+import re
 import shlex
 import shutil
 import signal
@@ -19,11 +22,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import significance
-from compare import Group, Run, as_text, groups_table, read_run, runs_table
+from compare import Group, Run, as_text, check_comparable, groups_table, read_run, runs_in, runs_table
 from documents import Parser, UserError, command, positive, sha256_of
 from run_folder import EXPERIMENTS, ROOT
 
-KEPT = ("config.json", "summary.json", "metrics.csv", "samples.jsonl", "hellaswag.jsonl")
+KEPT = ("config.json", "summary.json", "metrics.csv", "samples.jsonl")
 
 
 def ended_run(name: str, words: list[str]) -> Run | None:
@@ -72,12 +75,29 @@ def run_seed(words: list[str]) -> int:
         signal.signal(signal.SIGINT, before[1])
 
 
-def keep(run: Run, folder: Path) -> None:
-    """Copy what is small of a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        if (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, folder / name)
+def keep(runs: list[Run], folder: Path) -> None:
+    """Copy what is small of these runs to seed0, seed1, ..., and how their script differs from train_gpt.py.
+
+    raises  UserError if the folder holds other runs
+    """
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} is a run itself; take another name for --keep")
+    summaries = [run.summary for run in runs]
+    there = runs_in(folder) if folder.is_dir() else []
+    strange = [run.name for run in there if run.summary not in summaries]
+    if strange:
+        raise UserError(f"{', '.join(strange)} of an earlier time would stand among these runs; move it away")
+    for run in runs:
+        target = folder / f"seed{run.knobs['seed']}"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (run.folder / name).is_file():
+                shutil.copyfile(run.folder / name, target / name)
+    script = str(runs[0].summary.get("script", "train_gpt.py"))
+    if script != "train_gpt.py":
+        sides = [path.read_text(encoding="utf-8").splitlines(keepends=True)
+                 for path in (ROOT / "train_gpt.py", runs[0].folder / f"{Path(script).stem}.txt")]
+        (folder / "changes.diff").write_text("".join(difflib.unified_diff(*sides, "train_gpt.py", script)))
 
 
 def verdict(group: Group) -> str:
@@ -105,6 +125,8 @@ def main() -> None:
     script_place(words)
     own = ("--seed", "--model_name", "--resume")
     taken = next((word for word in words if word.split("=")[0] in own), None)
+    if args.keep and not re.fullmatch(r"[A-Za-z][\w.-]*", args.keep):
+        raise UserError(f"--keep must be a name that begins with a letter; it is {args.keep!r}")
     if taken:
         raise UserError(f"leave {taken} out of the command; seeds.py sets it for each run")
     runs = []
@@ -122,10 +144,14 @@ def main() -> None:
         print(f"seed {seed}: {run.status}, {run.name}"
               + (f", val_bpb {run.summary['val_bpb']:.4f}" if run.is_finished else ""), flush=True)
         runs.append(run)
-        if args.keep:
-            keep(run, EXPERIMENTS / args.keep / f"seed{seed}")
     group = Group(args.name, runs)
-    print(f"\n{as_text(runs_table([group]))}\n\n{as_text(groups_table([group]))}\n\n{verdict(group)}")
+    print(f"\n{as_text(runs_table([group]))}\n")
+    if args.keep:
+        keep(runs, EXPERIMENTS / args.keep)
+    if not group.finished:
+        raise UserError(f"none of the {len(runs)} runs finished")
+    check_comparable([group], "val_bpb")        # data may have been made anew meanwhile
+    print(f"{as_text(groups_table([group]))}\n\n{verdict(group)}")
 
 
 if __name__ == "__main__":

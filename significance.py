@@ -137,9 +137,15 @@ def detectable_effect(sd: float, runs_a: int, runs_b: int = 0) -> float:
     sd              spread of single runs; of differences if the runs are paired
     runs_a, runs_b  in each group; without runs_b, runs_a pairs
     """
-    if sd == 0:
+    if not runs_b:
+        return smallest_effect(sd / math.sqrt(runs_a), runs_a - 1)
+    return smallest_effect(sd * math.sqrt(1 / runs_a + 1 / runs_b), runs_a + runs_b - 2)
+
+
+def smallest_effect(error: float, df: float) -> float:
+    """The true difference that is found four times in five, where the mean's standard error is `error`."""
+    if error == 0:
         return 0.0
-    error, df = _error_and_df(sd, runs_a, runs_b)
     low, high = 0.0, error
     while power(high, error, df) < 0.8:
         high *= 2
@@ -168,12 +174,6 @@ def runs_needed(effect: float, sd: float, is_paired: bool = False) -> int:
         middle = (low + runs) // 2
         low, runs = (low, middle) if suffices(middle) else (middle, runs)
     return max(2, runs)
-
-
-def _error_and_df(sd: float, runs_a: int, runs_b: int) -> tuple[float, int]:
-    if not runs_b:
-        return sd / math.sqrt(runs_a), runs_a - 1
-    return sd * math.sqrt(1 / runs_a + 1 / runs_b), runs_a + runs_b - 2
 
 
 # ------------------------------------------------------------------------------------------------

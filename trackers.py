@@ -3,8 +3,9 @@
 A tracker gets what metrics.csv gets, on the first process, and is never needed: the run folder has it all.
 """
 
-import contextlib
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -14,17 +15,46 @@ from documents import UserError, first_line
 class Tracker(Protocol):
     def row(self, step: int, values: dict[str, float]) -> None: ...
     def summary(self, results: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
-def open_trackers(cfg, folder: Path, step: int) -> list[Tracker]:
-    """What --wandb and --tensorboard ask for; `step` is the one that a resumed run goes on from."""
-    trackers: list[Tracker] = []
-    if cfg.wandb:
-        trackers.append(WandB(cfg, folder))
-    if cfg.tensorboard:
-        trackers.append(TensorBoard(folder, step))
-    return trackers
+def check_packages(cfg) -> None:
+    """raises  UserError if a package is missing that --wandb or --tensorboard needs"""
+    for package, wanted in (("wandb", cfg.wandb), ("tensorboard", cfg.tensorboard)):
+        if wanted and not importlib.util.find_spec(package):
+            raise UserError(f"--{package} needs the package {package}: pip install {package}")
+
+
+class Trackers:
+    """What --wandb and --tensorboard ask for. One that fails is given up with a warning, and the run goes on.
+
+    step  that a resumed run goes on from
+    """
+
+    def __init__(self, cfg, folder: Path, step: int):
+        self.trackers: list[Tracker] = []
+        if cfg.wandb:
+            self.trackers.append(WandB(cfg, folder))
+        if cfg.tensorboard:
+            self.trackers.append(TensorBoard(folder, step))
+
+    def row(self, step: int, values: dict) -> None:
+        self._each("row", step, numbers_in(values))
+
+    def summary(self, results: dict) -> None:
+        self._each("summary", numbers_in(results))
+
+    def close(self, failed: bool) -> None:
+        self._each("close", failed)
+
+    def _each(self, method: str, *arguments) -> None:
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:      # whatever it is, the run has its own files
+                self.trackers.remove(tracker)
+                print(f"warning: nothing more goes to {type(tracker).__name__} ({first_line(error)})",
+                      file=sys.stderr)
 
 
 def numbers_in(values: dict) -> dict[str, float]:
@@ -35,14 +65,11 @@ def numbers_in(values: dict) -> dict[str, float]:
 class WandB:
     """A run in a project of Weights & Biases, named as the folder; WANDB_MODE=offline needs no account.
 
-    raises  UserError if the package is missing, or does not let the run begin
+    raises  UserError if it does not let the run begin
     """
 
     def __init__(self, cfg, folder: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb needs the package wandb: pip install wandb") from error
+        import wandb
         try:
             # the folder's name is the run's id, so a resumed run goes on in its curve
             self.run = wandb.init(project=cfg.wandb, name=folder.name, id=folder.name, resume="allow",
@@ -58,31 +85,26 @@ class WandB:
     def summary(self, results: dict[str, float]) -> None:
         self.run.summary.update(results)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class TensorBoard:
-    """Event files in the run folder: tensorboard --logdir experiments
-
-    raises  UserError if the package is missing
-    """
+    """Event files in the run folder: tensorboard --logdir experiments"""
 
     def __init__(self, folder: Path, step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-        # what a killed run wrote behind its checkpoint is shown no more
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        from torch.utils.tensorboard import SummaryWriter
+        # what was written of the checkpoint's step and behind it is written again
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)
 
     def row(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def summary(self, results: dict[str, float]) -> None:
-        with contextlib.suppress(KeyError):
-            self.writer.add_scalar("final/val_bpb", results["val_bpb"], results["step"])
+        for name in ("val_loss", "val_bpb"):
+            if name in results:
+                self.writer.add_scalar(f"final/{name}", results[name], results["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()

@@ -1683,7 +1683,10 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
         lines.append(f"cost        {summary['cost']:.2f}")
     if cfg.compare_to:
         from compare import read_run, standing
-        lines.append(f"compare     {standing(read_run(folder), cfg.compare_to)}")
+        try:
+            lines.append(f"compare     {standing(read_run(folder), cfg.compare_to)}")
+        except (UserError, OSError) as error:       # the baseline has gone since the run began
+            lines.append(f"compare     not possible: {error}")
     if samples:
         text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
         lines += ["sample      held-out beginning ⟨⟩ continuation:",
@@ -2019,11 +2022,11 @@ def open_run(cfg: Config, world: World) -> tuple[Config, TextIO | None, dict | N
 
 
 def check_baseline(cfg: Config) -> None:
-    """raises  UserError if --compare_to names no run"""
+    """raises  UserError if --compare_to names no finished run"""
     if cfg.compare_to:
-        # not at the top of the file, since it is no part of what makes a result
-        from compare import open_groups
-        open_groups([cfg.compare_to])
+        # here, since it is no part of what makes a result
+        from compare import baseline
+        baseline(cfg.compare_to)
 
 
 def check_shapes(weights: dict[str, Tensor], model: GPT) -> None:
@@ -2049,7 +2052,6 @@ def train(cfg: Config, world: World) -> None:
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
     task = world.together(lambda: hellaswag_if_here(cfg.hellaswag_rows) if world.is_main else None)
     task = world.same(task)     # other machines need not have the file
-    world.together(lambda: world.is_main and check_baseline(cfg))
     identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):
@@ -2059,6 +2061,7 @@ def train(cfg: Config, world: World) -> None:
     if changes and not cfg.resume_changed:
         raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "
                              "Undo that, or go on all the same with --resume_changed")
+    world.together(lambda: world.is_main and check_baseline(cfg))
     kernels = choose_kernels(cfg, world)
     model, optimizer = make_model(cfg, tokenizer.eot_token, world, kernels)
     world.together(lambda: saved and check_shapes(saved["model"], model))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import compare
+import curves
 from compare import Group, check_comparable, open_groups, read_run, standing
 from documents import UserError
 
@@ -86,7 +87,9 @@ def test_groups_are_folders_of_runs_globs_and_single_runs(two_groups):
 
 @pytest.mark.parametrize(("specs", "message"), [
     (["dmo"], r"dmo is no run folder.*did you mean demo\?"), (["x=nothing/*"], "matches none"),
-    (["demo", "a/../demo"], "matches none"), (["a=demo", "a=gelu"], "two groups are called a")])
+    (["demo", "a/../demo"], "matches none"), (["a=demo", "a=gelu"], "two groups are called a"),
+    (["x="], "nothing is no run folder"), (["x=~nobody/y"], "~nobody/y is no run folder"),
+    (["demo", "b=*/seed1"], "demo/seed1 stands in two groups, demo and b")])
 def test_words_that_mean_no_run(two_groups, specs, message):
     with pytest.raises(UserError, match=message):
         open_groups(specs)
@@ -95,11 +98,12 @@ def test_words_that_mean_no_run(two_groups, specs, message):
 @pytest.mark.parametrize(("changes", "metric", "although", "message"), [
     ({"data_sha256": "d2", "data": "web"}, "val_bpb", [], "differ in data: books d1 against web d2"),
     ({"tokenizer_sha256": "t2"}, "val_bpb", [], "tokenizer.*bits per byte.*--although tokenizer"),
+    ({"tokenizer_sha256": "t2", "data_sha256": "d2"}, "val_bpb", [], "--although data --although tokenizer"),
     ({"tokens": 4_000_000}, "val_bpb", [], "tokens: 4,915,200 against 4,000,000.*--although tokens"),
     ({"tokenizer_sha256": "t2"}, "val_loss", ["tokenizer"], "counts other tokens; use --metric val_bpb"),
     ({"held_out_sha256": "h2"}, "val_bpb", [], "validated on different text"),
     ({"held_out_sha256": "h2"}, "val_bpb", ["data", "tokenizer", "tokens"], "validated on different text"),
-    ({"held_out_sha256": "h2", "data_sha256": "d2"}, "val_bpb", [], "held-out text differs, too"),
+    ({"held_out_sha256": "h2", "data_sha256": "d2"}, "val_bpb", [], "nor were they validated on the same"),
     # runs of before held-out text was hashed
     ({"held_out_sha256": None, "held_out_tokens": 1}, "val_bpb", [], "validated on different text")])
 def test_runs_that_differ_are_refused_by_name(two_groups, changes, metric, although, message):
@@ -109,7 +113,7 @@ def test_runs_that_differ_are_refused_by_name(two_groups, changes, metric, altho
 
 
 @pytest.mark.parametrize(("changes", "although"), [
-    ({"tokens": 1}, ["tokens"]), ({}, []),
+    ({"tokens": 1}, ["tokens"]), ({}, []), ({"held_out_sha256": None}, []),
     ({"tokenizer_sha256": "t2", "data_sha256": "d2"}, ["tokenizer", "data"])])
 def test_runs_that_may_differ_are_compared(two_groups, changes, although):
     write_run(two_groups / "other", summary=changes)
@@ -127,11 +131,11 @@ def test_conclusions_name_difference_interval_power_and_cause(two_groups, monkey
     assert code == 0
     assert "gelu against demo, val_bpb: 0.9340 (3 runs) against 0.9140 (3 runs)" in out
     # paired: mean 0.02, sd 0.001, t(0.975, 2) = 4.3027
-    assert ("paired by seed  +0.0200, 95 % interval +0.0175 to +0.0225, t 34.64 on 2.0 degrees of freedom, "
-            "p below 0.001") in out
-    assert "Welch           +0.0200, 95 % interval +0.0113 to +0.0287" in out
+    assert ("  paired by 3 seeds +0.0200, 95 % interval +0.0175 to +0.0225, t 34.64 on 2.0 degrees of "
+            "freedom, p below 0.001") in out
+    assert "  Welch             +0.0200, 95 % interval +0.0113 to +0.0287" in out
     assert "gelu is higher, so worse" in out
-    assert "four times in five; one of +0.0200 takes 2 pairs" in out
+    assert "four times in five; one of 0.0200 takes 2 pairs\n" in out
     assert "they differ in --muon_lr 0.05 against 0.1; the script, train_gpt.py against my.py" in out
 
 
@@ -149,11 +153,74 @@ def test_seeds_that_do_not_match_are_not_paired(two_groups, monkeypatch, capsys)
     assert "Welch" in out and "paired" not in out
 
 
-def test_what_cannot_be_compared_is_still_tabled_and_ends_with_an_error(two_groups, monkeypatch, capsys):
+def test_what_cannot_be_compared_is_still_shown_and_ends_with_an_error(two_groups, monkeypatch, capsys):
     write_run(two_groups / "other", summary={"tokens": 1})
-    out, err, code = say(monkeypatch, capsys, "demo", "other")
+    out, err, code = say(monkeypatch, capsys, "demo", "other", "--html", "page.html")
     assert code != 0 and "seed0" in out and "against" not in out
-    assert err.count("\n") == 1 and "differ in tokens" in err
+    assert err.count("\n") == 2 and "differ in tokens" in err.splitlines()[-1]
+    assert "differ in tokens" in Path("page.html").read_text()
+
+
+def test_no_mean_is_taken_of_runs_that_do_not_belong_together(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "demo/seed3", 3, 9.0, summary={"tokens": 5})
+    out, err, code = say(monkeypatch, capsys, "demo")
+    assert code != 0 and "two runs of demo" in err and "demo/seed3" in out and "95 %" not in out
+
+
+def test_a_group_that_is_mixed_says_so(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "demo/seed3", 3, 0.9, knobs={"muon_lr": 0.2})
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "demo is mixed: demo/seed0 and demo/seed3 differ in --muon_lr 0.05 against 0.2" in out
+
+
+def test_copies_of_a_run_count_once(two_groups, monkeypatch, capsys):
+    shutil.copytree(two_groups / "demo/seed0", two_groups / "20260101_120000_demo_seed0")
+    (two_groups / "latest").symlink_to(two_groups / "gelu/seed0")
+    out, err, _ = say(monkeypatch, capsys, "d=*demo*", "g=gelu")
+    assert "against 0.9140 (3 runs)" in out and "is a copy of" in err
+    group, = open_groups(["g=experiments/*"])
+    assert len(group.runs) == 6
+
+
+def test_two_shared_seeds_do_not_outvote_many_runs(two_groups, monkeypatch, capsys):
+    for seed in (1, 5, 6):
+        write_run(two_groups / f"other/seed{seed}", seed, 0.93 + seed / 1000)
+    out, _, _ = say(monkeypatch, capsys, "demo", "other")
+    assert "Welch" in out and "paired" not in out
+
+
+def test_one_run_is_placed_among_many(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "try", 9, 0.922)
+    out, _, _ = say(monkeypatch, capsys, "demo", "try")
+    assert "difference +0.0080, 2.0 standard deviations of demo; try is a single run" in out
+
+
+def test_an_effect_asked_for_is_planned_for(two_groups, monkeypatch, capsys):
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--effect", "0.001")
+    assert "one of 0.0010 takes 10 pairs, 7 more" in out
+
+
+def test_damaged_runs_and_files_beside_them_are_left_out_with_a_word(two_groups, monkeypatch, capsys):
+    (two_groups / "README.md").write_text("hello")
+    (two_groups / "demo/seed1/config.json").write_text("{")
+    write_run(two_groups / "demo/seed3", 3, summary={"val_bpb": None})
+    out, err, code = say(monkeypatch, capsys, "demo", "gelu", "README.md")
+    assert code == 0 and "(2 runs)" in out
+    assert "left out: README.md is no run folder" in err and "it lacks val_bpb" in err
+    assert "seed1/config.json is not what a run writes" in err
+
+
+def test_samples_may_hold_any_character(two_groups, monkeypatch, capsys):
+    sample = json.dumps({"prompt": "a", "text": "b\u2028c\u0085d"}, ensure_ascii=False)
+    (two_groups / "demo/seed0/samples.jsonl").write_text(sample + "\n")
+    assert open_groups(["demo/seed0"])[0].runs[0].samples == [{"prompt": "a", "text": "b\u2028c\u0085d"}]
+
+
+def test_runs_that_ended_at_their_target_prove_nothing(two_groups, monkeypatch, capsys):
+    for seed in range(3):
+        write_run(two_groups / f"t/seed{seed}", seed, 0.9 + seed / 100, summary={"target": {"step": 5}})
+    out, _, _ = say(monkeypatch, capsys, "t", "--target", "3.28")
+    assert "prove nothing" in out and "is reached" not in out
 
 
 def test_failed_and_unfinished_runs_are_shown_and_left_out_of_means(two_groups, monkeypatch, capsys):
@@ -166,7 +233,7 @@ def test_failed_and_unfinished_runs_are_shown_and_left_out_of_means(two_groups, 
 
 @pytest.mark.parametrize(("target", "verdict"), [(0.94, "is reached"), (0.917, "is not shown to be reached")])
 def test_a_target_is_reached_by_the_speedruns_test(two_groups, monkeypatch, capsys, target, verdict):
-    out, _, _ = say(monkeypatch, capsys, "demo", "--target", str(target))
+    out, _, _ = say(monkeypatch, capsys, "demo", "--metric", "val_bpb", "--target", str(target))
     assert f"the target {target} {verdict}" in out
 
 
@@ -176,7 +243,7 @@ def test_mcnemar_pairs_runs_by_seed(tmp_path, monkeypatch):
     a, b = (Group(name, [read_run(write_run(tmp_path / name, 5, hellaswag=items))])
             for name, items in (("a", rows), ("b", worse)))
     line, = compare.hellaswag_lines(a, b)
-    assert "10 against 20 of 30 right; only the one 0, only the other 10, p 0.002 (McNemar)" in line
+    assert "10 against 20 of 30 right; 0 only by the former, 10 only by the latter, p 0.002 (McNemar)" in line
     other = Group("c", [read_run(write_run(tmp_path / "c", 5, hellaswag=rows[1:]))])
     assert "different rows" in compare.hellaswag_lines(a, other)[0]
 
@@ -233,8 +300,21 @@ def test_curves_are_drawn_over_every_axis_that_the_runs_know(two_groups, monkeyp
     assert not list(Path("figures").glob("*flops*")) and list(Path("figures").glob("*tokens*"))
 
 
+def test_a_run_that_broke_off_does_not_cut_the_mean_short(two_groups):
+    write_run(two_groups / "demo/seed3", 3, summary={"status": "failed: nan"})
+    path = two_groups / "demo/seed3/metrics.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:4]) + "\n")
+    line = curves.draw(open_groups(["demo"]), "step", "val_bpb").axes[0].lines[0]
+    assert line.get_xdata()[-1] == 600 and "(3 runs)" in line.get_label()
+
+
+def test_the_same_runs_make_the_same_svg(two_groups):
+    one, other = (curves.as_bytes(open_groups(["demo"]), "step", "val_bpb", "svg") for _ in range(2))
+    assert one == other and b"<text" in one
+
+
 def test_a_groups_curve_is_the_mean_in_a_band_of_one_deviation(two_groups):
-    figure = compare.draw(open_groups(["demo"]), "step", "val_bpb")
+    figure = curves.draw(open_groups(["demo"]), "step", "val_bpb")
     axes, = figure.axes
     x, y = axes.lines[0].get_data()
     assert list(x) == [100, 200, 300, 400, 500, 600]
@@ -290,7 +370,7 @@ def test_the_page_sorts_switches_axes_and_shows_samples(two_groups, monkeypatch,
     assert [text[:25] for text in samples] == ["Once <b>upon</b> a time &"] * 2
     left, right = (browser.locator(".samples > div").nth(place).bounding_box() for place in (0, 1))
     assert left["y"] == right["y"] and right["x"] > left["x"]       # side by side
-    assert "paired by seed" in browser.locator("body").inner_text()
+    assert "paired by 3 seeds" in browser.locator("body").inner_text()
     assert complaints == []
 
 
@@ -320,7 +400,8 @@ def test_standing_leaves_the_run_itself_out(two_groups):
 
 def test_standing_says_why_it_cannot_be_told(two_groups):
     other = read_run(write_run(two_groups / "a", summary={"held_out_sha256": "h2"}))
-    assert standing(other, "demo").startswith("no comparison with demo: demo (demo/seed0) and this run (a)")
+    assert standing(other, "demo") == (
+        "no comparison with demo: demo (demo/seed0) and this run (a) were validated on different text")
     lonely = read_run(write_run(two_groups / "b", bpb=0.93))
     assert "without a spread" in standing(lonely, "demo/seed0")
 

@@ -154,6 +154,16 @@ def test_a_shard_that_one_process_finds_damaged_stops_all(lab, tmp_path):
     assert not (there / "experiments").exists()
 
 
+def test_a_baseline_and_a_tracker_are_the_first_processs_business(lab):
+    """They load code on one process only, which must not look like machines that differ."""
+    assert drive(lab, "", *flags(model_name="basis", num_samples=0)).returncode == 0
+    done = drive(lab, "", *flags(model_name="beside", num_samples=0, compare_to="basis=experiments/*_basis"),
+                 "--tensorboard", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("at the end you are") == 1
+    assert len(list((newest(lab, "beside") / "tensorboard").iterdir())) == 1
+
+
 def test_two_jobs_share_a_machine(lab):
     jobs = [subprocess.Popen([*torchrun(2), "train_gpt.py", *flags(num_steps=20, model_name=name)], cwd=lab,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

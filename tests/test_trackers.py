@@ -3,11 +3,10 @@
 import sys
 
 import pytest
-from tiny_runs import drive, flags, newest, rows_of, train_here
+from tiny_runs import drive, flags, newest, rows_of, summary_of, train_here
 
 import trackers
 from documents import UserError
-from train_gpt import Config
 
 
 @pytest.mark.slow
@@ -54,13 +53,51 @@ def test_tensorboard_has_the_curves(here):
 
 @pytest.mark.parametrize(("knobs", "package"),
                          [({"wandb": "x"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, knobs, package):
-    for module in list(sys.modules):
-        if module.split(".")[0] == package or module.endswith(".tensorboard"):
-            monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_missing_package_is_named_before_anything_is_written(here, monkeypatch, knobs, package):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {package}"):
-        trackers.open_trackers(Config(**knobs), tmp_path, 0)
+        train_here(here, **knobs)
+    assert not (here / "experiments").exists()
+
+
+def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(here, monkeypatch, capsys):
+    class Fragile:
+        calls = 0
+
+        def __init__(self, *_):
+            pass
+
+        def row(self, step, values):
+            Fragile.calls += 1
+            raise BrokenPipeError("its process died")
+    monkeypatch.setattr(trackers, "TensorBoard", Fragile)
+    folder = train_here(here, tensorboard=True, num_samples=0)
+    assert summary_of(folder)["status"] == "finished" and Fragile.calls == 1
+    assert capsys.readouterr().err.count("warning: nothing more goes to Fragile (its process died)") == 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_curve(lab):
+    """What was written behind the checkpoint shows no more."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="tensorboard is not installed")
+    die = """
+import os, signal
+real_look = train_gpt.look
+def look(run):
+    real_look(run)
+    if run.step == 4:
+        run.log.trackers.trackers[0].writer.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+train_gpt.look = look
+"""
+    knobs = flags(tensorboard=True, num_samples=0, num_steps=6, val_every=3, model_name="revived")
+    assert drive(lab, die, *knobs).returncode == -9
+    folder = newest(lab, "revived")
+    assert drive(lab, "", *knobs, "--resume", str(folder)).returncode == 0
+    board = events.EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train_loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_nothing_is_imported_unless_asked_for(here):

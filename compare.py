@@ -28,7 +28,7 @@ from statistics import fmean, median, stdev
 
 import significance
 from documents import Help, Parser, UserError, command
-from run_folder import EXPERIMENTS, minutes, read_object, write_whole
+from run_folder import EXPERIMENTS, NEUTRAL_KNOBS, minutes, read_object, write_whole
 
 # ------------------------------------------------------------------------------------------------
 # Runs and groups
@@ -205,9 +205,7 @@ def holds_runs(path: Path) -> bool:
 # what --although may name, and where a run's summary has it
 CONDITIONS = {"data": "data_sha256", "tokenizer": "tokenizer_sha256", "tokens": "tokens"}
 # knobs that say where and when a run was, not what it trained
-PERSONAL_KNOBS = ("model_name", "seed", "check", "resume", "resume_changed", "save_every_steps",
-                  "save_every_minutes", "save_model", "timeout_seconds", "gpu_cost_per_hour", "compare_to",
-                  "wandb", "tensorboard")
+PERSONAL_KNOBS = ("model_name", "seed", "save_model", *NEUTRAL_KNOBS)
 
 
 class NotComparable(UserError):

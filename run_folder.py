@@ -46,6 +46,10 @@ ROOT = Path(__file__).resolve().parent
 EXPERIMENTS = ROOT / "experiments"
 
 CHECKPOINT_FORMAT = "benchtop checkpoint 1"
+# knobs that leave every result as it is; data and tokenizer are compared by their content
+NEUTRAL_KNOBS = ("check", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
+                 "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
+                 "gpu_cost_per_hour", "compare_to", "wandb", "tensorboard")
 LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
 
 
@@ -622,11 +626,11 @@ def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
             "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
 
 
-def changes_since(saved: dict, cfg, identity: dict, neutral: tuple[str, ...]) -> list[str]:
+def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
     """What differs, but for neutral knobs, between the run that was saved and the one that would go on."""
     now, then = dataclasses.asdict(cfg), saved["config"]
     changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
-               if knob not in neutral and now.get(knob) != then.get(knob)]
+               if knob not in NEUTRAL_KNOBS and now.get(knob) != then.get(knob)]
     if identity["dtype"] != saved["identity"]["dtype"]:
         changes.append(f"it computes in {identity['dtype']}, did in {saved['identity']['dtype']}")
     for thing in ("data", "tokenizer"):

@@ -3,6 +3,7 @@
     python train_gpt.py --preset demo                              one process: a CPU, or the first GPU
     torchrun --nproc_per_node=8 train_gpt.py --preset gpt2-small   one process per GPU; the same training
     python train_gpt.py --check --preset xs                        what that run would do, and whether it can
+    python train_gpt.py --sample experiments/RUN --prompt "It"     go on with a text, as the run learned to
     python train_gpt.py --help                                     every knob with its help
 
 It reads token shards (download_fineweb.py makes them) and a tokenizer (train_tokenizer.py makes it), and
@@ -75,9 +76,10 @@ from run_folder import (
     remove_checkpoints,
     saved_knobs,
     saved_tokenizer,
+    summary_of,
 )
 from shards import Dataset, open_dataset
-from train_tokenizer import token_bytes
+from train_tokenizer import encode, token_bytes
 
 ROOT = Path(__file__).resolve().parent
 
@@ -96,6 +98,8 @@ class Config:
     data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
     seed: int = 0                     # decides weights, order of the data and samples
     check: bool = False               # only say what the run would do, and whether it could
+    sample: str = ""                  # folder of a run with --save_model: only write texts with its weights
+    prompt: str = ""                  # what they begin with; without one, lines are read from the terminal
     # stopping and going on
     resume: str = ""                  # folder of a run to go on with; auto: newest unfinished one of the name
     resume_changed: bool = False      # go on although code, data or knobs are not those the run began with
@@ -310,6 +314,12 @@ def parse_config(argv: list[str]) -> Config:
     decided = () if "train_tokens" not in flags else ("num_steps", "batch_tokens")
     preset = PRESETS.get(flags.get("preset", ""), {})
     knobs = {**{knob: value for knob, value in preset.items() if knob not in decided}, **flags}
+    if "sample" in knobs:
+        # of the run's own knobs those count that its weights need; a CPU decodes fastest in float32
+        own = known_knobs(Path(knobs["sample"])) | {"device": "auto", "dtype": "float32", "compile": "off",
+                                                    "fp8": False, "resume": "", "num_samples": 1,
+                                                    "sample_tokens": 256, "seed": 0}
+        return Config(**{**own, **knobs})
     if "resume" not in knobs:
         return Config(**knobs)
     folder = find_run(knobs["resume"], knobs.get("model_name", defaults["model_name"]))
@@ -399,16 +409,19 @@ class DenseAttention(torch.autograd.Function):
     """Attention in plain products, which compile well on a CPU; also where FlexAttention does not work.
 
     On two AMX cores, rows of 512 take two thirds of the time of scaled_dot_product_attention, whose backward
-    is slow there. The T x T weights are kept in the dtype of the activations, Q queries at a time.
+    is slow there. The T x T weights are kept in the dtype of the activations, Q queries at a time. Queries
+    may be fewer than keys: then they are those of the last places.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, docs: Tensor, window: Tensor, scale: float) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         place = torch.arange(k.size(2), dtype=docs.dtype, device=docs.device)               # (T)
+        query_place, query_docs = place[-q.size(2):], docs[:, -q.size(2):]
         all_exps, outputs, totals = [], [], []
         for part in query_blocks(q):
-            seen = sees(place[part, None], place, docs[:, part, None], docs[:, None], window)   # (B, Q, T)
+            seen = sees(query_place[part, None], place, query_docs[:, part, None], docs[:, None],
+                        window)                                                             # (B, Q, T)
             z = (q[:, :, part] @ k.mT).to(wide) * scale                                     # (B, H, Q, T)
             z = torch.where(seen[:, None], z, -math.inf)                                    # (B, H, Q, T)
             all_exps.append(torch.exp(z - z.amax(-1, keepdim=True)).to(v.dtype))            # (B, H, Q, T)
@@ -484,16 +497,16 @@ class Layer(nn.Module):
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))      # of the values and the value embedding
 
     def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, mask: DenseMask | BlockMask,
-                cos: Tensor, sin: Tensor) -> Tensor:
+                cos: Tensor, sin: Tensor, past: "LayerPast | None" = None) -> Tensor:
         # EDIT: layer
         stream, embedding = self.stream_mix.to(x.dtype)
         x = stream * x + embedding * x0                                                     # (B, T, D)
-        x = x + self.attention(rms_norm(x), value_embedding, mask, cos, sin)                # (B, T, D)
+        x = x + self.attention(rms_norm(x), value_embedding, mask, cos, sin, past)          # (B, T, D)
         hidden = F.relu(linear(rms_norm(x), self.up)).square()                              # (B, T, F)
         return x + linear(hidden, self.down)                                                # (B, T, D)
 
     def attention(self, x: Tensor, value_embedding: Tensor | None, mask: DenseMask | BlockMask,
-                  cos: Tensor, sin: Tensor) -> Tensor:
+                  cos: Tensor, sin: Tensor, past: "LayerPast | None") -> Tensor:
         B, T, D = x.shape
         qkv = linear(x, self.qkv.flatten(0, 1))                                             # (B, T, 3D)
         qkv = qkv.view(B, T, 3 * self.num_heads, self.head_dim)                             # (B, T, 3H, K)
@@ -505,10 +518,40 @@ class Layer(nn.Module):
         if value_embedding is not None:
             value_embedding = value_embedding.view(B, T, self.num_heads, self.head_dim)     # (B, T, H, K)
             v = v + table * value_embedding.transpose(1, 2).to(v.dtype)                     # (B, H, T, K)
+        if past is not None:
+            k, v = past.extended(k, v)      # (B, H, more than T, K)
         y = attend(q, k, v, mask, self.attention_scale, self.flex)                          # (B, H, T, K)
         y = y.transpose(1, 2)                                                               # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
         return linear(y, self.out)                                                          # (B, T, D)
+
+
+class LayerPast:
+    """Keys and values that a layer has made of a text so far; both (B, H, T, K)."""
+
+    def __init__(self):
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All there are, with these of the next places."""
+        if self.keys is not None:
+            k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+        self.keys, self.values = k, v
+        return k, v
+
+
+class Past:
+    """What a model keeps of texts to read on from there: tokens (B, T), and each layer's keys and values."""
+
+    def __init__(self, num_layers: int):
+        self.tokens: Tensor | None = None
+        self.layers = [LayerPast() for _ in range(num_layers)]
+
+    def extended(self, tokens: Tensor) -> Tensor:
+        """All tokens, with these at the end."""
+        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+        return self.tokens
 
 
 @dataclass(frozen=True)
@@ -574,27 +617,39 @@ class GPT(nn.Module):
         return losses.view(targets.shape)                                                   # (B, T)
 
     @torch.no_grad()
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, V) float32, only columns of real tokens."""
-        return self.head_logits(self.hidden(inputs))                                        # (B, T, V)
+    def logits(self, inputs: Tensor, past: Past | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, V) float32, only columns of real tokens.
+
+        past  of the text that the tokens go on with; they are added to it
+        """
+        return self.head_logits(self.hidden(inputs, past=past))                             # (B, T, V)
 
     def head_logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32"""
         z = linear(x, self.head).float()                                                    # (..., V)
         return soft_cap(z, self.cfg.logit_cap)[..., :self.cfg.vocab_size]                   # (..., V)
 
-    def hidden(self, inputs: Tensor, stage: Stage | None = None) -> Tensor:
-        """What the head reads: (B, T) token ids -> (B, T, D)."""
+    def hidden(self, inputs: Tensor, stage: Stage | None = None, past: Past | None = None) -> Tensor:
+        """What the head reads: (B, T) token ids -> (B, T, D).
+
+        past  of the text that the tokens go on with; they are added to it
+        """
         stage = stage or Stage(len(self.layers))
-        masks = self.masks(inputs, stage.window_frac)
-        cos, sin = rotary_table(inputs.size(1), self.cfg.head_dim, inputs.device)           # (T, K/2)
-        x0 = self.smear_kernel(F.embedding(inputs, self.embed), inputs == self.eot_id,
-                               self.smear).to(self.dtype)                                   # (B, T, D)
+        text = past.extended(inputs) if past else inputs
+        masks = self.masks(text, stage.window_frac)
+        cos, sin = rotary_table(text.size(1), self.cfg.head_dim, inputs.device)
+        start = text.size(1) - inputs.size(1)
+        cos, sin = cos[start:], sin[start:]                                                 # (T, K/2)
+        # the first token carries the one before it, which is embedded once more for that
+        read = text[:, start - 1:] if start else inputs
+        x0 = self.smear_kernel(F.embedding(read, self.embed), read == self.eot_id, self.smear)
+        x0 = (x0[:, 1:] if start else x0).to(self.dtype)                                    # (B, T, D)
         x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
         for number, layer in enumerate(self.layers[:stage.depth]):
             table = self.value_table(number)
             values = None if table is None else F.embedding(inputs, table)                  # (B, T, D)
-            x = layer(x, x0, values, masks[number], cos, sin)                               # (B, T, D)
+            layer_past = past.layers[number] if past else None
+            x = layer(x, x0, values, masks[number], cos, sin, layer_past)                   # (B, T, D)
         return self.norm_kernel(x)                                                          # (B, T, D)
 
     def asleep(self, stage: Stage) -> set[str]:
@@ -613,13 +668,13 @@ class GPT(nn.Module):
         return self.value_embeds[place] if 0 <= place < n else None
 
     def windows(self, length: int, window_frac: float) -> list[int]:
-        """How far each layer looks back in a row of `length` tokens: every fourth and the last have the long
-        window, the others the short one."""
+        """How far each layer looks back in a text of `length` tokens: every fourth and the last have the long
+        window, the others the short one; none looks further than in training."""
         windows = []
         for number in range(1, len(self.layers) + 1):
             is_long = number % 4 == 0 or number == len(self.layers)
             knob = self.cfg.long_window if is_long else self.cfg.short_window
-            full = min(knob or length, length)
+            full = min(knob or self.cfg.seq_len, self.cfg.seq_len, length)
             windows.append(min(full, max(128, round(window_frac * full))))
         return windows
 
@@ -1221,23 +1276,22 @@ def xz_bits_per_byte(text: bytes) -> float | None:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: list[list[int]], cfg: Config, device: torch.device) -> list[list[int]]:
-    """Continue each prompt by sample_tokens tokens, the same ones for the same seed.
+def generate(model: GPT, prompts: Tensor, cfg: Config) -> list[list[int]]:
+    """Continue texts by at most sample_tokens tokens, the same ones for the same seed.
 
-    prompts  token ids, at least one each, of any length; the model sees the last seq_len tokens
+    prompts  (B, T) token ids, at least one each; any length
+    returns  B lists of tokens, without the <|endoftext|> that ends a text
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    texts = [list(prompt) for prompt in prompts]
+    past, inputs, made = Past(len(model.layers)), prompts, []
     for _ in range(cfg.sample_tokens):
-        seen = [text[-cfg.seq_len:] for text in texts]
-        longest = max(map(len, seen))
-        # the mask looks back only, so what stands behind a text's end changes nothing
-        inputs = torch.tensor([text + [model.eot_id] * (longest - len(text)) for text in seen])     # (B, T)
-        x = model.hidden(inputs.to(device))                                                 # (B, T, D)
-        x = torch.stack([row[len(text) - 1] for row, text in zip(x, seen, strict=True)])    # (B, D)
-        for text, token in zip(texts, sample(model.head_logits(x).cpu(), cfg, generator), strict=True):
-            text.append(token)
-    return [text[len(prompt):] for text, prompt in zip(texts, prompts, strict=True)]
+        x = model.hidden(inputs, past=past)[:, -1]                                          # (B, D)
+        made.append(sample(model.head_logits(x).cpu(), cfg, generator))
+        if all(model.eot_id in text for text in zip(*made, strict=True)):
+            break
+        inputs = torch.tensor(made[-1], device=prompts.device)[:, None]                     # (B, 1)
+    return [list(itertools.takewhile(lambda token: token != model.eot_id, text))
+            for text in zip(*made, strict=True)]
 
 
 def sample(logits: Tensor, cfg: Config, generator: torch.Generator) -> list[int]:
@@ -2040,12 +2094,6 @@ def check_shapes(weights: dict[str, Tensor], model: GPT) -> None:
                         f"{then.get(name)}; only knobs and code that leave all shapes as they are can change")
 
 
-# knobs that leave every result as it is; data and tokenizer are compared by their content
-NEUTRAL_KNOBS = ("check", "resume", "resume_changed", "save_every_steps", "save_every_minutes", "data",
-                 "tokenizer", "timeout_seconds", "micro_batch_tokens", "gpu_cost_per_hour", "compare_to",
-                 "wandb", "tensorboard")
-
-
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     cfg, text, saved = open_run(cfg, world)
@@ -2057,7 +2105,7 @@ def train(cfg: Config, world: World) -> None:
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):
         if any(other[fact] != identity[fact] for other in facts):
             raise EveryonesError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
-    changes = world.same(saved and changes_since(saved, cfg, identity, NEUTRAL_KNOBS)) or []
+    changes = world.same(saved and changes_since(saved, cfg, identity)) or []
     if changes and not cfg.resume_changed:
         raise EveryonesError(f"{cfg.resume} began otherwise: {'; '.join(changes)}. "
                              "Undo that, or go on all the same with --resume_changed")
@@ -2396,10 +2444,39 @@ def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, he
     prompts = [held_out.tokens[begin:begin + 17].tolist() for begin in begins]
     if not prompts:
         return []
-    continuations = generate(model, prompts, cfg, world.device)
+    continuations = [generate(model, torch.tensor([prompt], device=world.device), cfg)[0]
+                     for prompt in prompts]
     return [{"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(continuation),
              "temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
             for prompt, continuation in zip(prompts, continuations, strict=True)]
+
+
+def typed_lines() -> Iterator[str]:
+    """What a person types, until Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+def sample_run(cfg: Config, world: World) -> None:
+    """Write texts with the weights that a run left: of --prompt, or of each line that is typed."""
+    folder = Path(cfg.sample)
+    facts = summary_of(folder)
+    if facts.get("script") != Path(__file__).name:
+        raise UserError(f"{folder} was trained by {facts.get('script')}; use that script with --sample")
+    if facts.get("code_sha256") != documents.sha256_of(Path(__file__)):
+        print(f"warning: {Path(__file__).name} has changed since it trained {folder}", file=sys.stderr)
+    if not world.is_main:
+        return
+    if not cfg.prompt and not sys.stdin.isatty():
+        raise UserError("--sample needs a --prompt; it reads lines from a terminal, and this is none")
+    model, tokenizer = load_trained(folder, cfg, world)
+    model.eval()
+    for number, prompt in enumerate([cfg.prompt] if cfg.prompt else typed_lines()):
+        tokens = [tokenizer.eot_token, *encode(tokenizer, prompt)[0]]
+        prompts = torch.tensor([tokens] * max(1, cfg.num_samples), device=world.device)
+        for text in generate(model, prompts, dataclasses.replace(cfg, seed=cfg.seed + number)):
+            print(prompt + tokenizer.decode(text), end="\n\n", flush=True)
 
 
 def scored_on(world: World) -> dict:
@@ -2503,7 +2580,9 @@ def main() -> None:
         except UserError as error:
             raise EveryonesError(str(error)) from error
         world = World(cfg)
-        if not cfg.check:
+        if cfg.sample:
+            sample_run(cfg, world)
+        elif not cfg.check:
             train(cfg, world)
         elif not check(cfg, world):
             sys.exit(1)

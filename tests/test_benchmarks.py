@@ -20,7 +20,7 @@ def measure(lab):
 
     def measure(name: str, *arguments: str) -> str:
         done = subprocess.run([sys.executable, f"benchmarks/{name}", *arguments], cwd=lab, text=True,
-                              capture_output=True, timeout=120)
+                              capture_output=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
     return measure

@@ -91,7 +91,7 @@ def look(run):
         os.kill(os.getpid(), signal.SIGKILL)
 train_gpt.look = look
 """
-    knobs = flags(tensorboard=True, num_samples=0, num_steps=6, val_every=3, model_name="revived")
+    knobs = [*flags(num_samples=0, num_steps=6, val_every=3, model_name="revived"), "--tensorboard"]
     assert drive(lab, die, *knobs).returncode == -9
     folder = newest(lab, "revived")
     assert drive(lab, "", *knobs, "--resume", str(folder)).returncode == 0

@@ -81,7 +81,7 @@ def test_a_tiny_model_learns_a_repeated_text(lab, here):
     assert losses[-1] < 0.1
     prompt = tokens[:12]
     likeliest = dataclasses.replace(cfg, temperature=0)
-    assert generate(model, [prompt], likeliest, torch.device("cpu"))[0] == tokens[12:17]
+    assert generate(model, torch.tensor([prompt]), likeliest)[0] == tokens[12:17]
 
 
 def test_a_run_leaves_everything_that_made_it(lab, here):
@@ -305,28 +305,69 @@ def test_xz_is_that_of_the_command(tmp_path):
     assert xz_bits_per_byte(text) == pytest.approx(8 * len(packed) / len(text), rel=0.001)
 
 
+def talkative(**knobs) -> tuple[GPT, Config]:
+    """A model that says something: all that begins at zero is drawn at random; <|endoftext|> is unlikely."""
+    cfg = Config(**{**TINY, "vocab_size": 301, "num_layers": 4, "temperature": 0, **knobs})
+    torch.manual_seed(0)
+    model = GPT(cfg, 300)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(model.head)
+    model.head.data[300] = 0
+    return model.eval(), cfg
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100, 127, 128, 129])
 def test_generation_crosses_any_length(length):
-    cfg = Config(**{**TINY, "vocab_size": 301, "sample_tokens": 3})
-    model = GPT(cfg, 300)
-    torch.nn.init.normal_(model.head)
-    prompt = [300, *range(length - 1)]
-    made = generate(model, [prompt, prompt[:1]], cfg, torch.device("cpu"))
+    model, cfg = talkative(sample_tokens=3, temperature=1.0)
+    made = generate(model, torch.tensor([[300, *range(length - 1)]] * 2), cfg)
     assert [len(text) for text in made] == [3, 3]
     assert all(0 <= token < 301 for text in made for token in text)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 80, [7, 1, 1, 40, 1, 30], [80], [33, 47]])
+def test_reading_on_from_the_past_is_reading_it_all(chunks):
+    """Over documents that begin within, beyond the rows of training, in one piece or many."""
+    model, _ = talkative(short_window=9, long_window=20)
+    tokens = torch.randint(0, 300, (2, 80), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = tokens[0, 30] = tokens[1, 47] = 300
+    past = train_gpt.Past(4)
+    made = torch.cat([model.logits(part, past) for part in tokens.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(made, model.logits(tokens), rtol=1e-4, atol=1e-4)
+    assert past.tokens.equal(tokens)
+
+
+@torch.no_grad()
+def test_nothing_is_seen_further_back_than_in_training():
+    model, cfg = talkative(num_layers=1)
+    tokens = torch.randint(0, 300, (1, 80), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, :80 - cfg.seq_len - 1] = 7       # the oldest token in sight carries the one before it
+    assert model.logits(tokens)[0, -1].equal(model.logits(changed)[0, -1])
+
+
+@torch.no_grad()
 def test_generation_is_the_likeliest_token_of_the_plain_forward():
-    cfg = Config(**{**TINY, "vocab_size": 301, "sample_tokens": 40, "temperature": 0})
-    torch.manual_seed(0)
-    model = GPT(cfg, 300)
-    torch.nn.init.normal_(model.head)
-    prompts = [[300, 5, 6], [300, 7, 8, 9, 10]]
-    for prompt, made in zip(prompts, generate(model, prompts, cfg, torch.device("cpu")), strict=True):
+    model, cfg = talkative(sample_tokens=64)
+    for prompt in ([300, 5, 6], [300, 7, 8, 9, 10], [300]):
         text = list(prompt)
-        for token in made:
-            assert token == int(model.logits(torch.tensor([text[-32:]]))[0, -1].argmax())
+        for token in generate(model, torch.tensor([prompt]), cfg)[0]:
+            assert token == int(model.logits(torch.tensor([text]))[0, -1].argmax())
             text.append(token)
+        assert len(text) == len(prompt) + 64
+
+
+def test_a_text_ends_where_the_model_ends_it():
+    model, cfg = talkative(sample_tokens=200, temperature=1.0, top_k=0)
+    model.head.data[:] = 0      # then all tokens are equally likely
+    made = generate(model, torch.tensor([[300, 5, 6]] * 6), cfg)
+    assert len({len(text) for text in made}) > 1 and not any(300 in text for text in made)
+    assert made == generate(model, torch.tensor([[300, 5, 6]] * 6), cfg)
+    assert made != generate(model, torch.tensor([[300, 5, 6]] * 6), dataclasses.replace(cfg, seed=1))
+    model.head.data[300] = 5 * model.hidden(torch.tensor([[300]]))[0, 0].detach()
+    assert generate(model, torch.tensor([[300]]), dataclasses.replace(cfg, temperature=0)) == [[]]
 
 
 def test_sampling_keeps_to_the_top_k():
@@ -705,3 +746,61 @@ def test_no_secret_reaches_the_run_folder(lab):
         for path in folder.iterdir():
             assert not [name for name, value in secrets.items() if value.encode() in path.read_bytes()], path
     assert "[MY_PASSWORD]" in (newest(lab, "leaky") / "training_log.txt").read_text()
+
+
+# ------------------------------------------------------------------------------------------------
+# Using a model
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def saved_run(lab) -> Path:
+    """A run in the lab that left its weights."""
+    run(lab, "train_gpt.py", *flags(model_name="saved", num_samples=0, data="tiny"), "--save_model")
+    return newest(lab, "saved")
+
+
+def test_sample_goes_on_with_a_prompt(lab, saved_run):
+    words = ["train_gpt.py", "--sample", str(saved_run), "--prompt", "the cat", "--sample_tokens", "8"]
+    first = run(lab, *words, "--num_samples", "3").stdout
+    assert len(first.strip().split("\n\nthe cat")) == 3 and first.startswith("the cat")
+    assert run(lab, *words, "--num_samples", "3").stdout == first
+    assert run(lab, *words, "--num_samples", "3", "--seed", "7").stdout != first
+    assert run(lab, *words, "--temperature", "0").stdout == run(lab, *words, "--top_k", "1").stdout
+
+
+def test_sample_answers_what_is_typed(lab, saved_run):
+    import pty
+    ours, theirs = pty.openpty()
+    words = ["train_gpt.py", "--sample", str(saved_run), "--sample_tokens", "3"]
+    process = subprocess.Popen([sys.executable, *words], cwd=lab, stdin=theirs, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    os.write(ours, b"the cat\nthe dog\n\x04")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert out.index("the cat") < out.index("the dog") and out.count("> ") == 3
+
+
+def test_sample_says_in_a_line_what_is_missing(lab, saved_run):
+    def complaint(*words: str) -> str:
+        done = run(lab, "train_gpt.py", "--sample", *words, expect=1, stdin=subprocess.DEVNULL)
+        assert len(done.stderr.splitlines()) == 1
+        return done.stderr
+    assert "--sample needs a --prompt" in complaint(str(saved_run))
+    assert "has no summary.json" in complaint("experiments/nothing", "--prompt", "a")
+    other = lab / "experiments/of_another_script"
+    shutil.copytree(saved_run, other)
+    summary = summary_of(other)
+    (other / "summary.json").write_text(json.dumps(summary | {"script": "gelu.py"}))
+    assert "was trained by gelu.py; use that script" in complaint(str(other), "--prompt", "a")
+    (other / "summary.json").write_text(json.dumps(summary))
+    (other / "model.safetensors").unlink()
+    assert "train it with --save_model" in complaint(str(other), "--prompt", "a")
+
+
+def test_the_readmes_snippet_loads_a_model(lab, saved_run):
+    readme = (Path(train_gpt.__file__).parent / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert len(snippet.splitlines()) == 10
+    code = snippet.replace("experiments/DATE_TIME_NAME", str(saved_run))
+    done = subprocess.run([sys.executable, "-c", code], cwd=lab, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr

@@ -19,7 +19,7 @@ TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len
 def run(folder: Path, script: str, *arguments: str, expect: int = 0, **options,
         ) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True,
-                          timeout=120, **options)
+                          timeout=300, **options)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 

@@ -58,4 +58,4 @@ def drive(lab: Path, lines: str, *arguments: str, processes: int = 1, **options,
     """Run the lab's train_gpt.py after these lines of Python have tampered with it."""
     launcher = [sys.executable] if processes == 1 else torchrun(processes)
     return subprocess.run([*launcher, DRIVE, str(lab), lines, *arguments], cwd=lab, capture_output=True,
-                          text=True, timeout=180, **options)
+                          text=True, timeout=400, **options)

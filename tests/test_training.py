@@ -691,8 +691,8 @@ def test_random_numbers_of_a_changed_model_survive_warm_up_and_resume(lab):
     """With dropout added, as an experiment might: a killed run draws what an undisturbed one draws."""
     dropout = """
 real = train_gpt.GPT.hidden
-def hidden(model, *arguments):
-    return torch.nn.functional.dropout(real(model, *arguments), 0.3, training=model.training)
+def hidden(model, *arguments, **more):
+    return torch.nn.functional.dropout(real(model, *arguments, **more), 0.3, training=model.training)
 import torch
 train_gpt.GPT.hidden = hidden
 """

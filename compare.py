@@ -110,6 +110,12 @@ class Group:
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.is_finished]
 
+    @property
+    def count(self) -> str:
+        """How many runs finished, and of how many if not all did."""
+        finished = len(self.finished)
+        return str(finished) if finished == len(self.runs) else f"{finished} of {len(self.runs)}"
+
     def values(self, metric: str) -> list[float]:
         return [run.summary[metric] for run in self.finished]
 
@@ -488,12 +494,17 @@ COLUMNS = (
 )
 
 
-def runs_table(groups: list[Group]) -> list[list[str]]:
-    """A title line and a line for each run; columns in which no run has anything are left out."""
+def used_columns(groups: list[Group]) -> list[Column]:
+    """Those in which some run has anything."""
     runs = [run for group in groups for run in group.runs]
-    used = [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+    return [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+
+
+def runs_table(groups: list[Group]) -> list[list[str]]:
+    """A title line and a line for each run."""
+    used = used_columns(groups)
     lines = [["" if (value := column.value(run)) is None else column.text(value) for column in used]
-             for run in runs]
+             for group in groups for run in group.runs]
     return [[column.title for column in used], *lines]
 
 
@@ -502,11 +513,10 @@ def groups_table(groups: list[Group]) -> list[list[str]]:
     lines = [["group", "runs", "val_loss", "sd", "val_bpb", "sd", "95 % interval", "tokens/s"]]
     for group in groups:
         if not group.finished:
-            lines.append([group.name, f"0 of {len(group.runs)}", *[""] * 6])
+            lines.append([group.name, group.count, *[""] * 6])
             continue
         losses, bpbs = group.values("val_loss"), group.values("val_bpb")
-        cells = [group.name, str(len(losses)) if len(group.runs) == len(losses)
-                 else f"{len(losses)} of {len(group.runs)}"]
+        cells = [group.name, group.count]
         for values in (losses, bpbs):
             cells += [f"{fmean(values):.4f}", f"{stdev(values):.4f}" if len(values) > 1 else ""]
         low, high = significance.interval(bpbs) if len(bpbs) > 1 else (None, None)
@@ -579,8 +589,7 @@ def index(experiments: Path) -> str:
             continue
         facts = group.finished[0].summary
         cells = [f"[{folder.name}]({folder.name}/)",
-                 f"{len(group.finished)}" + (f" of {len(group.runs)}" if len(group.finished) < len(group.runs)
-                                              else ""),
+                 group.count,
                  facts.get("preset", ""), f"{median(group.values('tokens')) / 1e6:,.1f}M",
                  _mean_and_spread(group.values("val_loss")), _mean_and_spread(group.values("val_bpb")),
                  f"{median(group.values('tokens_per_second')):,.0f}",

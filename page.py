@@ -7,7 +7,7 @@ runs say (names, samples) is text and never markup.
 from html import escape
 from statistics import fmean
 
-from compare import COLUMNS, Group, Run
+from compare import Group, Run, used_columns
 from curves import AXES, as_bytes
 
 STYLE = """
@@ -67,13 +67,13 @@ for (const input of document.querySelectorAll(".axes input")) input.addEventList
 def page(groups: list[Group], metric: str, said: list[str]) -> str:
     """The HTML of the page; `said` are the conclusions in lines."""
     title = " and ".join(group.name for group in groups[:3]) + (" and others" if len(groups) > 3 else "")
-    runs = [(group, run) for group in groups for run in group.runs]
-    finished = [run for _, run in runs if run.is_finished]
+    runs = [run for group in groups for run in group.runs]
+    finished = [run for run in runs if run.is_finished]
     best = min(finished, key=lambda run: run.summary["val_bpb"], default=None)
     parts = [f"<h1>{escape(title)}</h1>",
              f"<p>{len(finished)} finished runs of {len(runs)}"
              + (f"; lowest: {best.summary['val_bpb']:.4f} bits per byte, {escape(best.name)}" if best else "")
-             + "</p>", "<h2>Runs</h2>", _table(runs)]
+             + "</p>", "<h2>Runs</h2>", _table(groups)]
     if said:
         parts += ["<h2>Conclusions</h2>", f"<pre>{escape(chr(10).join(said).strip())}</pre>"]
     parts += [_curves(groups, metric), _samples(groups)]
@@ -83,13 +83,13 @@ def page(groups: list[Group], metric: str, said: list[str]) -> str:
             + f"\n<script>{SCRIPT}</script></body></html>\n")
 
 
-def _table(runs: list[tuple[Group, Run]]) -> str:
-    columns = [column for column in COLUMNS if any(column.value(run) is not None for _, run in runs)]
+def _table(groups: list[Group]) -> str:
+    columns = used_columns(groups)
     head = "".join(f"<th scope=\"col\"><button>{escape(title)}</button></th>"
                    for title in ["group", *(column.title for column in columns)])
     lines = []
-    for group, run in runs:
-        cells = [f"<td data-value=\"{escape(group.name)}\">{escape(group.name)}</td>"]
+    for name, run in [(group.name, run) for group in groups for run in group.runs]:
+        cells = [f"<td data-value=\"{escape(name)}\">{escape(name)}</td>"]
         for column in columns:
             value = column.value(run)
             key = value["value"] if isinstance(value, dict) else "" if value is None else value

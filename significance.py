@@ -137,9 +137,14 @@ def detectable_effect(sd: float, runs_a: int, runs_b: int = 0) -> float:
     sd              spread of single runs; of differences if the runs are paired
     runs_a, runs_b  in each group; without runs_b, runs_a pairs
     """
+    return smallest_effect(*error_and_df(sd, runs_a, runs_b))
+
+
+def error_and_df(sd: float, runs_a: int, runs_b: int) -> tuple[float, int]:
+    """Standard error of the mean difference, and its degrees of freedom; arguments as detectable_effect's."""
     if not runs_b:
-        return smallest_effect(sd / math.sqrt(runs_a), runs_a - 1)
-    return smallest_effect(sd * math.sqrt(1 / runs_a + 1 / runs_b), runs_a + runs_b - 2)
+        return sd / math.sqrt(runs_a), runs_a - 1
+    return sd * math.sqrt(1 / runs_a + 1 / runs_b), runs_a + runs_b - 2
 
 
 def smallest_effect(error: float, df: float) -> float:
@@ -161,7 +166,7 @@ def runs_needed(effect: float, sd: float, is_paired: bool = False) -> int:
     raises  ValueError if it would take more than 10,000
     """
     def suffices(runs: int) -> bool:
-        return detectable_effect(sd, runs, 0 if is_paired else runs) <= abs(effect)
+        return power(abs(effect), *error_and_df(sd, runs, 0 if is_paired else runs)) >= 0.8
     if sd == 0:
         return 2
     runs = 2

@@ -15,7 +15,6 @@ import argparse
 import json
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import documents
 import shards
+import significance
 import train_tokenizer
 from documents import Parser, UserError, command, positive
 from download_fineweb import tokenized
@@ -35,8 +35,7 @@ ROOT = Path(documents.__file__).resolve().parent
 SETTING = ["--num_layers", "6", "--model_dim", "256", "--num_heads", "2", "--seq_len", "512",
            "--batch_tokens", "8192", "--hellaswag_rows", "1",
            "--val_every", "0", "--num_samples", "0", "--save_every_minutes", "0", "--log_every", "20"]
-# of Student's t, two-sided 95 %, by degrees of freedom
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MOST_SEEDS = 10
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,10 @@ def prepare(train_file: Path, val_file: Path, vocabsize: int, scratch: Path) -> 
 
 def difference(values: list[float], base: list[float]) -> str:
     """Mean of paired differences, with its 95 % interval."""
-    differences = [value - other for value, other in zip(values, base, strict=True)]
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.4f}"
-    half = T_95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{mean:+.4f} ± {half:.4f}"
+    if len(values) < 2:
+        return f"{values[0] - base[0]:+.4f}"
+    test = significance.paired(base, values)
+    return f"{test.mean:+.4f} ± {test.high - test.mean:.4f}"
 
 
 @command
@@ -129,8 +126,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.train) != bool(args.val) or not (args.train or args.data):
         raise UserError("name either --data, or both --train and --val")
-    if args.seeds > max(T_95) + 1:
-        raise UserError(f"--seeds must be at most {max(T_95) + 1}")
+    if args.seeds > MOST_SEEDS:
+        raise UserError(f"--seeds must be at most {MOST_SEEDS}")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         data = prepare(args.train, args.val, args.vocabsize, scratch) if args.train else args.data

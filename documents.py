@@ -116,13 +116,13 @@ def end(complaint: str) -> None:
     sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(complaint.splitlines())}")
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
+def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code."""
 
     @wraps(main)
-    def run() -> None:
+    def run(*parts) -> None:
         try:
-            main()
+            main(*parts)
         except UserError as error:
             end(str(error))
         except BrokenProcessPool:

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import EllipsisType
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Config:
+    script: ClassVar[Path] = Path(__file__)     # where these knobs and their helps stand
+    head_width: ClassVar[int] = 128             # that heads have, more or less, by rule
     # EDIT: config
     # the run
     model_name: str = "gpt"           # last part of the run folder's name
@@ -122,7 +124,7 @@ class Config:
     mlp_ratio: int = 4                # hidden width of an MLP, in model widths
     value_embeddings: int = 2         # tables of token values, each for one layer from either end
     attention_cap: float = 15         # the largest attention logit that unit-norm queries and keys can have
-    logit_cap: float = 15             # logits are squeezed into plus or minus this
+    logit_cap: float = 15             # logits are squeezed into plus or minus this; 0: as they are
     long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
     short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
@@ -135,6 +137,7 @@ class Config:
     warmup_steps: int = 0             # steps in which the learning rate climbs from 0
     cooldown_frac: float = 0.6        # last part of training, in which the learning rate falls
     final_lr_frac: float = 0.1        # to this share of its height
+    grad_clip: float = 0              # gradients that are longer, all together, are cut to it; 0: none are
     # looking at the run
     log_every: int = 10               # steps between rows of metrics.csv
     val_every: int = 100              # steps between validations; 0: only at the end
@@ -173,7 +176,7 @@ class Config:
                               ("preset", ("", *PRESETS))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
         for knob in ("train_tokens", "num_layers", "model_dim", "mlp_ratio", "log_every", "attention_cap",
-                     "logit_cap", "timeout_seconds"):
+                     "timeout_seconds"):
             self.require(knob, getattr(self, knob) > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
@@ -200,6 +203,19 @@ class Config:
     def require(self, knob: str, holds: bool, rule: str) -> None:
         if not holds:
             raise UserError(f"--{knob} must be {rule}; it is {getattr(self, knob)!r}")
+
+    @classmethod
+    def preset_knobs(cls, preset: str) -> dict:
+        """The knobs that a preset sets, of those there are here."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return {knob: value for knob, value in PRESETS.get(preset, {}).items() if knob in names}
+
+    def new_model(self, eot_id: int, dtype: torch.dtype, flex: dict | None = None) -> "Model":
+        """What these knobs configure; another script with the same loop has a model of its own here."""
+        return GPT(self, eot_id, dtype, flex)
+
+    def new_optimizer(self, model: "Model", world: "World", product_dtype: torch.dtype) -> "Optimizer":
+        return Optimizer(model, self, world, product_dtype)
 
     @property
     def head_dim(self) -> int:
@@ -230,7 +246,7 @@ def by_rule(cfg: Config) -> dict[str, int]:
 
     batch    the power of two nearest to 8,192 (D / 1 million)^0.59 for D tokens: what was best of 2,048 to
              16,384 here, and, for 700 million, the batch of Modded-NanoGPT
-    heads    as many as make them about 128 wide and even enough to rotate
+    heads    as many as make them about head_width wide and even enough to rotate
     windows  one layer in four reads the whole row, the others half of it
     """
     values = {}
@@ -240,7 +256,7 @@ def by_rule(cfg: Config) -> dict[str, int]:
     if not cfg.num_steps:
         values["num_steps"] = math.ceil(cfg.train_tokens / (cfg.batch_tokens or values["batch_tokens"]))
     if not cfg.num_heads:
-        fitting = (heads for heads in range(max(1, round(cfg.model_dim / 128)), 0, -1)
+        fitting = (heads for heads in range(max(1, round(cfg.model_dim / cfg.head_width)), 0, -1)
                    if cfg.model_dim % (4 * heads) == 0)
         values["num_heads"] = next(fitting, 1)
     if not cfg.max_doc_len:
@@ -292,15 +308,15 @@ PRESETS = {
 }
 
 
-def parse_config(argv: list[str]) -> Config:
+def parse_config(argv: list[str], config: type[Config] = Config) -> Config:
     """Defaults, then the preset's knobs, then the flags."""
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=31, width=110)
     parser = Parser("Train a GPT. Each knob below is a field of Config, with its default in [].",
                     usage="%(prog)s [--KNOB VALUE ...]", add_help=False, formatter_class=layout)
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    for title, knobs in knob_helps().items():
+    types = {field.name: field.type for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for title, knobs in knob_helps(config).items():
         group = parser.add_argument_group(title)
         for knob, text in knobs.items():
             shown = f"{text} [{defaults[knob]}]" if defaults[knob] not in ("", False) else text
@@ -312,40 +328,47 @@ def parse_config(argv: list[str]) -> Config:
     flags = vars(parser.parse_args(argv))
     # another number of tokens decides steps and batch anew
     decided = () if "train_tokens" not in flags else ("num_steps", "batch_tokens")
-    preset = PRESETS.get(flags.get("preset", ""), {})
+    preset = config.preset_knobs(flags.get("preset", ""))
     knobs = {**{knob: value for knob, value in preset.items() if knob not in decided}, **flags}
     if "sample" in knobs:
         # of the run's own knobs those count that its weights need; a CPU decodes fastest in float32
-        own = known_knobs(Path(knobs["sample"])) | {"device": "auto", "dtype": "float32", "compile": "off",
-                                                    "fp8": False, "resume": "", "num_samples": 1,
-                                                    "sample_tokens": 256, "seed": 0}
-        return Config(**{**own, **knobs})
+        own = known_knobs(Path(knobs["sample"]), config)
+        here = {"device": "auto", "dtype": "float32", "compile": "off", "fp8": False, "resume": "",
+                "num_samples": 1, "sample_tokens": 256, "seed": 0}
+        return config(**own | here | knobs)
     if "resume" not in knobs:
-        return Config(**knobs)
+        return config(**knobs)
     folder = find_run(knobs["resume"], knobs.get("model_name", defaults["model_name"]))
-    saved = known_knobs(folder) if folder else {}
+    saved = known_knobs(folder, config) if folder else {}
     knobs = {**{knob: value for knob, value in saved.items() if knob not in decided}, **knobs}
-    return Config(**{**knobs, "resume": str(folder or "")})
+    return config(**{**knobs, "resume": str(folder or "")})
 
 
-def known_knobs(folder: Path) -> dict:
-    """The knobs of a run that Config still has."""
-    names = {field.name for field in dataclasses.fields(Config)}
+def known_knobs(folder: Path, config: type[Config] = Config) -> dict:
+    """The knobs of a run that its Config still has."""
+    names = {field.name for field in dataclasses.fields(config)}
     return {knob: value for knob, value in saved_knobs(folder).items() if knob in names}
 
 
-def knob_helps() -> dict[str, dict[str, str]]:
-    """The fields of Config under their headings, each with the comment behind it."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    fields = re.search(r"^class Config:\n(.*?)^    def ", source, re.DOTALL | re.MULTILINE)[1]
+def knob_helps(config: type[Config] = Config) -> dict[str, dict[str, str]]:
+    """The fields of a Config under their headings, each with the comment behind it.
+
+    One that inherits from another keeps the other's headings; a knob it has anew stands under its own.
+    """
     helps: dict[str, dict[str, str]] = {}
-    lines = re.findall(r"^    (?:(\w+): \w+ = .*?  # (.+)|# (?!EDIT)(.+))$", fields, re.MULTILINE)
-    for knob, text, title in lines:
-        if title:
-            helps[title] = {}
-        else:
-            list(helps.values())[-1][knob] = text
-    return helps
+    for scripted in (part for part in reversed(config.__mro__) if "script" in vars(part)):
+        source = scripted.script.read_text(encoding="utf-8")
+        fields = re.search(r"^class Config\b.*?:\n(.*?)^    def ", source, re.DOTALL | re.MULTILINE)[1]
+        lines = re.findall(r"^    (?:(\w+): \w+ = .*?  # (.+)|# (?!EDIT)(.+))$", fields, re.MULTILINE)
+        for knob, text, title in lines:
+            if title:
+                heading = helps.setdefault(title, {})
+            else:
+                next((knobs for knobs in helps.values() if knob in knobs), heading)[knob] = text
+    names = {field.name for field in dataclasses.fields(config)}
+    helps = {title: {knob: text for knob, text in knobs.items() if knob in names}
+             for title, knobs in helps.items()}
+    return {title: knobs for title, knobs in helps.items() if knobs}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -565,9 +588,10 @@ class Stage:
     window_frac: float = 1.0
 
 
-class GPT(nn.Module):
-    """Embedding -> norm -> layers -> norm -> head; logits within plus or minus logit_cap.
+class Model(nn.Module):
+    """What every model here does with its hidden states: losses, logits, masks and figures.
 
+    A model has `layers`, a `head` (V, D) and `hidden`.
     eot_id  id of the token that begins every document
     dtype   of the activations and of the products
     flex    attend by FlexAttention with these kernel options; None: by DenseAttention
@@ -577,14 +601,7 @@ class GPT(nn.Module):
                  flex: dict | None = None):
         super().__init__()
         self.cfg, self.eot_id, self.dtype, self.flex = cfg, eot_id, dtype, flex
-        self.embed = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim))
-        self.value_embeds = nn.ParameterList(
-            torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
-        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))       # share of the token before
-        self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
-        self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
         self.chunk_kernel, self.losses_kernel = chunk_loss_and_gradient, chunk_losses
-        self.smear_kernel, self.norm_kernel = smeared, rms_norm
         self.is_compiled = False
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
         self.register_buffer("padding", torch.where(is_token, 0.0, -math.inf), persistent=False)
@@ -634,38 +651,11 @@ class GPT(nn.Module):
 
         past  of the text that the tokens go on with; they are added to it
         """
-        stage = stage or Stage(len(self.layers))
-        text = past.extended(inputs) if past else inputs
-        masks = self.masks(text, stage.window_frac)
-        cos, sin = rotary_table(text.size(1), self.cfg.head_dim, inputs.device)
-        start = text.size(1) - inputs.size(1)
-        cos, sin = cos[start:], sin[start:]                                                 # (T, K/2)
-        # the first token carries the one before it, which is embedded once more for that
-        read = text[:, start - 1:] if start else inputs
-        x0 = self.smear_kernel(F.embedding(read, self.embed), read == self.eot_id, self.smear)
-        x0 = (x0[:, 1:] if start else x0).to(self.dtype)                                    # (B, T, D)
-        x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
-        for number, layer in enumerate(self.layers[:stage.depth]):
-            table = self.value_table(number)
-            values = None if table is None else F.embedding(inputs, table)                  # (B, T, D)
-            layer_past = past.layers[number] if past else None
-            x = layer(x, x0, values, masks[number], cos, sin, layer_past)                   # (B, T, D)
-        return self.norm_kernel(x)                                                          # (B, T, D)
+        raise NotImplementedError(f"{type(self).__name__} has no hidden states")
 
     def asleep(self, stage: Stage) -> set[str]:
         """Names of the parameters that have nothing to do yet."""
-        awake = {id(self.value_table(number)) for number in range(stage.depth)}
-        tables = {f"value_embeds.{number}" for number, table in enumerate(self.value_embeds)
-                  if id(table) not in awake}
-        layers = {f"layers.{number}.{name}" for number in range(stage.depth, len(self.layers))
-                  for name, _ in self.layers[number].named_parameters()}
-        return tables | layers
-
-    def value_table(self, layer: int) -> Tensor | None:
-        """Table i of n serves the i-th of the first n layers and the i-th of the last n."""
-        n, behind = len(self.value_embeds), layer - (len(self.layers) - len(self.value_embeds))
-        place = layer if layer < n else behind
-        return self.value_embeds[place] if 0 <= place < n else None
+        return set()
 
     def windows(self, length: int, window_frac: float) -> list[int]:
         """How far each layer looks back in a text of `length` tokens: every fourth and the last have the long
@@ -691,13 +681,10 @@ class GPT(nn.Module):
         return [made[length] for length in windows]
 
     def compile_parts(self) -> None:
-        """Compile what repeats, so that one layer serves all layers and one chunk of the loss all chunks, and
-        the small operations before and behind the layers."""
+        """Compile what repeats, so that one layer serves all layers and one chunk of the loss all chunks."""
         self.is_compiled = True
         for layer in self.layers:
             layer.compile(dynamic=False)
-        self.smear_kernel = torch.compile(smeared, dynamic=False)
-        self.norm_kernel = torch.compile(rms_norm, dynamic=False)
         self.chunk_kernel = torch.compile(chunk_loss_and_gradient, dynamic=False)
         self.losses_kernel = torch.compile(chunk_losses, dynamic=False)
 
@@ -716,6 +703,60 @@ class GPT(nn.Module):
                                            if p.ndim > 1)
         keys = sum(window - window**2 / (2 * length) for window in windows)
         return 6 * matrices + 12 * self.cfg.model_dim * keys
+
+
+class GPT(Model):
+    """Embedding -> norm -> layers -> norm -> head; logits within plus or minus logit_cap."""
+
+    def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
+                 flex: dict | None = None):
+        super().__init__(cfg, eot_id, dtype, flex)
+        self.embed = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim))
+        self.value_embeds = nn.ParameterList(
+            torch.randn(cfg.vocab_size, cfg.model_dim) for _ in range(cfg.num_value_tables))
+        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))       # share of the token before
+        self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
+        self.head = nn.Parameter(torch.zeros(cfg.padded_vocab_size, cfg.model_dim))
+        self.smear_kernel, self.norm_kernel = smeared, rms_norm
+
+    def hidden(self, inputs: Tensor, stage: Stage | None = None, past: Past | None = None) -> Tensor:
+        stage = stage or Stage(len(self.layers))
+        text = past.extended(inputs) if past else inputs
+        masks = self.masks(text, stage.window_frac)
+        cos, sin = rotary_table(text.size(1), self.cfg.head_dim, inputs.device)
+        start = text.size(1) - inputs.size(1)
+        cos, sin = cos[start:], sin[start:]                                                 # (T, K/2)
+        # the first token carries the one before it, which is embedded once more for that
+        read = text[:, start - 1:] if start else inputs
+        x0 = self.smear_kernel(F.embedding(read, self.embed), read == self.eot_id, self.smear)
+        x0 = (x0[:, 1:] if start else x0).to(self.dtype)                                    # (B, T, D)
+        x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
+        for number, layer in enumerate(self.layers[:stage.depth]):
+            table = self.value_table(number)
+            values = None if table is None else F.embedding(inputs, table)                  # (B, T, D)
+            layer_past = past.layers[number] if past else None
+            x = layer(x, x0, values, masks[number], cos, sin, layer_past)                   # (B, T, D)
+        return self.norm_kernel(x)                                                          # (B, T, D)
+
+    def asleep(self, stage: Stage) -> set[str]:
+        awake = {id(self.value_table(number)) for number in range(stage.depth)}
+        tables = {f"value_embeds.{number}" for number, table in enumerate(self.value_embeds)
+                  if id(table) not in awake}
+        layers = {f"layers.{number}.{name}" for number in range(stage.depth, len(self.layers))
+                  for name, _ in self.layers[number].named_parameters()}
+        return tables | layers
+
+    def value_table(self, layer: int) -> Tensor | None:
+        """Table i of n serves the i-th of the first n layers and the i-th of the last n."""
+        n, behind = len(self.value_embeds), layer - (len(self.layers) - len(self.value_embeds))
+        place = layer if layer < n else behind
+        return self.value_embeds[place] if 0 <= place < n else None
+
+    def compile_parts(self) -> None:
+        """Also the small operations before and behind the layers."""
+        super().compile_parts()
+        self.smear_kernel = torch.compile(smeared, dynamic=False)
+        self.norm_kernel = torch.compile(rms_norm, dynamic=False)
 
 
 def smeared(x: Tensor, begins: Tensor, share: Tensor) -> Tensor:
@@ -741,8 +782,8 @@ def chunk_rows(x: Tensor, columns: int) -> int:
 
 
 def soft_cap(z: Tensor, cap: float) -> Tensor:
-    """Squeeze logits smoothly into plus or minus cap: z / sqrt(1 + (z / cap)^2)."""
-    return z * torch.rsqrt(1 + (z / cap).square())
+    """Squeeze logits smoothly into plus or minus cap: z / sqrt(1 + (z / cap)^2); a cap of 0 leaves them."""
+    return z * torch.rsqrt(1 + (z / cap).square()) if cap else z
 
 
 def chunk_loss_and_gradient(logits: Tensor, targets: Tensor, padding: Tensor, cap: float,
@@ -755,15 +796,17 @@ def chunk_loss_and_gradient(logits: Tensor, targets: Tensor, padding: Tensor, ca
     returns  (N) float32 and (N, V) in the dtype of the logits
     """
     z = logits.float()                                                                      # (N, V)
-    shrink = torch.rsqrt(1 + (z * (1 / cap)).square())                                      # (N, V)
-    exps = torch.exp(z * shrink - cap + padding)    # no maximum needed: the cap bounds z   # (N, V)
+    shrink = torch.rsqrt(1 + (z * (1 / cap)).square()) if cap else torch.ones_like(z)       # (N, V)
+    # what bounds z: the cap, which costs no pass over the logits, or the largest of a row
+    most = cap or (z + padding).amax(-1, keepdim=True)                                      # (N, 1)
+    exps = torch.exp(z * shrink - most + padding)                                           # (N, V)
     total = exps.sum(-1, keepdim=True)                                                      # (N, 1)
     counted = (targets >= 0).float()[:, None]                                               # (N, 1)
     slope = exps * (counted / total) * shrink**3                                            # (N, V)
     place = targets.clamp(min=0)[:, None]                                                   # (N, 1)
     z, shrink = z.gather(1, place), shrink.gather(1, place)                                 # (N, 1)
-    losses = counted * (cap + total.log() - z * shrink)                                     # (N, 1)
-    slope_there = counted * (torch.exp(z * shrink - cap) / total - 1) * shrink**3           # (N, 1)
+    losses = counted * (most + total.log() - z * shrink)                                    # (N, 1)
+    slope_there = counted * (torch.exp(z * shrink - most) / total - 1) * shrink**3          # (N, 1)
     return losses[:, 0], slope.to(logits.dtype).scatter(1, place, slope_there.to(logits.dtype))
 
 
@@ -879,6 +922,18 @@ class Piece:
         return self.parameter.grad[self.rows]
 
 
+def lr_scale(cfg: Config, step: int, progress: float) -> float:
+    """Warm-up over steps, a plateau, and a linear cooldown over the last part of the budget.
+
+    step      optimizer steps done
+    progress  share of the budget that is used, 0 to 1
+    """
+    # EDIT: schedule
+    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    cooldown = min(1.0, (1 - progress) / cfg.cooldown_frac) if cfg.cooldown_frac else 1.0
+    return warmup * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * cooldown)
+
+
 class Optimizer:
     """Muon for matrices in layers, Adam for everything else; every parameter is in exactly one group.
 
@@ -891,19 +946,22 @@ class Optimizer:
     source  Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054
     """
 
+    # a script with another optimizer has its own
+    group_of, learning_rates, lr_scale = map(staticmethod, (group_of, learning_rates, lr_scale))
     betas, eps = (0.8, 0.95), 1e-10
     kinds = {"matrices": ("momentum",), "embeddings": ("mean", "square"), "head": ("mean", "square"),
              "scalars": ("mean", "square")}
 
-    def __init__(self, model: GPT, cfg: Config, world: "World", product_dtype: torch.dtype = torch.float32):
+    def __init__(self, model: Model, cfg: Config, world: "World",
+                 product_dtype: torch.dtype = torch.float32):
         self.cfg, self.world, self.product_dtype = cfg, world, product_dtype
         self.asleep: set[str] = set()   # names of parameters that are not trained yet
-        self.lrs = learning_rates(cfg)
+        self.lrs = self.learning_rates(cfg)
         self.parameters = dict(model.named_parameters())
         self.groups: dict[str, list[Piece]] = {group: [] for group in self.lrs}
         # parameters of one shape follow each other, so that their pieces are dealt to the processes evenly
         for name, parameter in sorted(self.parameters.items(), key=lambda item: tuple(item[1].shape)):
-            group = group_of(name, parameter)
+            group = self.group_of(name, parameter)
             pieces = self._cut(name, parameter, group, dealt=len(self.groups[group]))
             self.groups[group] += pieces
             if world.size > 1:
@@ -918,7 +976,7 @@ class Optimizer:
         size, cuts = self.world.size, []
         if group == "matrices" and parameter.ndim > 2:
             cuts = range(len(parameter) + 1)
-        elif group in ("embeddings", "head"):
+        elif group != "matrices" and parameter.ndim == 2:
             cuts = sorted({len(parameter) * rank // size for rank in range(size + 1)})
         rows = [slice(first, last) for first, last in itertools.pairwise(cuts)] or [...]
         pieces = [Piece(name, parameter, part, (dealt + number) % size, {})
@@ -954,7 +1012,7 @@ class Optimizer:
             squares[places[piece.name]] += torch.linalg.vector_norm(piece.grad).square()
         return self.world.sum(squares).sqrt()                                               # (P)
 
-    def divide_gradients(self, divisor: float) -> None:
+    def divide_gradients(self, divisor: float | Tensor) -> None:
         for piece in self._own(self.pieces):
             piece.grad.div_(divisor)
 
@@ -1038,18 +1096,6 @@ class Optimizer:
                 self.world.wait()
                 if piece.state:
                     piece.state[kind] = part
-
-
-def lr_scale(cfg: Config, step: int, progress: float) -> float:
-    """Warm-up over steps, a plateau, and a linear cooldown over the last part of the budget.
-
-    step      optimizer steps done
-    progress  share of the budget that is used, 0 to 1
-    """
-    # EDIT: schedule
-    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-    cooldown = min(1.0, (1 - progress) / cfg.cooldown_frac) if cfg.cooldown_frac else 1.0
-    return warmup * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * cooldown)
 
 
 def stage_at(cfg: Config, progress: float) -> Stage:
@@ -1235,7 +1281,7 @@ class HeldOut:
         inputs[:, 0] = self.eot_id
         return torch.from_numpy(np.where(inputs < 0, self.eot_id, inputs)), torch.from_numpy(targets)
 
-    def evaluate(self, model: GPT, rows: int, world: "World", stage: Stage | None = None) -> Validation:
+    def evaluate(self, model: Model, rows: int, world: "World", stage: Stage | None = None) -> Validation:
         """Validate with `rows` rows at a time and the attention windows of the moment; sums in float64."""
         sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # nats, tokens, nats in text, bytes
         num_bytes = self.num_bytes.to(world.device)
@@ -1253,7 +1299,7 @@ class HeldOut:
         return Validation(nats / tokens, text_nats / math.log(2) / text_bytes)
 
 
-def score(model: GPT, tokenizer: Encoding, questions: list[Question], rows: int, world: "World") -> Scores:
+def score(model: Model, tokenizer: Encoding, questions: list[Question], rows: int, world: "World") -> Scores:
     """Accuracy of a model in multiple choice, `rows` rows at a time, as in training, so no kernel is compiled
     for it; called on all processes, which share the work."""
     def log_probabilities(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -1276,7 +1322,7 @@ def xz_bits_per_byte(text: bytes) -> float | None:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: Tensor, cfg: Config) -> list[list[int]]:
+def generate(model: Model, prompts: Tensor, cfg: Config) -> list[list[int]]:
     """Continue texts by at most sample_tokens tokens, the same ones for the same seed.
 
     prompts  (B, T) token ids, at least one each; any length
@@ -1666,7 +1712,7 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
            "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib", "flops")
 
 
-def introduction(cfg: Config, world: World, model: GPT, kernels: Kernels) -> list[str]:
+def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> list[str]:
     """What is about to happen, in lines for people."""
     count, rows = micro_batch_shape(cfg, world.size)
     return [
@@ -1809,7 +1855,7 @@ def open_data(cfg: Config, world: World) -> tuple[Config, Dataset, Encoding, Row
     return cfg, dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer)
 
 
-def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
+def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
     """Roughly what a process needs: weights, gradients, optimizer state, activations and loss chunks.
 
     Between 0.9 and 1.3 of what was measured on CPUs, where torch itself counts, too; compiled needs less.
@@ -1826,7 +1872,7 @@ def memory_estimate_mib(cfg: Config, model: GPT, world: World) -> float:
     return (torch_itself + states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
 
 
-def choose_micro_batch(cfg: Config, model: GPT, world: World, saved: dict | None = None) -> Config:
+def choose_micro_batch(cfg: Config, model: Model, world: World, saved: dict | None = None) -> Config:
     """The Config with micro-batches that seem to fit: all a process has in a step, or half, and so on."""
     share = cfg.seq_len * math.ceil(cfg.rows_per_step / world.size)
     if cfg.micro_batch_tokens:
@@ -1858,24 +1904,24 @@ def memory_advice(cfg: Config, world: World, flex: dict | None) -> str:
             changed = dataclasses.replace(cfg, **{knob: value, "micro_batch_tokens": 0})
             changed = dataclasses.replace(changed, micro_batch_tokens=changed.seq_len)
             with torch.device("meta"):
-                model = GPT(changed, 0, world.dtype, flex)
+                model = changed.new_model(0, world.dtype, flex)
             needs.append((memory_estimate_mib(changed, model, world), f"--{knob} {value}"))
     return ", then ".join(f"{flag} (about {mib:,.0f} MiB)" for mib, flag in sorted(needs)[:3])
 
 
-def make_model(cfg: Config, eot_id: int, world: World, kernels: Kernels) -> tuple[GPT, Optimizer]:
+def make_model(cfg: Config, eot_id: int, world: World, kernels: Kernels) -> tuple[Model, Optimizer]:
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, eot_id, world.dtype, kernels.flex).to(world.device)
+    model = cfg.new_model(eot_id, world.dtype, kernels.flex).to(world.device)
     world.share_weights(model)
     products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
-    optimizer = Optimizer(model, cfg, world, products)
+    optimizer = cfg.new_optimizer(model, world, products)
     if kernels.compiled:
         model.compile_parts()
         optimizer.compile_parts()
     return model, optimizer
 
 
-def warm_up(model: GPT, optimizer: Optimizer, cfg: Config, world: World) -> None:
+def warm_up(model: Model, optimizer: Optimizer, cfg: Config, world: World) -> None:
     """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
     _, rows = micro_batch_shape(cfg, world.size)
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
@@ -1888,7 +1934,7 @@ def warm_up(model: GPT, optimizer: Optimizer, cfg: Config, world: World) -> None
     world.synchronize()
 
 
-def fit_micro_batch(model: GPT, optimizer: Optimizer, cfg: Config, world: World, log: RunLog) -> Config:
+def fit_micro_batch(model: Model, optimizer: Optimizer, cfg: Config, world: World, log: RunLog) -> Config:
     """Warm up with the micro-batch of cfg, or half of it, and so on, until all processes have the memory.
 
     The tokens of a step stay the same, so nothing changes but its speed.
@@ -1958,7 +2004,7 @@ class Run:
     """All that a run consists of, and how far it is."""
     cfg: Config
     world: World
-    model: GPT
+    model: Model
     optimizer: Optimizer
     rows: Rows
     held_out: HeldOut
@@ -2083,7 +2129,7 @@ def check_baseline(cfg: Config) -> None:
         baseline(cfg.compare_to)
 
 
-def check_shapes(weights: dict[str, Tensor], model: GPT) -> None:
+def check_shapes(weights: dict[str, Tensor], model: Model) -> None:
     """raises  UserError if the weights of a checkpoint do not belong to this model"""
     then = {name: list(weight.shape) for name, weight in weights.items()}
     now = {name: list(weight.shape) for name, weight in model.state_dict().items()}
@@ -2100,7 +2146,7 @@ def train(cfg: Config, world: World) -> None:
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
     task = world.together(lambda: hellaswag_if_here(cfg.hellaswag_rows) if world.is_main else None)
     task = world.same(task)     # other machines need not have the file
-    identity = identity_of(Path(__file__), cfg, world, tokenizer, dataset)
+    identity = identity_of(cfg.script, cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):
         if any(other[fact] != identity[fact] for other in facts):
@@ -2209,8 +2255,10 @@ def train_step(run: Run, num_targets: int, micro_batches: list[tuple[Tensor, Ten
     told = torch.tensor([float(signals.received), float(run.is_time_to_save)])
     shared = world.sum(torch.cat([loss[None], told.to(world.device, non_blocking=True)]))   # (3)
     norms = optimizer.gradient_norms()                                                      # (P)
-    scale = lr_scale(cfg, run.step, run.progress)
+    scale = optimizer.lr_scale(cfg, run.step, run.progress)
     fits = run.loss_scale.unscale(optimizer, norms)
+    if cfg.grad_clip and fits:
+        optimizer.divide_gradients((torch.linalg.vector_norm(norms) / cfg.grad_clip).clamp(min=1))
     report = Report(run.step + 1, scale, torch.cat([shared, norms]), fits)
     if not world.reports_behind:
         report.read(optimizer)
@@ -2333,7 +2381,7 @@ def work_done(run: Run) -> float:
     return float(done / sum(run.work))
 
 
-def work_by_percent(cfg: Config, model: GPT) -> list[float]:
+def work_by_percent(cfg: Config, model: Model) -> list[float]:
     """Floating-point operations of each hundredth of the budget; steps of all layers take more."""
     tokens = cfg.batch_tokens * cfg.num_steps / 100
     return [tokens * model.flops_per_token(stage_at(cfg, percent / 100)) for percent in range(100)]
@@ -2407,7 +2455,7 @@ def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: fl
             log.benchmark("hellaswag", scores.items)
             for line in scores.lines():
                 log.note(line)
-            results["benchmarks"] = {"hellaswag": task.facts() | scores.summary() | scored_on(run.world)}
+            results["benchmarks"] = {"hellaswag": task.facts() | scores.summary() | scored_on(cfg, run.world)}
         if not run.world.is_main:
             return
         model.eval()
@@ -2436,7 +2484,7 @@ def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: fl
         log.say(line)
 
 
-def write_samples(cfg: Config, world: World, model: GPT, tokenizer: Encoding, held_out: HeldOut,
+def write_samples(cfg: Config, world: World, model: Model, tokenizer: Encoding, held_out: HeldOut,
                   ) -> list[dict]:
     """Continue the beginnings of held-out documents, which the model has never seen."""
     begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
@@ -2462,10 +2510,10 @@ def sample_run(cfg: Config, world: World) -> None:
     """Write texts with the weights that a run left: of --prompt, or of each line that is typed."""
     folder = Path(cfg.sample)
     facts = summary_of(folder)
-    if facts.get("script") != Path(__file__).name:
+    if facts.get("script") != cfg.script.name:
         raise UserError(f"{folder} was trained by {facts.get('script')}; use that script with --sample")
-    if facts.get("code_sha256") != documents.sha256_of(Path(__file__)):
-        print(f"warning: {Path(__file__).name} has changed since it trained {folder}", file=sys.stderr)
+    if facts.get("code_sha256") != documents.sha256_of(cfg.script):
+        print(f"warning: {cfg.script.name} has changed since it trained {folder}", file=sys.stderr)
     if not world.is_main:
         return
     if not cfg.prompt and not sys.stdin.isatty():
@@ -2479,17 +2527,17 @@ def sample_run(cfg: Config, world: World) -> None:
             print(prompt + tokenizer.decode(text), end="\n\n", flush=True)
 
 
-def scored_on(world: World) -> dict:
-    """What a score may depend on in its last digits, and this file."""
-    return world.facts() | {"code_sha256": documents.sha256_of(Path(__file__))}
+def scored_on(cfg: Config, world: World) -> dict:
+    """What a score may depend on in its last digits, and the script."""
+    return world.facts() | {"code_sha256": documents.sha256_of(cfg.script)}
 
 
-def score_saved(folder: Path, task: Task) -> tuple[Scores, dict, bool]:
+def score_saved(folder: Path, task: Task, config: type[Config] = Config) -> tuple[Scores, dict, bool]:
     """Score the weights that a run left, on as many processes as there are.
 
     returns  the scores, what they were made on, and whether this is the first process
     """
-    cfg = Config(**known_knobs(folder) | {"device": "auto", "compile": "auto", "deterministic": False,
+    cfg = config(**known_knobs(folder, config) | {"device": "auto", "compile": "auto", "deterministic": False,
                                           "fp8": False})
     world = World(cfg)
     try:
@@ -2498,17 +2546,17 @@ def score_saved(folder: Path, task: Task) -> tuple[Scores, dict, bool]:
             model.compile_parts()
         with torch.no_grad():
             scores = score(model, tokenizer, task.questions, max(1, 2**14 // cfg.seq_len), world)
-        return scores, scored_on(world), world.is_main
+        return scores, scored_on(cfg, world), world.is_main
     finally:
         world.close()
 
 
-def load_trained(folder: Path, cfg: Config, world: World) -> tuple[GPT, Encoding]:
+def load_trained(folder: Path, cfg: Config, world: World) -> tuple[Model, Encoding]:
     """The model that a run left with --save_model, and its tokenizer."""
     tokenizer, weights = saved_tokenizer(folder), read_weights(folder)
     if cfg.vocab_size != tokenizer.n_vocab:
         raise UserError(f"{folder / 'config.json'} is missing or not what the run wrote")
-    model = GPT(cfg, tokenizer.eot_token, world.dtype)
+    model = cfg.new_model(tokenizer.eot_token, world.dtype)
     check_shapes(weights, model)
     model.load_state_dict(weights)
     return model.to(world.device), tokenizer
@@ -2530,7 +2578,7 @@ def check(cfg: Config, world: World) -> bool:
     except UserError as error:
         problems.append(str(error))
     with torch.device("meta"):
-        model = GPT(cfg, 0, world.dtype, kernels.flex)
+        model = cfg.new_model(0, world.dtype, kernels.flex)
     cfg = choose_micro_batch(cfg, model, world)
     free_memory, free_disk = free_memory_mib(world), shutil.disk_usage(ROOT).free / 2**20
     lines = [*introduction(cfg, world, model, kernels), *about_data,
@@ -2549,7 +2597,7 @@ def check(cfg: Config, world: World) -> bool:
     return not problems
 
 
-def time_estimate(cfg: Config, model: GPT, world: World) -> list[str]:
+def time_estimate(cfg: Config, model: Model, world: World) -> list[str]:
     """What the budget's arithmetic takes and costs, if it comes to 40 % of what the devices can do."""
     operations = sum(work_by_percent(cfg, model))
     if not world.peak_flops(cfg):
@@ -2572,11 +2620,11 @@ def free_memory_mib(world: World) -> float:
 
 
 @command
-def main() -> None:
+def main(config: type[Config] = Config) -> None:
     world = None
     try:
         try:
-            cfg = parse_config(sys.argv[1:])
+            cfg = parse_config(sys.argv[1:], config)
         except UserError as error:
             raise EveryonesError(str(error)) from error
         world = World(cfg)

@@ -1,0 +1,150 @@
+"""A run's weights as a folder that the library transformers reads, and GPT-2's weights from there as a run.
+
+    python convert.py to_transformers experiments/RUN                   leaves experiments/RUN/transformers
+    python convert.py from_transformers FOLDER --tokenizer gpt2         leaves experiments/DATE_TIME_gpt2
+
+The first needs a run of train_nanogpt.py or train_llama3.py with --save_model; train_gpt.py's model is not
+one that transformers knows. After it, with transformers installed,
+
+    model = AutoModelForCausalLM.from_pretrained("experiments/RUN/transformers")
+
+gives the same logits. The second makes a run folder of any GPT-2 in model.safetensors (such as the one that
+OpenAI published), to be sampled from (train_nanogpt.py --sample) and scored (download_hellaswag.py --score).
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from documents import Parser, UserError, command, sha256_of
+from run_folder import (
+    TOKENIZERS,
+    load_script,
+    new_folder,
+    own_sources,
+    read_object,
+    read_weights,
+    saved_tokenizer,
+    tokenizer_meta,
+    write_whole,
+)
+from train_tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def to_transformers(run: Path) -> Path:
+    """Write RUN/transformers: config.json, model.safetensors and the tokenizer.
+
+    raises  UserError if transformers has no such model, or the run left no weights
+    """
+    script = load_script(run)
+    if not hasattr(script, "transformers_names"):
+        raise UserError(f"transformers has no model like that of {Path(script.__file__).name}; runs of "
+                        "train_nanogpt.py and train_llama3.py can be converted")
+    from safetensors.torch import save_file
+
+    from train_gpt import known_knobs
+    cfg, weights = script.Config(**known_knobs(run, script.Config)), read_weights(run)
+    tokenizer, folder = saved_tokenizer(run), run / "transformers"
+    folder.mkdir(exist_ok=True)
+    tensors = {}
+    for ours, (theirs, transposed) in script.transformers_names(cfg).items():
+        weight = weights[ours]
+        if ours in ("embed", "head"):
+            weight = weight[:cfg.vocab_size]        # columns behind are no tokens
+        tensors[theirs] = (weight.T if transposed else weight).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ends = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token, "dtype": "float32"}
+    write_whole(folder / "config.json", json.dumps(script.transformers_config(cfg) | ends, indent=2) + "\n")
+    own = TOKENIZERS / tokenizer.name / "tokenizer.json"
+    if own.is_file():       # tiktoken's gpt2 has none; transformers has that one itself
+        shutil.copyfile(own, folder / "tokenizer.json")
+        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
+                 "eos_token": END_OF_TEXT, "model_max_length": cfg.seq_len}
+        write_whole(folder / "tokenizer_config.json", json.dumps(facts, indent=2) + "\n")
+    return folder
+
+
+def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
+    """Make a run folder of a GPT-2 in the layout of transformers, in one model.safetensors.
+
+    raises  UserError if it is no GPT-2, or not complete, or not of this tokenizer
+    """
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
+    theirs = read_object(source / "config.json")
+    if theirs.get("model_type") != "gpt2":
+        raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 can be read")
+    import train_nanogpt as script
+    tokenizer = load_tokenizer(tokenizer_name)
+    cfg = script.Config(model_name=name, tokenizer=tokenizer.name, **script.knobs_of_transformers(theirs))
+    if tokenizer.n_vocab != cfg.vocab_size:
+        raise UserError(f"{source} has {cfg.vocab_size:,} tokens, the tokenizer {tokenizer.name} "
+                        f"{tokenizer.n_vocab:,}; name its own with --tokenizer")
+    weights = our_weights(script, cfg, read_weights(source), source)
+    from safetensors.torch import save_file
+    folder = new_folder(name)
+    save_file(weights, folder / "model.safetensors")
+    sources = {path.name: sha256_of(path) for path in own_sources()}
+    summary = {"status": f"converted from {source}", "model_name": name, "script": "train_nanogpt.py",
+               "code_sha256": sources["train_nanogpt.py"], "sources": sources, "tokenizer": tokenizer.name,
+               "tokenizer_sha256": tokenizer_sha256(tokenizer),
+               "parameters": sum(weight.numel() for weight in weights.values())}
+    write_whole(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    write_whole(folder / "meta.json", tokenizer_meta(tokenizer))
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return folder
+
+
+def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Path) -> "dict[str, Tensor]":
+    """The parameters of our model, by name and of its shapes.
+
+    raises  UserError that names a weight that is missing or of another shape
+    """
+    import torch
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in script.Config.new_model(cfg, 0, torch.float32)
+                  .state_dict().items()}
+    ours = {}
+    for name, (their_name, transposed) in script.transformers_names(cfg).items():
+        # OpenAI's own file lacks the first part of the names
+        weight = theirs.get(their_name, theirs.get(their_name.removeprefix("transformer.")))
+        if weight is None:
+            raise UserError(f"{source / 'model.safetensors'} has no {their_name}; weights in several files "
+                            "must be joined first")
+        weight = (weight.T if transposed else weight).float()
+        missing = shapes[name][0] - len(weight) if name == "embed" else 0
+        weight = torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])]) if missing > 0 else weight
+        if weight.shape != shapes[name]:
+            raise UserError(f"{their_name} has shape {tuple(weight.shape)}; its config.json makes it "
+                            f"{tuple(shapes[name])}")
+        ours[name] = weight.contiguous()
+    return ours
+
+
+@command
+def main() -> None:
+    parser = Parser("Convert runs to the layout of transformers, and GPT-2 from it.")
+    parser.add_argument("direction", choices=("to_transformers", "from_transformers"), metavar="DIRECTION",
+                        help="to_transformers: write RUN/transformers; from_transformers: make a run")
+    parser.add_argument("folder", type=Path, help="a run of train_nanogpt.py or train_llama3.py; or a GPT-2 "
+                        "in config.json and model.safetensors")
+    parser.add_argument("--tokenizer", default="gpt2",
+                        help="from_transformers: folder in tokenizers/, or gpt2 (default: gpt2)")
+    parser.add_argument("--name", default="gpt2",
+                        help="from_transformers: last part of the run folder's name (default: gpt2)")
+    args = parser.parse_args()
+    if args.direction == "to_transformers":
+        print(f"wrote {to_transformers(args.folder)}")
+        return
+    folder = from_transformers(args.folder, args.name, args.tokenizer)
+    print(f"wrote {folder}\ntry: python train_nanogpt.py --sample {folder} --prompt \"It was\"")
+
+
+if __name__ == "__main__":
+    main()

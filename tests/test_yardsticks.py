@@ -1,0 +1,311 @@
+"""train_nanogpt.py and train_llama3.py: other models and another optimizer on the loop of train_gpt.py.
+
+Run: ./run.sh test tests/test_yardsticks.py
+"""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_resume import DIE_AFTER, KEEP, assert_same_run
+from tiny_runs import ROOT, TINY, drive, newest, rows_of, run, summary_of
+from torch import nn
+
+import train_gpt
+import train_llama3
+import train_nanogpt
+import train_tokenizer
+from train_gpt import PRESETS, World, generate, parse_config
+
+SCRIPTS = pytest.mark.parametrize("script", [train_nanogpt, train_llama3],
+                                  ids=lambda script: script.__name__)
+# what makes drive.py run another script
+AS = "import {script}\nreal_main = train_gpt.main\ntrain_gpt.main = lambda: real_main({script}.Config)\n"
+
+
+def small(script, **knobs) -> train_gpt.Config:
+    sizes = dict(vocab_size=301, num_layers=3, num_heads=4, model_dim=32, seq_len=40, batch_tokens=80)
+    return script.Config(**{**sizes, **knobs})
+
+
+def talkative(script, **knobs) -> train_gpt.Model:
+    """A model with an eot_id of 300 whose every part matters: no weight is small, no norm or bias plain."""
+    torch.manual_seed(0)
+    model = small(script, **knobs).new_model(300, torch.float32)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+def tiny_flags(script, **knobs) -> list[str]:
+    names = {field.name for field in dataclasses.fields(script.Config)}
+    return [f"--{knob}={value}" for knob, value in {**TINY, **knobs}.items() if knob in names]
+
+
+@SCRIPTS
+def test_a_run_is_like_every_other(lab, script):
+    name = script.__name__
+    run(lab, f"{name}.py", *tiny_flags(script, model_name=name), "--save_model")
+    folder = newest(lab, name)
+    summary, rows = summary_of(folder), rows_of(folder)
+    assert summary["status"] == "finished" and summary["script"] == f"{name}.py"
+    assert {"train_gpt.py", f"{name}.py"} <= set(summary["sources"])
+    assert (folder / f"{name}.txt").read_text() == (ROOT / f"{name}.py").read_text()
+    assert float(rows[-1]["val_loss"]) < math.log(301)
+    spoken = run(lab, f"{name}.py", "--sample", str(folder), "--prompt", "the cat", "--sample_tokens", "9")
+    assert spoken.stdout.startswith("the cat")
+    (lab / "quiz.jsonl").write_text(json.dumps({"ctx": "the cat", "endings": ["sat", "tree"], "label": 0}))
+    scored = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "quiz.jsonl")
+    assert "quiz: 1 rows" in scored.stdout
+    run(lab, "compare.py", str(folder), "--plot", "curves.png")
+
+
+@SCRIPTS
+def test_a_knob_of_the_other_model_is_refused(script, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--muon_lr", "0.1"], script.Config)
+    assert "there is no flag --muon_lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], script.Config)
+    helped = capsys.readouterr().out
+    assert "--learning_rate" in helped and "--num_layers" in helped
+    assert not re.search("muon|embed_lr|value_embeddings|window|cooldown|logit_cap", helped)
+    assert ("--num_kv_heads" in helped) == (script is train_llama3)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_those_of_train_gpt(script, preset):
+    theirs, ours = parse_config(["--preset", preset]), parse_config(["--preset", preset], script.Config)
+    assert ours.model_name == f"{script.__name__.removeprefix('train_')}-{preset}"
+    for knob in ("num_layers", "model_dim", "seq_len", "num_steps", "batch_tokens", "train_minutes"):
+        assert getattr(ours, knob) == getattr(theirs, knob)
+    assert ours.head_dim in ((64,) if script is train_nanogpt else (96, 128))
+
+
+@torch.no_grad()
+@SCRIPTS
+def test_no_token_sees_the_future_or_another_document(script):
+    model = talkative(script)
+    tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+    tokens[0, 0] = tokens[0, 17] = 300
+    logits = model.logits(tokens)
+    for place in (5, 17, 30):
+        changed = tokens.clone()
+        changed[0, place] = (tokens[0, place] + 1) % 300 if place != 17 else 300
+        changed[0, place + 1:] = 7
+        assert model.logits(changed)[0, :place].equal(logits[0, :place])
+    alone = model.logits(tokens[:, 17:])
+    torch.testing.assert_close(logits[:, 17:], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@SCRIPTS
+@pytest.mark.parametrize("chunks", [[1] * 40, [7, 1, 30, 2]])
+def test_reading_on_from_the_past_is_reading_it_all(script, chunks):
+    model = talkative(script)
+    tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = tokens[0, 22] = 300
+    past = train_gpt.Past(3)
+    made = torch.cat([model.logits(part, past) for part in tokens.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(made, model.logits(tokens), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@SCRIPTS
+def test_texts_grow_beyond_a_row(script):
+    model = talkative(script, temperature=0, sample_tokens=64)
+    text = [300, 5, 6]
+    for token in generate(model, torch.tensor([text]), model.cfg)[0]:
+        if script is train_nanogpt:     # it has 40 positions, and reads the nearest 40 tokens
+            assert token == int(model.logits(torch.tensor([text[-40:]]))[0, -1].argmax())
+        text.append(token)
+    assert len(text) > 60
+    if script is train_nanogpt:
+        with pytest.raises(ValueError, match="40 positions; the text has 41"):
+            model.logits(torch.tensor([text[:41]]))
+
+
+@SCRIPTS
+def test_losses_and_gradients_are_those_of_plain_logits(script):
+    model = talkative(script)
+    tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -1
+    model(tokens, targets).backward()
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    logits = model.hidden(tokens) @ model.head[:301].T
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    plain.backward()
+    torch.testing.assert_close(model(tokens, targets), plain, rtol=1e-5, atol=1e-3)
+    assert set(got) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-3,
+                                   msg=lambda text: f"{name}: {text}")
+
+
+@SCRIPTS
+def test_steps_are_those_of_torch_with_its_clipping(script):
+    """AdamW of torch, decaying what has two dimensions, at the learning rates of the schedule."""
+    cfg = small(script, num_steps=6, learning_rate=0.02, grad_clip=0.7)
+    torch.manual_seed(0)
+    ours, theirs = (cfg.new_model(300, torch.float32) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = cfg.new_optimizer(ours, World(dataclasses.replace(cfg, device="cpu")), torch.float32)
+    flat = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
+    rest = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
+    rate = optimizer.lrs["decayed"]
+    groups = [{"params": rest, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0}]
+    # an eps above the noise in gradients that are 0 but for rounding, such as that of the bias of keys
+    optimizer.eps = 1e-4
+    reference = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-4)
+    cut = []
+    for step in range(6):
+        tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(step))
+        for model in (ours, theirs):
+            (model(tokens, tokens.roll(-1, 1)) / 80).backward()
+        cut.append(float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.7)) > 0.7)
+        scale = optimizer.lr_scale(cfg, step, step / 6)
+        for group in reference.param_groups:
+            group["lr"] = rate * scale
+        reference.step()
+        reference.zero_grad()
+        norms = optimizer.gradient_norms()
+        optimizer.divide_gradients((torch.linalg.vector_norm(norms) / cfg.grad_clip).clamp(min=1))
+        optimizer.step(scale)
+    assert any(cut)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("clip", [0, 1e-5])
+def test_the_loop_clips_what_is_too_long(lab, clip):
+    """With gradients cut to almost nothing, and a sizable eps, the weights hardly move."""
+    slow = AS.format(script="train_nanogpt") + "train_nanogpt.AdamW.eps = 1.0\n"
+    done = drive(lab, slow, *tiny_flags(train_nanogpt, model_name=f"clip{clip:g}", grad_clip=clip,
+                                        weight_decay=0, learning_rate=0.1, num_steps=6))
+    assert not done.returncode, done.stderr
+    rows = rows_of(newest(lab, f"clip{clip:g}"))
+    moved = abs(float(rows[0]["val_loss"] or rows[1]["val_loss"]) - float(rows[-1]["val_loss"]))
+    assert (moved < 0.001) if clip else (moved > 0.01)
+    assert float(rows[0]["grad_norm"]) > 0.1    # as it was before
+
+
+@SCRIPTS
+def test_the_learning_rate_climbs_in_a_line_and_falls_in_a_cosine(script):
+    cfg = small(script, num_steps=1000, warmup_frac=0.1)
+    optimizer = script.Config.new_optimizer(cfg, cfg.new_model(300, torch.float32),
+                                            World(dataclasses.replace(cfg, device="cpu")), torch.float32)
+    scales = [optimizer.lr_scale(cfg, step, step / 1000) for step in range(1001)]
+    assert 0 < scales[0] < scales[1] < scales[50] == pytest.approx(0.51)
+    assert max(scales) == pytest.approx(scales[100]) == pytest.approx(1)
+    assert scales[100:] == sorted(scales[100:], reverse=True)
+    assert scales[550] == pytest.approx((1 + cfg.final_lr_frac) / 2)
+    assert scales[1000] == pytest.approx(cfg.final_lr_frac)
+
+
+@pytest.mark.slow
+@SCRIPTS
+def test_two_processes_end_where_one_does(lab, script):
+    name = script.__name__.removeprefix("train_")
+    for processes in (1, 2):
+        knobs = tiny_flags(script, model_name=f"{name}-on-{processes}", micro_batch_tokens=64)
+        done = drive(lab, AS.format(script=script.__name__) + KEEP, *knobs, processes=processes)
+        assert not done.returncode, done.stderr
+    assert_same_run(newest(lab, f"{name}-on-1"), newest(lab, f"{name}-on-2"), exact=False)
+
+
+@pytest.mark.slow
+@SCRIPTS
+def test_a_killed_run_goes_on_to_the_bit(lab, script):
+    name, tamper = script.__name__.removeprefix("train_"), AS.format(script=script.__name__) + KEEP
+    done = drive(lab, tamper, *tiny_flags(script, model_name=f"{name}-whole"))
+    assert not done.returncode, done.stderr
+    cut = tiny_flags(script, model_name=f"{name}-cut")
+    assert drive(lab, tamper + DIE_AFTER.format(step=3, rank=0), *cut).returncode < 0
+    done = drive(lab, tamper, *cut, "--resume", "auto")
+    assert not done.returncode, done.stderr
+    assert_same_run(newest(lab, f"{name}-whole"), newest(lab, f"{name}-cut"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Their weights in transformers, and GPT-2's weights from there
+# ------------------------------------------------------------------------------------------------
+
+def trained(lab: Path, script, **knobs) -> Path:
+    name = f"for-transformers-{script.__name__}"
+    run(lab, f"{script.__name__}.py", *tiny_flags(script, model_name=name, **knobs), "--save_model")
+    return newest(lab, name)
+
+
+@SCRIPTS
+def test_transformers_has_the_same_logits(lab, script, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = trained(lab, script, num_heads=4, num_steps=8)
+    run(lab, "convert.py", "to_transformers", str(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "transformers")
+    cfg = script.Config(**train_gpt.known_knobs(folder, script.Config))
+    ours = cfg.new_model(300, torch.float32)
+    ours.load_state_dict(train_gpt.read_weights(folder))
+    tokens = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours.logits(tokens), rtol=1e-4, atol=1e-4)
+    assert ours.logits(tokens).std() > 0.01
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "transformers")
+    text = "the big cat sat, 42 times."
+    monkeypatch.setattr(train_tokenizer, "TOKENIZERS", lab / "tokenizers")
+    own = train_tokenizer.load_tokenizer("tiny_v300_n1073741824")
+    assert tokenizer(text)["input_ids"] == own.encode_ordinary(text)
+
+
+def test_gpt2_comes_back_from_transformers(lab):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=301, n_positions=24, n_embd=32, n_layer=2, n_head=4, bos_token_id=300, eos_token_id=300))
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    theirs.save_pretrained(lab / "hub" / "some-gpt2")
+    done = run(lab, "convert.py", "from_transformers", "hub/some-gpt2", "--name", "back",
+               "--tokenizer", "tiny_v300_n1073741824")
+    folder = newest(lab, "back")
+    assert str(folder) in done.stdout
+    cfg = train_nanogpt.Config(**train_gpt.known_knobs(folder, train_nanogpt.Config))
+    ours = cfg.new_model(300, torch.float32)
+    ours.load_state_dict(train_gpt.read_weights(folder))
+    tokens = torch.randint(0, 300, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(tokens).logits, ours.logits(tokens), rtol=1e-4, atol=1e-4)
+    assert run(lab, "train_nanogpt.py", "--sample", str(folder), "--prompt", "a dog").stdout
+    run(lab, "convert.py", "to_transformers", str(folder))
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "transformers")
+    for name, weight in theirs.state_dict().items():
+        assert weight.equal(again.state_dict()[name]), name
+
+
+def test_what_cannot_be_converted_is_said_in_one_line(lab):
+    llama = lab / "hub" / "llama"
+    llama.mkdir(parents=True, exist_ok=True)
+    (llama / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    run(lab, "train_gpt.py", *[f"--{knob}={value}" for knob, value in TINY.items()], "--model_name=own",
+        "--save_model")
+    own = str(newest(lab, "own"))
+    for direction, folder, word in [("from_transformers", "hub/llama", "of type llama; only gpt2"),
+                                    ("from_transformers", "nowhere", "nowhere has no config.json"),
+                                    ("to_transformers", "nowhere", "nowhere has no summary.json"),
+                                    ("to_transformers", own, "no model like that of train_gpt.py")]:
+        done = run(lab, "convert.py", direction, folder, expect=1)
+        said = [line for line in done.stderr.splitlines() if "warning" not in line]
+        assert len(said) == 1 and word in said[0], done.stderr
+
+
+def test_each_holds_only_what_differs():
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in ("train_nanogpt.py",
+                                                                          "train_llama3.py")}
+    assert all(count < 225 for count in lines.values()), lines

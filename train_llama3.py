@@ -1,0 +1,167 @@
+"""A transformer in the style of Llama 3, on the loop and the data of train_gpt.py: a well-known yardstick.
+
+    python train_llama3.py --preset demo
+    python seeds.py 3 --name llama3 -- python train_llama3.py --preset demo
+    python convert.py to_transformers experiments/RUN
+
+It holds only what differs: RMSNorm with weights, rotary positions of base 500,000, SwiGLU, grouped queries,
+an untied head. AdamW, clipping, warm-up and cosine are those of train_nanogpt.py with Llama's figures.
+
+    published (arXiv:2407.21783)                        chosen here, since it was not
+    AdamW, weight decay 0.1, linear warm-up, cosine     betas 0.9 and 0.95, clipping at 1 (as in Llama 2)
+    cosine to 1 % (0.8e-6 of 80e-6, 405B)               share of the warm-up: 2 % (there under 1 %)
+    3e-4 at 8B and 4,096 wide                           rates of small models: those of train_nanogpt.py
+    base 500,000, 8 heads of keys for 32 of queries     2 or 3 query heads: one head of keys
+    hidden width 3.5 model widths (8B, 70B)             rounded up to a multiple of 64
+    documents of a row do not see each other            initial values: std 0.02, what is added / sqrt(2 L)
+
+Shapes:  B batch   T tokens in a row   D model width   H heads   G heads of keys and values   K width of one
+         F MLP hidden   V vocabulary
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+import train_gpt
+import train_nanogpt
+from train_gpt import DenseMask, LayerPast, Past, Stage, attend, linear, rotate
+
+
+@dataclass(frozen=True)
+class Config(train_nanogpt.Config):
+    script: ClassVar[Path] = Path(__file__)
+    head_width: ClassVar[int] = 128
+    # EDIT: config
+    # the run
+    model_name: str = "llama3"        # last part of the run folder's name
+    # the model
+    num_kv_heads: int = 0             # heads of keys and values; 0: one for four of queries
+    mlp_ratio: float = 3.5            # hidden width of an MLP, in model widths, rounded up to 64
+    # the optimizer
+    final_lr_frac: float = 0.01       # share of its height that the cosine ends at
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or max(1, self.num_heads // 4))
+        self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0,
+                     f"a divisor of --num_heads, {self.num_heads}")
+
+    @property
+    def hidden_dim(self) -> int:
+        return 64 * math.ceil(self.mlp_ratio * self.model_dim / 64)
+
+    def new_model(self, eot_id: int, dtype: torch.dtype, flex: dict | None = None) -> "Llama3":
+        return Llama3(self, eot_id, dtype, flex)
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention, then a gated MLP, each on normed input and added to the stream."""
+
+    def __init__(self, cfg: Config, flex: dict | None = None):
+        super().__init__()
+        width, hidden, keys = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.flex = flex
+        deep = 1 / math.sqrt(2 * cfg.num_layers)    # what is added to the stream, 2 L times
+        self.attention_norm, self.mlp_norm = (nn.Parameter(torch.ones(width)) for _ in range(2))
+        self.q, self.k, self.v = weights(width, width), weights(keys, width), weights(keys, width)
+        self.out = weights(width, width, deep)
+        self.gate, self.up, self.down = weights(hidden, width), weights(hidden, width), weights(width, hidden,
+                                                                                                 deep)
+
+    def forward(self, x: Tensor, mask: DenseMask | BlockMask, cos: Tensor, sin: Tensor,
+                past: LayerPast | None = None) -> Tensor:
+        # EDIT: layer
+        x = x + self.attention(normed(x, self.attention_norm), mask, cos, sin, past)        # (B, T, D)
+        inner = normed(x, self.mlp_norm)                                                    # (B, T, D)
+        hidden = F.silu(linear(inner, self.gate)) * linear(inner, self.up)                  # (B, T, F)
+        return x + linear(hidden, self.down)                                                # (B, T, D)
+
+    def attention(self, x: Tensor, mask: DenseMask | BlockMask, cos: Tensor, sin: Tensor,
+                  past: LayerPast | None) -> Tensor:
+        B, T, D = x.shape
+        q = linear(x, self.q).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)     # (B, H, T, K)
+        k = linear(x, self.k).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = linear(x, self.v).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:
+            k, v = past.extended(k, v)      # (B, G, more than T, K)
+        # each head of keys serves the same number of queries, one after the other
+        k, v = (part.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for part in (k, v))
+        y = attend(q, k, v, mask, self.head_dim**-0.5, self.flex)                           # (B, H, T, K)
+        return linear(y.transpose(1, 2).reshape(B, T, D), self.out)                         # (B, T, D)
+
+
+def weights(rows: int, columns: int, scale: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(0.02 * scale * torch.randn(rows, columns))
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps=1e-5)
+
+
+def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which all pairs of dimensions turn; two of (T, K/2) float32.
+
+    The sines are negative: Llama turns the other way round than `rotate` does.
+    """
+    frequency = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)      # (K/2)
+    angle = torch.arange(length, device=device)[:, None] * frequency                        # (T, K/2)
+    return angle.cos(), -angle.sin()
+
+
+class Llama3(train_gpt.Model):
+    """Token embedding -> layers -> norm -> head."""
+
+    def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
+                 flex: dict | None = None):
+        super().__init__(cfg, eot_id, dtype, flex)
+        self.embed = weights(cfg.vocab_size, cfg.model_dim)
+        self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
+        self.norm = nn.Parameter(torch.ones(cfg.model_dim))
+        self.head = weights(cfg.padded_vocab_size, cfg.model_dim)
+
+    def hidden(self, inputs: Tensor, stage: Stage | None = None, past: Past | None = None) -> Tensor:
+        text = past.extended(inputs) if past else inputs
+        masks, start = self.masks(text, 1.0), text.size(1) - inputs.size(1)
+        cos, sin = rotary_table(text.size(1), self.cfg.head_dim, inputs.device)             # (T, K/2)
+        x = F.embedding(inputs, self.embed).to(self.dtype)                                  # (B, T, D)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, masks[number], cos[start:], sin[start:],
+                      past.layers[number] if past else None)                                # (B, T, D)
+        return normed(x, self.norm)                                                         # (B, T, D)
+
+
+def transformers_names(cfg: Config) -> dict[str, tuple[str, bool]]:
+    """Our names of parameters -> those in transformers, and whether it keeps the matrix transposed."""
+    names = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+    parts = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+             "v": "self_attn.v_proj", "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
+             "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+    names |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}.weight"
+              for layer in range(cfg.num_layers) for ours, theirs in parts.items()}
+    return {ours: (theirs, False) for ours, theirs in names.items()}
+
+
+def transformers_config(cfg: Config) -> dict:
+    rope = {"rope_theta": 500_000.0, "rope_type": "default"}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": cfg.vocab_size,
+            "max_position_embeddings": cfg.seq_len, "hidden_size": cfg.model_dim,
+            "intermediate_size": cfg.hidden_dim, "num_hidden_layers": cfg.num_layers,
+            "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
+            "head_dim": cfg.head_dim, "hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False,
+            "mlp_bias": False, "tie_word_embeddings": False, "rope_theta": 500_000.0, "rope_parameters": rope}
+
+
+score_saved = partial(train_gpt.score_saved, config=Config)
+
+if __name__ == "__main__":
+    train_gpt.main(Config)

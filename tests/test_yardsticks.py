@@ -181,7 +181,7 @@ def test_steps_are_those_of_torch_with_its_clipping(script):
         optimizer.step(scale)
     assert any(cut)
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("clip", [0, 1e-5])

@@ -94,7 +94,7 @@ def keep(runs: list[Run], folder: Path) -> None:
             if (run.folder / name).is_file():
                 shutil.copyfile(run.folder / name, target / name)
     script = str(runs[0].summary.get("script", "train_gpt.py"))
-    if script != "train_gpt.py":
+    if "train_gpt.py" not in runs[0].summary.get("sources", {"train_gpt.py": ""}):     # it is a changed copy
         sides = [path.read_text(encoding="utf-8").splitlines(keepends=True)
                  for path in (ROOT / "train_gpt.py", runs[0].folder / f"{Path(script).stem}.txt")]
         (folder / "changes.diff").write_text("".join(difflib.unified_diff(*sides, "train_gpt.py", script)))

@@ -147,7 +147,7 @@ def test_losses_and_gradients_are_those_of_plain_logits(script):
     assert set(got) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-3,
-                                   msg=lambda text: f"{name}: {text}")
+                                   msg=f"{name}: {{}}".format)
 
 
 @SCRIPTS
@@ -181,7 +181,7 @@ def test_steps_are_those_of_torch_with_its_clipping(script):
         optimizer.step(scale)
     assert any(cut)
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("clip", [0, 1e-5])

@@ -1,0 +1,121 @@
+"""train_gpt.py beside train_nanogpt.py and train_llama3.py: equal data, size and minutes of training.
+
+    python benchmarks/yardstick.py --minutes 2 --seeds 3            on the demo's data; ./run.sh makes them
+    python benchmarks/yardstick.py --minutes 2 --seeds 3 --keep     also writes experiments/YARDSTICK.md
+
+The scripts take turns, so that a machine that slows down slows them all. A run that is there is not repeated.
+Each ends its schedule with its minutes. What stands at a quarter and at half of them is read off the line
+between the validations before and after: a schedule cut short there would have done better.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from compare import Group, as_markdown, compare
+from curves import save_curves
+from documents import Parser, UserError, command, positive
+from run_folder import EXPERIMENTS, ROOT, write_whole
+from seeds import ended_run, keep
+
+SCRIPTS = ("train_gpt", "train_nanogpt", "train_llama3")
+
+
+def bpb_at(group: Group, seconds: float) -> str:
+    """Mean and spread of the bits per byte that runs had after so many seconds of training."""
+    values = []
+    for run in group.finished:
+        points = [(row["train_seconds"], row["val_bpb"]) for row in run.rows if "val_bpb" in row]
+        values.append(float(np.interp(seconds, *zip(*points, strict=True))))
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def seconds_to(group: Group, target: float) -> str:
+    """Mean of the seconds of training after which runs were as low as a target; each of them must be."""
+    reached = []
+    for run in group.finished:
+        points = [(row["train_seconds"], row["val_bpb"]) for row in run.rows if "val_bpb" in row]
+        after = next((place for place, (_, bpb) in enumerate(points) if bpb <= target), None)
+        if after is None:
+            return "not by all runs"
+        ends = points[max(0, after - 1):after + 1]
+        reached.append(float(np.interp(-target, [-bpb for _, bpb in ends], [second for second, _ in ends])))
+    return f"{fmean(reached):.0f} s"
+
+
+def table(groups: list[Group], seconds: float) -> list[list[str]]:
+    """A line for each script; the first one's time to the others' end stands with them."""
+    first = groups[0]
+    lines = [["script", "parameters", "tokens/s", "tokens", "val_bpb at 1/4", "at 1/2", "at the end",
+              f"{first.name} is there after", "difference, 95 % interval"]]
+    for group in groups:
+        facts = group.finished[0].summary
+        there = difference = ""
+        if group is not first:
+            there = seconds_to(first, fmean(group.values("val_bpb")))
+            compared = compare(first, group, "val_bpb")
+            test = compared.paired or compared.welch
+            difference = f"{test.mean:+.4f} ({test.low:+.4f} to {test.high:+.4f})" if test else ""
+        lines.append([f"{group.name}.py", f"{facts['parameters'] / 1e6:.1f}M",
+                      f"{median(group.values('tokens_per_second')):,.0f}",
+                      f"{median(group.values('tokens')) / 1e6:.2f}M",
+                      *(bpb_at(group, share * seconds) for share in (0.25, 0.5, 1)), there, difference])
+    return lines
+
+
+@command
+def main() -> None:
+    parser = Parser("Train the yardsticks beside train_gpt.py.", epilog="Further flags go to all three.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2, help="of training, for each run")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each script")
+    parser.add_argument("--preset", default="demo", help="of train_gpt.py: its data and size")
+    parser.add_argument("--keep", action="store_true", help="write experiments/YARDSTICK.md, curves and runs")
+    args, flags = parser.parse_known_args()
+    # so many steps that the minutes decide
+    words = ["--preset", args.preset, "--num_steps", "1000000", "--train_minutes", f"{args.minutes:g}",
+             "--val_every", "20", *flags]
+    groups = {script: Group(script, []) for script in SCRIPTS}
+    for seed in range(args.seeds):
+        for script, group in groups.items():
+            name = f"yardstick_{script}_{args.minutes:g}min_seed{seed}"
+            line = [sys.executable, f"{script}.py", *words, "--seed", str(seed), "--model_name", name]
+            run = ended_run(name, line)
+            if not run:
+                done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                run = ended_run(name, line)
+                if not run or not run.is_finished:
+                    raise UserError(f"{script}.py with seed {seed} ended with exit code {done.returncode}; "
+                                    "its last lines say why")
+            print(f"{script} seed {seed}: val_bpb {run.summary['val_bpb']:.4f}, "
+                  f"{run.summary['tokens_per_second']:,.0f} tokens/s", flush=True)
+            group.runs.append(run)
+    results = list(groups.values())
+    report = as_markdown(table(results, 60 * args.minutes))
+    print(f"\n{report}")
+    if args.keep:
+        for group in results:
+            keep(group.runs, EXPERIMENTS / f"yardstick_{group.name.removeprefix('train_')}")
+        save_curves(results, "val_bpb", EXPERIMENTS / "yardstick")
+        write_whole(EXPERIMENTS / "YARDSTICK.md", describe(results, args.minutes, report))
+
+
+def describe(groups: list[Group], minutes: float, report: str) -> str:
+    facts = groups[0].finished[0].summary
+    command = f"python benchmarks/yardstick.py --minutes {minutes:g} --seeds {len(groups[0].runs)} --keep"
+    return "\n".join([
+        "# The yardsticks", "",
+        f"Written by `{command}`: each script trains for {minutes:g} minutes on the data of the preset "
+        f"{facts.get('preset')} ({facts['data']}), on {facts['processes']} x {facts['device']}, torch "
+        f"{facts['torch']}. Mean and standard deviation over seeds; what stands at a quarter and at half is "
+        "read off between validations.", "", report, "",
+        "![bits per byte by minutes of training](yardstick_time.png)", ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1763,7 +1763,7 @@ def conclusion(cfg: Config, folder: Path, summary: dict, samples: list[dict]) ->
     if summary.get("xz_bpb"):
         verdict = "more than this model" if summary["xz_bpb"] > summary["val_bpb"] else "less than this model"
         xz = f"; xz -9e needs {summary['xz_bpb']:.3f} for the same text, {verdict}"
-    change = ["--muon_lr", f"{2 * cfg.muon_lr:g}", "--model_name", "try"]
+    change = ["--num_layers", str(cfg.num_layers + 2), "--model_name", "try"]
     again = shlex.join([*program(), *sys.argv[1:], *change])
     lines = ["", "=" * 100,
              f"run         {os.path.relpath(folder)}  "

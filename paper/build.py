@@ -53,10 +53,14 @@ def tables() -> dict[str, str]:
 
 
 def number(value: float) -> str:
-    """A number as it stands in a text: 524,288, 0.05, 6e-4."""
+    """A number as it stands in a text: 524,288, 0.05, 10^{-10}; words, too."""
     if isinstance(value, str | bool):
         return str(value).replace("_", r"\_")
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits, _, power = f"{value:g}".partition("e")
+    times = "" if digits == "1" else rf"{digits} \cdot "
+    return f"{times}10^{{{int(power)}}}" if power else digits
 
 
 def constants(function: Callable, pattern: str) -> list[str]:
@@ -88,14 +92,14 @@ def facts() -> dict[str, str]:
 
 def facts_of_model(cfg: Config) -> dict[str, str]:
     model = train_gpt.GPT(cfg, 255)
-    layer = model.layers[0]
+    layer = model.requires_grad_(False).layers[0]
     cos, _ = train_gpt.rotary_table(2, cfg.head_dim, "cpu")
     angles = cos[1].double().acos()
     turning = angles[angles > 1e-5]
     stream, embedding = layer.stream_mix.tolist()
     own, table = layer.value_mix.tolist()
     largest = max(float(part.abs().max()) for part in (layer.out, layer.down, model.head, model.smear))
-    return {"norm.eps": constants(train_gpt.rms_norm, r"eps=(\S+)\)")[0],
+    return {"norm.eps": number(float(constants(train_gpt.rms_norm, r"eps=(\S+)\)")[0])),
             "rotary.slowest": number(round(1 / float(turning.min()))),
             "rotary.turning": number(len(turning)), "rotary.pairs": number(len(angles)),
             "model.head_dim": number(cfg.head_dim),

@@ -86,3 +86,21 @@ def test_the_hellaswag_benchmark_compares_the_same_choices(measure, lab: Path):
     said = measure("hellaswag.py", "--rows", "rows.jsonl", "--tokenizer", "tiny_v300_n1073741824",
                      "--rounds", "1")
     assert "times as fast" in said and "acc: the same choice in 3 of 3 rows" in said
+
+
+def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
+    words = ["yardstick.py", "--minutes", "0.02", "--seeds", "1", "--keep", "--data", "tiny",
+             "--val_every", "1", "--num_samples", "0", *TINY_MODEL.split()]
+    said = measure(*words)
+    order = re.findall(r"^(train_\w+) seed (\d): val_bpb", said, re.MULTILINE)
+    scripts = ["train_gpt", "train_nanogpt", "train_llama3"]
+    assert order == [(script, "0") for script in scripts]
+    report = (lab / "experiments/YARDSTICK.md").read_text()
+    rows = re.findall(r"^\| (train_\w+)\.py \|(?: [\d.,]+M? \|){3} (\S+) \| (\S+) \| (\S+)", report,
+                      re.MULTILINE)
+    assert [row[0] for row in rows] == scripts and rows[0][1] >= rows[0][2] >= rows[0][3]
+    assert (lab / "experiments/yardstick_time.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((lab / "experiments/yardstick_nanogpt").glob("seed?"))) == 1
+    before = set((lab / "experiments").glob("2*"))
+    measure(*words)     # what is there is not repeated
+    assert set((lab / "experiments").glob("2*")) == before

@@ -1,0 +1,106 @@
+"""paper/: what the appendix says is what the code does, and the PDF is made of the committed runs.
+
+Run: ./run.sh test tests/test_paper.py
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import ROOT
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "paper"))
+import build
+
+TEXTS = "".join((ROOT / "paper" / name).read_text() for name in ("paper.tex", "appendix.tex"))
+
+
+def test_every_fact_of_the_text_is_read_from_the_code():
+    named = set(re.findall(r"\\fact\{([\w.]+)\}", TEXTS))
+    assert len(named) > 40 and named <= set(build.facts())
+    # numbers that stand in the appendix by hand are of formulas, not of the code
+    prose = re.sub(r"\\(fact|cite|label|ref)\{[^}]*\}", "", (ROOT / "paper" / "appendix.tex").read_text())
+    assert set(re.findall(r"(?<![\w^_])\d+\.\d+|(?<![\w^_])\d{3,}", prose)) == set()
+
+
+def test_facts_follow_the_code(monkeypatch):
+    before = build.facts()
+    assert before["knob.logit_cap"] == "15" and before["rates.matrices.batch"] == "1/12"
+    assert before["rotary.slowest"] == "1,024" and before["rates.head.width"] == "-1/2"
+    assert before["rates.matrices.width"] == "0" and before["muon.momentum_last"] == "0.95"
+    monkeypatch.setattr(train_gpt.Optimizer, "betas", (0.7, 0.97))
+    monkeypatch.setattr(train_gpt, "rotary_table", lambda length, width, device: (
+        torch.tensor([0.0, 0.5, 0.01, 0.0]).mul(torch.arange(length)[:, None]).cos(), None))
+    after = build.facts()
+    assert (after["adam.beta1"], after["adam.beta2"]) == ("0.7", "0.97")
+    assert (after["rotary.slowest"], after["rotary.turning"], after["rotary.pairs"]) == ("100", "2", "4")
+
+
+def test_code_that_no_longer_looks_like_its_description_stops_the_build():
+    def other(x):
+        return x / 2
+    with pytest.raises(build.UserError, match=r"looks for eps.* in .*other and finds it 0 times"):
+        build.constants(other, r"eps=(\S+)")
+    assert build.constants(other, r"x / (\d)") == ["2"]
+
+
+def test_a_fact_that_is_not_there_is_an_error_in_latex(tmp_path):
+    if not shutil.which("pdflatex"):
+        pytest.skip("LaTeX is not installed")
+    (tmp_path / "facts.tex").write_text(build.as_macros({"knob.num_layers": "6"}))
+    for name, code in [("knob.num_layers", 0), ("knob.layers", 1)]:
+        (tmp_path / "t.tex").write_text("\\documentclass{article}\\input{facts.tex}\\begin{document}"
+                                        f"\\fact{{{name}}}\\end{{document}}")
+        done = subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"],
+                              cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and ("there is no fact knob.layers" in done.stdout) == bool(code)
+
+
+def test_the_tables_are_those_of_compare(monkeypatch):
+    made = build.tables()
+    assert set(made) == {f"{name}{kind}.tex" for name in build.TABLES for kind in ("", "_differences")}
+    shown = subprocess.run([sys.executable, "compare.py", *build.TABLES["example"], "--format", "latex"],
+                           cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert made["example.tex"].strip() in shown
+    for text in made.values():
+        assert text.startswith(r"\begin{tabular}") and text.endswith("\\end{tabular}\n")
+
+
+@pytest.mark.slow
+def test_the_pdf_is_made_and_says_what_the_runs_say(tmp_path):
+    if not shutil.which("latexmk"):
+        pytest.skip("latexmk is not installed")
+    for name in (*(path.name for path in ROOT.glob("*.py")), "paper", "experiments"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("2*", "made", "*.pdf"))
+        else:
+            shutil.copy(source, tmp_path)
+    done = subprocess.run([sys.executable, "paper/build.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    pdf = tmp_path / "paper" / "paper.pdf"
+    assert pdf.read_bytes().startswith(b"%PDF") and "wrote paper/paper.pdf" in done.stdout
+    log = (tmp_path / "paper" / "made" / "paper.log").read_text(errors="replace")
+    assert not re.search(r"undefined|Overfull \\hbox \((?:[2-9]\d|\d{3,})", log)
+    if shutil.which("pdftotext"):
+        text = subprocess.run(["pdftotext", str(pdf), "-"], capture_output=True, text=True, check=True).stdout
+        table = (tmp_path / "paper" / "made" / "example.tex").read_text()
+        values = re.findall(r"& (\d\.\d{4}) &", table)
+        assert values and all(value in text for value in values)
+        assert "??" not in text
+
+
+def test_without_latex_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "MADE", tmp_path / "made")
+    monkeypatch.setattr(sys, "argv", ["build.py"])
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        build.main()
+    assert "apt install latexmk" in str(end.value.code)
+    assert Path(tmp_path / "made" / "example.pdf").stat().st_size > 1000

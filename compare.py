@@ -73,9 +73,14 @@ class Run:
     def samples(self) -> list[dict]:
         return lines_of(self.folder / "samples.jsonl")
 
-    @functools.cached_property
-    def hellaswag(self) -> list[dict]:
-        return lines_of(self.folder / "hellaswag.jsonl")
+    @property
+    def benchmarks(self) -> dict[str, dict]:
+        """What it scored on each benchmark, by name."""
+        return self.summary.get("benchmarks") or {}
+
+    def items(self, benchmark: str) -> list[dict]:
+        """Each row of a benchmark that it was scored on."""
+        return lines_of(self.folder / f"{benchmark}.jsonl")
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -397,23 +402,28 @@ def target_line(group: Group, metric: str, target: float) -> str:
             f"is {verdict} ({p_in_words(p)}, one-sided; the speedruns ask for less than 0.01)")
 
 
-def hellaswag_lines(a: Group, b: Group) -> list[str]:
-    """McNemar's test on the questions, for each pair of runs that belong together; of models, not recipes."""
-    runs_a, runs_b = ([run for run in group.finished if run.hellaswag] for group in (a, b))
+def benchmark_lines(a: Group, b: Group) -> list[str]:
+    """McNemar's test on the questions of each benchmark that runs of both groups were scored on."""
+    return [line for name in benchmarks_of([a]) if name in benchmarks_of([b])
+            for line in mcnemar_lines(a, b, name)]
+
+
+def mcnemar_lines(a: Group, b: Group, name: str) -> list[str]:
+    """The test for each pair of runs that belong together; of models, not recipes."""
+    runs_a, runs_b = ([run for run in group.finished if run.items(name)] for group in (a, b))
     seeds_b = {run.summary["seed"]: run for run in runs_b}
     pairs = [(run, seeds_b[run.summary["seed"]]) for run in runs_a if run.summary["seed"] in seeds_b]
     if not pairs and len(runs_a) == len(runs_b) == 1:
         pairs = [(runs_a[0], runs_b[0])]
     lines = []
     for first, second in pairs:
-        names = [[item["name"] for item in run.hellaswag] for run in (first, second)]
-        if names[0] != names[1]:
-            lines.append(f"  HellaSwag: {first.name} and {second.name} were scored on different rows")
+        items = [run.items(name) for run in (first, second)]
+        if len({tuple(item["name"] for item in rows) for rows in items}) > 1:
+            lines.append(f"  {name}: {first.name} and {second.name} were scored on different rows")
             continue
-        a_right, b_right = ([item["acc"]["choice"] == item["label"] for item in run.hellaswag]
-                            for run in (first, second))
+        a_right, b_right = ([item["acc"]["choice"] == item["label"] for item in rows] for rows in items)
         test = significance.mcnemar(a_right, b_right)
-        lines.append(f"  HellaSwag, {second.name} against {first.name}: {sum(b_right):,} against "
+        lines.append(f"  {name}, {second.name} against {first.name}: {sum(b_right):,} against "
                      f"{sum(a_right):,} of {len(a_right):,} right; {test.only_b:,} only by the former, "
                      f"{test.only_a:,} only by the latter, {p_in_words(test.p)} (McNemar)")
     return lines
@@ -473,11 +483,6 @@ def _last(run: Run, column: str) -> float | None:
     return next((row[column] for row in reversed(run.rows) if column in row), None)
 
 
-def _accuracy(run: Run) -> dict | None:
-    scores = (run.summary.get("benchmarks") or {}).get("hellaswag") or {}
-    return scores.get("acc")
-
-
 COLUMNS = (
     Column("run", lambda run: run.name),
     Column("status", lambda run: run.status.split(":")[0]),
@@ -488,16 +493,30 @@ COLUMNS = (
     Column("cost", lambda run: run.summary.get("cost"), lambda cost: f"{cost:,.2f}"),
     Column("val_loss", lambda run: _last(run, "val_loss"), lambda loss: f"{loss:.4f}"),
     Column("val_bpb", lambda run: _last(run, "val_bpb"), lambda bpb: f"{bpb:.4f}"),
-    Column("HellaSwag", _accuracy, lambda acc: f"{acc['value']:.3f} ({acc['low']:.3f}-{acc['high']:.3f})"),
     Column("tokens/s", lambda run: _last(run, "tokens_per_second"), lambda speed: f"{speed:,.0f}"),
     Column("peak MiB", lambda run: _last(run, "peak_memory_mib"), lambda mib: f"{mib:,.0f}"),
 )
 
 
+def benchmarks_of(groups: list[Group]) -> list[str]:
+    """The names of all benchmarks that some run was scored on."""
+    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks))
+
+
+def benchmark_columns(name: str) -> list[Column]:
+    """Accuracy with its interval, and the perplexity where there is one."""
+    def score(run: Run, key: str) -> object:
+        return run.benchmarks.get(name, {}).get(key)
+    return [Column(name, functools.partial(score, key="acc"),
+                   lambda acc: f"{acc['value']:.3f} ({acc['low']:.3f}-{acc['high']:.3f})"),
+            Column(f"{name} perplexity", functools.partial(score, key="perplexity"), "{:.2f}".format)]
+
+
 def used_columns(groups: list[Group]) -> list[Column]:
     """Those in which some run has anything."""
     runs = [run for group in groups for run in group.runs]
-    return [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+    columns = [*COLUMNS, *(column for name in benchmarks_of(groups) for column in benchmark_columns(name))]
+    return [column for column in columns if any(column.value(run) is not None for run in runs)]
 
 
 def runs_table(groups: list[Group]) -> list[list[str]]:
@@ -554,14 +573,19 @@ def as_csv(groups: list[Group]) -> str:
     """The runs with their numbers in full, for other programs."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", *(column.title for column in COLUMNS if column.title != "HellaSwag"),
-                     "hellaswag_acc", "hellaswag_low", "hellaswag_high"])
+    results = [(name, key) for name in benchmarks_of(groups) for key in ("acc", "perplexity")
+               if any(key in run.benchmarks.get(name, {}) for group in groups for run in group.runs)]
+    parts = {"acc": ("acc", "low", "high"), "perplexity": ("perplexity",)}
+    writer.writerow(["group", *(column.title for column in COLUMNS),
+                     *(f"{name}_{part}" for name, key in results for part in parts[key])])
     for group in groups:
         for run in group.runs:
-            values = [column.value(run) for column in COLUMNS if column.title != "HellaSwag"]
-            accuracy = _accuracy(run) or {}
-            writer.writerow([group.name, *("" if value is None else value for value in values),
-                             *(accuracy.get(key, "") for key in ("value", "low", "high"))])
+            values = [column.value(run) for column in COLUMNS]
+            for name, key in results:
+                result = run.benchmarks.get(name, {}).get(key)
+                values += ([result] if key == "perplexity" else
+                           map((result or {}).get, ("value", "low", "high")))
+            writer.writerow([group.name, *("" if value is None else value for value in values)])
     return out.getvalue().rstrip("\n")
 
 
@@ -614,7 +638,7 @@ def conclusions(groups: list[Group], metric: str, although: Iterable[str], effec
     lines = []
     for group in groups[1:]:
         lines += [""] if lines else []
-        lines += compare(groups[0], group, metric, effect).lines() + hellaswag_lines(groups[0], group)
+        lines += compare(groups[0], group, metric, effect).lines() + benchmark_lines(groups[0], group)
         differing = differences_of(groups[0].finished[0], group.finished[0])
         lines.append(f"  they differ in {'; '.join(differing) or 'nothing that the runs know of'}")
     return lines

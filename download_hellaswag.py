@@ -1,7 +1,9 @@
-"""Fetch HellaSwag, and score language models on it or on any multiple-choice file of its kind.
+"""Fetch HellaSwag, ARC-easy, PIQA or LAMBADA, and score language models on them or on questions of your own.
 
     python download_hellaswag.py                                 data/hellaswag_val.jsonl: 10,042 rows, 12 MB
+    python download_hellaswag.py --benchmark arc_easy            or piqa, or lambada
     python download_hellaswag.py --score experiments/RUN         score a run trained with --save_model
+    python download_hellaswag.py --score RUN --benchmark piqa    the same on another benchmark
     python download_hellaswag.py --score RUN --task my.jsonl     the same for questions of your own
 
 A row is a beginning and what might follow, one of which does; a task's row needs only these three:
@@ -14,7 +16,14 @@ A model reads <|endoftext|> and ctx as they are, then a space and one ending at 
 whose tokens together are likeliest (acc), or likeliest per character, byte or token (acc_norm). Chance is
 0.25. GPT-2 of 124M parameters is known for acc 0.2859 and acc_norm by tokens 0.2955 on this text (llm.c's
 script), and for 0.2892 and 0.3114 by characters in lm-evaluation-harness, which edits the text first.
-source  Zellers et al. 2019, arXiv:1905.07830
+
+The others become such rows when they are fetched, as lm-evaluation-harness puts them: it asks ARC-easy and
+PIQA "Question: ...\nAnswer:", and a space and an answer follow; of a text of LAMBADA the last word is the one
+ending, and is right (acc) if each of its tokens is the likeliest one. README.md has their chance levels and
+what GPT-2 gets.
+source  Zellers et al. 2019, arXiv:1905.07830 (HellaSwag); Clark et al. 2018, arXiv:1803.05457 (ARC);
+        Bisk et al. 2019, arXiv:1911.11641 (PIQA); Paperno et al. 2016, arXiv:1606.06031, in the edition of
+        Radford et al. 2019 (LAMBADA)
 """
 
 import bisect
@@ -27,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +58,6 @@ from documents import (
 )
 from train_tokenizer import CannotEncode, encode
 
-# the data's own name of each split, and its rows
-SPLITS = {"validation": ("val", 10_042), "train": ("train", 39_905), "test": ("test", 10_003)}
-REPO = "Rowan/hellaswag"
 AUTHORS = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
 FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings",
           "source_id")
@@ -69,44 +76,133 @@ class Question:
 
 
 # ------------------------------------------------------------------------------------------------
+# Benchmarks
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a benchmark, and what the file here is called after."""
+    name: str
+    rows: int
+    labelled: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set to score models on: where it is, and how its rows become those of a file here.
+
+    repo      of the Hub, at `revision`
+    files     pattern of the paths that hold a split
+    splits    by the data's own names; the first one is scored
+    endings   how many a row may have
+    row_here  what makes a row of the file here of one of the Hub; it may raise what bad data raise
+    authors   where the authors have the same rows, for when the Hub does not give them; empty: nowhere
+    """
+    title: str
+    repo: str
+    files: str
+    splits: dict[str, Split]
+    endings: tuple[int, ...]
+    row_here: Callable[[dict], object]
+    revision: str = "main"
+    authors: str = ""
+
+    @property
+    def scored(self) -> str:
+        return next(iter(self.splits))
+
+
+def as_authors_have_it(row: object) -> object:
+    """A row of HellaSwag on the Hub, where labels are texts and empty in the test split."""
+    if not isinstance(row, dict):
+        return row
+    label = str(row.get("label", ""))
+    row = row | {"label": int(label) if label.isdecimal() else label}
+    return {field: row[field] for field in FIELDS if field in row and (field, row[field]) != ("label", "")}
+
+
+def row_of_arc(row: dict) -> dict:
+    """{"id": "Mercury_7", "question": "Which?", "choices": {"text": ["this", ...], "label": ["A", ...]},
+    "answerKey": "A"}; labels may be digits, too."""
+    choices = row["choices"]
+    return {"ind": row["id"], "ctx": "Question: " + row["question"] + "\nAnswer:", "endings": choices["text"],
+            "label": choices["label"].index(row["answerKey"])}
+
+
+def row_of_piqa(row: dict) -> dict:
+    """{"goal": "To boil an egg", "sol1": "use water", "sol2": "use sand", "label": 0}"""
+    return {"ctx": "Question: " + row["goal"] + "\nAnswer:", "endings": [row["sol1"], row["sol2"]],
+            "label": row["label"]}
+
+
+def row_of_lambada(row: dict) -> dict:
+    """{"text": "all that comes before the last word"}"""
+    context, _, word = row["text"].rpartition(" ")
+    if not context or not word:
+        raise ValueError("the text has no last word behind others")
+    return {"ctx": context, "endings": [word], "label": 0}
+
+
+BENCHMARKS = {
+    "hellaswag": Benchmark("HellaSwag", "Rowan/hellaswag", "data/{split}-*",
+                           {"validation": Split("val", 10_042), "train": Split("train", 39_905),
+                            "test": Split("test", 10_003, labelled=False)},
+                           (4,), as_authors_have_it, authors=AUTHORS),
+    "arc_easy": Benchmark("ARC-easy", "allenai/ai2_arc", "ARC-Easy/{split}-*",
+                          {"test": Split("test", 2_376)}, (3, 4, 5), row_of_arc),
+    # its main branch has a script instead of rows; in this one the Hub keeps what the script gave
+    "piqa": Benchmark("PIQA", "ybisk/piqa", "*/{split}/*", {"validation": Split("val", 1_838)}, (2,),
+                      row_of_piqa, revision="refs/convert/parquet"),
+    "lambada": Benchmark("LAMBADA", "EleutherAI/lambada_openai", "default/{split}*",
+                         {"test": Split("test", 5_153)}, (1,), row_of_lambada),
+}
+
+
+# ------------------------------------------------------------------------------------------------
 # Fetch
 # ------------------------------------------------------------------------------------------------
 
-def path_of(split: str) -> Path:
-    return shards.DATA / f"hellaswag_{SPLITS[split][0]}.jsonl"
+def path_of(name: str, split: str) -> Path:
+    return shards.DATA / f"{name}_{BENCHMARKS[name].splits[split].name}.jsonl"
 
 
-def fetch(split: str) -> Path:
-    """The file of a split, fetched unless it is there and whole.
+def command_to_fetch(name: str) -> str:
+    return "python download_hellaswag.py" + (f" --benchmark {name}" if name != "hellaswag" else "")
+
+
+def fetch(name: str, split: str) -> Path:
+    """The file of a benchmark's split, fetched unless it is there and whole.
 
     raises  UserError if neither the Hub nor the authors' repository gives it
     """
-    path = path_of(split)
+    benchmark, path = BENCHMARKS[name], path_of(name, split)
+    rows = benchmark.splits[split].rows
     with locked(path.with_name(f".{path.name}.lock"), wait=True):
         if path.exists():
             try:
-                check_rows(path, split)
-                print(f"{path.relative_to(shards.ROOT)} is there: {SPLITS[split][1]:,} rows")
+                check_rows(path, benchmark, split)
+                print(f"{path.relative_to(shards.ROOT)} is there: {rows:,} rows")
                 return path
             except UserError as error:
                 print(f"{error}; it is fetched again", file=sys.stderr)
         partial = path.with_name(f"{path.name}.partial")
         try:
-            source = fetch_from_hub(split, partial)
+            source = fetch_from_hub(benchmark, split, partial)
         except UserError as error:
+            if not benchmark.authors:
+                raise
             print(f"{error}; asking the authors' repository", file=sys.stderr)
-            source = fetch_from_authors(split, partial)
+            source = fetch_from_authors(benchmark, path.name, split, partial)
         os.replace(partial, path)
-    print(f"wrote {path.relative_to(shards.ROOT)}: {SPLITS[split][1]:,} rows from {source}, "
-          f"SHA-256 {sha256_of(path)}")
+    print(f"wrote {path.relative_to(shards.ROOT)}: {rows:,} rows from {source}, SHA-256 {sha256_of(path)}")
     return path
 
 
-def fetch_from_hub(split: str, path: Path) -> str:
-    files = hub.list_files(REPO, "data", ".parquet")
-    matching = [file for file in files if Path(file.path).name.startswith(f"{split}-")]
+def fetch_from_hub(benchmark: Benchmark, split: str, path: Path) -> str:
+    files = hub.list_files(benchmark.repo, "", ".parquet", benchmark.revision)
+    matching = [file for file in files if fnmatch(file.path, benchmark.files.format(split=split))]
     if not matching:
-        raise UserError(f"{REPO} has no parquet file of {split}")
+        raise UserError(f"{benchmark.repo} has no parquet file of {split}")
     import pyarrow
     import pyarrow.parquet
     rows = []
@@ -115,58 +211,55 @@ def fetch_from_hub(split: str, path: Path) -> str:
         try:
             rows += pyarrow.parquet.read_table(copy).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file.path} of {REPO} is no readable parquet file "
+            raise UserError(f"{file.path} of {benchmark.repo} is no readable parquet file "
                             f"({first_line(error)})") from error
         finally:
             if not kept:
                 hub.forget(copy)
-    write_rows(rows, split, path)
-    return f"{REPO} at {files[0].revision}"
+    write_rows(rows, benchmark, split, path)
+    return f"{benchmark.repo} at {files[0].revision}"
 
 
-def fetch_from_authors(split: str, path: Path) -> str:
-    url = f"{AUTHORS}/hellaswag_{SPLITS[split][0]}.jsonl"
+def fetch_from_authors(benchmark: Benchmark, name: str, split: str, path: Path) -> str:
+    url = f"{benchmark.authors}/{name}"
     content = hub.fetch_url(url)
     try:
         rows = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{url} is not JSON lines ({error})") from error
-    write_rows(rows, split, path)
+    write_rows(rows, benchmark, split, path)
     return url
 
 
-def write_rows(rows: list[dict], split: str, path: Path) -> None:
-    """Write rows as the authors' files have them, wherever they come from, and check them."""
+def write_rows(rows: list, benchmark: Benchmark, split: str, path: Path) -> None:
+    """Write the rows of a benchmark as files here have them, and check them."""
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines.append(json.dumps(benchmark.row_here(row), ensure_ascii=False) + "\n")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"row {number:,} of {benchmark.title} is damaged ({error!r})") from error
     with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(as_authors_have_it(row), ensure_ascii=False) + "\n")
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     try:
-        check_rows(path, split)
+        check_rows(path, benchmark, split)
     except UserError:
         path.unlink()
         raise
 
 
-def as_authors_have_it(row: object) -> object:
-    """A row of the Hub, where labels are texts and empty in the test split."""
-    if not isinstance(row, dict):
-        return row
-    label = str(row.get("label", ""))
-    row = row | {"label": int(label) if label.isdecimal() else label}
-    return {field: row[field] for field in FIELDS if field in row and (field, row[field]) != ("label", "")}
-
-
-def check_rows(path: Path, split: str) -> list[Question]:
-    """raises  UserError unless the file holds exactly the rows of the split, four endings each"""
-    questions = read_questions(path, labelled=split != "test")
-    expected = SPLITS[split][1]
+def check_rows(path: Path, benchmark: Benchmark, split: str) -> list[Question]:
+    """raises  UserError unless the file holds exactly the rows of the split, each with so many endings"""
+    expected, labelled = benchmark.splits[split].rows, benchmark.splits[split].labelled
+    questions = read_questions(path, labelled, fewest=min(2, *benchmark.endings))
     if len(questions) != expected:
         raise UserError(f"{path.name} has {len(questions):,} rows instead of {expected:,}")
-    odd = next((question for question in questions if len(question.endings) != 4), None)
+    odd = next((question for question in questions if len(question.endings) not in benchmark.endings), None)
     if odd:
-        raise UserError(f"{path.name} has {len(odd.endings)} endings instead of 4 in row {odd.name}")
+        raise UserError(f"{path.name} has {len(odd.endings)} endings instead of "
+                        f"{' or '.join(map(str, benchmark.endings))} in row {odd.name}")
     return questions
 
 
@@ -200,20 +293,21 @@ def task_of(path: Path, name: str, questions: list[Question], rows: int) -> Task
     return Task(name, sha256_of(path), len(questions), [questions[number] for number in chosen])
 
 
-def hellaswag_if_here(rows: int) -> Task | None:
-    """HellaSwag's validation split, or None if it has not been fetched."""
-    path = path_of("validation")
+def benchmark_if_here(name: str, rows: int = 0) -> Task | None:
+    """What of a benchmark is scored, all or a fixed sample; None if it has not been fetched."""
+    benchmark = BENCHMARKS[name]
+    path = path_of(name, benchmark.scored)
     if not path.is_file():
         return None
     try:
-        questions = check_rows(path, "validation")
+        questions = check_rows(path, benchmark, benchmark.scored)
     except UserError as error:
-        raise UserError(f"{error}; fetch it again with: python download_hellaswag.py") from error
-    return task_of(path, "hellaswag", questions, rows)
+        raise UserError(f"{error}; fetch it again with: {command_to_fetch(name)}") from error
+    return task_of(path, name, questions, rows)
 
 
-def read_questions(path: Path, labelled: bool = True) -> list[Question]:
-    """The rows of a .jsonl file of this kind, however many endings they have.
+def read_questions(path: Path, labelled: bool = True, fewest: int = 2) -> list[Question]:
+    """The rows of a .jsonl file of this kind, of whatever number of endings from `fewest` on.
 
     raises  UserError that names the first line that is none
     """
@@ -224,16 +318,16 @@ def read_questions(path: Path, labelled: bool = True) -> list[Question]:
         raise UserError(f"{path} is not UTF-8 text") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            questions.append(question_of(line, f"{path.name} line {number}", number, labelled))
+            questions.append(question_of(line, f"{path.name} line {number}", number, labelled, fewest))
     if not questions:
         raise UserError(f"{path} has no rows")
     return questions
 
 
-def question_of(line: str, where: str, number: int, labelled: bool) -> Question:
+def question_of(line: str, where: str, number: int, labelled: bool, fewest: int) -> Question:
     def require(holds: bool, rule: str) -> None:
         if not holds:
-            raise UserError(f"{where} is no row of multiple choice: {rule}")
+            raise UserError(f"{where} is no row to score: {rule}")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -241,8 +335,8 @@ def question_of(line: str, where: str, number: int, labelled: bool) -> Question:
     require(isinstance(row, dict), "it must be an object")
     ctx, endings, label = row.get("ctx"), row.get("endings"), row.get("label")
     require(isinstance(ctx, str), "ctx must be a text")
-    require(isinstance(endings, list) and len(endings) > 1 and all(isinstance(e, str) for e in endings),
-            "endings must be a list of two texts or more")
+    require(isinstance(endings, list) and len(endings) >= fewest and all(isinstance(e, str) for e in endings),
+            f"endings must be a list of {'two texts' if fewest > 1 else 'a text'} or more")
     if labelled:
         right = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(endings)
         require(right, f"label must be the number of an ending, from 0 to {len(endings) - 1}")
@@ -255,14 +349,16 @@ def question_of(line: str, where: str, number: int, labelled: bool) -> Question:
 # Score
 # ------------------------------------------------------------------------------------------------
 
-# what the log-probability of an ending is divided by
+# what the log-probability of an ending is divided by; of a single ending there is acc alone
 METRICS = ("acc", "acc_norm_characters", "acc_norm_bytes", "acc_norm_tokens")
+LARGEST_EXPONENT = 700      # of a perplexity; exp of 710 is no number
 
 
 @dataclass(frozen=True)
 class Accuracy:
     """Share of rows whose likeliest ending is the right one, with its Wilson 95 % interval.
 
+    A single ending is right if each of its tokens is the likeliest one, so that greedy decoding writes it.
     ties  rows in which several endings are likeliest; the first of them counts as the choice
     """
     value: float
@@ -276,13 +372,15 @@ class Accuracy:
 class Scores:
     """What a model makes of a task.
 
-    chance        accuracy of guessing
+    chance        accuracy of guessing: an ending, or each token of a single one
     cut_contexts  endings before which the context was too long for the model and was cut from the left
     cut_endings   endings that are longer than the model reads; only what is left of them is scored
     seconds       that scoring took
     accuracies    by METRICS
     items         for each row: its name and label, and for each ending its log-probability in nats and its
-                  length; then the choice by each metric
+                  length; then the choice by each metric, -1 where a single ending is not what greedy
+                  decoding writes
+    perplexity    of single endings, each as a whole: exp of their mean negative log-probability
     """
     rows: int
     chance: float
@@ -291,17 +389,21 @@ class Scores:
     seconds: float
     accuracies: dict[str, Accuracy]
     items: list[dict]
+    perplexity: float | None = None
 
     def summary(self) -> dict:
         """All but the items, as summary.json has it."""
         return {"rows": self.rows, "chance": self.chance, "cut_contexts": self.cut_contexts,
                 "cut_endings": self.cut_endings, "seconds": self.seconds,
+                **({} if self.perplexity is None else {"perplexity": self.perplexity}),
                 **{metric: vars(accuracy) for metric, accuracy in self.accuracies.items()}}
 
     def lines(self) -> list[str]:
         lines = [f"{metric.replace('acc_norm_', 'acc_norm by '):<22} {accuracy.value:.4f}   95 % interval "
                  f"{accuracy.low:.4f} to {accuracy.high:.4f}   {accuracy.correct:,} of {self.rows:,}, "
                  f"{accuracy.ties:,} ties" for metric, accuracy in self.accuracies.items()]
+        if self.perplexity is not None:
+            lines.append(f"{'perplexity':<22} {self.perplexity:.2f}")
         lines.append(f"{'chance':<22} {self.chance:.4f}   {self.cut_contexts:,} endings behind a context "
                      "that was too long and was cut from the left")
         if self.cut_endings:
@@ -323,14 +425,16 @@ class Candidate:
         return len(self.tokens) - 1
 
 
-def hellaswag_accuracy(log_probabilities: Callable[[np.ndarray, np.ndarray], np.ndarray], tokenizer: Encoding,
+def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: Encoding,
                        questions: list[Question], shape: tuple[int, int], rank: int = 0, world_size: int = 1,
                        add_up: Callable[[np.ndarray], np.ndarray] = lambda sums: sums) -> Scores:
-    """Score a model on multiple choice, many candidates in a row.
+    """Score a model on multiple choice, or on questions of one ending each, many candidates in a row.
 
     log_probabilities  (B, T) int64 inputs and targets -> (B, T) log-probability of each target in nats; a
                        target of -1 is not to be predicted, and what stands there in the answer does not
-                       count. The model must keep documents apart: each candidate begins with <|endoftext|>
+                       count. The model must keep documents apart: each candidate begins with <|endoftext|>.
+                       For single endings it is given True as well, and answers (2, B, T): these, then 1 where
+                       the target is the likeliest token, else 0
     shape              (B, T) of every batch; T is the most that the model can read
     rank, world_size   this process scores every world_size-th batch, and
     add_up             gives the sum of all processes' arrays, in float64
@@ -344,7 +448,8 @@ def hellaswag_accuracy(log_probabilities: Callable[[np.ndarray, np.ndarray], np.
                for candidate in candidates_of(question, tokenizer, width)]
     candidates = list(dict.fromkeys(endings))
     packed = packed_rows([candidate.width for candidate in candidates], width)
-    sums = np.zeros(len(candidates))
+    single = all(len(question.endings) == 1 for question in questions)
+    sums = np.zeros((1 + single, len(candidates)))        # of log-probabilities, then of likeliest tokens
     starts = range(rank * rows, len(packed), world_size * rows)
     with tqdm(starts, unit=" batches", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
         for start in bar:
@@ -359,23 +464,27 @@ def hellaswag_accuracy(log_probabilities: Callable[[np.ndarray, np.ndarray], np.
                     targets[row, last - candidate.predicted:last] = candidate.tokens[-candidate.predicted:]
                     places[number] = row, slice(last - candidate.predicted, last)
                     first = last
-            scores = np.asarray(log_probabilities(inputs, targets), dtype=np.float64)       # (B, T)
-            for number, place in places.items():
-                sums[number] = scores[place].sum()
+            scores = log_probabilities(inputs, targets, *([True] if single else []))
+            scores = np.asarray(scores, dtype=np.float64).reshape(-1, *shape)               # (1 or 2, B, T)
+            for number, (row, span) in places.items():
+                sums[:, number] = scores[:, row, span].sum(-1)
     sums = add_up(sums)
     if not np.isfinite(sums).all():
         raise UserError("the model gives log-probabilities that are not finite")
-    sum_of = dict(zip(candidates, sums, strict=True))
+    sums_of = dict(zip(candidates, sums.T, strict=True))
     items, begin = [], 0
     for question in questions:
         mine = endings[begin:begin + len(question.endings)]
-        items.append(item_of(question, np.array([sum_of[candidate] for candidate in mine]),
-                             [candidate.predicted for candidate in mine]))
+        items.append(item_of(question, *np.transpose([sums_of[candidate] for candidate in mine]),
+                             tokens=[candidate.predicted for candidate in mine]))
         begin += len(mine)
-    return Scores(len(questions), sum(1 / len(question.endings) for question in questions) / len(questions),
+    nats = -np.mean([item["log_probabilities"][0] for item in items])
+    guesses = [tokenizer.n_vocab ** item["tokens"][0] if single else len(item["tokens"]) for item in items]
+    return Scores(len(questions), sum(1 / number for number in guesses) / len(questions),
                   sum(candidate.context_is_cut for candidate in endings),
                   sum(candidate.ending_is_cut for candidate in endings), time.perf_counter() - begun,
-                  {metric: accuracy_of(items, metric) for metric in METRICS}, items)
+                  {metric: accuracy_of(items, metric) for metric in METRICS if metric in items[0]}, items,
+                  math.exp(min(nats, LARGEST_EXPONENT)) if single else None)
 
 
 def candidates_of(question: Question, tokenizer: Encoding, longest: int) -> Iterator[Candidate]:
@@ -412,11 +521,15 @@ def packed_rows(widths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def item_of(question: Question, sums: np.ndarray, tokens: list[int]) -> dict:
+def item_of(question: Question, sums: np.ndarray, likeliest: np.ndarray | None = None, *,
+            tokens: list[int]) -> dict:
+    """What a row's endings score; `likeliest` counts a single ending's likeliest tokens."""
     lengths = {"characters": [len(ending) for ending in question.endings],
                "bytes": [len(ending.encode(errors="replace")) for ending in question.endings],
                "tokens": tokens}
     item = {"name": question.name, "label": question.label, "log_probabilities": sums.tolist(), **lengths}
+    if likeliest is not None:
+        return item | {"acc": {"choice": 0 if likeliest[0] == tokens[0] else -1, "tie": False}}
     for metric in METRICS:
         divisors = lengths.get(metric.removeprefix("acc_norm_"), [1] * len(sums))
         scores = sums / np.maximum(divisors, 1)
@@ -446,16 +559,16 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 # The command
 # ------------------------------------------------------------------------------------------------
 
-def score_run(folder: Path, path: Path | None, rows: int) -> None:
-    """Score the weights of a run and leave the result in its folder.
+def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
+    """Score the weights of a run on a file's questions or a benchmark, and leave the result in its folder.
 
     The model is that of the script that trained it, which must still lie here.
     """
     import run_folder
-    task = open_task(path, path.stem, rows) if path else hellaswag_if_here(rows)
+    task = open_task(path, path.stem, rows) if path else benchmark_if_here(name, rows)
     if task is None:
-        raise UserError("HellaSwag is not here; fetch it with: python download_hellaswag.py")
-    taken = ("samples", "hellaswag") if path else ()
+        raise UserError(f"{BENCHMARKS[name].title} is not here; fetch it with: {command_to_fetch(name)}")
+    taken = ("samples", *BENCHMARKS) if path else ()
     if not re.fullmatch(shards.FOLDER_NAME, task.name) or task.name in taken:
         raise UserError(f"the result is written to {task.name}.jsonl of the run; name {path} otherwise, with "
                         f"letters, digits, '.', '_' and '-', but not {' or '.join(taken)}")
@@ -473,24 +586,34 @@ def score_run(folder: Path, path: Path | None, rows: int) -> None:
 
 @command
 def main() -> None:
-    parser = Parser("Fetch HellaSwag, or score a run on it.")
-    parser.add_argument("--split", choices=SPLITS, help="what to fetch (default: validation)")
+    parser = Parser("Fetch HellaSwag or another benchmark, or score a run on it.")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, help="which one (default: hellaswag)")
+    parser.add_argument("--split", help="what of it to fetch (default: what is scored, as validation)")
     parser.add_argument("--score", metavar="RUN_FOLDER", type=Path,
                         help="score the model of this run (trained with --save_model) instead of fetching")
     parser.add_argument("--task", metavar="FILE.jsonl", type=Path,
-                        help="with --score: questions of your own instead of HellaSwag")
+                        help="with --score: questions of your own instead of a benchmark")
     parser.add_argument("--hellaswag_rows", metavar="N", type=lambda text: positive(text, 0),
                         help="with --score: a fixed sample of so many rows; 0: all (default: 0)")
     args = parser.parse_args()
+    name = args.benchmark or "hellaswag"
+    benchmark = BENCHMARKS[name]
     try:
         if args.score and args.split:
-            raise UserError("--split is what to fetch; --score takes the validation split, or a --task")
+            raise UserError(f"--split is what to fetch; --score takes the {benchmark.scored} split, "
+                            "or a --task")
         if not args.score and (args.task or args.hellaswag_rows is not None):
             raise UserError("--task and --hellaswag_rows need a model to score: --score RUN_FOLDER")
+        if args.task and args.benchmark:
+            raise UserError("--task is a file of your own; leave out --benchmark")
+        split = args.split or benchmark.scored
+        if split not in benchmark.splits:
+            raise UserError(f"--split of {benchmark.title} must be {' or '.join(benchmark.splits)}; "
+                            f"it is {split!r}")
         if args.score:
-            score_run(args.score, args.task, args.hellaswag_rows or 0)
+            score_run(args.score, args.task, name, args.hellaswag_rows or 0)
         elif is_first_process():
-            fetch(args.split or "validation")
+            fetch(name, split)
     except UserError:
         leave_the_word_to_the_first()
         raise

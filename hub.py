@@ -39,8 +39,8 @@ class HubFile:
     sha256: str
 
 
-def list_files(repo: str, folder: str, suffix: str) -> list[HubFile]:
-    """The files below a folder of a dataset, sorted by path, at the commit that `main` is now.
+def list_files(repo: str, folder: str, suffix: str, revision: str = "main") -> list[HubFile]:
+    """The files below a folder of a dataset, sorted by path, at the commit that the revision is now.
 
     raises  UserError if there are none or the Hub does not answer
     """
@@ -48,12 +48,13 @@ def list_files(repo: str, folder: str, suffix: str) -> list[HubFile]:
     from huggingface_hub.hf_api import RepoFile
 
     def ask() -> list[HubFile]:
-        tree = hub.HfApi().list_repo_tree(repo, folder or None, recursive=True, repo_type="dataset")
+        tree = hub.HfApi().list_repo_tree(repo, folder or None, recursive=True, revision=revision,
+                                          repo_type="dataset")
         entries = [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
         if not entries:
             raise UserError(f"{repo} on {_endpoint()} has no {suffix} files in {folder or 'it'}")
         entries.sort(key=lambda entry: entry.path)
-        url = hub.hf_hub_url(repo, entries[0].path, repo_type="dataset")
+        url = hub.hf_hub_url(repo, entries[0].path, revision=revision, repo_type="dataset")
         commit = hub.get_hf_file_metadata(url).commit_hash
         if not commit:
             raise UserError(f"{_endpoint()} does not tell the commit of {repo}; is HF_ENDPOINT right?")

@@ -2,7 +2,7 @@
 
     experiments/20261121_011504_demo/
         config.json  metrics.csv  training_log.txt  loss.png  samples.jsonl  summary.json
-        hellaswag.jsonl  model.safetensors                                       if asked for
+        hellaswag.jsonl and other .jsonl of benchmarks, model.safetensors        if asked for
         train_gpt.txt and other .txt, git.diff, requirements.txt, meta.json      what made it
         checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt                while it is unfinished
 
@@ -49,7 +49,7 @@ CHECKPOINT_FORMAT = "benchtop checkpoint 1"
 # knobs that leave every result as it is; data and tokenizer are compared by their content
 NEUTRAL_KNOBS = ("check", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
                  "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
-                 "gpu_cost_per_hour", "compare_to", "wandb", "tensorboard")
+                 "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "tensorboard")
 LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
 
 

@@ -62,7 +62,15 @@ from documents import (
     first_line,
     leave_the_word_to_the_first,
 )
-from download_hellaswag import Question, Scores, Task, hellaswag_accuracy, hellaswag_if_here
+from download_hellaswag import (
+    BENCHMARKS,
+    Question,
+    Scores,
+    Task,
+    benchmark_if_here,
+    command_to_fetch,
+    hellaswag_accuracy,
+)
 from run_folder import (
     RunLog,
     changes_since,
@@ -142,6 +150,7 @@ class Config:
     log_every: int = 10               # steps between rows of metrics.csv
     val_every: int = 100              # steps between validations; 0: only at the end
     val_tokens: int = 0               # held-out tokens to validate on; 0: all there are
+    benchmarks: str = "hellaswag"     # scored at the end if here: hellaswag, arc_easy, piqa, lambada; or all
     hellaswag_rows: int = 0           # HellaSwag rows to score at the end, if it is here; 0: all 10,042
     num_samples: int = 4              # texts to write at the end
     sample_tokens: int = 64           # tokens in each
@@ -175,6 +184,8 @@ class Config:
                               ("dtype", ("auto", "bfloat16", "float16", "float32")),
                               ("preset", ("", *PRESETS))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
+        self.require("benchmarks", set(self.benchmark_names) <= set(BENCHMARKS),
+                     f"all, or some of {', '.join(BENCHMARKS)}, with commas between")
         for knob in ("train_tokens", "num_layers", "model_dim", "mlp_ratio", "log_every", "attention_cap",
                      "timeout_seconds"):
             self.require(knob, getattr(self, knob) > 0, "more than 0")
@@ -229,6 +240,11 @@ class Config:
     @property
     def rows_per_step(self) -> int:
         return self.batch_tokens // self.seq_len
+
+    @property
+    def benchmark_names(self) -> list[str]:
+        names = BENCHMARKS if self.benchmarks == "all" else map(str.strip, self.benchmarks.split(","))
+        return [name for name in names if name]
 
     @property
     def padded_vocab_size(self) -> int:
@@ -618,20 +634,25 @@ class Model(nn.Module):
         return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding,
                                  self.cfg.logit_cap, self.chunk_kernel, self.cfg.fp8)
 
-    def token_losses(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None) -> Tensor:
-        """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph."""
+    def token_losses(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None,
+                     likeliest: bool = False) -> Tensor:
+        """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph.
+
+        likeliest  the result is (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
+        """
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.hidden(inputs, stage).detach().flatten(0, 1)                               # (BT, D)
         weight, wanted = self.head.detach().to(x.dtype), targets.flatten()                  # (V, D), (BT)
-        losses = torch.zeros(wanted.shape, device=x.device)                                 # (BT)
+        found = torch.zeros(1 + likeliest, len(wanted), device=x.device)
         places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
         with torch.no_grad():
             for some in places.split(chunk_rows(x, weight.size(0))):
                 # filled up to the size of all chunks, so that one kernel serves them
                 filled = F.pad(some, (0, chunk_rows(x, weight.size(0)) - len(some)))
-                losses[some] = self.losses_kernel(x[filled], weight, wanted[filled], self.padding,
-                                                  self.cfg.logit_cap)[:len(some)]
-        return losses.view(targets.shape)                                                   # (B, T)
+                found[:, some] = self.losses_kernel(x[filled], weight, wanted[filled], self.padding,
+                                                    self.cfg.logit_cap, likeliest)[:, :len(some)]
+        found = found.view(1 + likeliest, *targets.shape)
+        return found if likeliest else found[0]
 
     @torch.no_grad()
     def logits(self, inputs: Tensor, past: Past | None = None) -> Tensor:
@@ -810,10 +831,15 @@ def chunk_loss_and_gradient(logits: Tensor, targets: Tensor, padding: Tensor, ca
     return losses[:, 0], slope.to(logits.dtype).scatter(1, place, slope_there.to(logits.dtype))
 
 
-def chunk_losses(x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float) -> Tensor:
-    """(N) float32 losses of a chunk x (N, D) of a head's weight (V, D), without their gradient."""
+def chunk_losses(x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float,
+                 likeliest: bool = False) -> Tensor:
+    """(1, N) float32 losses of a chunk x (N, D) of a head's weight (V, D), without their gradient.
+
+    likeliest  (2, N): the losses, then 1 where the target's logit is the largest (the first such), else 0
+    """
     z = soft_cap((x @ weight.T).float(), cap) + padding                                     # (N, V)
-    return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                   # (N)
+    losses = F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                 # (N)
+    return torch.stack([losses, (z.argmax(-1) == targets).float()]) if likeliest else losses[None]
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -1300,11 +1326,12 @@ class HeldOut:
 
 
 def score(model: Model, tokenizer: Encoding, questions: list[Question], rows: int, world: "World") -> Scores:
-    """Accuracy of a model in multiple choice, `rows` rows at a time, as in training, so no kernel is compiled
-    for it; called on all processes, which share the work."""
-    def log_probabilities(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Accuracy of a model on a benchmark, `rows` rows at a time, as in training, so no kernel is compiled for
+    it, but for one where likeliest tokens are asked for; called on all processes, which share the work."""
+    def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
         inputs, targets = (torch.from_numpy(array).to(world.device) for array in (inputs, targets))
-        return -model.token_losses(inputs, targets).cpu().numpy()                           # (B, T)
+        found = model.token_losses(inputs, targets, likeliest=likeliest).cpu().numpy()
+        return np.stack([-found[0], found[1]]) if likeliest else -found
 
     def add_up(sums: np.ndarray) -> np.ndarray:
         return world.sum(torch.from_numpy(sums).to(world.device)).cpu().numpy()
@@ -1730,10 +1757,10 @@ def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> l
     ]
 
 
-def describe_task(task: Task | None) -> str:
-    if not task:
-        return "hellaswag   not here; python download_hellaswag.py fetches it"
-    return f"hellaswag   {len(task.questions):,} rows at the end{task.note}"
+def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
+    return [f"{name:<12}" + (f"{len(task.questions):,} rows at the end{task.note}" if task else
+                             f"not here; {command_to_fetch(name)} fetches it")
+            for name, task in tasks.items()]
 
 
 def describe_data(cfg: Config, dataset: Dataset, rows: Rows, held_out: HeldOut) -> str:
@@ -1803,8 +1830,9 @@ def in_words(target: dict) -> str:
 
 def task_in_words(result: dict) -> str:
     acc = result["acc"]
-    return (f"{acc['value']:.4f} right ({acc['low']:.4f} to {acc['high']:.4f}), "
-            f"{result['acc_norm_bytes']['value']:.4f} by bytes; "
+    other = (f"perplexity {result['perplexity']:.2f}" if "perplexity" in result else
+             f"{result['acc_norm_bytes']['value']:.4f} by bytes")
+    return (f"{acc['value']:.4f} right ({acc['low']:.4f} to {acc['high']:.4f}), {other}; "
             f"chance {result['chance']:.4f}; {result['rows']:,} rows")
 
 
@@ -2144,8 +2172,8 @@ def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     cfg, text, saved = open_run(cfg, world)
     cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
-    task = world.together(lambda: hellaswag_if_here(cfg.hellaswag_rows) if world.is_main else None)
-    task = world.same(task)     # other machines need not have the file
+    tasks = world.together(lambda: tasks_of(cfg) if world.is_main else None)
+    tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(cfg.script, cfg, world, tokenizer, dataset)
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "sources"):
@@ -2163,7 +2191,7 @@ def train(cfg: Config, world: World) -> None:
     with log, last_words(log):
         sized = world.same(choose_micro_batch(cfg, model, world, saved))
         log.say("\n".join([*introduction(sized, world, model, kernels),
-                           describe_data(cfg, dataset, rows, held_out), describe_task(task)]))
+                           describe_data(cfg, dataset, rows, held_out), *describe_tasks(tasks)]))
         begun = time.perf_counter()
         sized = fit_micro_batch(model, optimizer, sized, world, log)
         compile_seconds = time.perf_counter() - begun
@@ -2179,7 +2207,13 @@ def train(cfg: Config, world: World) -> None:
         saved = None    # its memory is needed
         training_loop(run)
         with StopSignals(at_once=True):
-            finish(run, tokenizer, task, compile_seconds)
+            finish(run, tokenizer, [task for task in tasks.values() if task], compile_seconds)
+
+
+def tasks_of(cfg: Config) -> dict[str, Task | None]:
+    """What --benchmarks names; None for one that is not here."""
+    return {name: benchmark_if_here(name, cfg.hellaswag_rows if name == "hellaswag" else 0)
+            for name in cfg.benchmark_names}
 
 
 @contextlib.contextmanager
@@ -2440,22 +2474,23 @@ class LossScale:
         self.value, self.good_steps = state["value"], state["good_steps"]
 
 
-def finish(run: Run, tokenizer: Encoding, task: Task | None, compile_seconds: float) -> None:
-    """Weights, HellaSwag, samples, the comparison with xz, picture, summary, and last what a newcomer wants
+def finish(run: Run, tokenizer: Encoding, tasks: list[Task], compile_seconds: float) -> None:
+    """Weights, benchmarks, samples, the comparison with xz, picture, summary, and last what a newcomer wants
     to know."""
     cfg, model, held_out, log = run.cfg, run.model, run.held_out, run.log
     results = run.values | {"compile_seconds": round(compile_seconds, 1)}
     if cfg.save_model:
         log.weights(model)
     with run.world.memory_of("evaluation"):
-        if task:
-            log.say(f"scoring {len(task.questions):,} rows of HellaSwag")
+        for task in tasks:
+            log.say(f"scoring {len(task.questions):,} rows of {BENCHMARKS[task.name].title}")
             _, rows_at_once = micro_batch_shape(cfg, run.world.size)
             scores = score(model, tokenizer, task.questions, rows_at_once, run.world)
-            log.benchmark("hellaswag", scores.items)
+            log.benchmark(task.name, scores.items)
             for line in scores.lines():
                 log.note(line)
-            results["benchmarks"] = {"hellaswag": task.facts() | scores.summary() | scored_on(cfg, run.world)}
+            result = task.facts() | scores.summary() | scored_on(cfg, run.world)
+            results.setdefault("benchmarks", {})[task.name] = result
         if not run.world.is_main:
             return
         model.eval()
@@ -2574,7 +2609,7 @@ def check(cfg: Config, world: World) -> bool:
         cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 50257)
         about_data = [f"data        not usable; a vocabulary of {cfg.vocab_size:,} is assumed"]
     try:
-        about_data.append(describe_task(hellaswag_if_here(cfg.hellaswag_rows)))
+        about_data += describe_tasks(tasks_of(cfg))
     except UserError as error:
         problems.append(str(error))
     with torch.device("meta"):

@@ -10,12 +10,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves datasets: `hub.files[repo][path] = bytes`.
+    """Serves datasets: `hub.files[repo][path] = bytes`; the repository is REPO, or REPO@REVISION if not main.
 
     faults  path -> what to do to the next requests for it, one a request: see Handler.misbehave
     asked   how often each (method, path) was asked for
@@ -51,8 +52,20 @@ class FakeHub:
         self.server.shutdown()
         self.server.server_close()
 
+    def name_of(self, repo: str, revision: str) -> str:
+        """The name in `files` of a repository's revision, which may be given by its commit."""
+        for name in list(self.files):
+            its_repo, _, its_revision = name.partition("@")
+            if its_repo == repo and revision in (its_revision or "main", commit_of(name)):
+                return name
+        return f"{repo}@{revision}"
+
     def bytes_of(self, method: str) -> int:
         return sum(count for (asked, _), count in self.asked.items() if asked == method)
+
+
+def commit_of(name: str) -> str:
+    return hashlib.sha1(name.encode()).hexdigest() if "@" in name else COMMIT
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,15 +79,15 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        hub, path = self.hub, self.path.split("?")[0].replace("%2F", "/")
+        hub, path = self.hub, self.path.split("?")[0]
         if self.headers.get("Authorization"):
             hub.tokens.append(self.headers["Authorization"])
-        tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path)
-        file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.*)", path)
+        tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path)
+        file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
         if tree:
-            self.tree(tree[1], tree[2] or "")
+            self.tree(hub.name_of(tree[1], unquote(tree[2])), unquote(tree[3] or ""))
         elif file:
-            self.file(file[1], file[2])
+            self.file(hub.name_of(file[1], unquote(file[2])), unquote(file[3]))
         elif path in hub.pages:
             self.answer(200, hub.pages[path])
         else:
@@ -98,15 +111,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def file(self, repo: str, path: str) -> None:
         self.hub.asked[self.command, path] += 1
-        content = self.hub.files[repo].get(path)
+        content = self.hub.files.get(repo, {}).get(path)
         if content is None:
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit_of(repo)})
             return
         faults = self.hub.faults[f"{self.command} {path}"]
         if faults and self.misbehave(faults.pop(0), content):
             return
         self.hub.wait(path)
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT,
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit_of(repo),
                    "Accept-Ranges": "bytes"}
         begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if begin:

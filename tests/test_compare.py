@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -30,8 +31,13 @@ def write_run(folder: Path, seed: int = 0, bpb: float = 1.0, **changes) -> Path:
                "held_out_tokens": 37268, "script": "train_gpt.py", "code_sha256": "c1",
                "sources": {"train_gpt.py": "c1", "shards.py": "s1"}, "preset": "demo", "device": "a CPU",
                "processes": 1, "dtype": "bfloat16", "torch": "2.13.0"} | changes.pop("summary", {})
-    items = changes.pop("hellaswag", None)
+    benchmarks = changes.pop("benchmarks", {})
     assert not changes
+    if benchmarks:
+        summary["benchmarks"] = {
+            name: {"acc": {"value": fmean(right for _, right in items), "low": 0.25, "high": 0.75},
+                   **({"perplexity": 35.126} if name == "lambada" else {})}
+            for name, items in benchmarks.items()}
     (folder / "config.json").write_text(json.dumps(knobs))
     if summary["status"]:
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -44,8 +50,8 @@ def write_run(folder: Path, seed: int = 0, bpb: float = 1.0, **changes) -> Path:
         writer.writerows(rows)
     sample = {"prompt": "Once <b>upon</b>", "text": f" a time & {seed}", "seed": seed}
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    if items:
-        (folder / "hellaswag.jsonl").write_text("".join(
+    for benchmark, items in benchmarks.items():
+        (folder / f"{benchmark}.jsonl").write_text("".join(
             json.dumps({"name": name, "label": 0, "acc": {"choice": 0 if right else 1}}) + "\n"
             for name, right in items))
     return folder
@@ -237,15 +243,23 @@ def test_a_target_is_reached_by_the_speedruns_test(two_groups, monkeypatch, caps
     assert f"the target {target} {verdict}" in out
 
 
-def test_mcnemar_pairs_runs_by_seed(tmp_path, monkeypatch):
+def test_mcnemar_pairs_runs_by_seed_on_each_benchmark(tmp_path, monkeypatch):
     rows = [(name, name % 3 > 0) for name in range(30)]
     worse = [(name, right and name > 15) for name, right in rows]
-    a, b = (Group(name, [read_run(write_run(tmp_path / name, 5, hellaswag=items))])
-            for name, items in (("a", rows), ("b", worse)))
-    line, = compare.hellaswag_lines(a, b)
-    assert "10 against 20 of 30 right; 0 only by the former, 10 only by the latter, p 0.002 (McNemar)" in line
-    other = Group("c", [read_run(write_run(tmp_path / "c", 5, hellaswag=rows[1:]))])
-    assert "different rows" in compare.hellaswag_lines(a, other)[0]
+
+    def group(name: str, **benchmarks) -> Group:
+        return Group(name, [read_run(write_run(tmp_path / name, 5, benchmarks=benchmarks))])
+    a, b = group("a", hellaswag=rows, lambada=rows, piqa=rows), group("b", lambada=worse, hellaswag=rows)
+    first, second = compare.benchmark_lines(a, b)
+    assert "hellaswag, b against a: 20 against 20 of 30 right" in first
+    assert "lambada, b against a: 10 against 20 of 30 right; 0 only by the former, 10 only by the latter, " \
+        "p 0.002 (McNemar)" in second
+    other = group("c", lambada=rows[1:])
+    line, = compare.benchmark_lines(a, other)
+    assert "lambada: a and c were scored on different rows" in line
+    assert compare.benchmark_lines(a, group("d", mine=rows)) == []
+    (other.runs[0].folder / "lambada.jsonl").unlink()
+    assert compare.benchmark_lines(a, other) == []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,7 +295,27 @@ def test_csv_has_the_numbers_in_full(two_groups, monkeypatch, capsys):
 
 def test_columns_nobody_measured_are_left_out(two_groups):
     titles = compare.runs_table(open_groups(["demo"]))[0]
-    assert "HellaSwag" not in titles and "cost" in titles
+    assert "hellaswag" not in titles and "cost" in titles
+
+
+def test_every_benchmark_that_runs_have_is_shown(two_groups, monkeypatch, capsys):
+    rows = [(name, name % 4 > 0) for name in range(8)]
+    write_run(two_groups / "demo/seed3", 3, benchmarks={"hellaswag": rows, "my_quiz": rows})
+    write_run(two_groups / "gelu/seed3", 3, benchmarks={"lambada": rows})
+    titles, *lines = compare.runs_table(open_groups(["demo", "gelu"]))
+    assert titles[-4:] == ["hellaswag", "my_quiz", "lambada", "lambada perplexity"]
+    assert lines[3][-4:] == ["0.750 (0.250-0.750)"] * 2 + ["", ""]
+    assert lines[7][-4:] == ["", "", "0.750 (0.250-0.750)", "35.13"]
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    found = {name: [row[name] for row in rows] for name in rows[0]
+             if name.startswith(("hellaswag", "my_quiz", "lambada"))}
+    empty = [""] * 3
+    assert found == {**{f"{name}_{part}": [*empty, value, *empty, ""] for name in ("hellaswag", "my_quiz")
+                        for part, value in (("acc", "0.75"), ("low", "0.25"), ("high", "0.75"))},
+                     "lambada_acc": [*empty, "", *empty, "0.75"], "lambada_low": [*empty, "", *empty, "0.25"],
+                     "lambada_high": [*empty, "", *empty, "0.75"],
+                     "lambada_perplexity": [*empty, "", *empty, "35.126"]}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""HellaSwag: fetched whole or not at all, scored as a plain loop would.
+"""HellaSwag, ARC-easy, PIQA and LAMBADA: fetched whole or not at all, scored as a plain loop would.
 
 Run: ./run.sh test tests/test_hellaswag.py
 """
 
+import copy
 import io
 import json
 import math
@@ -23,7 +24,15 @@ from tiny_runs import flags, newest, run, summary_of, torchrun, train_here
 
 import download_hellaswag
 from documents import UserError
-from download_hellaswag import METRICS, Question, hellaswag_accuracy, packed_rows, read_questions
+from download_hellaswag import (
+    BENCHMARKS,
+    METRICS,
+    Question,
+    hellaswag_accuracy,
+    packed_rows,
+    question_of,
+    read_questions,
+)
 from train_gpt import GPT, Config
 from train_tokenizer import load_tokenizer
 
@@ -83,7 +92,8 @@ def fetch(kit, tmp_path):
         done = run(folder, "download_hellaswag.py", *arguments, expect=expect, env=env | more)
         assert "Traceback" not in done.stderr
         left = {path.name for path in folder.glob("data/*")}
-        assert left <= {"hellaswag_val.jsonl", "hellaswag_test.jsonl", "hellaswag_train.jsonl"}, left
+        assert left <= {"hellaswag_val.jsonl", "hellaswag_test.jsonl", "hellaswag_train.jsonl",
+                        "arc_easy_test.jsonl", "piqa_val.jsonl", "lambada_test.jsonl"}, left
         assert not list((tmp_path / "home").rglob("*.parquet"))
         return done.stdout + done.stderr
     return fetch
@@ -171,6 +181,152 @@ def test_test_has_no_labels_and_offline_says_so(kit, fetch):
     assert "did you mean --split" in fetch("--splitt", "train", expect=2)
     assert "need a model to score: --score" in fetch("--hellaswag_rows", "5", expect=1)
     assert "--split is what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
+    assert "--split of PIQA must be validation; it is 'test'" in fetch("--benchmark", "piqa",
+                                                                       "--split", "test", expect=1)
+    assert "leave out --benchmark" in fetch("--score", "run", "--task", "a.jsonl", "--benchmark", "piqa",
+                                            expect=1)
+    assert "argument --benchmark: invalid choice: 'arc'" in fetch("--benchmark", "arc", expect=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The other benchmarks, in their own columns
+# ------------------------------------------------------------------------------------------------
+
+WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "saw", "größer", "東京", "42")
+
+
+def sentence(rng: random.Random, most: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+
+def arc_rows(count: int = 2_376) -> list[dict]:
+    """Mostly four choices, some three or five; answers are letters or, in older exams, digits."""
+    rng, rows = random.Random(0), []
+    for number in range(count):
+        choices = {0: 3, 1: 5}.get(number % 50, 4)
+        labels = list("12345" if number % 7 == 0 else "ABCDE")[:choices]
+        rows.append({"id": f"Mercury_{number}", "question": f"{sentence(rng, 12)}?",
+                     "choices": {"text": [sentence(rng, 5) for _ in labels], "label": labels},
+                     "answerKey": rng.choice(labels)})
+    return rows
+
+
+def piqa_rows(count: int = 1_838) -> list[dict]:
+    rng = random.Random(1)
+    return [{"goal": sentence(rng, 8), "sol1": sentence(rng, 9), "sol2": sentence(rng, 9),
+             "label": number % 3 % 2} for number in range(count)]
+
+
+def lambada_rows(count: int = 5_153) -> list[dict]:
+    rng = random.Random(2)
+    return [{"text": f'{sentence(rng, 20)}.  "{sentence(rng, 3)}" {rng.choice(WORDS)}'} for _ in range(count)]
+
+
+# whose rows, where the Hub has them, what lies beside them there, and the file that they become here
+OTHERS = {
+    "arc_easy": (arc_rows, "allenai/ai2_arc", "ARC-Easy/test-00000-of-00001.parquet",
+                 ("ARC-Easy/train-00000-of-00001.parquet", "ARC-Challenge/test-00000-of-00001.parquet"),
+                 "arc_easy_test.jsonl"),
+    "piqa": (piqa_rows, "ybisk/piqa@refs/convert/parquet", "plain_text/validation/0000.parquet",
+             ("plain_text/train/0000.parquet", "plain_text/test/0000.parquet"), "piqa_val.jsonl"),
+    "lambada": (lambada_rows, "EleutherAI/lambada_openai", "default/test/0000.parquet",
+                ("de/test/0000.parquet", "en/test/0000.parquet"), "lambada_test.jsonl")}
+EACH_OTHER = pytest.mark.parametrize("name", OTHERS)
+
+
+def serve(fake: FakeHub, name: str, rows: list[dict]) -> None:
+    _, repo, path, neighbours, _ = OTHERS[name]
+    raw = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), raw)
+    fake.files["ybisk/piqa"] = {"piqa.py": b"a script"}     # all that its main branch has
+    fake.files[repo] = {path: raw.getvalue(), **dict.fromkeys(neighbours, b"another split or language")}
+
+
+def as_questions(name: str, rows: list[dict]) -> list[Question]:
+    """What is scored of rows in their own columns."""
+    return [question_of(json.dumps(BENCHMARKS[name].row_here(row)), name, number, True, 1)
+            for number, row in enumerate(rows, start=1)]
+
+
+@EACH_OTHER
+def test_each_benchmark_comes_from_its_home_on_the_hub(kit, fetch, name):
+    folder, fake = kit
+    rows_of, repo, _, _, file = OTHERS[name]
+    serve(fake, name, rows_of())
+    expected = f"data/{file}: {len(rows_of()):,} rows"
+    said = fetch("--benchmark", name)
+    assert f"wrote {expected} from {repo.split('@')[0]} at " in said and "SHA-256" in said
+    assert len((folder / "data" / file).read_text().splitlines()) == len(rows_of())
+    asked = sum(fake.asked.values())
+    assert expected.replace(": ", " is there: ") in fetch("--benchmark", name)
+    assert sum(fake.asked.values()) == asked
+
+    whole = (folder / "data" / file).read_bytes()
+    (folder / "data" / file).write_bytes(whole[:len(whole) // 2])
+    assert "it is fetched again" in fetch("--benchmark", name)
+    assert (folder / "data" / file).read_bytes() == whole
+
+
+def test_rows_become_what_lm_evaluation_harness_asks():
+    arc = {"id": "Mercury_7", "question": "Which is hot?", "answerKey": "2",
+           "choices": {"text": ["ice", "the sun", "a pond"], "label": ["1", "2", "3"]}}
+    assert as_questions("arc_easy", [arc]) == [
+        Question("Mercury_7", "Question: Which is hot?\nAnswer:", ("ice", "the sun", "a pond"), 1)]
+    piqa = {"goal": "To boil an egg,", "sol1": "use sand.", "sol2": "use water.", "label": 1}
+    assert as_questions("piqa", [piqa]) == [
+        Question(1, "Question: To boil an egg,\nAnswer:", ("use sand.", "use water."), 1)]
+    lambada = {"text": "He fed the cat.  The cat\nthanked the man"}
+    assert as_questions("lambada", [lambada]) == [
+        Question(1, "He fed the cat.  The cat\nthanked the", ("man",), 0)]
+
+
+DAMAGE = {
+    "arc_easy": [({"answerKey": "F"}, "row 5 of ARC-easy is damaged .*'F' is not in list"),
+                 ({"question": None}, "row 5 of ARC-easy is damaged"),
+                 ({"choices": None}, "row 5 of ARC-easy is damaged"),
+                 ({"choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+                  "has 2 endings instead of 3 or 4 or 5 in row Mercury_4"),
+                 ({"choices": {"text": ["a", "b", "c"], "label": list("ABCD")}, "answerKey": "D"},
+                  "line 5 .*label must be the number of an ending, from 0 to 2")],
+    "piqa": [({"label": 2}, "line 5 .*label must be the number of an ending, from 0 to 1"),
+             ({"label": -1}, "line 5 .*from 0 to 1"),
+             ({"goal": None}, "row 5 of PIQA is damaged"),
+             ({"sol2": None}, "line 5 .*endings must be a list of two texts or more")],
+    "lambada": [({"text": "word"}, "row 5 of LAMBADA is damaged .*no last word"),
+                ({"text": "ends in a space "}, "row 5 of LAMBADA is damaged .*no last word"),
+                ({"text": None}, "row 5 of LAMBADA is damaged")]}
+
+
+@pytest.mark.parametrize(("name", "change", "complaint"), [
+    (name, change, complaint) for name, cases in DAMAGE.items() for change, complaint in cases])
+def test_a_damaged_row_is_named_in_one_line_and_nothing_kept(tmp_path, name, change, complaint):
+    rows = OTHERS[name][0]()
+    rows[4] |= change
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(UserError, match=complaint) as error:
+        download_hellaswag.write_rows(rows, BENCHMARKS[name], BENCHMARKS[name].scored, path)
+    assert "\n" not in str(error.value) and not path.exists()
+
+
+@EACH_OTHER
+def test_fewer_rows_another_table_or_no_home_end_in_one_line(kit, fetch, name):
+    folder, fake = kit
+    rows = OTHERS[name][0]()
+
+    def refusal() -> str:
+        said = fetch("--benchmark", name, expect=1)
+        assert len(re.findall(r"(?m)^download_hellaswag.py: error: ", said)) == 1 and "authors" not in said
+        assert not list((folder / "data").glob("*"))
+        return said.splitlines()[-1]
+    serve(fake, name, rows[:-1])
+    assert f"has {len(rows) - 1:,} rows instead of {len(rows):,}" in refusal()
+    serve(fake, name, [{"something": "else"}] * len(rows))
+    assert f"row 1 of {BENCHMARKS[name].title} is damaged (KeyError(" in refusal()
+    serve(fake, name, rows)
+    del fake.files[OTHERS[name][1]][OTHERS[name][2]]
+    assert "has no parquet file of" in refusal()
+    fake.files.clear()
+    assert "(404)" in refusal()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,8 +347,9 @@ def model_and_tokenizer(lab):
 
 
 def log_probabilities_of(model):
-    def log_probabilities(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return -model.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets)).numpy()
+    def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
+        found = model.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest=likeliest)
+        return np.stack([-found[0], found[1]]) if likeliest else -found.numpy()
     return log_probabilities
 
 
@@ -202,6 +359,16 @@ def alone(model, tokenizer, ctx: str, ending: str) -> float:
     logits = model.logits(torch.tensor([[tokenizer.eot_token, *context, *tokens[:-1]]]))[0]
     by_token = torch.log_softmax(logits.double(), -1)[-len(tokens):]
     return sum(row[token].item() for row, token in zip(by_token, tokens, strict=True))
+
+
+def written_alone(model, tokenizer, ctx: str, ending: str) -> bool:
+    """Whether greedy decoding goes on with the ending, found one token at a time."""
+    tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(ctx)]
+    for wanted in tokenizer.encode_ordinary(" " + ending):
+        if model.logits(torch.tensor([tokens]))[0, -1].argmax().item() != wanted:
+            return False
+        tokens.append(wanted)
+    return True
 
 
 TEXTS = st.text(st.sampled_from("the cat sat. ünder 東 mat?  "), max_size=30)
@@ -223,6 +390,97 @@ def test_packed_candidates_score_as_they_do_alone(model_and_tokenizer, questions
     assert scores.cut_contexts == 0
 
 
+@pytest.mark.parametrize(("name", "shape"), [("arc_easy", (3, 128)), ("piqa", (2, 150))])
+def test_each_choice_of_a_benchmark_is_that_of_a_plain_loop(model_and_tokenizer, name, shape):
+    model, tokenizer = model_and_tokenizer
+    rows = OTHERS[name][0](60)
+    scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer, as_questions(name, rows), shape)
+    correct, by_characters, chance = 0, 0, 0.0
+    for row, item in zip(rows, scores.items, strict=True):
+        if name == "arc_easy":
+            asked, answers = row["question"], row["choices"]["text"]
+            right = row["choices"]["label"].index(row["answerKey"])
+        else:
+            asked, answers, right = row["goal"], [row["sol1"], row["sol2"]], row["label"]
+        sums = np.array([alone(model, tokenizer, f"Question: {asked}\nAnswer:", answer)
+                         for answer in answers])
+        assert item["log_probabilities"] == pytest.approx(sums.tolist(), abs=2e-4)
+        assert item["label"] == right
+        correct += int(sums.argmax()) == right
+        by_characters += int((sums / [len(answer) for answer in answers]).argmax()) == right
+        chance += 1 / len(answers) / len(rows)
+    assert scores.chance == pytest.approx(chance) and scores.perplexity is None
+    for metric, number in (("acc", correct), ("acc_norm_characters", by_characters)):
+        found = scores.accuracies[metric]
+        assert (found.correct, found.value) == (number, number / 60)
+        assert (found.low, found.high) == download_hellaswag.wilson_interval(number, 60)
+
+
+@torch.no_grad()
+def lover_of_words(model, tokenizer):
+    """A copy of the model that prefers tokens which begin with a space."""
+    model = copy.deepcopy(model)
+    spaced = [token for token in range(tokenizer.eot_token)
+              if re.fullmatch(rb" \w+", tokenizer.decode_single_token_bytes(token))]
+    assert len(spaced) > 10
+    model.head[spaced] *= 5
+    return model
+
+
+@pytest.mark.parametrize("shape", [(3, 160), (1, 199)])
+def test_last_words_are_those_of_a_plain_greedy_loop(model_and_tokenizer, shape):
+    model, tokenizer = lover_of_words(*model_and_tokenizer), model_and_tokenizer[1]
+    rows = lambada_rows(120)
+    for row in rows[::2]:       # half of them end in what the model writes
+        context = row["text"].rsplit(" ", 1)[0]
+        tokens = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(context)]])
+        row["text"] = context + tokenizer.decode([model.logits(tokens)[0, -1].argmax().item()])
+    questions = as_questions("lambada", rows)
+    scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, shape)
+    nats, written = [], []
+    for row, item in zip(rows, scores.items, strict=True):
+        context, word = row["text"].rsplit(" ", 1)
+        nats.append(-alone(model, tokenizer, context, word))
+        written.append(written_alone(model, tokenizer, context, word))
+        assert item["log_probabilities"] == pytest.approx([-nats[-1]], abs=2e-4)
+        assert item["acc"] == {"choice": 0 if written[-1] else -1, "tie": False} and item["label"] == 0
+    assert 5 < sum(written) < 115
+    accuracy = scores.accuracies["acc"]
+    assert list(scores.accuracies) == ["acc"] and accuracy.correct == sum(written)
+    assert (accuracy.low, accuracy.high) == download_hellaswag.wilson_interval(sum(written), 120)
+    assert scores.perplexity == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
+    tokens = [len(tokenizer.encode_ordinary(" " + row["text"].rsplit(" ", 1)[1])) for row in rows]
+    assert max(tokens) > min(tokens) == 1
+    assert scores.chance == pytest.approx(np.mean([301.0 ** -number for number in tokens]))
+    assert f"perplexity             {scores.perplexity:.2f}" in scores.lines()[1]
+    assert scores.summary()["perplexity"] == scores.perplexity
+
+
+def test_a_word_is_right_only_if_each_of_its_tokens_is_the_likeliest(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    question = Question(1, "the cat", ("größer",), 0)
+    length = len(tokenizer.encode_ordinary(" größer"))
+    assert length > 2
+    for likeliest in (range(length), range(1, length), range(length - 1), [0, length - 1]):
+        def answer(_: np.ndarray, targets: np.ndarray, asked: bool, likeliest=likeliest) -> np.ndarray:
+            assert asked is True
+            found = np.full((2, *targets.shape), 7.0)       # of what is not to be predicted nothing counts
+            places = np.argwhere(targets >= 0)
+            for number, place in enumerate(places):
+                found[:, place[0], place[1]] = -0.5, number in likeliest
+            return found
+        scores = hellaswag_accuracy(answer, tokenizer, [question], (1, 40))
+        assert scores.items[0]["acc"]["choice"] == (0 if len(likeliest) == length else -1)
+        assert scores.perplexity == pytest.approx(math.exp(0.5 * length))
+
+
+def test_a_hopeless_model_has_a_perplexity_all_the_same(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    scores = hellaswag_accuracy(lambda inputs, targets, asked: np.full((2, *targets.shape), -1e6), tokenizer,
+                                [Question(1, "the cat", ("sat",), 0)], (1, 40))
+    assert math.isfinite(scores.perplexity) and scores.accuracies["acc"].correct == 0
+
+
 @given(questions=QUESTIONS, size=st.integers(2, 5))
 def test_processes_add_up_to_what_one_finds(model_and_tokenizer, questions, size):
     model, tokenizer = model_and_tokenizer
@@ -236,7 +494,7 @@ def test_processes_add_up_to_what_one_finds(model_and_tokenizer, questions, size
     for rank in range(size):
         last = hellaswag_accuracy(score, tokenizer, questions, (1, 48), rank, size, keep)
     assert last.items == whole.items and last.accuracies == whole.accuracies
-    assert all((np.array(parts) != 0).sum(0) <= 1)
+    assert ((np.array(parts) != 0).sum(0) <= 1).all()
 
 
 @given(widths=st.lists(st.integers(1, 40), max_size=200))

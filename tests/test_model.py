@@ -293,6 +293,28 @@ def test_token_losses_are_the_cross_entropy_of_the_logits(rows, monkeypatch):
     torch.testing.assert_close(model(tokens, targets), wanted.sum())
 
 
+@pytest.mark.parametrize("rows", [3, 8, 64])
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_likeliest_tokens_are_those_of_the_logits(rows, how, monkeypatch):
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: rows)
+    model, tokens = awake_model(small_config()), some_tokens(2, 32)
+    with torch.no_grad():
+        # padding columns would win, if they took part; tokens 7 and 9 tie wherever they do
+        model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])
+        model.head[7] = model.head[9] = 3 * model.head[9]
+    if how == "compiled":
+        model.losses_kernel = torch.compile(train_gpt.chunk_losses, dynamic=False)
+    best = model.logits(tokens).argmax(-1)
+    assert (best == 7).any() and not (best == 9).any()      # the first of equal ones
+    targets = torch.where(torch.arange(64).view(2, 32) % 3 == 0, (best + 1) % 101, best)
+    targets[best == 7] = 9
+    targets[0, 3], targets[1, 5:9] = 7, -1
+    losses, likeliest = model.token_losses(tokens, targets, likeliest=True)
+    assert torch.equal(likeliest, (targets == best).float())
+    assert 0 < likeliest.sum() < 60
+    torch.testing.assert_close(losses, model.token_losses(tokens, targets))
+
+
 def test_padding_columns_are_never_predicted():
     model, tokens = awake_model(small_config()), some_tokens(2, 32)
     with torch.no_grad():
@@ -414,6 +436,7 @@ def test_shape_comments_are_true(monkeypatch):
     try:
         model(tokens, tokens).backward()
         model.token_losses(tokens, tokens)
+        model.token_losses(tokens, tokens, likeliest=True)
         model.logits(tokens)
         GPT(cfg, 191, flex={}).masks(tokens, 1.0)
     finally:

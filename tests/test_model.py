@@ -1,6 +1,7 @@
 """The model, its masks and its loss, against plain formulas. Run: ./run.sh test tests/test_model.py"""
 
 import ast
+import dataclasses
 import inspect
 import itertools
 import math
@@ -435,6 +436,7 @@ def test_shape_comments_are_true(monkeypatch):
     sys.settrace(trace)
     try:
         model(tokens, tokens).backward()
+        awake_model(dataclasses.replace(cfg, logit_cap=0), eot_id=191)(tokens, tokens).backward()
         model.token_losses(tokens, tokens)
         model.token_losses(tokens, tokens, likeliest=True)
         model.logits(tokens)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from tiny_runs import flags, newest, run, summary_of, torchrun, train_here
 
 import download_hellaswag
+import shards
 from documents import UserError
 from download_hellaswag import (
     BENCHMARKS,
@@ -33,7 +34,7 @@ from download_hellaswag import (
     question_of,
     read_questions,
 )
-from train_gpt import GPT, Config
+from train_gpt import GPT, Config, knob_helps
 from train_tokenizer import load_tokenizer
 
 VAL, PARQUET = "data/hellaswag_val.jsonl", "data/validation-00000-of-00001.parquet"
@@ -636,6 +637,17 @@ def test_a_row_of_something_else_is_named(tmp_path, line, complaint):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
+def with_others(lab):
+    """The lab with all rows of ARC-easy, PIQA and LAMBADA."""
+    for name, (rows_of, *_, file) in OTHERS.items():
+        download_hellaswag.write_rows(rows_of(), BENCHMARKS[name], BENCHMARKS[name].scored,
+                                      lab / "data" / file)
+    yield
+    for *_, file in OTHERS.values():
+        (lab / "data" / file).unlink()
+
+
+@pytest.fixture
 def with_hellaswag(lab):
     """The lab with 10,042 rows of the right form."""
     path = lab / "data/hellaswag_val.jsonl"
@@ -659,6 +671,63 @@ def test_a_run_ends_with_hellaswag_where_it_is_here(here, with_hellaswag, capsys
     assert re.search(r"hellaswag   0\.\d{4} right \(0\.\d{4} to 0\.\d{4}\), .*chance 0.2500; 50 rows", said)
 
 
+def items_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_benchmarks_that_it_names(here, with_hellaswag, with_others, capsys):
+    folder = train_here(here, benchmarks="all", hellaswag_rows=50, save_model=True, model_name="all")
+    results = summary_of(folder)["benchmarks"]
+    assert {name: result["rows"] for name, result in results.items()} == {
+        "hellaswag": 50, "arc_easy": 2_376, "piqa": 1_838, "lambada": 5_153}
+    chances = {name: round(result["chance"], 3) for name, result in results.items()}
+    assert chances["hellaswag"] == 0.25 and chances["piqa"] == 0.5 and chances["lambada"] < 0.004
+    assert chances["arc_easy"] == pytest.approx((48 / 3 + 48 / 5 + 2_280 / 4) / 2_376, abs=1e-3)
+    said = capsys.readouterr().out
+    for name, result in results.items():
+        items = items_of(folder, name)
+        assert len(items) == result["rows"] and len(result["sha256"]) == 64
+        for metric in METRICS if name != "lambada" else ["acc"]:
+            correct = sum(item[metric]["choice"] == item["label"] for item in items)
+            low, high = download_hellaswag.wilson_interval(correct, len(items))
+            assert result[metric] == {"value": correct / len(items), "low": low, "high": high,
+                                      "correct": correct, "ties": sum(item[metric]["tie"] for item in items)}
+        assert f"scoring {len(items):,} rows of {BENCHMARKS[name].title}" in said
+        assert re.search(rf"(?m)^{name} +0\.\d{{4}} right .*; {len(items):,} rows$", said)
+    nats = [-item["log_probabilities"][0] for item in items_of(folder, "lambada")]
+    assert results["lambada"]["perplexity"] == pytest.approx(math.exp(np.mean(nats)))
+    assert re.search(r"(?m)^lambada +0\.\d{4} right \(.*\), perplexity \d+\.\d\d; chance 0\.0", said)
+
+
+def test_only_what_is_named_is_scored_and_what_is_not_here_is_said(here, with_others, capsys):
+    folder = train_here(here, benchmarks="hellaswag, piqa", num_samples=0)
+    assert list(summary_of(folder)["benchmarks"]) == ["piqa"]
+    assert not {path.name for path in folder.glob("*.jsonl")} & {"arc_easy.jsonl", "lambada.jsonl"}
+    assert "hellaswag   not here; python download_hellaswag.py fetches it" in capsys.readouterr().out
+    (shards.DATA / "arc_easy_test.jsonl").rename(shards.DATA / "away")
+    try:
+        train_here(here, benchmarks="arc_easy", num_samples=0)
+    finally:
+        (shards.DATA / "away").rename(shards.DATA / "arc_easy_test.jsonl")
+    said = capsys.readouterr().out
+    assert "arc_easy    not here; python download_hellaswag.py --benchmark arc_easy fetches it" in said
+    assert "benchmarks" not in summary_of(train_here(here, benchmarks="", num_samples=0))
+    assert not re.search("(?m)^(hellaswag|piqa) ", capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"--benchmarks must be all, or some of hella.*; it is 'piqa,ark'"):
+        Config(benchmarks="piqa,ark")
+    names = re.findall(r"\w+", knob_helps()["looking at the run"]["benchmarks"])
+    assert {*BENCHMARKS, "all"} <= set(names)
+
+
+def test_a_damaged_benchmark_stops_a_run_before_it_trains(here, with_others):
+    path = shards.DATA / "lambada_test.jsonl"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"lambada_test.jsonl line .* --benchmark lambada"):
+        train_here(here, benchmarks="lambada")
+    assert not (here / "experiments").exists()
+
+
 def test_a_run_without_hellaswag_says_how_to_get_it(here, capsys):
     folder = train_here(here)
     assert "hellaswag   not here; python download_hellaswag.py fetches it" in capsys.readouterr().out
@@ -674,21 +743,20 @@ def test_a_damaged_hellaswag_stops_a_run_before_it_trains(here, with_hellaswag):
 
 @pytest.mark.slow
 def test_two_processes_score_as_one_and_a_saved_run_as_at_its_end(lab, with_hellaswag):
-    def items_of(folder: Path) -> list[dict]:
-        return [json.loads(line) for line in (folder / "hellaswag.jsonl").read_text().splitlines()]
     knobs = [*flags(hellaswag_rows=60, seed=3), "--save_model"]
     run(lab, "train_gpt.py", *knobs, "--model_name=one")
     one = newest(lab, "one")
     run(lab, *torchrun(2)[1:], "train_gpt.py", *knobs, "--model_name=two")
-    for first, second in zip(items_of(one), items_of(newest(lab, "two")), strict=True):
+    two = newest(lab, "two")
+    for first, second in zip(items_of(one, "hellaswag"), items_of(two, "hellaswag"), strict=True):
         assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
 
-    at_the_end, summary = items_of(one), summary_of(one)
+    at_the_end, summary = items_of(one, "hellaswag"), summary_of(one)
     (one / "hellaswag.jsonl").unlink()
     said = run(lab, *torchrun(2)[1:], "download_hellaswag.py", "--score", str(one), "--hellaswag_rows",
                "60").stdout
     assert said.count("60 rows, a fixed sample of 10,042") == 1 and "acc_norm by bytes" in said
-    for first, second in zip(at_the_end, items_of(one), strict=True):
+    for first, second in zip(at_the_end, items_of(one, "hellaswag"), strict=True):
         assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
     again = summary_of(one)
     before, now = summary.pop("benchmarks")["hellaswag"], again.pop("benchmarks")["hellaswag"]
@@ -697,6 +765,40 @@ def test_two_processes_score_as_one_and_a_saved_run_as_at_its_end(lab, with_hell
     done = run(lab, *torchrun(2)[1:], "download_hellaswag.py", "--score", str(one), "--hellaswag_rows", "5",
                expect=1)
     assert done.stderr.count("would replace") == 1
+
+
+@pytest.mark.slow
+def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_others):
+    def score(name: str, *more: str, launcher: tuple[str, ...] = (), expect: int = 0) -> str:
+        done = run(lab, *launcher, "download_hellaswag.py", "--score", str(folder), "--benchmark", name,
+                   *more, expect=expect)
+        return done.stdout or done.stderr
+    run(lab, "train_gpt.py", *flags(benchmarks="lambada"), "--save_model", "--model_name=later")
+    folder = newest(lab, "later")
+    at_the_end, before = items_of(folder, "lambada"), summary_of(folder)["benchmarks"]["lambada"]
+    (folder / "lambada.jsonl").unlink()
+    said = score("lambada", launcher=torchrun(2)[1:])
+    assert said.count("lambada: 5,153 rows\nacc   ") == said.count("\nperplexity   ") == 1
+    for first, second in zip(at_the_end, items_of(folder, "lambada"), strict=True):
+        assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
+    now = summary_of(folder)["benchmarks"]["lambada"]
+    assert (before["processes"], now["processes"], now["sha256"]) == (1, 2, before["sha256"])
+    assert now["acc"]["correct"] == pytest.approx(before["acc"]["correct"], abs=2)
+
+    for name in ("piqa", "arc_easy"):
+        said = score(name, "--hellaswag_rows", "40")
+        assert f"{name}: 40 rows, a fixed sample of" in said and "perplexity" not in said
+        assert len(items_of(folder, name)) == summary_of(folder)["benchmarks"][name]["rows"] == 40
+    table = run(lab, "compare.py", str(folder)).stdout
+    assert re.search(r"lambada +lambada perplexity +piqa +arc_easy", table)
+
+    path, away = lab / "data/piqa_val.jsonl", lab / "piqa.jsonl"
+    path.rename(away)
+    said = score("piqa", expect=1)
+    done = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "piqa.jsonl", expect=1)
+    away.rename(path)
+    assert said.endswith("PIQA is not here; fetch it with: python download_hellaswag.py --benchmark piqa\n")
+    assert "but not samples or hellaswag or arc_easy" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):

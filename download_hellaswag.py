@@ -17,10 +17,10 @@ whose tokens together are likeliest (acc), or likeliest per character, byte or t
 0.25. GPT-2 of 124M parameters is known for acc 0.2859 and acc_norm by tokens 0.2955 on this text (llm.c's
 script), and for 0.2892 and 0.3114 by characters in lm-evaluation-harness, which edits the text first.
 
-The others become such rows when they are fetched, as lm-evaluation-harness puts them: it asks ARC-easy and
-PIQA "Question: ...\nAnswer:", and a space and an answer follow; of a text of LAMBADA the last word is the one
-ending, and is right (acc) if each of its tokens is the likeliest one. README.md has their chance levels and
-what GPT-2 gets.
+The others become such rows when they are fetched, as lm-evaluation-harness puts them. ARC-easy and PIQA: ctx
+is "Question: " and what is asked, then on a line of its own "Answer:"; an ending is an answer. LAMBADA: the
+last word of a text is the one ending; it is right (acc) if each of its tokens is the likeliest one, and has a
+perplexity. README.md has their chance levels and what GPT-2 gets.
 source  Zellers et al. 2019, arXiv:1905.07830 (HellaSwag); Clark et al. 2018, arXiv:1803.05457 (ARC);
         Bisk et al. 2019, arXiv:1911.11641 (PIQA); Paperno et al. 2016, arXiv:1606.06031, in the edition of
         Radford et al. 2019 (LAMBADA)
@@ -81,7 +81,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a benchmark, and what the file here is called after."""
+    """Rows of a benchmark; the name is the last part of the file's here."""
     name: str
     rows: int
     labelled: bool = True
@@ -95,7 +95,7 @@ class Benchmark:
     files     pattern of the paths that hold a split
     splits    by the data's own names; the first one is scored
     endings   how many a row may have
-    row_here  what makes a row of the file here of one of the Hub; it may raise what bad data raise
+    row_here  makes a row of the file here of one of the Hub; raises what Python does where that is damaged
     authors   where the authors have the same rows, for when the Hub does not give them; empty: nowhere
     """
     title: str
@@ -351,7 +351,7 @@ def question_of(line: str, where: str, number: int, labelled: bool, fewest: int)
 
 # what the log-probability of an ending is divided by; of a single ending there is acc alone
 METRICS = ("acc", "acc_norm_characters", "acc_norm_bytes", "acc_norm_tokens")
-LARGEST_EXPONENT = 700      # of a perplexity; exp of 710 is no number
+LARGEST_EXPONENT = 700      # of a perplexity; exp of 710 is more than a float64 holds
 
 
 @dataclass(frozen=True)
@@ -449,7 +449,7 @@ def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: 
     candidates = list(dict.fromkeys(endings))
     packed = packed_rows([candidate.width for candidate in candidates], width)
     single = all(len(question.endings) == 1 for question in questions)
-    sums = np.zeros((1 + single, len(candidates)))        # of log-probabilities, then of likeliest tokens
+    sums = np.zeros((1 + single, len(candidates)))      # of log-probabilities, then of likeliest tokens
     starts = range(rank * rows, len(packed), world_size * rows)
     with tqdm(starts, unit=" batches", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
         for start in bar:
@@ -478,13 +478,12 @@ def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: 
         items.append(item_of(question, *np.transpose([sums_of[candidate] for candidate in mine]),
                              tokens=[candidate.predicted for candidate in mine]))
         begin += len(mine)
-    nats = -np.mean([item["log_probabilities"][0] for item in items])
     guesses = [tokenizer.n_vocab ** item["tokens"][0] if single else len(item["tokens"]) for item in items]
     return Scores(len(questions), sum(1 / number for number in guesses) / len(questions),
                   sum(candidate.context_is_cut for candidate in endings),
                   sum(candidate.ending_is_cut for candidate in endings), time.perf_counter() - begun,
                   {metric: accuracy_of(items, metric) for metric in METRICS if metric in items[0]}, items,
-                  math.exp(min(nats, LARGEST_EXPONENT)) if single else None)
+                  perplexity_of(items) if single else None)
 
 
 def candidates_of(question: Question, tokenizer: Encoding, longest: int) -> Iterator[Candidate]:
@@ -541,6 +540,11 @@ def accuracy_of(items: list[dict], metric: str) -> Accuracy:
     correct = sum(item[metric]["choice"] == item["label"] for item in items)
     return Accuracy(correct / len(items), *wilson_interval(correct, len(items)), correct,
                     sum(item[metric]["tie"] for item in items))
+
+
+def perplexity_of(items: list[dict]) -> float:
+    nats = -sum(item["log_probabilities"][0] for item in items) / len(items)
+    return math.exp(min(nats, LARGEST_EXPONENT))
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -281,6 +281,13 @@ def test_rows_become_what_lm_evaluation_harness_asks():
         Question(1, "He fed the cat.  The cat\nthanked the", ("man",), 0)]
 
 
+def test_the_readme_has_the_rows_of_each_benchmark():
+    readme = (Path(download_hellaswag.__file__).parent / "README.md").read_text()
+    table = dict(re.findall(r"(?m)^\| `(\w+)` \| ([\d,]+) \|", readme))
+    assert table == {name: f"{benchmark.splits[benchmark.scored].rows:,}"
+                     for name, benchmark in BENCHMARKS.items()}
+
+
 DAMAGE = {
     "arc_easy": [({"answerKey": "F"}, "row 5 of ARC-easy is damaged .*'F' is not in list"),
                  ({"question": None}, "row 5 of ARC-easy is damaged"),

@@ -298,6 +298,12 @@ def test_columns_nobody_measured_are_left_out(two_groups):
     assert "hellaswag" not in titles and "cost" in titles
 
 
+def test_what_a_run_is_scored_on_is_no_difference_of_recipe(tmp_path):
+    first, second = (read_run(write_run(tmp_path / name, knobs={"benchmarks": name}))
+                     for name in ("piqa", "all"))
+    assert compare.differences_of(first, second) == []
+
+
 def test_every_benchmark_that_runs_have_is_shown(two_groups, monkeypatch, capsys):
     rows = [(name, name % 4 > 0) for name in range(8)]
     write_run(two_groups / "demo/seed3", 3, benchmarks={"hellaswag": rows, "my_quiz": rows})

@@ -20,10 +20,11 @@ import torch
 from fake_hub import FakeHub
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import flags, newest, run, summary_of, torchrun, train_here
+from tiny_runs import TINY, flags, newest, run, summary_of, torchrun, train_here
 
 import download_hellaswag
 import shards
+import train_gpt
 from documents import UserError
 from download_hellaswag import (
     BENCHMARKS,
@@ -34,7 +35,7 @@ from download_hellaswag import (
     question_of,
     read_questions,
 )
-from train_gpt import GPT, Config, knob_helps
+from train_gpt import GPT, Config, World, knob_helps
 from train_tokenizer import load_tokenizer
 
 VAL, PARQUET = "data/hellaswag_val.jsonl", "data/validation-00000-of-00001.parquet"
@@ -462,6 +463,16 @@ def test_last_words_are_those_of_a_plain_greedy_loop(model_and_tokenizer, shape)
     assert scores.chance == pytest.approx(np.mean([301.0 ** -number for number in tokens]))
     assert f"perplexity             {scores.perplexity:.2f}" in scores.lines()[1]
     assert scores.summary()["perplexity"] == scores.perplexity
+
+
+@pytest.mark.parametrize("name", ["piqa", "lambada"])
+def test_training_asks_the_model_what_this_file_does(model_and_tokenizer, name):
+    model, tokenizer = lover_of_words(*model_and_tokenizer), model_and_tokenizer[1]
+    questions = as_questions(name, OTHERS[name][0](300))
+    with torch.no_grad():
+        found = train_gpt.score(model, tokenizer, questions, 2, World(Config(**TINY)))
+    wanted = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (2, 48))
+    assert found.items == wanted.items and found.accuracies["acc"].correct > 0
 
 
 def test_a_word_is_right_only_if_each_of_its_tokens_is_the_likeliest(model_and_tokenizer):

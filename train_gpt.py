@@ -150,7 +150,7 @@ class Config:
     log_every: int = 10               # steps between rows of metrics.csv
     val_every: int = 100              # steps between validations; 0: only at the end
     val_tokens: int = 0               # held-out tokens to validate on; 0: all there are
-    benchmarks: str = "hellaswag"     # scored at the end if here: hellaswag, arc_easy, piqa, lambada; or all
+    benchmarks: str = "hellaswag"     # scored if here: hellaswag, arc_easy, piqa, lambada; all; empty: none
     hellaswag_rows: int = 0           # HellaSwag rows to score at the end, if it is here; 0: all 10,042
     num_samples: int = 4              # texts to write at the end
     sample_tokens: int = 64           # tokens in each

@@ -10,7 +10,7 @@ an untied head. AdamW, clipping, warm-up and cosine are those of train_nanogpt.p
     published (arXiv:2407.21783)                        chosen here, since it was not
     AdamW, weight decay 0.1, linear warm-up, cosine     betas 0.9 and 0.95, clipping at 1 (as in Llama 2)
     cosine to 1 % (0.8e-6 of 80e-6, 405B)               share of the warm-up: 2 % (there under 1 %)
-    3e-4 at 8B and 4,096 wide                           rates of small models: those of train_nanogpt.py
+    3e-4 at 8B and 4,096 wide                           6e-4 at 768 wide, which is 2.6e-4 at 4,096
     base 500,000, 8 heads of keys for 32 of queries     2 or 3 query heads: one head of keys
     hidden width 3.5 model widths (8B, 70B)             rounded up to a multiple of 64
     documents of a row do not see each other            initial values: std 0.02, what is added / sqrt(2 L)

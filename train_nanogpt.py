@@ -37,7 +37,7 @@ class Config(train_gpt.Config):
     # the run
     model_name: str = "nanogpt"       # last part of the run folder's name
     # the optimizer
-    learning_rate: float = 6e-4       # for 524,288 tokens a step and width 768; a rule scales it
+    learning_rate: float = 6e-4       # for width 768; others have it by the root of the width
     weight_decay: float = 0.1         # of what has two dimensions, times the learning rate
     warmup_frac: float = 0.02         # first part of training, in which the learning rate climbs from 0
     final_lr_frac: float = 0.1        # share of its height that the cosine ends at
@@ -165,7 +165,8 @@ class AdamW(train_gpt.Optimizer):
 
     @staticmethod
     def learning_rates(cfg: Config) -> dict[str, float]:
-        """The published rate of 124M parameters; others as experiments/YARDSTICK.md found."""
+        """The published rate of 124M parameters, for others by the root of the width; what a sweep on the demo
+        found is in benchmarks/README.md."""
         rate = cfg.learning_rate * math.sqrt(768 / cfg.model_dim)
         return {"decayed": rate, "kept": rate}
 

@@ -165,8 +165,8 @@ class AdamW(train_gpt.Optimizer):
 
     @staticmethod
     def learning_rates(cfg: Config) -> dict[str, float]:
-        """The published rate of 124M parameters, for others by the root of the width; what a sweep on the demo
-        found is in benchmarks/README.md."""
+        """The published rate of 124M parameters, for others by the root of the width; a sweep on the demo is
+        in benchmarks/README.md."""
         rate = cfg.learning_rate * math.sqrt(768 / cfg.model_dim)
         return {"decayed": rate, "kept": rate}
 

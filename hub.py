@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import documents
@@ -170,8 +171,7 @@ def _patiently(what: str, ask: Callable, host: str = ""):
             if attempt == TRIES:
                 raise UserError(f"cannot fetch {what}: {complaint}, {TRIES} times; start the same command "
                                 "again later") from error
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**(attempt - 1)) * random.uniform(0.75, 1.25)
-            wait = max(wait, min(asked_wait, LONGEST_ASKED_WAIT))
+            wait = pause(attempt, asked_wait)
             print(f"{what}: {complaint}; trying again in {wait:.0f} s ({attempt} of {TRIES - 1})",
                   file=sys.stderr, flush=True)
             time.sleep(wait)
@@ -205,12 +205,28 @@ def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]
     is_short = isinstance(error, OSError) and "onsistency check failed" in str(error)
     if not isinstance(error, of_the_network) and not is_short and not isinstance(error, ValueError):
         raise error
-    asked = 0.0
-    with contextlib.suppress(AttributeError, TypeError, ValueError):
-        asked = float(response.headers.get("Retry-After"))
     if status is not None:
-        return f"{status} {response.reason_phrase}", asked
-    return documents.first_line(error), asked
+        return f"{status} {response.reason_phrase}", seconds_asked(response)
+    return documents.first_line(error), 0.0
+
+
+def pause(attempt: int, asked_wait: float) -> float:
+    """Seconds to wait after a try that failed, 1 being the first, where the server asks for `asked_wait`."""
+    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**(attempt - 1)) * random.uniform(0.75, 1.25)
+    return max(wait, min(asked_wait, LONGEST_ASKED_WAIT))
+
+
+def seconds_asked(response) -> float:
+    """What an answer's Retry-After asks for, in seconds or as a date; 0 without one.
+
+    source  RFC 9110, 10.2.3
+    """
+    told = response.headers.get("Retry-After", "")
+    with contextlib.suppress(ValueError):
+        return float(told)
+    with contextlib.suppress(ValueError, OverflowError):
+        return parsedate_to_datetime(told).timestamp() - time.time()
+    return 0.0
 
 
 # ------------------------------------------------------------------------------------------------

@@ -572,7 +572,7 @@ def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
     task = open_task(path, path.stem, rows) if path else benchmark_if_here(name, rows)
     if task is None:
         raise UserError(f"{BENCHMARKS[name].title} is not here; fetch it with: {command_to_fetch(name)}")
-    taken = ("samples", *BENCHMARKS) if path else ()
+    taken = ("samples", "prompts", *BENCHMARKS) if path else ()
     if not re.fullmatch(shards.FOLDER_NAME, task.name) or task.name in taken:
         raise UserError(f"the result is written to {task.name}.jsonl of the run; name {path} otherwise, with "
                         f"letters, digits, '.', '_' and '-', but not {' or '.join(taken)}")

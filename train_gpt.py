@@ -2586,6 +2586,21 @@ def score_saved(folder: Path, task: Task, config: type[Config] = Config) -> tupl
         world.close()
 
 
+def continue_prompts(folder: Path, prompts: list[str], config: type[Config] = Config, **sampling,
+                     ) -> Iterator[str]:
+    """Go on with each text by the weights that a run left, the n-th one with seed n; for judge.py."""
+    cfg = dataclasses.replace(parse_config([f"--sample={folder}"], config), **sampling)
+    world = World(cfg)
+    try:
+        model, tokenizer = load_trained(folder, cfg, world)
+        model.eval()
+        for seed, prompt in enumerate(prompts):
+            tokens = torch.tensor([[tokenizer.eot_token, *encode(tokenizer, prompt)[0]]], device=world.device)
+            yield tokenizer.decode(generate(model, tokens, dataclasses.replace(cfg, seed=seed))[0])
+    finally:
+        world.close()
+
+
 def load_trained(folder: Path, cfg: Config, world: World) -> tuple[Model, Encoding]:
     """The model that a run left with --save_model, and its tokenizer."""
     tokenizer, weights = saved_tokenizer(folder), read_weights(folder)

@@ -214,6 +214,7 @@ def knobs_of_transformers(theirs: dict) -> dict:
 
 
 score_saved = partial(train_gpt.score_saved, config=Config)
+continue_prompts = partial(train_gpt.continue_prompts, config=Config)
 
 if __name__ == "__main__":
     train_gpt.main(Config)

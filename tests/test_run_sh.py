@@ -151,6 +151,7 @@ def test_each_readme_command_runs(checkout):
                 if not any(word in line for word in of_the_network)]
     assert len(commands) >= 8
     shutil.copy(checkout / "train_gpt.py", checkout / "my_experiment.py")
+    trainings = {"train_gpt.py", "train_nanogpt.py", "train_llama3.py", "my_experiment.py"}
     short = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--compile", "off",
              "--device", "cpu", "--batch_tokens", "1024"]
     for line in commands:
@@ -158,7 +159,7 @@ def test_each_readme_command_runs(checkout):
         words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words]
         if "seeds.py" in words:
             words[2] = "2"
-        if any(word in ("train_gpt.py", "my_experiment.py") for word in words) and "--help" not in words:
+        if trainings.intersection(words) and "--help" not in words:
             words += short
         done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

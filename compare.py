@@ -621,8 +621,8 @@ def index(experiments: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if failures:
         lines += ["", "## Not finished", "", *failures]
-    lines += ["", "What was tried for the recipe, losers included, is in [RECIPE.md](RECIPE.md); how it stands "
-              "beside GPT-2 and Llama 3 in [YARDSTICK.md](YARDSTICK.md).", ""]
+    lines += ["", "What was tried for the recipe, losers included, is in [RECIPE.md](RECIPE.md); how it "
+              "stands beside GPT-2 and Llama 3 in [YARDSTICK.md](YARDSTICK.md).", ""]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ between the validations before and after: a schedule cut short there would have 
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ SCRIPTS = ("train_gpt", "train_nanogpt", "train_llama3")
 
 
 def bpb_at(group: Group, seconds: float) -> str:
-    """Mean and spread of the bits per byte that runs had after so many seconds of training."""
+    """Mean and spread of the bits per byte that runs had after so many seconds of training, or at the end."""
     values = []
     for run in group.finished:
         points = [(row["train_seconds"], row["val_bpb"]) for row in run.rows if "val_bpb" in row]
@@ -68,7 +69,8 @@ def table(groups: list[Group], seconds: float) -> list[list[str]]:
         lines.append([f"{group.name}.py", f"{facts['parameters'] / 1e6:.1f}M",
                       f"{median(group.values('tokens_per_second')):,.0f}",
                       f"{median(group.values('tokens')) / 1e6:.2f}M",
-                      *(bpb_at(group, share * seconds) for share in (0.25, 0.5, 1)), there, difference])
+                      *(bpb_at(group, share * seconds) for share in (0.25, 0.5, math.inf)), there,
+                      difference])
     return lines
 
 

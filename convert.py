@@ -27,7 +27,6 @@ from run_folder import (
     own_sources,
     read_object,
     read_weights,
-    saved_tokenizer,
     tokenizer_meta,
     write_whole,
 )
@@ -35,6 +34,10 @@ from train_tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# what train_nanogpt.py has no knob for
+BUILT_IN = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx", "add_cross_attention")
 
 
 def to_transformers(run: Path) -> Path:
@@ -48,9 +51,10 @@ def to_transformers(run: Path) -> Path:
                         "train_nanogpt.py and train_llama3.py can be converted")
     from safetensors.torch import save_file
 
-    from train_gpt import known_knobs
-    cfg, weights = script.Config(**known_knobs(run, script.Config)), read_weights(run)
-    tokenizer, folder = saved_tokenizer(run), run / "transformers"
+    from train_gpt import World, known_knobs, load_trained
+    cfg = script.Config(**known_knobs(run, script.Config) | {"device": "cpu", "dtype": "float32"})
+    model, tokenizer = load_trained(run, cfg, World(cfg))
+    weights, folder = model.state_dict(), run / "transformers"
     folder.mkdir(exist_ok=True)
     tensors = {}
     for ours, (theirs, transposed) in script.transformers_names(cfg).items():
@@ -77,12 +81,22 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     """
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
+    if not (source / "model.safetensors").is_file():
+        raise UserError(f"{source} has no model.safetensors; fetch the weights in that format, in one file")
     theirs = read_object(source / "config.json")
     if theirs.get("model_type") != "gpt2":
         raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 can be read")
     import train_nanogpt as script
     tokenizer = load_tokenizer(tokenizer_name)
-    cfg = script.Config(model_name=name, tokenizer=tokenizer.name, **script.knobs_of_transformers(theirs))
+    try:
+        knobs = script.knobs_of_transformers(theirs)
+    except KeyError as error:
+        raise UserError(f"{source / 'config.json'} has no {error.args[0]}") from error
+    cfg = script.Config(model_name=name, tokenizer=tokenizer.name, **knobs)
+    for setting, value in script.transformers_config(cfg).items():
+        # where it is silent, transformers means GPT-2 as it was published, and so do we
+        if setting in BUILT_IN and theirs.get(setting, value) != value:
+            raise UserError(f"{source} has {setting} {theirs[setting]}; train_nanogpt.py has {value}")
     if tokenizer.n_vocab != cfg.vocab_size:
         raise UserError(f"{source} has {cfg.vocab_size:,} tokens, the tokenizer {tokenizer.name} "
                         f"{tokenizer.n_vocab:,}; name its own with --tokenizer")

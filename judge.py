@@ -444,7 +444,8 @@ class Endpoint:
         if status in (401, 403):
             return (f"look at the key in {self.key_variable}, and at what it may use" if self.key else
                     f"set {self.key_variable or KEY_VARIABLE} to a key")
-        return "look at --base_url, which often ends in /v1, and at --model"
+        return ("look at --base_url, which often ends in /v1, and at --model, which must take max_tokens and "
+                "temperature 0")
 
     def _told(self, text: str) -> str:
         """What the server says, on a short line, without the key, which it may repeat."""

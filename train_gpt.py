@@ -225,8 +225,9 @@ class Config:
         """What these knobs configure; another script with the same loop has a model of its own here."""
         return GPT(self, eot_id, dtype, flex)
 
-    def new_optimizer(self, model: "Model", world: "World", product_dtype: torch.dtype) -> "Optimizer":
-        return Optimizer(model, self, world, product_dtype)
+    @property
+    def optimizer_class(self) -> type["Optimizer"]:
+        return Optimizer
 
     @property
     def head_dim(self) -> int:
@@ -348,7 +349,7 @@ def parse_config(argv: list[str], config: type[Config] = Config) -> Config:
     knobs = {**{knob: value for knob, value in preset.items() if knob not in decided}, **flags}
     if "sample" in knobs:
         # of the run's own knobs those count that its weights need; a CPU decodes fastest in float32
-        own = known_knobs(Path(knobs["sample"]), config)
+        own = known_knobs(script_checked(Path(knobs["sample"]), config), config)
         here = {"device": "auto", "dtype": "float32", "compile": "off", "fp8": False, "resume": "",
                 "num_samples": 1, "sample_tokens": 256, "seed": 0}
         return config(**own | here | knobs)
@@ -360,6 +361,14 @@ def parse_config(argv: list[str], config: type[Config] = Config) -> Config:
     return config(**{**knobs, "resume": str(folder or "")})
 
 
+def script_checked(folder: Path, config: type[Config]) -> Path:
+    """The folder of a finished run of this script; raises UserError if another one trained it"""
+    script = summary_of(folder).get("script")
+    if script != config.script.name:
+        raise UserError(f"{folder} was trained by {script}; use that script with --sample")
+    return folder
+
+
 def known_knobs(folder: Path, config: type[Config] = Config) -> dict:
     """The knobs of a run that its Config still has."""
     names = {field.name for field in dataclasses.fields(config)}
@@ -369,7 +378,7 @@ def known_knobs(folder: Path, config: type[Config] = Config) -> dict:
 def knob_helps(config: type[Config] = Config) -> dict[str, dict[str, str]]:
     """The fields of a Config under their headings, each with the comment behind it.
 
-    One that inherits from another keeps the other's headings; a knob it has anew stands under its own.
+    One that inherits from another keeps the other's headings; what it defines itself stands under its own.
     """
     helps: dict[str, dict[str, str]] = {}
     for scripted in (part for part in reversed(config.__mro__) if "script" in vars(part)):
@@ -380,7 +389,9 @@ def knob_helps(config: type[Config] = Config) -> dict[str, dict[str, str]]:
             if title:
                 heading = helps.setdefault(title, {})
             else:
-                next((knobs for knobs in helps.values() if knob in knobs), heading)[knob] = text
+                for knobs in helps.values():
+                    knobs.pop(knob, None)
+                heading[knob] = text
     names = {field.name for field in dataclasses.fields(config)}
     helps = {title: {knob: text for knob, text in knobs.items() if knob in names}
              for title, knobs in helps.items()}
@@ -1888,9 +1899,9 @@ def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
 
     Between 0.9 and 1.3 of what was measured on CPUs, where torch itself counts, too; compiled needs less.
     """
-    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters())
-    others = model.num_parameters() - matrices
-    states = 4 * (2 * (matrices + others) + (matrices + 2 * others) / world.size)
+    optimizer, named = cfg.optimizer_class, model.named_parameters()
+    kept = sum(p.numel() * len(optimizer.kinds[optimizer.group_of(name, p)]) for name, p in named)
+    states = 4 * (2 * model.num_parameters() + kept / world.size)
     _, rows = micro_batch_shape(cfg, world.size)
     width = model.dtype.itemsize
     per_token = cfg.num_layers * width * cfg.model_dim * (21 + 5 * cfg.mlp_ratio) + 2 * width * cfg.model_dim
@@ -1926,8 +1937,10 @@ def memory_advice(cfg: Config, world: World, flex: dict | None) -> str:
     """The three flags that would save most memory, by the estimate, the most effective first."""
     smaller = {"seq_len": cfg.seq_len // 2, "model_dim": cfg.model_dim // 2,
                "num_layers": cfg.num_layers // 2, "value_embeddings": 0, "mlp_ratio": cfg.mlp_ratio // 2}
-    needs = []
+    needs, names = [], {field.name for field in dataclasses.fields(cfg)}
     for knob, value in smaller.items():
+        if knob not in names:       # of another model
+            continue
         with contextlib.suppress(UserError):    # a rule of Config forbids this one
             changed = dataclasses.replace(cfg, **{knob: value, "micro_batch_tokens": 0})
             changed = dataclasses.replace(changed, micro_batch_tokens=changed.seq_len)
@@ -1942,7 +1955,7 @@ def make_model(cfg: Config, eot_id: int, world: World, kernels: Kernels) -> tupl
     model = cfg.new_model(eot_id, world.dtype, kernels.flex).to(world.device)
     world.share_weights(model)
     products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
-    optimizer = cfg.new_optimizer(model, world, products)
+    optimizer = cfg.optimizer_class(model, cfg, world, products)
     if kernels.compiled:
         model.compile_parts()
         optimizer.compile_parts()
@@ -2544,10 +2557,7 @@ def typed_lines() -> Iterator[str]:
 def sample_run(cfg: Config, world: World) -> None:
     """Write texts with the weights that a run left: of --prompt, or of each line that is typed."""
     folder = Path(cfg.sample)
-    facts = summary_of(folder)
-    if facts.get("script") != cfg.script.name:
-        raise UserError(f"{folder} was trained by {facts.get('script')}; use that script with --sample")
-    if facts.get("code_sha256") != documents.sha256_of(cfg.script):
+    if summary_of(folder).get("code_sha256") != documents.sha256_of(cfg.script):
         print(f"warning: {cfg.script.name} has changed since it trained {folder}", file=sys.stderr)
     if not world.is_main:
         return

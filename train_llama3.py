@@ -50,7 +50,9 @@ class Config(train_nanogpt.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or max(1, self.num_heads // 4))
+        fitting = (number for number in range(max(1, self.num_heads // 4), 0, -1)
+                   if self.num_heads % number == 0)
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or next(fitting))
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0,
                      f"a divisor of --num_heads, {self.num_heads}")
 

@@ -10,7 +10,9 @@ batches to the tables, is what every script here has, so a difference between ru
 
 Where it is not nanoGPT to the letter: documents in a row do not see each other, and positions count from a
 document's beginning, since rows are packed (and so a benchmark's rows score as they would alone); GELU is by
-tanh, as GPT-2 itself has it; activations are bfloat16 throughout, where nanoGPT adds layers up in float32.
+tanh, as GPT-2 itself has it; activations are bfloat16 throughout, where nanoGPT adds layers up in float32;
+biases are on, as in GPT-2; the warm-up is a share of the run (nanoGPT: 2,000 of 600,000 steps), and the rate
+follows the width.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   V vocabulary
 """
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 import train_gpt
-from train_gpt import DenseMask, LayerPast, Past, Stage, World, attend
+from train_gpt import DenseMask, LayerPast, Past, Stage, attend
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Config(train_gpt.Config):
     def new_model(self, eot_id: int, dtype: torch.dtype, flex: dict | None = None) -> "GPT2":
         return GPT2(self, eot_id, dtype, flex)
 
-    def new_optimizer(self, model: train_gpt.Model, world: World, product_dtype: torch.dtype) -> "AdamW":
-        return AdamW(model, self, world, product_dtype)
+    @property
+    def optimizer_class(self) -> type["AdamW"]:
+        return AdamW
 
 
 class Layer(nn.Module):
@@ -153,7 +156,10 @@ class GPT2(train_gpt.Model):
 
 
 class AdamW(train_gpt.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): Adam, and a decay that is not in its gradients."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): Adam, and a decay that is not in its gradients.
+
+    Parameters of the group `decayed` have it, those of `kept` have not.
+    """
 
     betas, eps = (0.9, 0.95), 1e-8
     kinds = dict.fromkeys(("decayed", "kept"), ("mean", "square"))
@@ -180,7 +186,7 @@ class AdamW(train_gpt.Optimizer):
 
     def adam_step(self, pieces: list[train_gpt.Piece], lr: float) -> None:
         for piece in pieces:
-            if piece.parameter.ndim > 1:
+            if self.group_of(piece.name, piece.parameter) == "decayed":
                 piece.weights.mul_(1 - lr * self.cfg.weight_decay)
         super().adam_step(pieces, lr)
 
@@ -202,7 +208,8 @@ def transformers_config(cfg: Config) -> dict:
             "n_positions": cfg.seq_len, "n_embd": cfg.model_dim, "n_layer": cfg.num_layers,
             "n_head": cfg.num_heads, "n_inner": cfg.mlp_ratio * cfg.model_dim,
             "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def knobs_of_transformers(theirs: dict) -> dict:

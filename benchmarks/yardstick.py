@@ -10,6 +10,7 @@ between the validations before and after: a schedule cut short there would have 
 
 import argparse
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compare import Group, as_markdown, compare
+from compare import Group, as_markdown, check_comparable, compare
 from curves import save_curves
 from documents import Parser, UserError, command, positive
 from run_folder import EXPERIMENTS, ROOT, write_whole
@@ -83,25 +84,30 @@ def main() -> None:
     parser.add_argument("--preset", default="demo", help="of train_gpt.py: its data and size")
     parser.add_argument("--keep", action="store_true", help="write experiments/YARDSTICK.md, curves and runs")
     args, flags = parser.parse_known_args()
+    if args.minutes <= 0:
+        raise UserError(f"--minutes must be more than 0; it is {args.minutes:g}")
     # so many steps that the minutes decide
     words = ["--preset", args.preset, "--num_steps", "1000000", "--train_minutes", f"{args.minutes:g}",
              "--val_every", "20", *flags]
     groups = {script: Group(script, []) for script in SCRIPTS}
     for seed in range(args.seeds):
         for script, group in groups.items():
-            name = f"yardstick_{script}_{args.minutes:g}min_seed{seed}"
+            name = f"yardstick_{script}_{args.preset}_{args.minutes:g}min_seed{seed}"
             line = [sys.executable, f"{script}.py", *words, "--seed", str(seed), "--model_name", name]
             run = ended_run(name, line)
             if not run:
                 done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
                 run = ended_run(name, line)
-                if not run or not run.is_finished:
+                if not run:
                     raise UserError(f"{script}.py with seed {seed} ended with exit code {done.returncode}; "
                                     "its last lines say why")
+            if not run.is_finished:
+                raise UserError(f"{run.name} {run.status}; move it away to try again")
             print(f"{script} seed {seed}: val_bpb {run.summary['val_bpb']:.4f}, "
                   f"{run.summary['tokens_per_second']:,.0f} tokens/s", flush=True)
             group.runs.append(run)
     results = list(groups.values())
+    check_comparable(results, "val_bpb", ["tokens"])    # the minutes are equal, not the tokens
     report = as_markdown(table(results, 60 * args.minutes))
     print(f"\n{report}")
     if args.keep:
@@ -113,16 +119,15 @@ def main() -> None:
 
 def describe(groups: list[Group], minutes: float, report: str) -> str:
     facts = groups[0].finished[0].summary
-    command = f"python benchmarks/yardstick.py --minutes {minutes:g} --seeds {len(groups[0].runs)} --keep"
+    command = shlex.join(["python", "benchmarks/yardstick.py", *sys.argv[1:]])
     return "\n".join([
         "# The yardsticks", "",
         f"Written by `{command}`: each script trains for {minutes:g} minutes on the data of the preset "
         f"{facts.get('preset')} ({facts['data']}), on {facts['processes']} x {facts['device']}, torch "
         f"{facts['torch']}. Mean and standard deviation over seeds; what stands at a quarter and at half is "
         "read off between validations.", "", report, "",
-        "All take equal batches, by train_gpt.py's rule. So short a budget has few steps, which Muon and the "
-        "depth warm-up use better than AdamW does; what the distance is after hours on a GPU, this does not "
-        "say.", "",
+        "All take batches of the same size. So short a budget has few steps, which Muon and the depth "
+        "warm-up use better than AdamW; what the distance is after hours on a GPU, this does not say.", "",
         "![bits per byte by minutes of training](yardstick_time.png)", ""])
 
 

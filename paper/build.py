@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import documents
 import train_gpt
-from compare import as_latex, compare, groups_table, open_groups, p_in_words
+from compare import as_latex, check_comparable, compare, groups_table, open_groups, p_in_words
 from curves import as_bytes
 from documents import Parser, UserError, command
 from train_gpt import PRESETS, Config
@@ -28,18 +30,23 @@ from train_gpt import PRESETS, Config
 HERE = Path(__file__).resolve().parent
 MADE = HERE / "made"
 
-# what stands in the paper: a name, and the groups as compare.py takes them
-TABLES = {"yardsticks": ["train_gpt=yardstick_gpt", "train_nanogpt=yardstick_nanogpt",
-                         "train_llama3=yardstick_llama3"],
-          "example": ["squared ReLU=relu2", "GELU=gelu"]}
-FIGURES = {"yardsticks": (TABLES["yardsticks"], "time"), "example": (TABLES["example"], "tokens")}
+# what stands in the paper: a name, the groups as compare.py takes them, and what is allowed to differ
+TABLES = {"yardsticks": (["train_gpt=yardstick_gpt", "train_nanogpt=yardstick_nanogpt",
+                          "train_llama3=yardstick_llama3"], ["tokens"]),
+          "example": (["squared ReLU=relu2", "GELU=gelu"], [])}
+# and by what the curves of a table's groups are drawn
+FIGURES = {"yardsticks": "time", "example": "tokens"}
 
 
 def tables() -> dict[str, str]:
-    """For each table its mean, spread and interval; and what the groups beside the first one differ by."""
+    """For each table its mean, spread and interval; and what the groups beside the first one differ by.
+
+    raises  NotComparable where compare.py would refuse
+    """
     made = {}
-    for name, specs in TABLES.items():
+    for name, (specs, although) in TABLES.items():
         groups = open_groups(specs)
+        check_comparable(groups, "val_bpb", although)
         made[f"{name}.tex"] = as_latex(groups_table(groups)) + "\n"
         lines = [["against " + groups[0].name, "difference", "95 % interval", "test", "p"]]
         for group in groups[1:]:
@@ -79,7 +86,8 @@ def exponent(value: Callable[[Config], float], knob: str, base: Config) -> str:
     """The power of a knob that a rule goes with, found by asking the rule twice."""
     doubled = dataclasses.replace(base, **{knob: 2 * getattr(base, knob)})
     power = math.log2(value(doubled) / value(base))
-    return f"{'-' if power < 0 else ''}1/{round(1 / abs(power))}" if power else "0"
+    near = Fraction(power).limit_denominator(20)
+    return str(near) if abs(near - power) < 1e-6 else f"{power:.3f}"
 
 
 def facts() -> dict[str, str]:
@@ -93,17 +101,19 @@ def facts() -> dict[str, str]:
 def facts_of_model(cfg: Config) -> dict[str, str]:
     model = train_gpt.GPT(cfg, 255)
     layer = model.requires_grad_(False).layers[0]
-    cos, _ = train_gpt.rotary_table(2, cfg.head_dim, "cpu")
-    angles = cos[1].double().acos()
-    turning = angles[angles > 1e-5]
+    _, sin = train_gpt.rotary_table(2, cfg.head_dim, "cpu")
+    angles = sin[1].double().asin()     # of the second place, each its frequency
+    turning = angles[angles > 0]
     stream, embedding = layer.stream_mix.tolist()
     own, table = layer.value_mix.tolist()
     largest = max(float(part.abs().max()) for part in (layer.out, layer.down, model.head, model.smear))
     return {"norm.eps": number(float(constants(train_gpt.rms_norm, r"eps=(\S+)\)")[0])),
             "rotary.slowest": number(round(1 / float(turning.min()))),
+            "rotary.fastest": number(round(float(turning.max()), 4)),
             "rotary.turning": number(len(turning)), "rotary.pairs": number(len(angles)),
             "model.head_dim": number(cfg.head_dim),
             "stage.first_depth": number(train_gpt.stage_at(cfg, 0).depth),
+            "data.one_in": number(documents.HELD_OUT_ONE_IN), "data.row_limit": number(cfg.max_doc_len),
             "init.stream": number(stream), "init.embedding": number(embedding),
             "init.own_values": number(own), "init.table_values": number(table), "init.added": number(largest),
             "init.matrices": number(round(float(layer.up.std()) * math.sqrt(cfg.model_dim), 2)),
@@ -154,8 +164,8 @@ def main() -> None:
     MADE.mkdir(exist_ok=True)
     for name, text in {**tables(), "facts.tex": as_macros(facts())}.items():
         (MADE / name).write_text(text, encoding="utf-8")
-    for name, (specs, axis) in FIGURES.items():
-        (MADE / f"{name}.pdf").write_bytes(as_bytes(open_groups(specs), axis, "val_bpb", "pdf"))
+    for name, axis in FIGURES.items():
+        (MADE / f"{name}.pdf").write_bytes(as_bytes(open_groups(TABLES[name][0]), axis, "val_bpb", "pdf"))
     print("wrote tables, figures and constants to paper/made", flush=True)
     if args.no_pdf:
         return

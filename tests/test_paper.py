@@ -35,11 +35,32 @@ def test_facts_follow_the_code(monkeypatch):
     assert before["rotary.slowest"] == "1,024" and before["rates.head.width"] == "-1/2"
     assert before["rates.matrices.width"] == "0" and before["muon.momentum_last"] == "0.95"
     monkeypatch.setattr(train_gpt.Optimizer, "betas", (0.7, 0.97))
+    angles = torch.tensor([1.0, 0.5, 1e-5, 0.0])
     monkeypatch.setattr(train_gpt, "rotary_table", lambda length, width, device: (
-        torch.tensor([0.0, 0.5, 0.01, 0.0]).mul(torch.arange(length)[:, None]).cos(), None))
+        None, (angles * torch.arange(length)[:, None]).sin()))
+    monkeypatch.setattr(build.documents, "HELD_OUT_ONE_IN", 32)
     after = build.facts()
+    assert after["data.one_in"] == "32" != before["data.one_in"]
     assert (after["adam.beta1"], after["adam.beta2"]) == ("0.7", "0.97")
-    assert (after["rotary.slowest"], after["rotary.turning"], after["rotary.pairs"]) == ("100", "2", "4")
+    assert (after["rotary.slowest"], after["rotary.turning"], after["rotary.pairs"]) == ("100,000", "3", "4")
+
+
+def test_powers_are_told_as_they_are():
+    cfg = train_gpt.Config()
+    for power, told in [(1 / 12, "1/12"), (-0.5, "-1/2"), (2 / 3, "2/3"), (2, "2"), (0, "0"),
+                        (0.59, "0.590")]:
+        assert build.exponent(lambda cfg, power=power: cfg.model_dim**power, "model_dim", cfg) == told
+
+
+def test_windows_are_long_in_every_fourth_layer_and_the_last():
+    cfg = train_gpt.Config(num_layers=6, seq_len=2048, vocab_size=64)
+    assert train_gpt.GPT(cfg, 63).windows(2048, 1.0) == [1024, 1024, 1024, 2048, 1024, 2048]
+
+
+def test_what_compare_would_refuse_is_no_table(monkeypatch):
+    monkeypatch.setattr(build, "TABLES", {"mixed": (["yardstick_gpt", "relu2"], [])})
+    with pytest.raises(build.UserError, match="differ in data"):
+        build.tables()
 
 
 def test_code_that_no_longer_looks_like_its_description_stops_the_build():
@@ -65,7 +86,7 @@ def test_a_fact_that_is_not_there_is_an_error_in_latex(tmp_path):
 def test_the_tables_are_those_of_compare(monkeypatch):
     made = build.tables()
     assert set(made) == {f"{name}{kind}.tex" for name in build.TABLES for kind in ("", "_differences")}
-    shown = subprocess.run([sys.executable, "compare.py", *build.TABLES["example"], "--format", "latex"],
+    shown = subprocess.run([sys.executable, "compare.py", *build.TABLES["example"][0], "--format", "latex"],
                            cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert made["example.tex"].strip() in shown
     for text in made.values():

@@ -81,11 +81,11 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     """
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
-    if not (source / "model.safetensors").is_file():
-        raise UserError(f"{source} has no model.safetensors; fetch the weights in that format, in one file")
     theirs = read_object(source / "config.json")
     if theirs.get("model_type") != "gpt2":
         raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 can be read")
+    if not (source / "model.safetensors").is_file():
+        raise UserError(f"{source} has no model.safetensors; fetch the weights in that format, in one file")
     import train_nanogpt as script
     tokenizer = load_tokenizer(tokenizer_name)
     try:

@@ -58,7 +58,7 @@ def test_windows_are_long_in_every_fourth_layer_and_the_last():
 
 
 def test_what_compare_would_refuse_is_no_table(monkeypatch):
-    monkeypatch.setattr(build, "TABLES", {"mixed": (["yardstick_gpt", "relu2"], [])})
+    monkeypatch.setattr(build, "TABLES", {"mixed": (["yardstick_gpt", "relu2"], ["tokens"])})
     with pytest.raises(build.UserError, match="differ in data"):
         build.tables()
 

@@ -76,7 +76,8 @@ def run_seed(words: list[str]) -> int:
 
 
 def keep(runs: list[Run], folder: Path) -> None:
-    """Copy what is small of these runs to seed0, seed1, ..., and how their script differs from train_gpt.py.
+    """Copy what is small of these runs to seed0, seed1, ..., and what their script changes in train_gpt.py,
+    if it is a copy of that.
 
     raises  UserError if the folder holds other runs
     """

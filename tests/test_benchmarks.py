@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT
+from tiny_runs import ROOT, flags, newest, run
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +104,9 @@ def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
     before = set((lab / "experiments").glob("2*"))
     measure(*words)     # what is there is not repeated
     assert set((lab / "experiments").glob("2*")) == before
+
+
+def test_the_benchmark_of_decoding_compares_the_same_tokens(measure, lab: Path):
+    run(lab, "train_gpt.py", *flags(model_name="decoded"), "--save_model")
+    said = measure("decode.py", str(newest(lab, "decoded")), "--tokens", "40")
+    assert re.search(r"^cached is [\d.]+ times as fast; 40 of 40 tokens are the same$", said, re.MULTILINE)

@@ -321,12 +321,17 @@ class Comparison:
     paired: significance.Difference | None
     effect: float = 0.0
 
+    @property
+    def test(self) -> significance.Difference | None:
+        """The one that sees most."""
+        return self.paired or self.welch
+
     def lines(self) -> list[str]:
         """The comparison in words."""
         a, b = self.a.values(self.metric), self.b.values(self.metric)
         lines = [f"{self.b.name} against {self.a.name}, {self.metric}: {fmean(b):.4f} "
                  f"({counted(len(b), 'run')}) against {fmean(a):.4f} ({counted(len(a), 'run')})"]
-        test = self.paired or self.welch
+        test = self.test
         if not test:
             return [*lines, self.of_one_run(a, b)]
         for one, kind in ((self.paired, f"paired by {len(self.seeds)} seeds"), (self.welch, "Welch")):
@@ -615,7 +620,7 @@ def index(experiments: Path) -> str:
         cells = [f"[{folder.name}]({folder.name}/)",
                  group.count,
                  facts.get("preset", ""), f"{median(group.values('tokens')) / 1e6:,.1f}M",
-                 _mean_and_spread(group.values("val_loss")), _mean_and_spread(group.values("val_bpb")),
+                 mean_and_spread(group.values("val_loss")), mean_and_spread(group.values("val_bpb")),
                  f"{median(group.values('tokens_per_second')):,.0f}",
                  f"{facts.get('processes', 1)} x {facts.get('device', '')}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -626,7 +631,7 @@ def index(experiments: Path) -> str:
     return "\n".join(lines)
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 

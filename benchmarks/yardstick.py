@@ -14,13 +14,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compare import Group, as_markdown, check_comparable, compare
-from curves import save_curves
+from compare import Group, as_markdown, check_comparable, compare, mean_and_spread
+from curves import curve, save_curves
 from documents import Parser, UserError, command, positive
 from run_folder import EXPERIMENTS, ROOT, write_whole
 from seeds import ended_run, keep
@@ -28,13 +28,10 @@ from seeds import ended_run, keep
 SCRIPTS = ("train_gpt", "train_nanogpt", "train_llama3")
 
 
-def bpb_at(group: Group, seconds: float) -> str:
-    """Mean and spread of the bits per byte that runs had after so many seconds of training, or at the end."""
-    values = []
-    for run in group.finished:
-        points = [(row["train_seconds"], row["val_bpb"]) for row in run.rows if "val_bpb" in row]
-        values.append(float(np.interp(seconds, *zip(*points, strict=True))))
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+def bpb_at(group: Group, minutes: float) -> str:
+    """Mean and spread of the bits per byte that runs had after so many minutes of training, or at the end."""
+    return mean_and_spread([float(np.interp(minutes, *curve(run, "time", "val_bpb")))
+                            for run in group.finished])
 
 
 def seconds_to(group: Group, target: float) -> str:
@@ -44,17 +41,17 @@ def seconds_to(group: Group, target: float) -> str:
     """
     reached, bound = [], ""
     for run in group.finished:
-        points = [(row["train_seconds"], row["val_bpb"]) for row in run.rows if "val_bpb" in row]
-        after = next((place for place, (_, bpb) in enumerate(points) if bpb <= target), None)
+        minutes, bpbs = curve(run, "time", "val_bpb")
+        after = next((place for place, bpb in enumerate(bpbs) if bpb <= target), None)
         if after is None:
             return "not by all runs"
-        ends = points[max(0, after - 1):after + 1]
+        ends = slice(max(0, after - 1), after + 1)
         bound = bound if after else "at most "
-        reached.append(float(np.interp(-target, [-bpb for _, bpb in ends], [second for second, _ in ends])))
+        reached.append(60 * float(np.interp(-target, [-bpb for bpb in bpbs[ends]], minutes[ends])))
     return f"{bound}{fmean(reached):.0f} s"
 
 
-def table(groups: list[Group], seconds: float) -> list[list[str]]:
+def table(groups: list[Group], minutes: float) -> list[list[str]]:
     """A line for each script; the first one's time to the others' end stands with them."""
     first = groups[0]
     lines = [["script", "parameters", "tokens/s", "tokens", "val_bpb at 1/4", "at 1/2", "at the end",
@@ -64,13 +61,12 @@ def table(groups: list[Group], seconds: float) -> list[list[str]]:
         there = difference = ""
         if group is not first:
             there = seconds_to(first, fmean(group.values("val_bpb")))
-            compared = compare(first, group, "val_bpb")
-            test = compared.paired or compared.welch
+            test = compare(first, group, "val_bpb").test
             difference = f"{test.mean:+.4f} ({test.low:+.4f} to {test.high:+.4f})" if test else ""
         lines.append([f"{group.name}.py", f"{facts['parameters'] / 1e6:.1f}M",
                       f"{median(group.values('tokens_per_second')):,.0f}",
                       f"{median(group.values('tokens')) / 1e6:.2f}M",
-                      *(bpb_at(group, share * seconds) for share in (0.25, 0.5, math.inf)), there,
+                      *(bpb_at(group, share * minutes) for share in (0.25, 0.5, math.inf)), there,
                       difference])
     return lines
 
@@ -108,7 +104,7 @@ def main() -> None:
             group.runs.append(run)
     results = list(groups.values())
     check_comparable(results, "val_bpb", ["tokens"])    # the minutes are equal, not the tokens
-    report = as_markdown(table(results, 60 * args.minutes))
+    report = as_markdown(table(results, args.minutes))
     print(f"\n{report}")
     if args.keep:
         for group in results:

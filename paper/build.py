@@ -51,8 +51,8 @@ def tables() -> dict[str, str]:
         lines = [["against " + groups[0].name, "difference", "95 % interval", "test", "p"]]
         for group in groups[1:]:
             compared = compare(groups[0], group, "val_bpb")
-            test, kind = (compared.paired, "paired") if compared.paired else (compared.welch, "Welch")
-            if test:
+            if test := compared.test:
+                kind = "paired" if compared.paired else "Welch"
                 lines.append([group.name, f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", kind,
                               p_in_words(test.p).removeprefix("p ")])
         made[f"{name}_differences.tex"] = as_latex(lines) + "\n"

@@ -16,6 +16,7 @@ Where experiments usually edit, search for "EDIT": config | mask | layer | optim
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
          V vocabulary   L layers   N tokens in a chunk   Q queries at once   J blocks of a row
+         G groups of targets   S tokens in a group's sample
 """
 
 import argparse
@@ -136,7 +137,9 @@ class Config:
     long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
     short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
-    depth_warmup_frac: float = 0.8    # first part of training, in which only the first layer works; 0: none
+    depth_warmup_frac: float = 0.9    # first part of training, in which only the first layer works; 0: none
+    sampled_softmax_frac: float = 0.9  # first part, in which targets are told from a sample of tokens; 0: no
+    softmax_sample: int = 0           # tokens in that sample; 0: by the rule in class Candidates
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, rules scale them
     muon_lr: float = 0.05             # matrices in layers
     embed_lr: float = 0.6             # token embedding and value embeddings
@@ -192,7 +195,8 @@ class Config:
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
         self.require("timeout_seconds", self.timeout_seconds <= 10**7, "at most 10,000,000")
-        for knob in ("cooldown_frac", "final_lr_frac", "window_warmup_frac", "depth_warmup_frac"):
+        for knob in ("cooldown_frac", "final_lr_frac", "window_warmup_frac", "depth_warmup_frac",
+                     "sampled_softmax_frac"):
             self.require(knob, getattr(self, knob) <= 1, "between 0 and 1")
         self.require("seq_len", self.seq_len >= 2, "at least 2")
         self.require("max_doc_len", self.max_doc_len != 1, "at least 2, or 0")
@@ -201,7 +205,7 @@ class Config:
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
                      f"a multiple of --seq_len, {self.seq_len}")
         if self.fp8:
-            for knob in ("seq_len", "model_dim"):
+            for knob in ("seq_len", "model_dim", "softmax_sample"):
                 self.require(knob, getattr(self, knob) % 16 == 0, "a multiple of 16 for --fp8")
         self.require("micro_batch_tokens", not 0 < self.micro_batch_tokens < self.seq_len,
                      f"at least --seq_len, {self.seq_len}, or 0")
@@ -297,31 +301,33 @@ def learning_rates(cfg: Config) -> dict[str, float]:
             "head": cfg.head_lr * by_batch * by_width, "scalars": cfg.scalar_lr * by_batch}
 
 
+# larger presets train all layers and the full softmax from the start: nobody has measured the warm-ups there
+ALL_AT_WORK = dict(depth_warmup_frac=0, sampled_softmax_frac=0)
+
 PRESETS = {
     # a few minutes on two CPU cores
     "demo": dict(model_name="demo", num_steps=600, batch_tokens=8192, train_minutes=4, val_every=40,
                  log_every=5),
-    # the three baselines of gpt-lab: 98, 397 and 986 million tokens; here and below all layers work from the
-    # start, since a depth warm-up has been measured on small budgets only
+    # the three baselines of gpt-lab: 98, 397 and 986 million tokens
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,
-               train_tokens=98_304_000, val_every=125, depth_warmup_frac=0),
+               train_tokens=98_304_000, val_every=125, **ALL_AT_WORK),
     "s": dict(model_name="s", num_layers=12, num_heads=6, model_dim=384, value_embeddings=3, seq_len=1024,
-              train_tokens=396_492_800, val_every=125, depth_warmup_frac=0),
+              train_tokens=396_492_800, val_every=125, **ALL_AT_WORK),
     "m": dict(model_name="m", num_layers=16, num_heads=12, model_dim=768, value_embeddings=4, seq_len=2048,
-              train_tokens=986_316_800, val_every=125, depth_warmup_frac=0),
+              train_tokens=986_316_800, val_every=125, **ALL_AT_WORK),
     # the two tracks of Modded-NanoGPT: targets 3.28 and 2.92 on FineWeb with GPT-2's tokenizer
     "gpt2-small": dict(model_name="gpt2-small", num_layers=12, num_heads=6, model_dim=768, value_embeddings=3,
                        seq_len=2048, batch_tokens=393216, num_steps=1770, val_every=125, long_window=1792,
-                       short_window=896, window_warmup_frac=1, depth_warmup_frac=0, val_tokens=10_485_760,
-                       target_loss=3.28),
+                       short_window=896, window_warmup_frac=1, val_tokens=10_485_760, target_loss=3.28,
+                       **ALL_AT_WORK),
     "gpt2-medium": dict(model_name="gpt2-medium", num_layers=16, num_heads=8, model_dim=1024,
                         value_embeddings=3, seq_len=2048, batch_tokens=524288, num_steps=5960, val_every=125,
-                        short_window=1024, window_warmup_frac=1, depth_warmup_frac=0, val_tokens=10_485_760,
-                        target_loss=2.92),
+                        short_window=1024, window_warmup_frac=1, val_tokens=10_485_760, target_loss=2.92,
+                        **ALL_AT_WORK),
     # 1.5 billion parameters, for one box with 8 GPUs of 80 GB: 10 billion tokens
     "gpt2-xl": dict(model_name="gpt2-xl", num_layers=24, num_heads=16, model_dim=2048, value_embeddings=1,
                     seq_len=2048, batch_tokens=1_048_576, num_steps=9536, val_every=500, short_window=1024,
-                    window_warmup_frac=1, depth_warmup_frac=0, val_tokens=10_485_760),
+                    window_warmup_frac=1, val_tokens=10_485_760, **ALL_AT_WORK),
 }
 
 
@@ -606,13 +612,15 @@ class Past:
 
 @dataclass(frozen=True)
 class Stage:
-    """What of a model works at a moment of training: its first layers, with a share of their windows.
+    """What of a model works at a moment of training: its first layers, with a share of their windows, and the
+    head for so many tokens; 0: for all.
 
     The other layers are left out. They begin as identities, since what they add is zero at first, so nothing
     jumps when they join.
     """
     depth: int
     window_frac: float = 1.0
+    softmax_sample: int = 0
 
 
 class Model(nn.Module):
@@ -633,17 +641,34 @@ class Model(nn.Module):
         is_token = torch.arange(cfg.padded_vocab_size) < cfg.vocab_size
         self.register_buffer("padding", torch.where(is_token, 0.0, -math.inf), persistent=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None,
+                sample: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Sum of the losses of all targets, in nats.
 
         inputs       (B, T) token ids
         targets      (B, T) token ids; -1 where there is nothing to predict
         stage        of training; None: all of the model
-        returns      () float32
+        sample       what Candidates.of() drew, to tell targets from these tokens only; None: from all
+        returns      () float32, with a sample an estimate
         """
         x = self.hidden(inputs, stage)                                                      # (B, T, D)
-        return ChunkedLoss.apply(x.flatten(0, 1), self.head, targets.flatten(), self.padding,
-                                 self.cfg.logit_cap, self.chunk_kernel, self.cfg.fp8)
+        if sample is None:
+            return self.loss(x.flatten(0, 1), self.head, targets.flatten(), self.padding)
+        tokens, log_counts = sample                                                         # (G, S), (G, S)
+        heads = F.embedding(tokens, self.head).unbind()                                     # (S, D)
+        # a group has every G-th place of all rows
+        parts, wanted = (some.unflatten(1, (-1, len(tokens))).unbind(2) for some in (x, targets))
+        losses = []
+        for group, part in enumerate(parts):
+            there = wanted[group].flatten().contiguous()                                    # (BT/G)
+            places = torch.searchsorted(tokens[group], there).where(there >= 0, -1)         # (BT/G)
+            losses.append(self.loss(part.flatten(0, 1), heads[group], places, log_counts[group]))
+        return torch.stack(losses).sum()                                                    # ()
+
+    def loss(self, x: Tensor, head: Tensor, targets: Tensor, log_counts: Tensor) -> Tensor:
+        """ChunkedLoss of (N, D) with some head, as the knobs say."""
+        return ChunkedLoss.apply(x, head, targets, log_counts, self.cfg.logit_cap, self.chunk_kernel,
+                                 self.cfg.fp8)
 
     def token_losses(self, inputs: Tensor, targets: Tensor, stage: Stage | None = None,
                      likeliest: bool = False) -> Tensor:
@@ -731,8 +756,8 @@ class Model(nn.Module):
         """
         length, stage = self.cfg.seq_len, stage or Stage(len(self.layers))
         layers, windows = self.layers[:stage.depth], self.windows(length, stage.window_frac)[:stage.depth]
-        matrices = self.head.numel() + sum(p.numel() for layer in layers for p in layer.parameters()
-                                           if p.ndim > 1)
+        matrices = (stage.softmax_sample or len(self.head)) * self.head.size(1)
+        matrices += sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
         keys = sum(window - window**2 / (2 * length) for window in windows)
         return 6 * matrices + 12 * self.cfg.model_dim * keys
 
@@ -818,27 +843,30 @@ def soft_cap(z: Tensor, cap: float) -> Tensor:
     return z * torch.rsqrt(1 + (z / cap).square()) if cap else z
 
 
-def chunk_loss_and_gradient(logits: Tensor, targets: Tensor, padding: Tensor, cap: float,
+def chunk_loss_and_gradient(logits: Tensor, targets: Tensor, log_counts: Tensor, cap: float,
                             ) -> tuple[Tensor, Tensor]:
     """Losses of a chunk, and their gradient at uncapped logits: softmax minus one-hot, times the cap's slope.
 
-    logits   (N, V) uncapped
-    targets  (N); -1 where there is nothing to predict
-    padding  (V) float32, minus infinity in columns that are no token, else 0
-    returns  (N) float32 and (N, V) in the dtype of the logits
+    logits      (N, V) uncapped
+    targets     (N) columns; -1 where there is nothing to predict
+    log_counts  (V) float32, the log of how many tokens a column stands for where it is not the target: 0, or
+                more in a sample, or minus infinity where it is no token
+    returns     (N) float32 and (N, V) in the dtype of the logits
     """
     z = logits.float()                                                                      # (N, V)
     shrink = torch.rsqrt(1 + (z * (1 / cap)).square()) if cap else torch.ones_like(z)       # (N, V)
     # what bounds z: the cap, which costs no pass over the logits, or the largest of a row
-    most = cap or (z + padding).amax(-1, keepdim=True)                                      # (N, 1)
-    exps = torch.exp(z * shrink - most + padding)                                           # (N, V)
-    total = exps.sum(-1, keepdim=True)                                                      # (N, 1)
+    most = cap or (z + log_counts).amax(-1, keepdim=True)                                   # (N, 1)
+    exps = torch.exp(z * shrink - most + log_counts)                                        # (N, V)
     counted = (targets >= 0).float()[:, None]                                               # (N, 1)
-    slope = exps * (counted / total) * shrink**3                                            # (N, V)
     place = targets.clamp(min=0)[:, None]                                                   # (N, 1)
-    z, shrink = z.gather(1, place), shrink.gather(1, place)                                 # (N, 1)
-    losses = counted * (most + total.log() - z * shrink)                                    # (N, 1)
-    slope_there = counted * (torch.exp(z * shrink - most) / total - 1) * shrink**3          # (N, 1)
+    wanted, bend = z.gather(1, place), shrink.gather(1, place)                              # (N, 1)
+    exp_there = torch.exp(wanted * bend - most)                                             # (N, 1)
+    # the target stands for itself alone
+    total = exps.sum(-1, keepdim=True) - exp_there * torch.expm1(log_counts[place])         # (N, 1)
+    slope = exps * (counted / total) * shrink**3                                            # (N, V)
+    losses = counted * (most + total.log() - wanted * bend)                                 # (N, 1)
+    slope_there = counted * (exp_there / total - 1) * bend**3                               # (N, 1)
     return losses[:, 0], slope.to(logits.dtype).scatter(1, place, slope_there.to(logits.dtype))
 
 
@@ -857,13 +885,13 @@ class ChunkedLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, chunk by chunk, with its gradient made on the way forward.
 
     Only one chunk's logits exist at a time: 256 MiB instead of 6.6 GB for 32,768 tokens and 50,304 columns.
-    x (N, D), weight (V, D) float32, targets (N), padding and kernel as chunk_loss_and_gradient has them
+    x (N, D), weight (V, D) float32, targets (N), log_counts and kernel as chunk_loss_and_gradient has them
     fp8      products in FP8: logits from e4m3, gradients from e5m2 slopes
     returns  () float32, the summed loss
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, padding: Tensor, cap: float,
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, log_counts: Tensor, cap: float,
                 kernel: Callable, fp8: bool = False) -> Tensor:
         x, narrow = x.detach(), weight.detach().to(x.dtype)                                 # (N, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (N, D), (V, D)
@@ -874,7 +902,7 @@ class ChunkedLoss(torch.autograd.Function):
         rows = chunk_rows(x, weight.size(0))
         for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
             logits = fp8_product(to_fp8(part, E4M3), by_columns) if fp8 else part @ narrow.T    # (N, V)
-            losses, slope = kernel(logits, wanted, padding, cap)                            # (N), (N, V)
+            losses, slope = kernel(logits, wanted, log_counts, cap)                            # (N), (N, V)
             total += losses.sum()
             if fp8:
                 slope, unit = to_fp8(slope, E5M2)                                           # (N, V), ()
@@ -1136,12 +1164,13 @@ class Optimizer:
 
 
 def stage_at(cfg: Config, progress: float) -> Stage:
-    """One layer, then all (Bu 2025, arXiv:2511.04981); windows that grow.
+    """One layer, then all (Bu 2025, arXiv:2511.04981); windows that grow; a sample of tokens, then all.
 
     progress  share of the budget that is used, 0 to 1
     """
     depth = 1 if progress < cfg.depth_warmup_frac else cfg.num_layers
-    return Stage(depth, min(1.0, progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0)
+    windows = min(1.0, progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0
+    return Stage(depth, windows, cfg.softmax_sample if progress < cfg.sampled_softmax_frac else 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1270,6 +1299,86 @@ class Rows:
 
     def _empty_row(self) -> tuple[np.ndarray, np.ndarray]:
         return np.full(self.length - 1, self.eot_id), np.full(self.length - 1, -1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process takes of a step.
+
+    num_targets    of the step, over all processes
+    micro_batches  (B, T) inputs and targets each
+    sample         what Candidates.of() drew; None: targets are told from all tokens
+    """
+    num_targets: int
+    micro_batches: list[tuple[Tensor, Tensor]]
+    sample: tuple[Tensor, Tensor] | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed, as by sending it to a device."""
+        pairs = [(change(inputs), change(targets)) for inputs, targets in self.micro_batches]
+        return Batch(self.num_targets, pairs, self.sample and tuple(map(change, self.sample)))
+
+
+class Candidates:
+    """The tokens that a step's targets are told from while the softmax is sampled: the targets of the step,
+    and others at random. The head then takes a fraction of its time.
+
+    Targets are dealt to groups of some 2,048, each with some of every row, and each group has a sample of its
+    own: its distinct targets, filled up with other tokens. A token that is in a sample with probability q
+    counts as 1 / q tokens in the softmax's sum, so that the sum is right on average; q is from how many of
+    256 groups have it. All follows from data, seed and step, for any processes and micro-batches.
+
+    size     tokens of a sample: by rule a tenth more than the most distinct targets of those groups, in whole
+             64s; 0 where that is more than half of the vocabulary, and nothing would be gained
+    raises   UserError if cfg.softmax_sample has a size that is larger than the vocabulary
+    source   Bengio & Senecal 2008, doi:10.1109/TNN.2007.912312; Jean et al. 2015, arXiv:1412.2007
+    """
+
+    def __init__(self, rows: Rows, cfg: Config):
+        if cfg.softmax_sample > cfg.vocab_size:
+            raise UserError(f"--softmax_sample must be at most {cfg.vocab_size}, the tokens there are; it is "
+                            f"{cfg.softmax_sample}")
+        self.rows, self.cfg, self.num_groups = rows, cfg, softmax_groups(cfg)
+        steps = min(math.ceil(256 / self.num_groups), math.ceil(rows.num_rows / cfg.rows_per_step))
+        had = np.zeros(cfg.vocab_size)
+        most = 0
+        for step in range(steps):
+            for tokens in self._distinct_targets(step):
+                had[tokens] += 1
+                most = max(most, len(tokens))
+        self.share = (had + 0.5) / (steps * self.num_groups + 1)                            # (V)
+        by_rule = 64 * math.ceil(1.1 * most / 64)
+        self.size = cfg.softmax_sample or (by_rule if by_rule <= cfg.vocab_size // 2 else 0)
+
+    def _distinct_targets(self, step: int) -> list[np.ndarray]:
+        numbers = self.rows.numbers(step, self.cfg.rows_per_step)
+        targets = np.stack([self.rows.row(number)[1] for number in numbers])                # (rows, T)
+        groups = [targets[:, group::self.num_groups] for group in range(self.num_groups)]
+        return [np.unique(group[group >= 0]) for group in groups]
+
+    def of(self, step: int) -> tuple[Tensor, Tensor] | None:
+        """(groups, size) token ids that rise, int64, and the logs of the tokens they count as, float32; None
+        if a group has more distinct targets than that."""
+        random = np.random.default_rng([self.cfg.seed, 2, step])
+        tokens, log_counts = [], []
+        for wanted in self._distinct_targets(step):
+            taken = np.zeros(self.cfg.vocab_size, dtype=bool)                               # (V)
+            taken[wanted] = True
+            others, room = np.flatnonzero(~taken), self.size - len(wanted)
+            if room < 0:
+                return None
+            taken[random.choice(others, room, replace=False, shuffle=False)] = True
+            tokens.append(np.flatnonzero(taken))                                            # (S)
+            drawn = room / max(1, len(others))
+            log_counts.append(-np.log(1 - (1 - self.share[tokens[-1]]) * (1 - drawn)))      # (S)
+        return torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(log_counts)).float()
+
+
+def softmax_groups(cfg: Config) -> int:
+    """Into how many groups a step's targets are dealt: a power of two that divides rows into parts of whole
+    16s, if there is one."""
+    sixteens, odd = divmod(cfg.seq_len, 16)
+    return 1 if odd else math.gcd(2 ** int(math.log2(max(1, cfg.batch_tokens / 2048))), sixteens)
 
 
 def micro_batch_shape(cfg: Config, world_size: int) -> tuple[int, int]:
@@ -1764,6 +1873,8 @@ def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> l
         f"budget      {cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens"
         + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
         + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
+        *([f"softmax     over samples of {cfg.softmax_sample:,} tokens in the first "
+           f"{cfg.sampled_softmax_frac:.0%} of training, then over all"] if cfg.softmax_sample else []),
         f"memory      about {memory_estimate_mib(cfg, model, world):,.0f} MiB for each process",
     ]
 
@@ -1882,8 +1993,10 @@ class NonFinite(EveryonesError):
     """A loss or gradient that is not a number; the run cannot go on."""
 
 
-def open_data(cfg: Config, world: World) -> tuple[Config, Dataset, Encoding, Rows, HeldOut]:
-    """The verified data of a run with their tokenizer, and its Config with the vocabulary that follows."""
+def open_data(cfg: Config, world: World,
+              ) -> tuple[Config, Dataset, Encoding, Rows, Candidates | None, HeldOut]:
+    """The verified data of a run with their tokenizer, and its Config with the vocabulary and the size of the
+    softmax's sample that follow."""
     dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
     if cfg.vocab_size not in (0, tokenizer.n_vocab):
         raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
@@ -1891,7 +2004,11 @@ def open_data(cfg: Config, world: World) -> tuple[Config, Dataset, Encoding, Row
     cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
     dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-    return cfg, dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer)
+    candidates = Candidates(rows, cfg) if cfg.sampled_softmax_frac else None
+    if candidates:
+        cfg = dataclasses.replace(cfg, softmax_sample=candidates.size)
+    return (cfg, dataset, tokenizer, rows, candidates if cfg.softmax_sample else None,
+            HeldOut(dataset.tokens("val"), cfg, tokenizer))
 
 
 def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
@@ -1967,8 +2084,12 @@ def warm_up(model: Model, optimizer: Optimizer, cfg: Config, world: World) -> No
     _, rows = micro_batch_shape(cfg, world.size)
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     targets = torch.full_like(inputs, -1)
-    model(inputs, targets, Stage(cfg.num_layers, stage_at(cfg, 0).window_frac)).backward()
+    stage = stage_at(cfg, 0)
+    model(inputs, targets, Stage(cfg.num_layers, stage.window_frac)).backward()
     optimizer.gradient_norms()      # names a parameter without gradient now, not when its layer wakes up
+    if stage.softmax_sample:
+        sample = torch.arange(stage.softmax_sample, device=world.device).expand(softmax_groups(cfg), -1)
+        model(inputs, targets, stage, (sample, torch.zeros_like(sample, dtype=torch.float32))).backward()
     model.token_losses(inputs, targets)
     optimizer.clear_gradients()
     optimizer.warm_up()
@@ -2048,6 +2169,7 @@ class Run:
     model: Model
     optimizer: Optimizer
     rows: Rows
+    candidates: Candidates | None
     held_out: HeldOut
     log: RunLog
     clock: Clock
@@ -2184,7 +2306,7 @@ def check_shapes(weights: dict[str, Tensor], model: Model) -> None:
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     cfg, text, saved = open_run(cfg, world)
-    cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
+    cfg, dataset, tokenizer, rows, candidates, held_out = world.together(lambda: open_data(cfg, world))
     tasks = world.together(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(cfg.script, cfg, world, tokenizer, dataset)
@@ -2208,7 +2330,7 @@ def train(cfg: Config, world: World) -> None:
         begun = time.perf_counter()
         sized = fit_micro_batch(model, optimizer, sized, world, log)
         compile_seconds = time.perf_counter() - begun
-        run = Run(sized, world, model, optimizer, rows, held_out, log, Clock(world),
+        run = Run(sized, world, model, optimizer, rows, candidates, held_out, log, Clock(world),
                   LossScale(enabled=world.dtype == torch.float16))
         torch.manual_seed(cfg.seed + 1 + world.rank)
         if cfg.resume:
@@ -2263,7 +2385,7 @@ def training_loop(run: Run) -> None:
     with StopSignals() as signals, collector_at_rest(), prepared_steps(run) as steps:
         run.clock.start()
         while run.progress < 1 and not run.target:
-            run.reports.append(train_step(run, *next(steps), signals))
+            run.reports.append(train_step(run, next(steps), signals))
             run.step += 1
             run.progress = budget_used(run.cfg, run.world, run.step, run.clock)
             stops, saves = hear(run, behind=0 if run.looks else run.world.reports_behind)
@@ -2279,23 +2401,23 @@ def training_loop(run: Run) -> None:
                 run.clock.start()
 
 
-def train_step(run: Run, num_targets: int, micro_batches: list[tuple[Tensor, Tensor]],
-               signals: "StopSignals") -> "Report":
+def train_step(run: Run, batch: Batch, signals: "StopSignals") -> "Report":
     """One step of the optimizer; on a GPU it is only queued. An overflow of float16 leaves the weights alone.
 
-    num_targets    of the step, over all processes
-    micro_batches  of this process, (B, T) inputs and targets each
     raises  NonFinite, before the weights are touched, where the report can be read at once
     """
     cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
     stage = stage_at(cfg, run.progress)
+    sample = batch.sample if stage.softmax_sample else None
+    if sample is None:
+        stage = dataclasses.replace(stage, softmax_sample=0)
     run.flops += cfg.batch_tokens * model.flops_per_token(stage)
     optimizer.asleep = model.asleep(stage)
     # the loss of a step is the mean over all its targets, whoever computes them
     loss = torch.zeros((), device=world.device)
-    for number, (inputs, targets) in enumerate(micro_batches, start=1):
-        optimizer.last_backward = number == len(micro_batches)
-        part = model(inputs, targets, stage) / num_targets
+    for number, (inputs, targets) in enumerate(batch.micro_batches, start=1):
+        optimizer.last_backward = number == len(batch.micro_batches)
+        part = model(inputs, targets, stage, sample) / batch.num_targets
         run.loss_scale.backward(part)
         loss += part.detach()
     # all processes learn the loss, whether one was told to stop, whether the first wants to save
@@ -2358,23 +2480,22 @@ def hear(run: Run, behind: int) -> tuple[bool, bool]:
 
 
 @contextlib.contextmanager
-def prepared_steps(run: Run) -> Iterator[Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]]:
-    """Targets and micro-batches of each step from now on, on the device; made while the step before runs."""
+def prepared_steps(run: Run) -> Iterator[Iterator[Batch]]:
+    """The batch of each step from now on, on the device; made while the step before runs."""
     cfg, world = run.cfg, run.world
 
-    def make(step: int) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        num_targets = run.rows.targets_in_step(step, cfg.rows_per_step)
-        batches = run.rows.micro_batches(step, cfg, world.rank, world.size)
-        if world.device.type == "cpu":
-            return num_targets, list(batches)
-        return num_targets, [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
+    def make(step: int) -> Batch:
+        samples = run.candidates and stage_at(cfg, run.progress).softmax_sample     # later ones sample less
+        batch = Batch(run.rows.targets_in_step(step, cfg.rows_per_step),
+                      list(run.rows.micro_batches(step, cfg, world.rank, world.size)),
+                      run.candidates.of(step) if samples else None)
+        return batch.each(Tensor.pin_memory) if world.device.type == "cuda" else batch
 
-    def steps() -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+    def steps() -> Iterator[Batch]:
         following = helper.submit(make, run.step)
         for step in itertools.count(run.step + 1):
-            (num_targets, batches), following = following.result(), helper.submit(make, step)
-            yield num_targets, [(inputs.to(world.device, non_blocking=True),
-                                 targets.to(world.device, non_blocking=True)) for inputs, targets in batches]
+            batch, following = following.result(), helper.submit(make, step)
+            yield batch.each(lambda tensor: tensor.to(world.device, non_blocking=True))
 
     with ThreadPoolExecutor(1) as helper:
         yield steps()
@@ -2627,7 +2748,7 @@ def check(cfg: Config, world: World) -> bool:
     problems = []
     kernels = choose_kernels(cfg, world)
     try:
-        cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
+        cfg, dataset, tokenizer, rows, _, held_out = open_data(cfg, world)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:
         problems.append(str(error))

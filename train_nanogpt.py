@@ -53,6 +53,8 @@ class Config(train_gpt.Config):
     short_window: ClassVar[int] = 2**31
     window_warmup_frac: ClassVar[float] = 0
     depth_warmup_frac: ClassVar[float] = 0
+    sampled_softmax_frac: ClassVar[float] = 0
+    softmax_sample: ClassVar[int] = 0
     muon_lr: ClassVar[float] = 0
     embed_lr: ClassVar[float] = 0
     head_lr: ClassVar[float] = 0

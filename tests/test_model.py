@@ -236,6 +236,62 @@ def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
     torch.testing.assert_close(got, wanted)
 
 
+def sample_of(targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample for each of two groups: its targets and others, which count as more than themselves."""
+    tokens, counts = [], []
+    generator = torch.Generator().manual_seed(3)
+    for group in (targets[:, ::2], targets[:, 1::2]):
+        wanted = torch.zeros(101, dtype=torch.bool)
+        wanted[group[group >= 0]] = True
+        order = (torch.rand(101, generator=generator) + wanted).argsort(descending=True)
+        tokens.append(order[:size].sort().values)
+        counts.append(1 + 5 * torch.rand(size, generator=generator))
+    return torch.stack(tokens), torch.stack(counts).log()
+
+
+@pytest.mark.parametrize("cap", [15, 0])
+def test_a_sampled_softmax_has_its_targets_and_the_counts_of_the_others(cap):
+    """Against a plain loop over targets: all but the target itself count as many times as they say."""
+    model = awake_model(small_config(logit_cap=cap))
+    inputs = some_tokens(2, 32)
+    targets = inputs.roll(-1, 1)
+    targets[:, 7] = -1
+    tokens, log_counts = sample_of(targets, 70)
+    x = model.hidden(inputs)
+    plain = []
+    for row, place in itertools.product(range(2), range(32)):
+        target, group = targets[row, place], place % 2
+        if target >= 0:
+            z = train_gpt.soft_cap(model.head @ x[row, place], cap)
+            others = tokens[group] != target
+            counted = log_counts[group][others].exp() * z[tokens[group][others]].exp()
+            plain.append((z[target].exp() + counted.sum()).log() - z[target])
+    plain = torch.stack(plain).sum()
+    wanted = torch.autograd.grad(plain, list(model.parameters()))
+    sampled = model(inputs, targets, sample=(tokens, log_counts))
+    torch.testing.assert_close(sampled, plain)
+    torch.testing.assert_close(torch.autograd.grad(sampled, list(model.parameters())), wanted,
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_of_all_tokens_is_the_full_softmax():
+    model = awake_model(small_config())
+    inputs = some_tokens(2, 32)
+    targets = inputs.roll(-1, 1)
+    everything = torch.arange(101).expand(2, -1), torch.zeros(2, 101)
+    torch.testing.assert_close(model(inputs, targets, sample=everything), model(inputs, targets))
+
+
+def test_a_sampled_loss_is_the_sum_of_its_rows():
+    """So that micro-batches and processes do not change it."""
+    model = awake_model(small_config())
+    inputs = some_tokens(4, 32)
+    targets = inputs.roll(-1, 1)
+    sample = sample_of(targets, 90)
+    rows = [model(inputs[row:row + 1], targets[row:row + 1], sample=sample) for row in range(4)]
+    torch.testing.assert_close(torch.stack(rows).sum(), model(inputs, targets, sample=sample))
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(train_gpt.E4M3, 0.04), (train_gpt.E5M2, 0.08)])
 @pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
 def test_fp8_products_are_products_of_any_scale(dtype, error, scale):
@@ -362,6 +418,8 @@ def test_flops_are_six_per_weight_of_a_matrix_and_attention():
     matrices = 4 * (4 * 16 * 16 + 2 * 16 * 64) + 128 * 16
     assert GPT(cfg, EOT).flops_per_token() == 6 * matrices + 12 * 16 * 4 * 32 / 2
     keys = sum(min(place + 1, 8) for place in range(32)) / 32       # that a token sees through a window of 8
+    sampled = GPT(cfg, EOT).flops_per_token(Stage(4, softmax_sample=40))
+    assert sampled == GPT(cfg, EOT).flops_per_token() - 6 * (128 - 40) * 16
     windowed = GPT(small_config(long_window=8), EOT).flops_per_token()
     assert windowed == pytest.approx(6 * matrices + 12 * 16 * 4 * keys, rel=0.03)
 
@@ -370,14 +428,16 @@ def test_flops_are_six_per_weight_of_a_matrix_and_attention():
 # Shape comments
 # ------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5, "J": 1}
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5, "J": 1,
+         "G": 2, "S": 40}
 
 
 def size_of(word: str, sizes: dict[str, int]) -> int:
     """`3H` is 3 times H, `BT` B times T, `K/2` half of K."""
     top, _, bottom = word.partition("/")
-    factors = [int(part) if part.isdigit() else sizes[part] for part in re.findall(r"\d+|[A-Z]", top)]
-    return math.prod(factors) // int(bottom or 1)
+    top, bottom = (math.prod(int(part) if part.isdigit() else sizes[part]
+                             for part in re.findall(r"\d+|[A-Z]", product)) for product in (top, bottom))
+    return top // bottom
 
 
 def test_shape_comments_are_true(monkeypatch):
@@ -409,8 +469,11 @@ def test_shape_comments_are_true(monkeypatch):
     def trace(frame, event, value):
         if frame.f_code.co_filename != train_gpt.__file__:
             return None
-        chunk = {"chunk_loss_and_gradient": "logits", "chunk_losses": "x"}.get(frame.f_code.co_name)
-        sizes = SIZES | ({"N": len(frame.f_locals[chunk])} if chunk else {})
+        sizes = dict(SIZES)
+        if frame.f_code.co_name == "chunk_loss_and_gradient":
+            sizes["N"], sizes["V"] = frame.f_locals["logits"].shape
+        elif frame.f_code.co_name == "chunk_losses":
+            sizes["N"] = len(frame.f_locals["x"])
         waiting = []
 
         def inside(frame, event, value):
@@ -436,6 +499,9 @@ def test_shape_comments_are_true(monkeypatch):
     sys.settrace(trace)
     try:
         model(tokens, tokens).backward()
+        sample = torch.tensor([sorted(list(dict.fromkeys([*group.flatten().tolist(), *range(191)]))[:40])
+                               for group in (tokens[:, ::2], tokens[:, 1::2])])
+        model(tokens, tokens, sample=(sample, torch.zeros(2, 40))).backward()
         awake_model(dataclasses.replace(cfg, logit_cap=0), eot_id=191)(tokens, tokens).backward()
         model.token_losses(tokens, tokens)
         model.token_losses(tokens, tokens, likeliest=True)

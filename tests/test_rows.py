@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from documents import UserError
-from train_gpt import Config, Rows, micro_batch_shape
+from train_gpt import Candidates, Config, Rows, micro_batch_shape, softmax_groups
 
 EOT = 60000
 
@@ -154,3 +154,95 @@ def test_a_plan_of_ten_million_tokens_takes_seconds(record_property):
     rows = rows_of([shard], seq_len=1024, max_doc_len=2048)
     rows.numbers(10**6, 4)
     assert time.perf_counter() - begun < 5
+
+
+# ------------------------------------------------------------------------------------------------
+# The sample of a sampled softmax
+# ------------------------------------------------------------------------------------------------
+
+VOCABULARY = 3000
+
+
+def natural_rows(cfg: Config, num_tokens: int = 200_000) -> Rows:
+    """Rows of tokens that are as unevenly frequent as words."""
+    random = np.random.default_rng(5)
+    frequency = 1 / np.arange(10, VOCABULARY + 9)
+    tokens = random.choice(VOCABULARY - 1, num_tokens, p=frequency / frequency.sum())
+    tokens[::40] = VOCABULARY - 1
+    return Rows([tokens.astype(np.uint16)], cfg, VOCABULARY - 1)
+
+
+def sampling(**knobs) -> Config:
+    return Config(**{"vocab_size": VOCABULARY, "seq_len": 64, "batch_tokens": 8192, **knobs})
+
+
+def targets_of(rows: Rows, cfg: Config, step: int, group: int) -> np.ndarray:
+    targets = np.stack([rows.row(number)[1] for number in rows.numbers(step, cfg.rows_per_step)])
+    chosen = targets[:, group::softmax_groups(cfg)]
+    return chosen[chosen >= 0]
+
+
+def test_a_sample_has_all_targets_once_and_rises():
+    cfg = sampling()
+    rows = natural_rows(cfg)
+    candidates = Candidates(rows, cfg)
+    assert candidates.num_groups == 4
+    for step in (0, 3, 60):
+        tokens, log_counts = candidates.of(step)
+        assert tokens.shape == log_counts.shape == (4, candidates.size)
+        for group in range(4):
+            assert (tokens[group].diff() > 0).all() and tokens[group].max() < VOCABULARY
+            assert set(targets_of(rows, cfg, step, group)) <= set(tokens[group].tolist())
+        assert (log_counts >= 0).all()
+
+
+def test_a_sample_is_a_pure_function_of_data_seed_and_step():
+    cfg = sampling()
+    rows = natural_rows(cfg)
+    first, again = Candidates(rows, cfg), Candidates(rows, cfg)
+    again.of(7)
+    assert torch.equal(first.of(2)[0], again.of(2)[0]) and torch.equal(first.of(2)[1], again.of(2)[1])
+    assert not torch.equal(first.of(2)[0], first.of(3)[0])
+    other = Candidates(rows, sampling(seed=1))
+    assert not torch.equal(first.of(2)[0], other.of(2)[0])
+
+
+def test_the_counts_of_a_sample_add_up_to_all_tokens():
+    """Summed over samples with their counts, values come to their sum over the vocabulary, on average."""
+    cfg = sampling()
+    candidates = Candidates(natural_rows(cfg, 2_000_000), cfg)
+    values = np.random.default_rng(6).lognormal(size=(VOCABULARY, 3))
+    values[:, 1] /= np.arange(10, VOCABULARY + 10)              # large for frequent tokens
+    values[:, 2] *= np.arange(10, VOCABULARY + 10)              # for rare ones
+    sums, steps = np.zeros(3), 150
+    for step in range(100, 100 + steps):        # not those that the frequencies are from
+        for tokens, log_counts in zip(*candidates.of(step), strict=True):
+            sums += np.exp(log_counts.numpy()) @ values[tokens.numpy()]
+    np.testing.assert_allclose(sums / (4 * steps) / values.sum(0), 1, atol=0.02)
+
+
+def test_the_size_of_a_sample_is_by_rule_or_given():
+    cfg = sampling()
+    rows = natural_rows(cfg)
+    most = max(len(set(targets_of(rows, cfg, step, group))) for step in range(25) for group in range(4))
+    size = Candidates(rows, cfg).size
+    assert size % 64 == 0 and 1.1 * most <= size <= 1.2 * most + 64
+    small = sampling(vocab_size=VOCABULARY, softmax_sample=100)
+    assert Candidates(rows, small).size == 100
+    assert Candidates(rows, small).of(0) is None        # too small for the targets
+    assert Candidates(rows, sampling(softmax_sample=VOCABULARY)).of(0)[1].max() == 0
+    with pytest.raises(UserError, match="--softmax_sample must be at most 3000"):
+        Candidates(rows, sampling(softmax_sample=VOCABULARY + 1))
+
+
+def test_no_softmax_is_sampled_where_a_step_has_half_of_the_vocabulary():
+    cfg = sampling(seq_len=63, batch_tokens=63 * 128)
+    assert softmax_groups(cfg) == 1
+    assert Candidates(natural_rows(cfg), cfg).size == 0
+
+
+@pytest.mark.parametrize(("seq_len", "batch", "groups"), [
+    (512, 8192, 4), (512, 524288, 32), (1024, 524288, 64), (512, 512, 1), (48, 8160, 1), (63, 8064, 1),
+    (2048, 393216, 128), (8, 8192, 1)])
+def test_targets_are_dealt_to_groups_that_divide_the_row(seq_len, batch, groups):
+    assert softmax_groups(sampling(seq_len=seq_len, batch_tokens=batch)) == groups

@@ -32,12 +32,26 @@ from train_gpt import GPT, PRESETS, Config, HeldOut, World, generate, parse_conf
 
 def test_flops_are_those_of_the_layers_at_work(here):
     folder = train_here(here)
-    cfg = Config(**TINY, vocab_size=301)
+    sample = json.loads((folder / "config.json").read_text())["softmax_sample"]
+    assert 0 < sample < 301
+    cfg = Config(**TINY, vocab_size=301, softmax_sample=sample)
     with torch.device("meta"):
         model = GPT(cfg, 300)
     steps = [128 * model.flops_per_token(train_gpt.stage_at(cfg, step / 4)) for step in range(4)]
-    assert steps[0] == steps[1] < steps[2] == steps[3]
+    assert steps[0] == steps[1] < steps[2] < steps[3]
     assert [float(row["flops"]) for row in rows_of(folder)] == pytest.approx(np.cumsum(steps), rel=1e-5)
+
+
+def test_a_step_whose_targets_are_too_many_for_the_sample_is_over_all_tokens(here):
+    """A sample of 2 tokens never serves; then the run is the one without samples, to the bit."""
+    none = train_here(here, sampled_softmax_frac=0)
+    small = train_here(here, softmax_sample=2, model_name="small")
+    sampled = train_here(here, model_name="sampled")
+    timeless = [[{key: row[key] for key in ("train_loss", "val_loss", "grad_norm", "flops")}
+                 for row in rows_of(run)] for run in (none, small, sampled)]
+    assert timeless[0] == timeless[1] != timeless[2]
+    assert "over samples of" in (sampled / "training_log.txt").read_text()
+    assert "over samples of" not in (none / "training_log.txt").read_text()
 
 
 def test_a_run_ends_with_its_distance_from_a_baseline(here, capsys):

@@ -12,8 +12,8 @@ from train_gpt import Config, World
 ROOT = Path(train_gpt.__file__).parent
 DRIVE = str(Path(__file__).with_name("drive.py"))
 TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len=32, batch_tokens=128,
-            num_steps=4, depth_warmup_frac=0.4, val_every=2, log_every=1, num_samples=2, sample_tokens=5,
-            compile="off", device="cpu", dtype="float32")
+            num_steps=4, depth_warmup_frac=0.4, sampled_softmax_frac=0.6, val_every=2, log_every=1,
+            num_samples=2, sample_tokens=5, compile="off", device="cpu", dtype="float32")
 
 
 def run(folder: Path, script: str, *arguments: str, expect: int = 0, **options,

@@ -138,7 +138,7 @@ class Config:
     short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
     depth_warmup_frac: float = 0.9    # first part of training, in which only the first layer works; 0: none
-    sampled_softmax_frac: float = 0.9  # first part, in which targets are told from a sample of tokens; 0: no
+    sampled_softmax_frac: float = 0.9  # first part, in which targets meet a sample of tokens; 0: none
     softmax_sample: int = 0           # tokens in that sample; 0: by the rule in class Candidates
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, rules scale them
     muon_lr: float = 0.05             # matrices in layers
@@ -648,21 +648,22 @@ class Model(nn.Module):
         inputs       (B, T) token ids
         targets      (B, T) token ids; -1 where there is nothing to predict
         stage        of training; None: all of the model
-        sample       what Candidates.of() drew, to tell targets from these tokens only; None: from all
+        sample       (G, S) token ids that rise, and (G, S) logs of the tokens they count as: what the targets
+                     of every G-th place are told from; None: from all
         returns      () float32, with a sample an estimate
         """
         x = self.hidden(inputs, stage)                                                      # (B, T, D)
         if sample is None:
             return self.loss(x.flatten(0, 1), self.head, targets.flatten(), self.padding)
         tokens, log_counts = sample                                                         # (G, S), (G, S)
-        heads = F.embedding(tokens, self.head).unbind()                                     # (S, D)
-        # a group has every G-th place of all rows
-        parts, wanted = (some.unflatten(1, (-1, len(tokens))).unbind(2) for some in (x, targets))
+        heads = F.embedding(tokens, self.head)                                              # (G, S, D)
+        parts = x.unflatten(1, (-1, len(tokens))).unbind(2)
+        wanted = targets.unflatten(1, (-1, len(tokens))).unbind(2)
         losses = []
-        for group, part in enumerate(parts):
-            there = wanted[group].flatten().contiguous()                                    # (BT/G)
-            places = torch.searchsorted(tokens[group], there).where(there >= 0, -1)         # (BT/G)
-            losses.append(self.loss(part.flatten(0, 1), heads[group], places, log_counts[group]))
+        for group, (part, head) in enumerate(zip(parts, heads, strict=True)):
+            ids = wanted[group].flatten().contiguous()                                      # (BT/G)
+            places = torch.searchsorted(tokens[group], ids).where(ids >= 0, -1)             # (BT/G)
+            losses.append(self.loss(part.flatten(0, 1), head, places, log_counts[group]))
         return torch.stack(losses).sum()                                                    # ()
 
     def loss(self, x: Tensor, head: Tensor, targets: Tensor, log_counts: Tensor) -> Tensor:
@@ -1112,19 +1113,22 @@ class Optimizer:
                              torch.tensor(float(self.steps_done)), self.eps)
 
     def muon_step(self, pieces: list[Piece], lr: float, momentum: float) -> None:
-        """Muon with Nesterov momentum; matrices of one shape are orthogonalised as one batch."""
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        """Muon with Nesterov momentum; matrices of one shape, lying or standing, are orthogonalised as one
+        batch."""
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
         for piece in pieces:
             average = piece.state["momentum"]
             average.lerp_(piece.grad, 1 - momentum)
             ahead = piece.grad.lerp(average, momentum)
-            shape = ahead.shape[-2:]
-            matrices = zip(piece.weights.view(-1, *shape), ahead.view(-1, *shape), strict=True)
-            by_shape.setdefault(shape, []).extend(matrices)
-        for (rows, columns), pairs in by_shape.items():
-            updates = newton_schulz(torch.stack([ahead for _, ahead in pairs]), dtype=self.product_dtype)
-            for (matrix, _), update in zip(pairs, updates, strict=True):
-                matrix.sub_(update, alpha=lr * math.sqrt(max(1, rows / columns)))
+            rows, columns = ahead.shape[-2:]
+            for matrix, part in zip(piece.weights.view(-1, rows, columns), ahead.view(-1, rows, columns),
+                                    strict=True):
+                lying = (part, matrix) if rows <= columns else (part.mT, matrix.mT)
+                by_shape.setdefault(lying[0].shape, []).append((*lying, math.sqrt(max(1, rows / columns))))
+        for some in by_shape.values():
+            updates = newton_schulz(torch.stack([ahead for ahead, _, _ in some]), dtype=self.product_dtype)
+            for (_, matrix, factor), update in zip(some, updates, strict=True):
+                matrix.sub_(update, alpha=lr * factor)
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -1323,23 +1327,24 @@ class Candidates:
     """The tokens that a step's targets are told from while the softmax is sampled: the targets of the step,
     and others at random. The head then takes a fraction of its time.
 
-    Targets are dealt to groups of some 2,048, each with some of every row, and each group has a sample of its
-    own: its distinct targets, filled up with other tokens. A token that is in a sample with probability q
-    counts as 1 / q tokens in the softmax's sum, so that the sum is right on average; q is from how many of
-    256 groups have it. All follows from data, seed and step, for any processes and micro-batches.
+    Targets are dealt to groups of some 2,048 (more in short rows), each with every so manieth place of all
+    rows, and each group has a sample of its own: its distinct targets, filled up with other tokens. A token
+    that is in a sample with probability q counts as 1 / q tokens in the softmax's sum, so that over all
+    samples the sum is right on average; q is from how many of the first 256 groups have it. For a given text
+    it is not quite: what recurs in it is in its sample more often than elsewhere.
 
+    All follows from data, seed and step, for any processes and micro-batches. A process looks at all targets
+    of the step for that.
     size     tokens of a sample: by rule a tenth more than the most distinct targets of those groups, in whole
              64s; 0 where that is more than half of the vocabulary, and nothing would be gained
-    raises   UserError if cfg.softmax_sample has a size that is larger than the vocabulary
+    raises   UserError if cfg.softmax_sample is smaller than those targets, or larger than the vocabulary
     source   Bengio & Senecal 2008, doi:10.1109/TNN.2007.912312; Jean et al. 2015, arXiv:1412.2007
     """
 
     def __init__(self, rows: Rows, cfg: Config):
-        if cfg.softmax_sample > cfg.vocab_size:
-            raise UserError(f"--softmax_sample must be at most {cfg.vocab_size}, the tokens there are; it is "
-                            f"{cfg.softmax_sample}")
         self.rows, self.cfg, self.num_groups = rows, cfg, softmax_groups(cfg)
-        steps = min(math.ceil(256 / self.num_groups), math.ceil(rows.num_rows / cfg.rows_per_step))
+        steps = math.ceil(min(256 / self.num_groups, 2**21 / cfg.batch_tokens,
+                              rows.num_rows / cfg.rows_per_step))
         had = np.zeros(cfg.vocab_size)
         most = 0
         for step in range(steps):
@@ -1347,6 +1352,9 @@ class Candidates:
                 had[tokens] += 1
                 most = max(most, len(tokens))
         self.share = (had + 0.5) / (steps * self.num_groups + 1)                            # (V)
+        if cfg.softmax_sample and not most <= cfg.softmax_sample <= cfg.vocab_size:
+            raise UserError(f"--softmax_sample must be between {most}, the distinct targets that meet, and "
+                            f"{cfg.vocab_size}, the tokens there are; it is {cfg.softmax_sample}")
         by_rule = 64 * math.ceil(1.1 * most / 64)
         self.size = cfg.softmax_sample or (by_rule if by_rule <= cfg.vocab_size // 2 else 0)
 
@@ -1369,7 +1377,7 @@ class Candidates:
                 return None
             taken[random.choice(others, room, replace=False, shuffle=False)] = True
             tokens.append(np.flatnonzero(taken))                                            # (S)
-            drawn = room / max(1, len(others))
+            drawn = room / len(others) if len(others) else 1.0
             log_counts.append(-np.log(1 - (1 - self.share[tokens[-1]]) * (1 - drawn)))      # (S)
         return torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(log_counts)).float()
 
@@ -1874,7 +1882,7 @@ def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> l
         + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
         + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
         *([f"softmax     over samples of {cfg.softmax_sample:,} tokens in the first "
-           f"{cfg.sampled_softmax_frac:.0%} of training, then over all"] if cfg.softmax_sample else []),
+           f"{cfg.sampled_softmax_frac:.0%} of training"] if cfg.softmax_sample else []),
         f"memory      about {memory_estimate_mib(cfg, model, world):,.0f} MiB for each process",
     ]
 
@@ -1995,8 +2003,7 @@ class NonFinite(EveryonesError):
 
 def open_data(cfg: Config, world: World,
               ) -> tuple[Config, Dataset, Encoding, Rows, Candidates | None, HeldOut]:
-    """The verified data of a run with their tokenizer, and its Config with the vocabulary and the size of the
-    softmax's sample that follow."""
+    """The verified data of a run with their tokenizer, and its Config with the vocabulary that follows."""
     dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
     if cfg.vocab_size not in (0, tokenizer.n_vocab):
         raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
@@ -2005,10 +2012,12 @@ def open_data(cfg: Config, world: World,
     dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
     candidates = Candidates(rows, cfg) if cfg.sampled_softmax_frac else None
-    if candidates:
-        cfg = dataclasses.replace(cfg, softmax_sample=candidates.size)
-    return (cfg, dataset, tokenizer, rows, candidates if cfg.softmax_sample else None,
-            HeldOut(dataset.tokens("val"), cfg, tokenizer))
+    return cfg, dataset, tokenizer, rows, candidates, HeldOut(dataset.tokens("val"), cfg, tokenizer)
+
+
+def with_sample(cfg: Config, candidates: Candidates | None) -> Config:
+    """The Config with the size of the softmax's sample; 0: none is taken."""
+    return dataclasses.replace(cfg, softmax_sample=candidates.size if candidates else 0)
 
 
 def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
@@ -2024,6 +2033,7 @@ def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
     per_token = cfg.num_layers * width * cfg.model_dim * (21 + 5 * cfg.mlp_ratio) + 2 * width * cfg.model_dim
     masks = 0 if model.flex is not None else 2 * rows * cfg.seq_len**2 * width
     loss = 4 * model.head.numel() * 2 + (2**25 if world.device.type == "cpu" else 2**28) * 4
+    loss += 12 * softmax_groups(cfg) * cfg.softmax_sample * cfg.model_dim
     torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
     return (torch_itself + states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
 
@@ -2324,7 +2334,8 @@ def train(cfg: Config, world: World) -> None:
     world.together(lambda: saved and check_shapes(saved["model"], model))
     log = world.together(lambda: RunLog(cfg, COLUMNS, identity, tokenizer, saved, text, world.is_main))
     with log, last_words(log):
-        sized = world.same(choose_micro_batch(cfg, model, world, saved))
+        # sizes that are found here stay out of config.json, which has the knobs as they were given
+        sized = world.same(choose_micro_batch(with_sample(cfg, candidates), model, world, saved))
         log.say("\n".join([*introduction(sized, world, model, kernels),
                            describe_data(cfg, dataset, rows, held_out), *describe_tasks(tasks)]))
         begun = time.perf_counter()
@@ -2485,7 +2496,8 @@ def prepared_steps(run: Run) -> Iterator[Iterator[Batch]]:
     cfg, world = run.cfg, run.world
 
     def make(step: int) -> Batch:
-        samples = run.candidates and stage_at(cfg, run.progress).softmax_sample     # later ones sample less
+        # progress only grows, so a step that samples has its sample
+        samples = stage_at(cfg, run.progress).softmax_sample
         batch = Batch(run.rows.targets_in_step(step, cfg.rows_per_step),
                       list(run.rows.micro_batches(step, cfg, world.rank, world.size)),
                       run.candidates.of(step) if samples else None)
@@ -2748,7 +2760,8 @@ def check(cfg: Config, world: World) -> bool:
     problems = []
     kernels = choose_kernels(cfg, world)
     try:
-        cfg, dataset, tokenizer, rows, _, held_out = open_data(cfg, world)
+        cfg, dataset, tokenizer, rows, candidates, held_out = open_data(cfg, world)
+        cfg = with_sample(cfg, candidates)
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:
         problems.append(str(error))

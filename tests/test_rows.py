@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from documents import UserError
-from train_gpt import Candidates, Config, Rows, micro_batch_shape, softmax_groups
+from train_gpt import GPT, Candidates, Config, Rows, micro_batch_shape, softmax_groups
 
 EOT = 60000
 
@@ -227,12 +227,33 @@ def test_the_size_of_a_sample_is_by_rule_or_given():
     most = max(len(set(targets_of(rows, cfg, step, group))) for step in range(25) for group in range(4))
     size = Candidates(rows, cfg).size
     assert size % 64 == 0 and 1.1 * most <= size <= 1.2 * most + 64
-    small = sampling(vocab_size=VOCABULARY, softmax_sample=100)
-    assert Candidates(rows, small).size == 100
-    assert Candidates(rows, small).of(0) is None        # too small for the targets
-    assert Candidates(rows, sampling(softmax_sample=VOCABULARY)).of(0)[1].max() == 0
-    with pytest.raises(UserError, match="--softmax_sample must be at most 3000"):
-        Candidates(rows, sampling(softmax_sample=VOCABULARY + 1))
+    assert Candidates(rows, sampling(softmax_sample=most)).size == most
+    assert Candidates(rows, sampling(softmax_sample=VOCABULARY)).of(0)[1].abs().max() == 0
+    for wrong in (most - 1, VOCABULARY + 1):
+        with pytest.raises(UserError, match=f"--softmax_sample must be between {most}, .* and 3000"):
+            Candidates(rows, sampling(softmax_sample=wrong))
+
+
+def test_a_step_with_too_many_targets_has_no_sample():
+    cfg = sampling()
+    candidates = Candidates(natural_rows(cfg), cfg)
+    candidates.size = 100
+    assert candidates.of(0) is None
+
+
+def test_the_model_finds_each_target_in_the_sample_of_its_group():
+    cfg = sampling(num_layers=2, model_dim=16, num_heads=2)
+    rows = natural_rows(cfg)
+    model = GPT(cfg, VOCABULARY - 1)
+    torch.nn.init.normal_(model.head)
+    inputs, targets = next(rows.micro_batches(3, cfg))
+
+    def own_logits(x, head, places, _log_counts):
+        return (x * head[places]).sum(-1)[places >= 0].sum()
+    model.loss = own_logits
+    x = model.hidden(inputs)
+    wanted = (x * model.head[targets]).sum(-1)[targets >= 0].sum()
+    torch.testing.assert_close(model(inputs, targets, sample=Candidates(rows, cfg).of(3)), wanted)
 
 
 def test_no_softmax_is_sampled_where_a_step_has_half_of_the_vocabulary():

@@ -143,7 +143,7 @@ class Config:
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, rules scale them
     muon_lr: float = 0.05             # matrices in layers
     embed_lr: float = 0.6             # token embedding and value embeddings
-    head_lr: float = 0.012            # output head
+    head_lr: float = 0.008            # output head
     scalar_lr: float = 0.04           # mixing scalars
     warmup_steps: int = 0             # steps in which the learning rate climbs from 0
     cooldown_frac: float = 0.6        # last part of training, in which the learning rate falls
@@ -306,7 +306,7 @@ ALL_AT_WORK = dict(depth_warmup_frac=0, sampled_softmax_frac=0)
 
 PRESETS = {
     # a few minutes on two CPU cores
-    "demo": dict(model_name="demo", num_steps=600, batch_tokens=8192, train_minutes=4, val_every=40,
+    "demo": dict(model_name="demo", num_steps=900, batch_tokens=8192, train_minutes=4, val_every=40,
                  log_every=5),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,

@@ -1882,7 +1882,7 @@ def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> l
         + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
         + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
         *([f"softmax     over samples of {cfg.softmax_sample:,} tokens in the first "
-           f"{cfg.sampled_softmax_frac:.0%} of training"] if cfg.softmax_sample else []),
+           f"{cfg.sampled_softmax_frac:.0%} of training"] if stage_at(cfg, 0).softmax_sample else []),
         f"memory      about {memory_estimate_mib(cfg, model, world):,.0f} MiB for each process",
     ]
 
@@ -2001,8 +2001,7 @@ class NonFinite(EveryonesError):
     """A loss or gradient that is not a number; the run cannot go on."""
 
 
-def open_data(cfg: Config, world: World,
-              ) -> tuple[Config, Dataset, Encoding, Rows, Candidates | None, HeldOut]:
+def open_data(cfg: Config, world: World) -> tuple[Config, Dataset, Encoding, Rows, HeldOut]:
     """The verified data of a run with their tokenizer, and its Config with the vocabulary that follows."""
     dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
     if cfg.vocab_size not in (0, tokenizer.n_vocab):
@@ -2011,13 +2010,16 @@ def open_data(cfg: Config, world: World,
     cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
     dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-    candidates = Candidates(rows, cfg) if cfg.sampled_softmax_frac else None
-    return cfg, dataset, tokenizer, rows, candidates, HeldOut(dataset.tokens("val"), cfg, tokenizer)
+    return cfg, dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer)
+
+
+def candidates_of(rows: Rows, cfg: Config) -> Candidates | None:
+    return Candidates(rows, cfg) if cfg.sampled_softmax_frac else None
 
 
 def with_sample(cfg: Config, candidates: Candidates | None) -> Config:
     """The Config with the size of the softmax's sample; 0: none is taken."""
-    return dataclasses.replace(cfg, softmax_sample=candidates.size if candidates else 0)
+    return dataclasses.replace(cfg, softmax_sample=candidates.size) if candidates else cfg
 
 
 def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
@@ -2316,7 +2318,9 @@ def check_shapes(weights: dict[str, Tensor], model: Model) -> None:
 def train(cfg: Config, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     cfg, text, saved = open_run(cfg, world)
-    cfg, dataset, tokenizer, rows, candidates, held_out = world.together(lambda: open_data(cfg, world))
+    cfg, dataset, tokenizer, rows, held_out = world.together(lambda: open_data(cfg, world))
+    # read only when all processes have found their share of the data as it should be
+    candidates = world.together(lambda: candidates_of(rows, cfg))
     tasks = world.together(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(cfg.script, cfg, world, tokenizer, dataset)
@@ -2760,8 +2764,8 @@ def check(cfg: Config, world: World) -> bool:
     problems = []
     kernels = choose_kernels(cfg, world)
     try:
-        cfg, dataset, tokenizer, rows, candidates, held_out = open_data(cfg, world)
-        cfg = with_sample(cfg, candidates)
+        cfg, dataset, tokenizer, rows, held_out = open_data(cfg, world)
+        cfg = with_sample(cfg, candidates_of(rows, cfg))
         about_data = [describe_data(cfg, dataset, rows, held_out), f"tokenizer   {tokenizer.name}"]
     except UserError as error:
         problems.append(str(error))

@@ -53,7 +53,7 @@ real = train_gpt.GPT.forward
 def forward(model, *arguments):
     loss = real(model, *arguments)
     calls.append(1)
-    if len(calls) == 4 and int(os.environ["RANK"]) == 1:      # the warm-up is the first call
+    if len(calls) == 5 and int(os.environ["RANK"]) == 1:      # the warm-up makes the first two calls
         return loss * math.nan
     return loss
 import os, math

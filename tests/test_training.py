@@ -157,7 +157,7 @@ def test_a_loss_gone_wrong_is_named_by_its_step_also_when_heard_from_later(lab, 
 
     def forward(model, *arguments):
         calls.append(1)
-        return real(model, *arguments) * (math.nan if len(calls) == 5 else 1)       # the warm-up is the first
+        return real(model, *arguments) * (math.nan if len(calls) == 6 else 1)       # the warm-up makes two
     monkeypatch.setattr(GPT, "forward", forward)
     monkeypatch.setattr(World, "reports_behind", 1)
     with pytest.raises(UserError, match="the loss of step 4 is nan"):

@@ -75,19 +75,25 @@ def run_seed(words: list[str]) -> int:
         signal.signal(signal.SIGINT, before[1])
 
 
-def keep(runs: list[Run], folder: Path) -> None:
-    """Copy what is small of these runs to seed0, seed1, ..., and what their script changes in train_gpt.py,
-    if it is a copy of that.
-
-    raises  UserError if the folder holds other runs
-    """
+def check_room(runs: list[Run], folder: Path) -> None:
+    """raises  UserError if the folder to keep these runs in, and those yet to come, holds other runs"""
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is a run itself; take another name for --keep")
     summaries = [run.summary for run in runs]
     there = runs_in(folder) if folder.is_dir() else []
     strange = [run.name for run in there if run.summary not in summaries]
     if strange:
-        raise UserError(f"{', '.join(strange)} of an earlier time would stand among these runs; move it away")
+        raise UserError(f"{', '.join(strange)} of an earlier time would stand among these runs; move it "
+                        "away, or take another name for --keep")
+
+
+def keep(runs: list[Run], folder: Path) -> None:
+    """Copy what is small of these runs to seed0, seed1, ..., and what their script changes in train_gpt.py,
+    if it is a copy of that.
+
+    raises  UserError if the folder holds other runs
+    """
+    check_room(runs, folder)
     for run in runs:
         target = folder / f"seed{run.knobs['seed']}"
         target.mkdir(parents=True, exist_ok=True)
@@ -130,10 +136,12 @@ def main() -> None:
         raise UserError(f"--keep must be a name that begins with a letter; it is {args.keep!r}")
     if taken:
         raise UserError(f"leave {taken} out of the command; seeds.py sets it for each run")
+    lines = {name: [*words, "--seed", str(seed), "--model_name", name, "--resume", "auto"]
+             for seed, name in enumerate(f"{args.name}_seed{seed}" for seed in range(args.seeds))}
+    if args.keep:
+        check_room([run for run in map(ended_run, lines, lines.values()) if run], EXPERIMENTS / args.keep)
     runs = []
-    for seed in range(args.seeds):
-        name = f"{args.name}_seed{seed}"
-        line = [*words, "--seed", str(seed), "--model_name", name, "--resume", "auto"]
+    for seed, (name, line) in enumerate(lines.items()):
         run = ended_run(name, line)
         if not run:
             print(f"seed {seed}: {shlex.join(line)}", flush=True)

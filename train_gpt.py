@@ -137,8 +137,8 @@ class Config:
     long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
     short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
-    depth_warmup_frac: float = 0.9    # first part of training, in which only the first layer works; 0: none
-    sampled_softmax_frac: float = 0.9  # first part, in which targets meet a sample of tokens; 0: none
+    depth_warmup_frac: float = 0.9    # first part, in which only layer 1 works; a rule bounds it; 0: none
+    sampled_softmax_frac: float = 0.9  # first part, with targets told from a sample of tokens; likewise
     softmax_sample: int = 0           # tokens in that sample; 0: by the rule in class Candidates
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, rules scale them
     muon_lr: float = 0.05             # matrices in layers
@@ -266,7 +266,8 @@ def by_rule(cfg: Config) -> dict[str, int]:
     """Values for the knobs that are 0.
 
     batch    the power of two nearest to 8,192 (D / 1 million)^0.59 for D tokens: what was best of 2,048 to
-             16,384 here, and, for 700 million, the batch of Modded-NanoGPT
+             16,384 here, and, for 700 million, the 524,288 of Modded-NanoGPT's record 21; the demo and the
+             presets of GPT-2's sizes have their own
     heads    as many as make them about head_width wide and even enough to rotate
     windows  one layer in four reads the whole row, the others half of it
     """
@@ -285,6 +286,15 @@ def by_rule(cfg: Config) -> dict[str, int]:
     if not cfg.short_window:
         values["short_window"] = min(cfg.long_window or cfg.seq_len, max(512, cfg.seq_len // 2))
     return values
+
+
+def most_early_tokens(cfg: Config) -> int:
+    """After how many tokens all layers work on the whole softmax, whatever share of the budget that is.
+
+    20 for each weight of layer 1 (the ratio of Hoffmann et al. 2022, arXiv:2203.15556, from where a larger
+    model makes more of the compute): 16 million at width 256, where the warm-ups won up to 13 million.
+    """
+    return 20 * (4 + 2 * cfg.mlp_ratio) * cfg.model_dim**2
 
 
 def learning_rates(cfg: Config) -> dict[str, float]:
@@ -1167,14 +1177,17 @@ class Optimizer:
                     piece.state[kind] = part
 
 
-def stage_at(cfg: Config, progress: float) -> Stage:
+def stage_at(cfg: Config, step: int, progress: float) -> Stage:
     """One layer, then all (Bu 2025, arXiv:2511.04981); windows that grow; a sample of tokens, then all.
 
+    step      optimizer steps done
     progress  share of the budget that is used, 0 to 1
     """
-    depth = 1 if progress < cfg.depth_warmup_frac else cfg.num_layers
+    is_early = step * cfg.batch_tokens < most_early_tokens(cfg)
+    depth = 1 if is_early and progress < cfg.depth_warmup_frac else cfg.num_layers
     windows = min(1.0, progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0
-    return Stage(depth, windows, cfg.softmax_sample if progress < cfg.sampled_softmax_frac else 0)
+    samples = is_early and progress < cfg.sampled_softmax_frac
+    return Stage(depth, windows, cfg.softmax_sample if samples else 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1881,10 +1894,22 @@ def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> l
         f"budget      {cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens"
         + (f", or {cfg.train_minutes:g} minutes of training if they end first" if cfg.train_minutes else "")
         + f"; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
-        *([f"softmax     over samples of {cfg.softmax_sample:,} tokens in the first "
-           f"{cfg.sampled_softmax_frac:.0%} of training"] if stage_at(cfg, 0).softmax_sample else []),
+        *early_lines(cfg),
         f"memory      about {memory_estimate_mib(cfg, model, world):,.0f} MiB for each process",
     ]
+
+
+def early_lines(cfg: Config) -> list[str]:
+    """What is not at work from the start, and until when."""
+    stage, tokens = stage_at(cfg, 0, 0), most_early_tokens(cfg)
+    until = f" of training, at most {tokens / 1e6:,.1f} million tokens"
+    lines = []
+    if stage.depth < cfg.num_layers:
+        lines.append(f"layers      1 of {cfg.num_layers} in the first {cfg.depth_warmup_frac:.0%}{until}")
+    if stage.softmax_sample:
+        lines.append(f"softmax     over samples of {stage.softmax_sample:,} tokens in the first "
+                     f"{cfg.sampled_softmax_frac:.0%}{until}")
+    return lines
 
 
 def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
@@ -2035,7 +2060,7 @@ def memory_estimate_mib(cfg: Config, model: Model, world: World) -> float:
     per_token = cfg.num_layers * width * cfg.model_dim * (21 + 5 * cfg.mlp_ratio) + 2 * width * cfg.model_dim
     masks = 0 if model.flex is not None else 2 * rows * cfg.seq_len**2 * width
     loss = 4 * model.head.numel() * 2 + (2**25 if world.device.type == "cpu" else 2**28) * 4
-    loss += 12 * softmax_groups(cfg) * cfg.softmax_sample * cfg.model_dim
+    loss += 12 * softmax_groups(cfg) * stage_at(cfg, 0, 0).softmax_sample * cfg.model_dim
     torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
     return (torch_itself + states + rows * cfg.seq_len * per_token + masks + loss) / 2**20
 
@@ -2096,7 +2121,7 @@ def warm_up(model: Model, optimizer: Optimizer, cfg: Config, world: World) -> No
     _, rows = micro_batch_shape(cfg, world.size)
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     targets = torch.full_like(inputs, -1)
-    stage = stage_at(cfg, 0)
+    stage = stage_at(cfg, 0, 0)
     model(inputs, targets, Stage(cfg.num_layers, stage.window_frac)).backward()
     optimizer.gradient_norms()      # names a parameter without gradient now, not when its layer wakes up
     if stage.softmax_sample:
@@ -2422,7 +2447,7 @@ def train_step(run: Run, batch: Batch, signals: "StopSignals") -> "Report":
     raises  NonFinite, before the weights are touched, where the report can be read at once
     """
     cfg, world, model, optimizer = run.cfg, run.world, run.model, run.optimizer
-    stage = stage_at(cfg, run.progress)
+    stage = stage_at(cfg, run.step, run.progress)
     sample = batch.sample if stage.softmax_sample else None
     if sample is None:
         stage = dataclasses.replace(stage, softmax_sample=0)
@@ -2501,7 +2526,7 @@ def prepared_steps(run: Run) -> Iterator[Iterator[Batch]]:
 
     def make(step: int) -> Batch:
         # progress only grows, so a step that samples has its sample
-        samples = stage_at(cfg, run.progress).softmax_sample
+        samples = stage_at(cfg, step, run.progress).softmax_sample
         batch = Batch(run.rows.targets_in_step(step, cfg.rows_per_step),
                       list(run.rows.micro_batches(step, cfg, world.rank, world.size)),
                       run.candidates.of(step) if samples else None)
@@ -2541,7 +2566,7 @@ def look(run: Run) -> None:
         _, rows_at_once = micro_batch_shape(run.cfg, run.world.size)
         with run.world.memory_of("validation"):
             result = run.held_out.evaluate(run.model, rows_at_once, run.world,
-                                           stage_at(run.cfg, run.progress))
+                                           stage_at(run.cfg, run.step, run.progress))
         run.values |= dataclasses.asdict(result)
         if result.val_loss < run.best_val_loss:
             run.best_val_loss, run.best_step = result.val_loss, run.step
@@ -2567,8 +2592,9 @@ def work_done(run: Run) -> float:
 
 def work_by_percent(cfg: Config, model: Model) -> list[float]:
     """Floating-point operations of each hundredth of the budget; steps of all layers take more."""
-    tokens = cfg.batch_tokens * cfg.num_steps / 100
-    return [tokens * model.flops_per_token(stage_at(cfg, percent / 100)) for percent in range(100)]
+    steps = cfg.num_steps / 100
+    stages = [stage_at(cfg, int(percent * steps), percent / 100) for percent in range(100)]
+    return [steps * cfg.batch_tokens * model.flops_per_token(stage) for stage in stages]
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -46,12 +46,18 @@ class Variant:
     flags: list[str]
 
 
+class Diverged(UserError):
+    """A run whose loss or gradient was no number any more."""
+
+
 def make_variant(text: str, scratch: Path) -> Variant:
     """A copy of the scripts for `name=flags and patches`."""
     name, _, rest = text.partition("=")
     words = shlex.split(rest)
-    folder = scratch / name
-    folder.mkdir()
+    folder = scratch / "variants" / name
+    if folder.exists():
+        raise UserError(f"two variants are called {name!r}")
+    folder.mkdir(parents=True)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     for kind in ("data", "tokenizers"):
@@ -65,14 +71,18 @@ def make_variant(text: str, scratch: Path) -> Variant:
 
 
 def train(variant: Variant, seed: int, budget: list[str], data: str) -> dict:
-    """The summary of a run."""
+    """The summary of a run.
+
+    raises  Diverged, or another UserError with the run's last words
+    """
     flags = [*SETTING, "--data", data, "--seed", str(seed), *budget, *variant.flags]
     done = subprocess.run([sys.executable, "train_gpt.py", *flags, "--model_name", f"{variant.name}_{seed}"],
                           cwd=variant.folder, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{variant.name} failed: {done.stderr.strip().splitlines()[-1]}")
-    folder = max(variant.folder.glob(f"experiments/*_{variant.name}_{seed}"))
-    return json.loads((folder / "summary.json").read_text())
+    last_words = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    summaries = list(variant.folder.glob(f"experiments/*_{variant.name}_{seed}/summary.json"))
+    if done.returncode:     # only a run that diverged leaves a summary then
+        raise (Diverged if summaries else UserError)(f"{variant.name} failed: {last_words}")
+    return json.loads(summaries[0].read_text())
 
 
 def prepare(train_file: Path, val_file: Path, vocabsize: int, scratch: Path) -> str:
@@ -126,6 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.train) != bool(args.val) or not (args.train or args.data):
         raise UserError("name either --data, or both --train and --val")
+    if args.seconds <= 0:
+        raise UserError(f"--seconds must be more than 0; it is {args.seconds:g}")
     if args.seeds > MOST_SEEDS:
         raise UserError(f"--seeds must be at most {MOST_SEEDS}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from recipe import ROOT, make_variant, train
+from recipe import ROOT, Diverged, make_variant, train
 
-from documents import Parser, UserError, command
+from documents import Parser, command
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
@@ -65,7 +65,7 @@ def main() -> None:
                 budget = ["--num_steps", str(args.steps), "--batch_tokens", str(args.batch_tokens)]
                 try:
                     results[width][factor] = train(variant, 0, budget, args.data)["val_bpb"]
-                except UserError as error:      # a rate that is too high ends a run, not the sweep
+                except Diverged as error:       # a rate that is too high ends a run, not the sweep
                     print(error)
                     results[width][factor] = math.inf
                 print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",

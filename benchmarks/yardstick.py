@@ -9,6 +9,7 @@ between the validations before and after: a schedule cut short there would have 
 """
 
 import argparse
+import itertools
 import math
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ from compare import Group, as_markdown, check_comparable, compare, mean_and_spre
 from curves import curve, save_curves
 from documents import Parser, UserError, command, positive
 from run_folder import EXPERIMENTS, ROOT, write_whole
-from seeds import ended_run, keep
+from seeds import check_room, ended_run, keep
 
 SCRIPTS = ("train_gpt", "train_nanogpt", "train_llama3")
 
@@ -86,10 +87,17 @@ def main() -> None:
     words = ["--preset", args.preset, "--num_steps", "1000000", "--train_minutes", f"{args.minutes:g}",
              "--val_every", "20", *flags]
     groups = {script: Group(script, []) for script in SCRIPTS}
+    lines: dict[tuple[str, int], tuple[str, list[str]]] = {}
+    for seed, script in itertools.product(range(args.seeds), SCRIPTS):
+        name = f"yardstick_{script}_{args.preset}_{args.minutes:g}min_seed{seed}"
+        lines[script, seed] = name, [sys.executable, f"{script}.py", *words, "--seed", str(seed),
+                                     "--model_name", name]
+    for script in SCRIPTS if args.keep else ():
+        ended = [ended_run(*lines[script, seed]) for seed in range(args.seeds)]
+        check_room([run for run in ended if run], kept_in(script))
     for seed in range(args.seeds):
         for script, group in groups.items():
-            name = f"yardstick_{script}_{args.preset}_{args.minutes:g}min_seed{seed}"
-            line = [sys.executable, f"{script}.py", *words, "--seed", str(seed), "--model_name", name]
+            name, line = lines[script, seed]
             run = ended_run(name, line)
             if not run:
                 done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -108,13 +116,19 @@ def main() -> None:
     print(f"\n{report}")
     if args.keep:
         for group in results:
-            keep(group.runs, EXPERIMENTS / f"yardstick_{group.name.removeprefix('train_')}")
+            keep(group.runs, kept_in(group.name))
         save_curves(results, "val_bpb", EXPERIMENTS / "yardstick")
         write_whole(EXPERIMENTS / "YARDSTICK.md", describe(results, args.minutes, report))
 
 
+def kept_in(script: str) -> Path:
+    return EXPERIMENTS / f"yardstick_{script.removeprefix('train_')}"
+
+
 def describe(groups: list[Group], minutes: float, report: str) -> str:
-    facts = groups[0].finished[0].summary
+    first = groups[0].finished[0]
+    facts, share = first.summary, first.knobs.get("depth_warmup_frac")
+    early = f" In the first {share:.0%} of the time train_gpt.py trains one of its layers." if share else ""
     command = shlex.join(["python", "benchmarks/yardstick.py", *sys.argv[1:]])
     return "\n".join([
         "# The yardsticks", "",
@@ -122,8 +136,8 @@ def describe(groups: list[Group], minutes: float, report: str) -> str:
         f"{facts.get('preset')} ({facts['data']}), on {facts['processes']} x {facts['device']}, torch "
         f"{facts['torch']}. Mean and standard deviation over seeds; what stands at a quarter and at half is "
         "read off between validations.", "", report, "",
-        "All take batches of the same size. So short a budget has few steps, which Muon and the depth "
-        "warm-up use better than AdamW; what the distance is after hours on a GPU, this does not say.", "",
+        f"All take batches of the same size.{early} What the distance is after hours on a GPU, this does "
+        "not say.", "",
         "![bits per byte by minutes of training](yardstick_time.png)", ""])
 
 

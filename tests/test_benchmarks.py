@@ -1,5 +1,8 @@
 """The benchmarks run, on tiny inputs. Run: ./run.sh test tests/test_benchmarks.py"""
 
+import csv
+import difflib
+import itertools
 import json
 import re
 import shutil
@@ -67,17 +70,44 @@ def test_the_recipe_benchmark_pairs_variants_by_seed_on_any_text(measure, lab: P
 
 def test_the_benchmark_of_the_step_names_floor_and_share(measure):
     said = measure("step.py", "demo", "--times", "1", *TINY_MODEL.split())
-    assert re.search(r"^\| demo \| 256 \| [\d,]+ \| \d\.\d\d \| - \| [\d,]+ \| \d+ of \d+ ms, [\d.]+% \|",
-                     said, re.MULTILINE)
+    rows = re.findall(r"^\| (demo.*?) \| 256 \| [\d,]+ \| \d\.\d\d \| - \| [\d,]+ \| \d+ of \d+ ms, "
+                      r"[\d.]+% \|", said, re.MULTILINE)
+    assert rows == ["demo, 1 of 2 layers, softmax over 576", "demo"]
 
 
 def test_the_sweep_over_widths_leaves_a_table_and_a_picture(measure, lab: Path):
     said = measure("transfer.py", "--data", "tiny", "--widths", "16", "32", "--factors", "1", "2",
                    "--steps", "2", "--batch_tokens", "256", "--val_tokens", "256", "--seq_len", "64",
                    "--compile", "off")
-    assert said.count("val_bpb") == 4
-    assert len((lab / "experiments/transfer.csv").read_text().splitlines()) == 5
+    with open(lab / "experiments/transfer.csv", newline="") as file:
+        points = {(row["width"], row["factor"]): row["val_bpb"] for row in csv.DictReader(file)}
+    assert list(points) == [("16", "1.0"), ("16", "2.0"), ("32", "1.0"), ("32", "2.0")]
+    assert re.findall(r"val_bpb (\S+)", said) == list(points.values())
+    assert len(set(points.values())) == 4 and all(0 < float(bpb) < 20 for bpb in points.values())
     assert (lab / "experiments/transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_survives_a_rate_that_is_too_high_and_nothing_else(measure, lab: Path):
+    source = (lab / "train_gpt.py").read_text()
+    line = "loss += part.detach()"
+    wild = source.replace(line, f"{line} * (math.nan if cfg.muon_lr > 0.07 else 1)")
+    patch = list(difflib.unified_diff(source.splitlines(True), wild.splitlines(True), "a/train_gpt.py",
+                                      "b/train_gpt.py"))
+    assert patch
+    (lab / "wild.diff").write_text("".join(patch))
+
+    def sweep(data: str) -> subprocess.CompletedProcess:
+        words = ("benchmarks/transfer.py --widths 16 --factors 2 1 --steps 3 --batch_tokens 256 "
+                 f"--val_tokens 256 --seq_len 64 --compile off --data {data} wild.diff")
+        return subprocess.run([sys.executable, *words.split()], cwd=lab, capture_output=True, text=True)
+    done = sweep("tiny")
+    assert done.returncode == 0 and "failed: " in done.stdout and "is nan" in done.stdout, done.stderr
+    values = re.findall(r"val_bpb (\S+)", done.stdout)
+    assert values[0] == "inf" and 0 < float(values[1]) < 20
+    written = (lab / "experiments/transfer.csv").read_text()
+    done = sweep("absent")
+    assert done.returncode != 0 and "no absent in" in done.stderr and "val_bpb" not in done.stdout
+    assert (lab / "experiments/transfer.csv").read_text() == written
 
 
 def test_the_hellaswag_benchmark_compares_the_same_choices(measure, lab: Path):
@@ -86,6 +116,16 @@ def test_the_hellaswag_benchmark_compares_the_same_choices(measure, lab: Path):
     said = measure("hellaswag.py", "--rows", "rows.jsonl", "--tokenizer", "tiny_v300_n1073741824",
                      "--rounds", "1")
     assert "times as fast" in said and "acc: the same choice in 3 of 3 rows" in said
+
+
+def between(points: list[tuple[float, float]], x: float) -> float:
+    """Height at x of the line from each point to the next."""
+    if x <= points[0][0]:
+        return points[0][1]
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if left <= x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+    return points[-1][1]
 
 
 def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
@@ -99,8 +139,15 @@ def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
     rows = re.findall(r"^\| (train_\w+)\.py \|(?: [\d.,]+M? \|){3} (\S+) \| (\S+) \| (\S+)", report,
                       re.MULTILINE)
     assert [row[0] for row in rows] == scripts
-    kept = json.loads((lab / "experiments/yardstick_gpt/seed0/summary.json").read_text())
-    assert rows[0][3] == f"{kept['val_bpb']:.4f}" and all(0 < float(bpb) < 10 for bpb in rows[0][1:])
+    for script, *read_off in rows:
+        run = lab / f"experiments/yardstick_{script.removeprefix('train_')}/seed0"
+        with open(run / "metrics.csv", newline="") as file:
+            validated = [(float(row["train_seconds"]), float(row["val_bpb"]))
+                         for row in csv.DictReader(file) if row["val_bpb"]]
+        # 1.2 seconds of training are read off at a quarter, at half and at the end
+        wanted = [between(validated, 0.3), between(validated, 0.6), validated[-1][1]]
+        assert [float(bpb) for bpb in read_off] == pytest.approx(wanted, abs=1e-4)
+        assert validated[0][1] > max(wanted) and min(wanted[:2]) > 0
     assert (lab / "experiments/yardstick_time.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((lab / "experiments/yardstick_nanogpt").glob("seed?"))) == 1
     before = set((lab / "experiments").glob("2*"))

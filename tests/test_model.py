@@ -304,15 +304,16 @@ def test_fp8_products_are_products_of_any_scale(dtype, error, scale):
     assert product(torch.zeros_like(a)).abs().max() == 0
 
 
-def test_the_loss_in_fp8_is_near_that_in_bfloat16(monkeypatch):
+@pytest.mark.parametrize("counts", [0.0, 1.5])
+def test_the_loss_in_fp8_is_near_that_in_bfloat16(monkeypatch, counts):
     torch.manual_seed(0)
     x = torch.randn(96, 32, dtype=torch.bfloat16).requires_grad_()
     weight = (0.5 * torch.randn(128, 32)).requires_grad_()
-    padding, targets = torch.zeros(128), torch.randint(0, 128, (96,))
+    log_counts, targets = counts * torch.rand(128), torch.randint(0, 128, (96,))
     monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: 64)
     losses, gradients = [], []
     for fp8 in (False, True):
-        losses.append(ChunkedLoss.apply(x, weight, targets, padding, 15, chunk_loss_and_gradient, fp8))
+        losses.append(ChunkedLoss.apply(x, weight, targets, log_counts, 15, chunk_loss_and_gradient, fp8))
         gradients.append([gradient.float() for gradient in torch.autograd.grad(losses[-1], (x, weight))])
     assert losses[0] != losses[1]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)

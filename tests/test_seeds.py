@@ -111,3 +111,14 @@ def test_seeds_of_other_flags_or_code_do_not_mix(lab):
         (lab / "run_folder.py").write_text(source)
     assert done.returncode and "run_folder.py changed since" in done.stderr
     assert len(folders(lab, "mixed")) == 1
+
+
+def test_a_name_to_keep_that_is_taken_is_refused_before_any_run(lab):
+    assert seeds(lab, "1", "--name", "early", "--keep", "taken").returncode == 0
+    done = seeds(lab, "2", "--name", "late", "--keep", "taken")
+    assert done.returncode and "take another name for --keep" in done.stderr.splitlines()[-1]
+    assert not folders(lab, "late")
+    # what the same seeds kept before is no stranger
+    assert seeds(lab, "1", "--name", "late", "--keep", "mine").returncode == 0
+    assert seeds(lab, "2", "--name", "late", "--keep", "mine").returncode == 0
+    assert len(list((lab / "experiments/mine").glob("seed?"))) == len(folders(lab, "late")) == 2

@@ -33,12 +33,13 @@ from train_gpt import GPT, PRESETS, Config, HeldOut, World, generate, parse_conf
 def test_flops_are_those_of_the_layers_at_work(here):
     folder = train_here(here)
     log = (folder / "training_log.txt").read_text()
+    assert "layers      1 of 2 in the first 40% of training, at most 0.1 million tokens\n" in log
     said = re.search(r"over samples of (\d+) tokens in the first 60%", log)
     cfg = Config(**TINY, vocab_size=301, softmax_sample=int(said[1]))
     assert 0 < cfg.softmax_sample < 301
     with torch.device("meta"):
         model = GPT(cfg, 300)
-    steps = [128 * model.flops_per_token(train_gpt.stage_at(cfg, step / 4)) for step in range(4)]
+    steps = [128 * model.flops_per_token(train_gpt.stage_at(cfg, step, step / 4)) for step in range(4)]
     assert steps[0] == steps[1] < steps[2] < steps[3]
     assert [float(row["flops"]) for row in rows_of(folder)] == pytest.approx(np.cumsum(steps), rel=1e-5)
 
@@ -201,6 +202,18 @@ def test_attention_falls_back_where_flex_attention_fails_and_says_why(monkeypatc
     assert train_gpt.choose_kernels(Config(), world).flex["BLOCK_M"] == 64
     monkeypatch.setattr(train_gpt, "choose_compile", lambda cfg, device: (False, "pretended"))
     assert "needs torch.compile" in train_gpt.choose_kernels(Config(), world).attention
+
+
+def test_all_is_at_work_after_a_share_of_the_budget_or_so_many_tokens_for_each_weight():
+    cfg = Config(**{**TINY, "num_steps": 1000, "softmax_sample": 64})
+    with torch.device("meta"):
+        layer = GPT(dataclasses.replace(cfg, vocab_size=301), 300).layers[0]
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
+    last = math.ceil(20 * weights / cfg.batch_tokens)      # 480 steps of 128 tokens
+    early, late = train_gpt.Stage(1, 1.0, 64), train_gpt.Stage(2, 1.0, 0)
+    assert train_gpt.stage_at(cfg, last - 1, 0.39) == early and train_gpt.stage_at(cfg, last, 0.39) == late
+    assert train_gpt.stage_at(cfg, 1, 0.59) == train_gpt.Stage(2, 1.0, 64)
+    assert train_gpt.stage_at(cfg, 1, 0.6) == late
 
 
 def test_every_row_of_the_metrics_has_its_train_loss(lab, here):

@@ -1901,14 +1901,17 @@ def introduction(cfg: Config, world: World, model: Model, kernels: Kernels) -> l
 
 def early_lines(cfg: Config) -> list[str]:
     """What is not at work from the start, and until when."""
-    stage, tokens = stage_at(cfg, 0, 0), most_early_tokens(cfg)
-    until = f" of training, at most {tokens / 1e6:,.1f} million tokens"
-    lines = []
+    def until(share: float) -> str:
+        most = most_early_tokens(cfg)
+        is_bound = most < share * cfg.num_steps * cfg.batch_tokens
+        return (f"in the first {share:.0%} of training"
+                + (f", or {most / 1e6:,.1f} million tokens if that is less" if is_bound else ""))
+    stage, lines = stage_at(cfg, 0, 0), []
     if stage.depth < cfg.num_layers:
-        lines.append(f"layers      1 of {cfg.num_layers} in the first {cfg.depth_warmup_frac:.0%}{until}")
+        lines.append(f"layers      1 of {cfg.num_layers} {until(cfg.depth_warmup_frac)}")
     if stage.softmax_sample:
-        lines.append(f"softmax     over samples of {stage.softmax_sample:,} tokens in the first "
-                     f"{cfg.sampled_softmax_frac:.0%}{until}")
+        lines.append(f"softmax     over samples of {stage.softmax_sample:,} tokens "
+                     f"{until(cfg.sampled_softmax_frac)}")
     return lines
 
 

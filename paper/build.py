@@ -106,13 +106,15 @@ def facts_of_model(cfg: Config) -> dict[str, str]:
     turning = angles[angles > 0]
     stream, embedding = layer.stream_mix.tolist()
     own, table = layer.value_mix.tolist()
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
     largest = max(float(part.abs().max()) for part in (layer.out, layer.down, model.head, model.smear))
     return {"norm.eps": number(float(constants(train_gpt.rms_norm, r"eps=(\S+)\)")[0])),
             "rotary.slowest": number(round(1 / float(turning.min()))),
             "rotary.fastest": number(round(float(turning.max()), 4)),
             "rotary.turning": number(len(turning)), "rotary.pairs": number(len(angles)),
             "model.head_dim": number(cfg.head_dim),
-            "stage.first_depth": number(train_gpt.stage_at(cfg, 0).depth),
+            "stage.first_depth": number(train_gpt.stage_at(cfg, 0, 0).depth),
+            "stage.tokens_per_weight": number(train_gpt.most_early_tokens(cfg) / weights),
             "data.one_in": number(documents.HELD_OUT_ONE_IN), "data.row_limit": number(cfg.max_doc_len),
             "init.stream": number(stream), "init.embedding": number(embedding),
             "init.own_values": number(own), "init.table_values": number(table), "init.added": number(largest),

@@ -164,9 +164,10 @@ case "${1:-demo}" in
         ;;
     test)
         set_up requirements.txt requirements-dev.txt
-        # two at a time; threads that wait must not spin, or each would take the other's core
+        # three at a time on two cores, since many only wait; threads that wait must not spin, or each would take
+        # another's core
         export OMP_WAIT_POLICY=passive
-        exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "${@:2}"
+        exec .venv/bin/python -m pytest --numprocesses 3 --dist worksteal "${@:2}"
         ;;
     xs | s | m | gpt2-small | gpt2-medium | gpt2-xl)
         set_up requirements.txt

@@ -153,7 +153,7 @@ def test_each_readme_command_runs(checkout):
     shutil.copy(checkout / "train_gpt.py", checkout / "my_experiment.py")
     trainings = {"train_gpt.py", "train_nanogpt.py", "train_llama3.py", "my_experiment.py"}
     short = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--compile", "off",
-             "--device", "cpu", "--batch_tokens", "1024"]
+             "--device", "cpu", "--batch_tokens", "1024", "--val_tokens", "4096"]
     for line in commands:
         words = [sys.executable if word == ".venv/bin/python" else word for word in shlex.split(line)]
         words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words]

@@ -136,8 +136,9 @@ def main() -> None:
         raise UserError(f"--keep must be a name that begins with a letter; it is {args.keep!r}")
     if taken:
         raise UserError(f"leave {taken} out of the command; seeds.py sets it for each run")
+    names = [f"{args.name}_seed{seed}" for seed in range(args.seeds)]
     lines = {name: [*words, "--seed", str(seed), "--model_name", name, "--resume", "auto"]
-             for seed, name in enumerate(f"{args.name}_seed{seed}" for seed in range(args.seeds))}
+             for seed, name in enumerate(names)}
     if args.keep:
         check_room([run for run in map(ended_run, lines, lines.values()) if run], EXPERIMENTS / args.keep)
     runs = []

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,15 +321,15 @@ def test_a_server_that_asks_for_a_pause_gets_it_within_bounds(ask, desk, server,
     server.faults = ["429 3600", "503 0.2"]
     ask(*words(server, "--at_once", "1"))
     pauses = [later - earlier for earlier, later in zip(server.times, server.times[1:], strict=False)]
-    assert 0.4 <= pauses[0] < 2 and 0.2 <= pauses[1] < 2
+    assert 0.4 <= pauses[0] < 30 and 0.2 <= pauses[1] < 30
 
 
-@pytest.mark.parametrize(("told", "least", "most"), [
-    ("7", 7, 7), ("0.5", 0.5, 0.5), (formatdate(time.time() + 1000, usegmt=True), 900, 1001), ("", 0, 0),
-    ("soon", 0, 0), ("-3", -3, -3), (formatdate(0, usegmt=True), -1e12, 0)])
-def test_a_pause_is_asked_for_in_seconds_or_as_a_date(told, least, most):
-    response = SimpleNamespace(headers={"Retry-After": told} if told else {})
-    assert least <= hub.seconds_asked(response) <= most
+@pytest.mark.parametrize(("told", "asked"), [
+    ("7", 7), ("0.5", 0.5), ("", 0), ("soon", 0), ("-3", -3), ("Thu, 01 Jan 1970 01:40:00 GMT", 1000),
+    ("Thu, 01 Jan 1970 00:00:00 GMT", -5000)])
+def test_a_pause_is_asked_for_in_seconds_or_as_a_date(told, asked, monkeypatch):
+    monkeypatch.setattr(hub.time, "time", lambda: 5000.0)
+    assert hub.seconds_asked(SimpleNamespace(headers={"Retry-After": told} if told else {})) == asked
 
 
 def test_pauses_grow_and_scatter(monkeypatch):

@@ -51,6 +51,7 @@ NEUTRAL_KNOBS = ("check", "sample", "prompt", "resume", "resume_changed", "save_
                  "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
                  "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "tensorboard")
 LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
+PICTURE_SECONDS = 10    # between drawings of loss.png while a run goes on
 
 
 # ------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ class RunLog:
         self.rows: list[dict] = saved["rows"] if saved else []
         self.saved_step = saved["step"] if saved else 0
         self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
-        self.last_line = time.perf_counter()
+        self.last_line = self.last_picture = time.perf_counter()
         if not self.active:
             return
         check_packages(cfg)
@@ -161,9 +162,11 @@ class RunLog:
         cells = (values.get(column, "") for column in self.columns)
         return ",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
 
-    def picture(self, xz_bpb: float | None = None) -> None:
-        if self.active:
+    def picture(self, xz_bpb: float | None = None, at_end: bool = True) -> None:
+        """Draw loss.png; before the end only if the last drawing, which takes a moment, is some time ago."""
+        if self.active and (at_end or time.perf_counter() - self.last_picture > PICTURE_SECONDS):
             draw_loss(self.folder / "loss.png", self.rows, self.cfg.model_name, xz_bpb)
+            self.last_picture = time.perf_counter()
 
     def samples(self, samples: list[dict]) -> None:
         if self.active:
@@ -542,14 +545,14 @@ def without_secrets(text: str) -> str:
 
 def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) -> None:
     """Loss in nats per token on the left, bits per byte of the held-out text on the right, over tokens."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     validated = [row for row in rows if "val_loss" in row]
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.25,
-                            "axes.titleweight": "bold", "axes.titlelocation": "left"}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.grid": True, "grid.alpha": 0.25,
+                     "axes.titleweight": "bold", "axes.titlelocation": "left"}):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
         left.plot([row["tokens"] / 1e6 for row in rows], [row["train_loss"] for row in rows],
                   color="#9bb7d4", linewidth=1, label="training batches")
         left.plot([row["tokens"] / 1e6 for row in validated], [row["val_loss"] for row in validated],
@@ -572,7 +575,6 @@ def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) ->
                 axes.legend(frameon=False, loc=place)
         partial = path.with_suffix(".png.partial")
         figure.savefig(partial, dpi=150, format="png")
-        pyplot.close(figure)
     os.replace(partial, path)
 
 

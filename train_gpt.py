@@ -2402,9 +2402,11 @@ def last_words(log: RunLog) -> Iterator[None]:
     except NonFinite as error:
         log.note(str(error))
         log.summary(f"failed: {error}", {})
+        log.picture()
         raise EveryonesError(f"{error}; {log.last_good()}") from error
     except Stopped as stop:
         log.say(f"stopped by {signal.Signals(stop.args[0]).name}; {log.last_good()}")
+        log.picture()
         sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
         log.say(f"interrupted; {log.last_good()}")
@@ -2580,7 +2582,7 @@ def look(run: Run) -> None:
                           "train_seconds": round(run.clock.seconds, 2)}
     run.log.row(run.values, work_done(run))
     if run.validates:
-        run.log.picture()
+        run.log.picture(at_end=False)
     if run.target:
         run.log.note(in_words(run.target))
 

@@ -547,6 +547,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)      # (B, H, T, K)
 
 
+def offset_keys(k: Tensor, begins: Tensor) -> Tensor:
+    """Keys whose dimensions that do not turn are those of the token before, zeros where a document begins.
+
+    What looks for its like finds what came behind it, within one layer (record 49 of Modded-NanoGPT).
+    k         (B, H, T, K) behind rotate()
+    begins    (B, T) bool
+    returns   (B, H, T, K)
+    """
+    before = F.pad(k, (0, 0, 1, 0))[:, :, :-1].masked_fill(begins[:, None, :, None], 0)     # (B, H, T, K)
+    pairs = k.size(-1) // 2
+    still = torch.arange(k.size(-1), device=k.device) % pairs >= pairs // 2                 # (K)
+    return torch.where(still, before, k)                                                    # (B, H, T, K)
+
+
 class Layer(nn.Module):
     """One transformer layer: attention, then an MLP, each on normed input and added to the stream."""
 
@@ -563,16 +577,16 @@ class Layer(nn.Module):
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))      # of the values and the value embedding
 
     def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, mask: DenseMask | BlockMask,
-                cos: Tensor, sin: Tensor, past: "LayerPast | None" = None) -> Tensor:
+                begins: Tensor, cos: Tensor, sin: Tensor, past: "LayerPast | None" = None) -> Tensor:
         # EDIT: layer
         stream, embedding = self.stream_mix.to(x.dtype)
         x = stream * x + embedding * x0                                                     # (B, T, D)
-        x = x + self.attention(rms_norm(x), value_embedding, mask, cos, sin, past)          # (B, T, D)
+        x = x + self.attention(rms_norm(x), value_embedding, mask, begins, cos, sin, past)  # (B, T, D)
         hidden = F.relu(linear(rms_norm(x), self.up)).square()                              # (B, T, F)
         return x + linear(hidden, self.down)                                                # (B, T, D)
 
     def attention(self, x: Tensor, value_embedding: Tensor | None, mask: DenseMask | BlockMask,
-                  cos: Tensor, sin: Tensor, past: "LayerPast | None") -> Tensor:
+                  begins: Tensor, cos: Tensor, sin: Tensor, past: "LayerPast | None") -> Tensor:
         B, T, D = x.shape
         qkv = linear(x, self.qkv.flatten(0, 1))                                             # (B, T, 3D)
         qkv = qkv.view(B, T, 3 * self.num_heads, self.head_dim)                             # (B, T, 3H, K)
@@ -586,6 +600,7 @@ class Layer(nn.Module):
             v = v + table * value_embedding.transpose(1, 2).to(v.dtype)                     # (B, H, T, K)
         if past is not None:
             k, v = past.extended(k, v)      # (B, H, more than T, K)
+        k = offset_keys(k, begins)                                                          # (B, H, T, K)
         y = attend(q, k, v, mask, self.attention_scale, self.flex)                          # (B, H, T, K)
         y = y.transpose(1, 2)                                                               # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
@@ -794,16 +809,17 @@ class GPT(Model):
         cos, sin = rotary_table(text.size(1), self.cfg.head_dim, inputs.device)
         start = text.size(1) - inputs.size(1)
         cos, sin = cos[start:], sin[start:]                                                 # (T, K/2)
+        begins = text == self.eot_id                                                        # (B, T)
         # the first token carries the one before it, which is embedded once more for that
-        read = text[:, start - 1:] if start else inputs
-        x0 = self.smear_kernel(F.embedding(read, self.embed), read == self.eot_id, self.smear)
+        read, read_begins = (part[:, max(0, start - 1):] for part in (text, begins))
+        x0 = self.smear_kernel(F.embedding(read, self.embed), read_begins, self.smear)
         x0 = (x0[:, 1:] if start else x0).to(self.dtype)                                    # (B, T, D)
         x = x0.view_as(x0)      # another object, or the first layer would be compiled apart # (B, T, D)
         for number, layer in enumerate(self.layers[:stage.depth]):
             table = self.value_table(number)
             values = None if table is None else F.embedding(inputs, table)                  # (B, T, D)
             layer_past = past.layers[number] if past else None
-            x = layer(x, x0, values, masks[number], cos, sin, layer_past)                   # (B, T, D)
+            x = layer(x, x0, values, masks[number], begins, cos, sin, layer_past)           # (B, T, D)
         return self.norm_kernel(x)                                                          # (B, T, D)
 
     def asleep(self, stage: Stage) -> set[str]:

@@ -78,8 +78,23 @@ def test_no_token_sees_another_document():
     assert not torch.equal(before[0, 11:20], after[0, 11:20])
 
 
+def test_still_dimensions_of_a_key_are_those_of_the_token_before():
+    k = torch.randn(2, 3, 6, 8)
+    begins = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1]], dtype=torch.bool)
+    turned = train_gpt.rotate(k, *train_gpt.rotary_table(6, 8, torch.device("cpu")))
+    turning, still = [0, 1, 4, 5], [2, 3, 6, 7]
+    assert torch.equal(turned[..., still], k[..., still]) and (turned != k)[:, :, 1:, turning].all()
+    made = train_gpt.offset_keys(turned, begins)
+    assert torch.equal(made[..., turning], turned[..., turning])
+    for text, place in itertools.product(range(2), range(6)):
+        is_first = place == 0 or begins[text, place]
+        before = torch.zeros(3, 4) if is_first else k[text, :, place - 1, still]
+        assert torch.equal(made[text, :, place, still], before)
+
+
 def test_windows_end_where_they_say():
-    """With one layer a token depends on exactly the tokens in its window."""
+    """With one layer a token depends on exactly the tokens in its window, and on the one before those, which
+    the first one's key carries."""
     cfg = small_config(num_layers=1, value_embeddings=0, long_window=5)
     model, tokens = awake_model(cfg), some_tokens(1, 24, documents=False)
     model.smear.data.zero_()        # it would carry each token one place further
@@ -87,7 +102,7 @@ def test_windows_end_where_they_say():
     changed = tokens.clone()
     changed[0, 8] += 1
     moved = (before != model.logits(changed)).any(-1)[0]
-    assert moved.nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
+    assert moved.nonzero().flatten().tolist() == [8, 9, 10, 11, 12, 13]
 
 
 def test_layers_that_are_not_awake_are_left_out_and_named():

@@ -401,7 +401,7 @@ def test_nothing_is_seen_further_back_than_in_training():
     model, cfg = talkative(num_layers=1)
     tokens = torch.randint(0, 300, (1, 80), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
-    changed[0, :80 - cfg.seq_len - 1] = 7       # the oldest token in sight carries the one before it
+    changed[0, :80 - cfg.seq_len - 2] = 7   # the oldest key in sight carries a token that carries another
     assert model.logits(tokens)[0, -1].equal(model.logits(changed)[0, -1])
 
 

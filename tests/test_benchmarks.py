@@ -68,6 +68,18 @@ def test_the_recipe_benchmark_pairs_variants_by_seed_on_any_text(measure, lab: P
                                       for name in ("plain", "other") for seed in "01"]
 
 
+VARIANTS = sorted((ROOT / "benchmarks/variants").glob("*.diff"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.stem)
+def test_a_kept_variant_fits_the_script_and_says_what_it_is(variant, tmp_path):
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    subprocess.run(["patch", "-p1", "-i", variant], cwd=tmp_path, check=True, capture_output=True)
+    compile((tmp_path / "train_gpt.py").read_text(), variant.stem, "exec")
+    assert re.match(r"[A-Z].{10,}\.\n--- a/train_gpt.py\n", variant.read_text())
+    assert f"| {variant.stem} |" in (ROOT / "experiments/RECIPE.md").read_text()
+
+
 def test_the_benchmark_of_the_step_names_floor_and_share(measure):
     said = measure("step.py", "demo", "--times", "1", *TINY_MODEL.split())
     rows = re.findall(r"^\| (demo.*?) \| 256 \| [\d,]+ \| \d\.\d\d \| - \| [\d,]+ \| \d+ of \d+ ms, "

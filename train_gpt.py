@@ -132,7 +132,7 @@ class Config:
     vocab_size: int = 0               # 0: the tokenizer's; any other number must be the tokenizer's
     mlp_ratio: int = 4                # hidden width of an MLP, in model widths
     value_embeddings: int = 2         # tables of token values, each for one layer from either end
-    attention_cap: float = 15         # the largest attention logit that unit-norm queries and keys can have
+    attention_cap: float = 15         # the attention logit of a query and a key that are equal
     logit_cap: float = 15             # logits are squeezed into plus or minus this; 0: as they are
     long_window: int = 0              # tokens every fourth layer and the last look back; 0: the whole row
     short_window: int = 0             # tokens the other layers look back; 0: half a row, and at least 512
@@ -550,10 +550,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def offset_keys(k: Tensor, begins: Tensor) -> Tensor:
     """Keys whose dimensions that do not turn are those of the token before, zeros where a document begins.
 
-    What looks for its like finds what came behind it, within one layer (record 49 of Modded-NanoGPT).
-    k         (B, H, T, K) behind rotate()
-    begins    (B, T) bool
-    returns   (B, H, T, K)
+    So a query finds what came behind its like within one layer. A key of two tokens may be sqrt(2) times as
+    long as that of one, and so its logits.
+    k        (B, H, T, K) behind rotate()
+    begins   (B, T) bool
+    returns  (B, H, T, K)
+    source   record 49 of Modded-NanoGPT
     """
     before = F.pad(k, (0, 0, 1, 0))[:, :, :-1].masked_fill(begins[:, None, :, None], 0)     # (B, H, T, K)
     pairs = k.size(-1) // 2
@@ -591,7 +593,7 @@ class Layer(nn.Module):
         qkv = linear(x, self.qkv.flatten(0, 1))                                             # (B, T, 3D)
         qkv = qkv.view(B, T, 3 * self.num_heads, self.head_dim)                             # (B, T, 3H, K)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)                                       # (B, H, T, K)
-        # unit-norm queries and keys bound the attention logits (QK-norm, arXiv:2010.04245)
+        # queries and keys of root mean square 1 bound the attention logits (QK-norm, arXiv:2010.04245)
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)                 # (B, H, T, K)
         own, table = self.value_mix.to(x.dtype)
         v = own * v                                                                         # (B, H, T, K)
@@ -2418,11 +2420,9 @@ def last_words(log: RunLog) -> Iterator[None]:
     except NonFinite as error:
         log.note(str(error))
         log.summary(f"failed: {error}", {})
-        log.picture()
         raise EveryonesError(f"{error}; {log.last_good()}") from error
     except Stopped as stop:
         log.say(f"stopped by {signal.Signals(stop.args[0]).name}; {log.last_good()}")
-        log.picture()
         sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
         log.say(f"interrupted; {log.last_good()}")

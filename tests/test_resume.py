@@ -253,7 +253,6 @@ def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
     last_line = stopped.stdout.strip().splitlines()[-1]
     assert f"--resume {folder.relative_to(lab)}" in last_line and "of step 4" in last_line
     assert not (folder / "summary.json").exists() and rows_of(folder)[-1]["step"] == "3"
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     command = shlex.split(last_line.split("go on with: python ")[1])
     done = drive(lab, KEEP, *command[1:])
     assert done.returncode == 0, done.stderr

@@ -142,7 +142,7 @@ def between(points: list[tuple[float, float]], x: float) -> float:
 
 def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
     words = ["yardstick.py", "--minutes", "0.02", "--seeds", "1", "--keep", "--data", "tiny",
-             "--val_every", "3", "--num_samples", "0", *TINY_MODEL.split()]
+             "--val_every", "1", "--num_samples", "0", *TINY_MODEL.split()]
     said = measure(*words)
     order = re.findall(r"^(train_\w+) seed (\d): val_bpb", said, re.MULTILINE)
     scripts = ["train_gpt", "train_nanogpt", "train_llama3"]
@@ -159,7 +159,7 @@ def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
         # 1.2 seconds of training are read off at a quarter, at half and at the end
         wanted = [between(validated, 0.3), between(validated, 0.6), validated[-1][1]]
         assert [float(bpb) for bpb in read_off] == pytest.approx(wanted, abs=1e-4)
-        assert validated[0][1] >= max(wanted) and validated[0][1] > wanted[-1] > 0
+        assert validated[0][1] > max(wanted) and min(wanted) > 0
     assert (lab / "experiments/yardstick_time.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((lab / "experiments/yardstick_nanogpt").glob("seed?"))) == 1
     before = set((lab / "experiments").glob("2*"))

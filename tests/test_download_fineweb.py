@@ -297,9 +297,9 @@ def test_a_single_file_is_cut_into_parts_with_a_note(bench, command, small, page
 
 
 def test_a_line_as_long_as_a_book_is_cut_quickly():
-    started = time.process_time()
+    started = time.perf_counter()
     parts = sum(1 for _ in download_fineweb.Parts([("", "word " * 4_000_000)], 20_000))
-    assert parts == 1000 and time.process_time() - started < 1
+    assert parts == 1000 and time.perf_counter() - started < 0.5
 
 
 @given(text=st.text(), part=st.integers(1, 5))

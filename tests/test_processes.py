@@ -35,8 +35,8 @@ def plain(error: str) -> str:
     return "\n".join(line for line in error.splitlines() if line.startswith("train_gpt.py: error"))
 
 
-@pytest.mark.parametrize(("deed", "seconds"), [("os.kill(os.getpid(), signal.SIGKILL)", 60),
-                                               ("time.sleep(1000)", 90)])
+@pytest.mark.parametrize(("deed", "seconds"), [("os.kill(os.getpid(), signal.SIGKILL)", 30),
+                                               ("time.sleep(1000)", 60)])
 def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed, seconds):
     begun = time.time()
     done = drive(lab, AT_STEP_3.format(deed=deed),

@@ -150,10 +150,10 @@ def test_a_plan_of_ten_million_tokens_takes_seconds(record_property):
     rng = np.random.default_rng(0)
     shard = rng.integers(0, EOT, 10_000_000).astype(np.uint16)
     shard[0] = shard[rng.integers(0, len(shard), 20_000)] = EOT
-    begun = time.process_time()
+    begun = time.perf_counter()
     rows = rows_of([shard], seq_len=1024, max_doc_len=2048)
     rows.numbers(10**6, 4)
-    assert time.process_time() - begun < 5
+    assert time.perf_counter() - begun < 5
 
 
 # ------------------------------------------------------------------------------------------------

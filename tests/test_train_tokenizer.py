@@ -236,10 +236,10 @@ def test_text_is_really_cut_into_segments():
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("character", ["a", " ", "\n", "^", "1", "é", "🙂", "\u0301"])
 def test_a_million_equal_characters_are_quick(character, pattern):
-    started = time.process_time()
+    started = time.perf_counter()
     pieces = pieces_of(character * 1_000_000, PATTERNS[pattern])
     merges = learn_merges(pieces, 1000)
-    assert time.process_time() - started < 5
+    assert time.perf_counter() - started < 5
     assert sum(len(piece) * count for piece, count in pieces.items()) == len(character.encode()) * 1_000_000
     assert merges and max(len(piece.decode()) for piece in pieces) <= train_tokenizer.LONGEST_PIECE
 

@@ -35,13 +35,12 @@ def plain(error: str) -> str:
     return "\n".join(line for line in error.splitlines() if line.startswith("train_gpt.py: error"))
 
 
-@pytest.mark.parametrize(("deed", "seconds"), [("os.kill(os.getpid(), signal.SIGKILL)", 30),
-                                               ("time.sleep(1000)", 60)])
-def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed, seconds):
-    begun = time.time()
+@pytest.mark.parametrize("deed", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(10_000)"])
+def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed):
+    """That the run ends at all is the point: a silent process sleeps for hours, and drive() waits for minutes."""
     done = drive(lab, AT_STEP_3.format(deed=deed),
                  *flags(num_steps=10**6, model_name="lost", timeout_seconds=5), processes=2)
-    assert done.returncode and time.time() - begun < seconds
+    assert done.returncode
     assert re.search(r"process 0 of 2 lost another one, which died or was silent for 5 s", plain(done.stderr))
     assert "start again with --resume auto" in plain(done.stderr)
     assert not (newest(lab, "lost") / "summary.json").exists()

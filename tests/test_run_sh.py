@@ -161,7 +161,7 @@ def test_each_readme_command_runs(checkout):
             words[2] = "2"
         if trainings.intersection(words) and "--help" not in words:
             words += short
-        done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -90,14 +90,16 @@ def test_a_tiny_model_learns_a_repeated_text(lab, here):
     model = GPT(cfg, 300)
     optimizer = train_gpt.Optimizer(model, cfg, World(cfg))
     losses = []
-    for step in range(60):
+    for step in range(120):
         for inputs, targets in rows.micro_batches(step, cfg):
             loss = model(inputs, targets) / rows.targets_in_step(step, cfg.rows_per_step)
             loss.backward()
         losses.append(loss.item())
-        optimizer.step(1.0)
+        optimizer.step(1.0 if step < 60 else 0.1)       # small steps last, so that it settles on any machine
     assert losses[0] == pytest.approx(math.log(301), abs=0.01)
-    assert losses[-1] < 0.1
+    # what a model can reach that knows how often each token occurs and nothing of those before it
+    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    assert losses[-1] < 0.05 * -(shares * np.log(shares)).sum()
     prompt = tokens[:12]
     likeliest = dataclasses.replace(cfg, temperature=0)
     assert generate(model, torch.tensor([prompt]), likeliest)[0] == tokens[12:17]

@@ -14,23 +14,18 @@ OpenAI published), to be sampled from (train_nanogpt.py --sample) and scored (do
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from documents import Parser, UserError, command, sha256_of
-from run_folder import (
-    TOKENIZERS,
-    load_script,
-    new_folder,
-    own_sources,
-    read_object,
-    read_weights,
-    tokenizer_meta,
-    write_whole,
-)
-from train_tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
+from benchtop import places
+from benchtop.command_line import Parser, command
+from benchtop.errors import UserError
+from benchtop.files import whole_file, whole_path, write_text
+from benchtop.folder import load_script, new_folder, read_object, read_weights
+from benchtop.identity import facts_about_code, tokenizer_meta
+from benchtop.redaction import without_secrets
+from benchtop.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +46,10 @@ def to_transformers(run: Path) -> Path:
                         "train_nanogpt.py and train_llama3.py can be converted")
     from safetensors.torch import save_file
 
-    from train_gpt import World, known_knobs, load_trained
-    cfg = script.Config(**known_knobs(run, script.Config) | {"device": "cpu", "dtype": "float32"})
-    model, tokenizer = load_trained(run, cfg, World(cfg))
+    from benchtop.machine import World
+    from benchtop.saved import load_trained, saved_config
+    cfg = saved_config(script.EXPERIMENT, run, device="cpu", dtype="float32")
+    model, tokenizer = load_trained(script.EXPERIMENT, run, cfg, World(cfg))
     weights, folder = model.state_dict(), run / "transformers"
     folder.mkdir(exist_ok=True)
     tensors = {}
@@ -62,16 +58,22 @@ def to_transformers(run: Path) -> Path:
         if ours in ("embed", "head"):
             weight = weight[:cfg.vocab_size]        # columns behind are no tokens
         tensors[theirs] = (weight.T if transposed else weight).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole_path(folder / "model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     ends = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token, "dtype": "float32"}
-    write_whole(folder / "config.json", json.dumps(script.transformers_config(cfg) | ends, indent=2) + "\n")
-    own = TOKENIZERS / tokenizer.name / "tokenizer.json"
+    write(folder / "config.json", script.transformers_config(cfg) | ends)
+    own = places.TOKENIZERS / tokenizer.name / "tokenizer.json"
     if own.is_file():       # tiktoken's gpt2 has none; transformers has that one itself
-        shutil.copyfile(own, folder / "tokenizer.json")
+        with whole_file(folder / "tokenizer.json") as file:
+            file.write(own.read_bytes())
         facts = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
                  "eos_token": END_OF_TEXT, "model_max_length": cfg.seq_len}
-        write_whole(folder / "tokenizer_config.json", json.dumps(facts, indent=2) + "\n")
+        write(folder / "tokenizer_config.json", facts)
     return folder
+
+
+def write(path: Path, facts: dict) -> None:
+    write_text(path, without_secrets(json.dumps(facts, indent=2) + "\n"))
 
 
 def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
@@ -103,15 +105,15 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     weights = our_weights(script, cfg, read_weights(source), source)
     from safetensors.torch import save_file
     folder = new_folder(name)
-    save_file(weights, folder / "model.safetensors")
-    sources = {path.name: sha256_of(path) for path in own_sources()}
-    summary = {"status": f"converted from {source}", "model_name": name, "script": "train_nanogpt.py",
-               "code_sha256": sources["train_nanogpt.py"], "sources": sources, "tokenizer": tokenizer.name,
+    with whole_path(folder / "model.safetensors") as partial:
+        save_file(weights, partial)
+    summary = {"status": f"converted from {source}", "model_name": name,
+               **facts_about_code("train_nanogpt.py"), "tokenizer": tokenizer.name,
                "tokenizer_sha256": tokenizer_sha256(tokenizer),
                "parameters": sum(weight.numel() for weight in weights.values())}
-    write_whole(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-    write_whole(folder / "meta.json", tokenizer_meta(tokenizer))
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write(folder / "config.json", dataclasses.asdict(cfg))
+    write_text(folder / "meta.json", without_secrets(tokenizer_meta(tokenizer)))
+    write(folder / "summary.json", summary)
     return folder
 
 
@@ -122,8 +124,8 @@ def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Pa
     """
     import torch
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in script.Config.new_model(cfg, 0, torch.float32)
-                  .state_dict().items()}
+        model = script.EXPERIMENT.Model(cfg, 0, torch.float32)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     ours = {}
     for name, (their_name, transposed) in script.transformers_names(cfg).items():
         # OpenAI's own file lacks the first part of the names

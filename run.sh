@@ -81,13 +81,12 @@ install() {
 
 # Make what the demo trains on; fill the array `training` with the command.
 demo() {
-    local name tokenizer
+    local name
     # another Python has another library, and so another tokenizer and other data
     name="demo-py$(.venv/bin/python -c 'import platform; print(platform.python_version())')"
-    tokenizer="${name}_v4096_n20000000"
     .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name "$name"
-    .venv/bin/python download_fineweb.py --version stdlib --tokenizer "$tokenizer" --name "$name"
-    training=(.venv/bin/python train_gpt.py --preset demo --tokenizer "$tokenizer" --data "$name" "$@")
+    .venv/bin/python download_fineweb.py --version stdlib --tokenizer "$name" --name "$name"
+    training=(.venv/bin/python train_gpt.py --preset demo --tokenizer "$name" --data "$name" "$@")
 }
 
 # Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; fill the array
@@ -109,7 +108,7 @@ preset() {
     gigabytes=$((shards * 2 / 10 + 1))
     download="$gigabytes GB, already tokenized by GPT-2's tokenizer"
     if [[ $preset != gpt2-* ]]; then
-        source=10B tokenizer=web_v50256_n1000000000
+        source=10B tokenizer=web
         download="about $((2 * (1 + (shards + 5) / 6))) GB of text, of which a tokenizer of its own is learned"
     fi
     gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"

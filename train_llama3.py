@@ -21,23 +21,21 @@ Shapes:  B batch   T tokens in a row   D model width   H heads   G heads of keys
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 import train_gpt
 import train_nanogpt
-from train_gpt import DenseMask, LayerPast, Past, Stage, attend, linear, rotate
+from benchtop.initial import normal
+from benchtop.run import Experiment
+from train_gpt import Context, linear
 
 
 @dataclass(frozen=True)
 class Config(train_nanogpt.Config):
-    script: ClassVar[Path] = Path(__file__)
     head_width: ClassVar[int] = 128
     # EDIT: config
     # the run
@@ -46,13 +44,14 @@ class Config(train_nanogpt.Config):
     num_kv_heads: int = 0             # heads of keys and values; 0: one for four of queries
     mlp_ratio: float = 3.5            # hidden width of an MLP, in model widths, rounded up to 64
     # the optimizer
-    final_lr_frac: float = 0.01       # share of its height that the cosine ends at
+    final_lr_frac: float = 0.01       # learning rate at the end of the cosine, as a fraction of its peak
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_at_least(0, "num_kv_heads")
         fitting = (number for number in range(max(1, self.num_heads // 4), 0, -1)
                    if self.num_heads % number == 0)
-        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or next(fitting))
+        self.fill(num_kv_heads=next(fitting))
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0,
                      f"a divisor of --num_heads, {self.num_heads}")
 
@@ -60,18 +59,14 @@ class Config(train_nanogpt.Config):
     def hidden_dim(self) -> int:
         return 64 * math.ceil(self.mlp_ratio * self.model_dim / 64)
 
-    def new_model(self, eot_id: int, dtype: torch.dtype, flex: dict | None = None) -> "Llama3":
-        return Llama3(self, eot_id, dtype, flex)
-
 
 class Layer(nn.Module):
     """One transformer layer: attention, then a gated MLP, each on normed input and added to the stream."""
 
-    def __init__(self, cfg: Config, flex: dict | None = None):
+    def __init__(self, cfg: Config):
         super().__init__()
         width, hidden, keys = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.flex = flex
         deep = 1 / math.sqrt(2 * cfg.num_layers)    # what is added to the stream, 2 L times
         self.attention_norm, self.mlp_norm = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.q, self.k, self.v = weights(width, width), weights(keys, width), weights(keys, width)
@@ -79,45 +74,32 @@ class Layer(nn.Module):
         self.gate, self.up, self.down = weights(hidden, width), weights(hidden, width), weights(width, hidden,
                                                                                                  deep)
 
-    def forward(self, x: Tensor, mask: DenseMask | BlockMask, cos: Tensor, sin: Tensor,
-                past: LayerPast | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         # EDIT: layer
-        x = x + self.attention(normed(x, self.attention_norm), mask, cos, sin, past)        # (B, T, D)
+        x = x + self.attention(normed(x, self.attention_norm), ctx)                         # (B, T, D)
         inner = normed(x, self.mlp_norm)                                                    # (B, T, D)
         hidden = F.silu(linear(inner, self.gate)) * linear(inner, self.up)                  # (B, T, F)
         return x + linear(hidden, self.down)                                                # (B, T, D)
 
-    def attention(self, x: Tensor, mask: DenseMask | BlockMask, cos: Tensor, sin: Tensor,
-                  past: LayerPast | None) -> Tensor:
+    def attention(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, D = x.shape
         q = linear(x, self.q).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)     # (B, H, T, K)
         k = linear(x, self.k).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
         v = linear(x, self.v).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:
-            k, v = past.extended(k, v)      # (B, G, more than T, K)
+        q = ctx.rotate(q)                                                                   # (B, H, T, K)
+        k = ctx.rotate(k)                                                                   # (B, G, T, K)
         # each head of keys serves the same number of queries, one after the other
         k, v = (part.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for part in (k, v))
-        y = attend(q, k, v, mask, self.head_dim**-0.5, self.flex)                           # (B, H, T, K)
+        y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, H, T, K)
         return linear(y.transpose(1, 2).reshape(B, T, D), self.out)                         # (B, T, D)
 
 
 def weights(rows: int, columns: int, scale: float = 1.0) -> nn.Parameter:
-    return nn.Parameter(0.02 * scale * torch.randn(rows, columns))
+    return normal(rows, columns, std=0.02 * scale)
 
 
 def normed(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps=1e-5)
-
-
-def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles by which all pairs of dimensions turn; two of (T, K/2) float32.
-
-    The sines are negative: Llama turns the other way round than `rotate` does.
-    """
-    frequency = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)      # (K/2)
-    angle = torch.arange(length, device=device)[:, None] * frequency                        # (T, K/2)
-    return angle.cos(), -angle.sin()
 
 
 class Llama3(train_gpt.Model):
@@ -127,18 +109,19 @@ class Llama3(train_gpt.Model):
                  flex: dict | None = None):
         super().__init__(cfg, eot_id, dtype, flex)
         self.embed = weights(cfg.vocab_size, cfg.model_dim)
-        self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.norm = nn.Parameter(torch.ones(cfg.model_dim))
         self.head = weights(cfg.padded_vocab_size, cfg.model_dim)
 
-    def hidden(self, inputs: Tensor, stage: Stage | None = None, past: Past | None = None) -> Tensor:
-        text = past.extended(inputs) if past else inputs
-        masks, start = self.masks(text, 1.0), text.size(1) - inputs.size(1)
-        cos, sin = rotary_table(text.size(1), self.cfg.head_dim, inputs.device)             # (T, K/2)
+    def frequencies(self, device: torch.device) -> Tensor:
+        """All pairs of dimensions rotate, with base 500,000; backwards, as Llama does."""
+        K = self.cfg.head_dim
+        return -(500_000.0 ** -(torch.arange(0, K, 2, device=device) / K))                  # (K/2)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
         x = F.embedding(inputs, self.embed).to(self.dtype)                                  # (B, T, D)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, masks[number], cos[start:], sin[start:],
-                      past.layers[number] if past else None)                                # (B, T, D)
+        for layer, ctx in zip(self.layers, self.contexts(inputs), strict=True):
+            x = layer(x, ctx)                                                               # (B, T, D)
         return normed(x, self.norm)                                                         # (B, T, D)
 
 
@@ -163,8 +146,8 @@ def transformers_config(cfg: Config) -> dict:
             "mlp_bias": False, "tie_word_embeddings": False, "rope_theta": 500_000.0, "rope_parameters": rope}
 
 
-score_saved = partial(train_gpt.score_saved, config=Config)
-continue_prompts = partial(train_gpt.continue_prompts, config=Config)
+EXPERIMENT = Experiment(Config, Llama3, train_nanogpt.AdamW, train_gpt.train)
+main = EXPERIMENT.main
 
 if __name__ == "__main__":
-    train_gpt.main(Config)
+    main()

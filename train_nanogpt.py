@@ -19,52 +19,39 @@ Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one 
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 import train_gpt
-from train_gpt import DenseMask, LayerPast, Past, Stage, attend
+from benchtop.initial import drawn, normal, normal_law
+from benchtop.run import Experiment
+from train_gpt import CommonConfig, Context
 
 
 @dataclass(frozen=True)
-class Config(train_gpt.Config):
-    script: ClassVar[Path] = Path(__file__)
+class Config(CommonConfig):
+    head_width: ClassVar[int] = 64
     # EDIT: config
     # the run
     model_name: str = "nanogpt"       # last part of the run folder's name
+    # the model
+    mlp_ratio: int = 4                # hidden width of an MLP, in model widths
     # the optimizer
     learning_rate: float = 6e-4       # for width 768; others have it by the root of the width
     weight_decay: float = 0.1         # of what has two dimensions, times the learning rate
-    warmup_frac: float = 0.02         # first part of training, in which the learning rate climbs from 0
-    final_lr_frac: float = 0.1        # share of its height that the cosine ends at
-    grad_clip: float = 1.0            # gradients that are longer, all together, are cut to it; 0: none are
-    # knobs of train_gpt.py's model and optimizer, at what leaves them out of this one
-    head_width: ClassVar[int] = 64
-    value_embeddings: ClassVar[int] = 0
-    attention_cap: ClassVar[float] = 1
-    logit_cap: ClassVar[float] = 0
-    long_window: ClassVar[int] = 0
-    short_window: ClassVar[int] = 2**31
-    window_warmup_frac: ClassVar[float] = 0
-    depth_warmup_frac: ClassVar[float] = 0
-    sampled_softmax_frac: ClassVar[float] = 0
-    softmax_sample: ClassVar[int] = 0
-    muon_lr: ClassVar[float] = 0
-    embed_lr: ClassVar[float] = 0
-    head_lr: ClassVar[float] = 0
-    scalar_lr: ClassVar[float] = 0
-    warmup_steps: ClassVar[int] = 0
-    cooldown_frac: ClassVar[float] = 0
+    warmup_frac: float = 0.02         # first fraction of training, in which the learning rate climbs from 0
+    final_lr_frac: float = 0.1        # learning rate at the end of the cosine, as a fraction of its peak
+    grad_clip: float = 1.0            # clip the norm of all gradients together to this; 0: no clipping
 
     def __post_init__(self) -> None:
-        self.require("warmup_frac", self.warmup_frac < 1, "less than 1")
         super().__post_init__()
+        self.require_at_least(0, "learning_rate", "weight_decay", "grad_clip")
+        self.require("mlp_ratio", self.mlp_ratio > 0, "more than 0")
+        self.require_fraction("final_lr_frac")
+        self.require("warmup_frac", 0 <= self.warmup_frac < 1, "0 or more, and less than 1")
 
     @classmethod
     def preset_knobs(cls, preset: str) -> dict:
@@ -73,43 +60,33 @@ class Config(train_gpt.Config):
         knobs.pop("num_heads", None)
         return knobs | ({"model_name": f"{cls.model_name}-{preset}"} if preset else {})
 
-    def new_model(self, eot_id: int, dtype: torch.dtype, flex: dict | None = None) -> "GPT2":
-        return GPT2(self, eot_id, dtype, flex)
-
-    @property
-    def optimizer_class(self) -> type["AdamW"]:
-        return AdamW
-
 
 class Layer(nn.Module):
     """One transformer layer: attention, then an MLP, each on layer-normed input and added to the stream."""
 
-    def __init__(self, cfg: Config, flex: dict | None = None):
+    def __init__(self, cfg: Config):
         super().__init__()
         width, hidden = cfg.model_dim, cfg.mlp_ratio * cfg.model_dim
-        self.num_heads, self.head_dim, self.flex = cfg.num_heads, cfg.head_dim, flex
+        self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        for linear in (self.qkv, self.out, self.up, self.down):
-            nn.init.normal_(linear.weight, std=0.02)
+        deep = 0.02 / math.sqrt(2 * cfg.num_layers)     # of what is added to the stream, 2 L times
+        for linear, std in ((self.qkv, 0.02), (self.up, 0.02), (self.out, deep), (self.down, deep)):
+            drawn(linear.weight, normal_law(std))
             nn.init.zeros_(linear.bias)
-        for linear in (self.out, self.down):    # what is added to the stream, 2 L times
-            linear.weight.data /= math.sqrt(2 * cfg.num_layers)
 
-    def forward(self, x: Tensor, mask: DenseMask | BlockMask, past: LayerPast | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         # EDIT: layer
-        x = x + self.attention(normed(x, self.attention_norm), mask, past)                  # (B, T, D)
+        x = x + self.attention(normed(x, self.attention_norm), ctx)                         # (B, T, D)
         hidden = F.gelu(affine(normed(x, self.mlp_norm), self.up), approximate="tanh")      # (B, T, F)
         return x + affine(hidden, self.down)                                                # (B, T, D)
 
-    def attention(self, x: Tensor, mask: DenseMask | BlockMask, past: LayerPast | None) -> Tensor:
+    def attention(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, D = x.shape
         qkv = affine(x, self.qkv).view(B, T, 3 * self.num_heads, self.head_dim)             # (B, T, 3H, K)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)                                       # (B, H, T, K)
-        if past is not None:
-            k, v = past.extended(k, v)      # (B, H, more than T, K)
-        y = attend(q, k, v, mask, self.head_dim**-0.5, self.flex)                           # (B, H, T, K)
+        y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, H, T, K)
         return affine(y.transpose(1, 2).reshape(B, T, D), self.out)                         # (B, T, D)
 
 
@@ -128,33 +105,26 @@ class GPT2(train_gpt.Model):
     def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
                  flex: dict | None = None):
         super().__init__(cfg, eot_id, dtype, flex)
-        self.embed = nn.Parameter(0.02 * torch.randn(cfg.padded_vocab_size, cfg.model_dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(cfg.seq_len, cfg.model_dim))
-        self.layers = nn.ModuleList(Layer(cfg, flex) for _ in range(cfg.num_layers))
+        self.embed = normal(cfg.padded_vocab_size, cfg.model_dim, std=0.02)
+        self.positions = normal(cfg.seq_len, cfg.model_dim, std=0.02)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.norm = nn.LayerNorm(cfg.model_dim)
+        self.longest = cfg.seq_len      # no position past it is learned
 
     @property
     def head(self) -> nn.Parameter:
         return self.embed
 
-    def hidden(self, inputs: Tensor, stage: Stage | None = None, past: Past | None = None) -> Tensor:
-        wanted = inputs.size(1)
-        text = past.extended(inputs) if past else inputs
-        if text.size(1) > self.cfg.seq_len:
-            if not past:
-                raise ValueError(f"this model has {self.cfg.seq_len} positions; the text has {text.size(1)}")
-            # nothing is learned for later positions: what is nearest is read anew from the first one on
-            inputs = text = text[:, -self.cfg.seq_len:]                                     # (B, T)
-            past = None
-        start = text.size(1) - inputs.size(1)
-        place = torch.arange(text.size(1), device=text.device)                              # (T)
-        begin = torch.where(text == self.eot_id, place, 0).cummax(1).values                 # (B, T)
-        positions = F.embedding((place - begin)[:, start:], self.positions)                 # (B, T, D)
+    def hidden(self, inputs: Tensor) -> Tensor:
+        if inputs.size(1) > self.longest:
+            raise ValueError(f"this model has {self.longest} positions; the text has {inputs.size(1)}")
+        place = torch.arange(inputs.size(1), device=inputs.device)                          # (T)
+        begin = torch.where(inputs == self.eot_id, place, 0).cummax(1).values               # (B, T)
+        positions = F.embedding(place - begin, self.positions)                              # (B, T, D)
         x = (F.embedding(inputs, self.embed) + positions).to(self.dtype)                    # (B, T, D)
-        masks = self.masks(text, 1.0)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, masks[number], past.layers[number] if past else None)              # (B, T, D)
-        return normed(x, self.norm)[:, -wanted:]                                            # (B, T, D)
+        for layer, ctx in zip(self.layers, self.contexts(inputs), strict=True):
+            x = layer(x, ctx)                                                               # (B, T, D)
+        return normed(x, self.norm)                                                         # (B, T, D)
 
 
 class AdamW(train_gpt.Optimizer):
@@ -182,7 +152,7 @@ class AdamW(train_gpt.Optimizer):
     def lr_scale(cfg: Config, step: int, progress: float) -> float:
         # EDIT: schedule
         if progress < cfg.warmup_frac:
-            return min(1.0, (progress + 1 / cfg.num_steps) / cfg.warmup_frac)
+            return min(1.0, (progress + 1 / (cfg.num_steps or 1000)) / cfg.warmup_frac)
         cosine = 0.5 + 0.5 * math.cos(math.pi * (progress - cfg.warmup_frac) / (1 - cfg.warmup_frac))
         return cfg.final_lr_frac + (1 - cfg.final_lr_frac) * cosine
 
@@ -222,8 +192,8 @@ def knobs_of_transformers(theirs: dict) -> dict:
             "mlp_ratio": (theirs.get("n_inner") or 4 * width) // width}
 
 
-score_saved = partial(train_gpt.score_saved, config=Config)
-continue_prompts = partial(train_gpt.continue_prompts, config=Config)
+EXPERIMENT = Experiment(Config, GPT2, AdamW, train_gpt.train)
+main = EXPERIMENT.main
 
 if __name__ == "__main__":
-    train_gpt.main(Config)
+    main()

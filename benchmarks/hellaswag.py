@@ -15,11 +15,15 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt
-from documents import command, positive
-from download_hellaswag import METRICS, read_questions
-from train_gpt import GPT, PRESETS, Config, World
-from train_tokenizer import load_tokenizer
+from benchtop.command_line import command, positive
+from benchtop.evaluation import TokenLosses
+from benchtop.folder import load_script
+from benchtop.machine import World
+from benchtop.saved import load_trained, saved_config, score
+from benchtop.scoring import METRICS
+from benchtop.tasks import read_questions
+from benchtop.tokenizer import load_tokenizer
+from train_gpt import GPT, PRESETS, Config
 
 
 def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> list[np.ndarray]:
@@ -32,8 +36,8 @@ def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> 
             context = tokenizer.encode_ordinary(question.ctx)
             context = context[max(0, len(context) + len(tokens) - model.cfg.seq_len):]
             ids = torch.tensor([[tokenizer.eot_token, *context, *tokens]], device=device)   # (1, T)
-            logits = model.logits(ids[:, :-1])                                              # (1, T, V)
-            log_probabilities = torch.log_softmax(logits[0, -len(tokens):], dim=-1)         # (N, V)
+            logits = model.logits(model.hidden(ids[:, :-1])[0, -len(tokens):])              # (N, V)
+            log_probabilities = torch.log_softmax(logits, dim=-1)                           # (N, V)
             row.append(log_probabilities.gather(1, ids[0, -len(tokens):, None]).sum().item())
         sums.append(np.array(row))
     return sums
@@ -51,12 +55,13 @@ def main() -> None:
     args = parser.parse_args()
     questions = read_questions(args.rows)
     if args.score:
-        cfg = Config(**train_gpt.known_knobs(args.score) | {"device": "auto", "dtype": args.dtype})
+        experiment = load_script(args.score).EXPERIMENT
+        cfg = saved_config(experiment, args.score, dtype=args.dtype)
         world = World(cfg)
-        model, tokenizer = train_gpt.load_trained(args.score, cfg, world)
+        model, tokenizer = load_trained(experiment, args.score, cfg, world)
     else:
         tokenizer = load_tokenizer(args.tokenizer)
-        cfg = Config(**PRESETS["demo"], vocab_size=tokenizer.n_vocab, dtype=args.dtype)
+        cfg = Config(**PRESETS["demo"] | {"vocab_size": tokenizer.n_vocab, "dtype": args.dtype})
         world = World(cfg)
         torch.manual_seed(0)
         model = GPT(cfg, tokenizer.eot_token, world.dtype).to(world.device)
@@ -65,13 +70,14 @@ def main() -> None:
                 torch.nn.init.normal_(parameter, std=0.02)
     begun = time.perf_counter()
     model.compile_parts()
-    rows_at_once = max(1, cfg.batch_tokens // cfg.seq_len)
-    train_gpt.score(model, tokenizer, questions[:8], rows_at_once, world)
+    losses_of = TokenLosses(model, compiled=True)
+    rows_at_once = max(1, 2**14 // cfg.seq_len)
+    score(losses_of, tokenizer, questions[:8], rows_at_once, world)
     print(f"compiled in {time.perf_counter() - begun:.1f} s, as training has done already")
     times: dict[str, list[float]] = {"one by one": [], "batched": []}
     for _ in range(args.rounds):
         begun = time.perf_counter()
-        scores = train_gpt.score(model, tokenizer, questions, rows_at_once, world)
+        scores = score(losses_of, tokenizer, questions, rows_at_once, world)
         times["batched"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
         with torch.compiler.set_stance("force_eager"):      # each length would be compiled for

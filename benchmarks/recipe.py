@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import documents
-import shards
-import significance
-import train_tokenizer
-from documents import Parser, UserError, command, positive
-from download_fineweb import tokenized
+from benchtop import places, shards, significance
+from benchtop.command_line import Parser, command, positive
+from benchtop.errors import UserError
+from benchtop.files import write_json
+from benchtop.prepare import tokenized
+from benchtop.sources import open_source
+from benchtop.tokenizer import load_tokenizer, tokenizer_sha256
 
-ROOT = Path(documents.__file__).resolve().parent
 SETTING = ["--num_layers", "6", "--model_dim", "256", "--num_heads", "2", "--seq_len", "512",
            "--batch_tokens", "8192", "--hellaswag_rows", "1",
            "--val_every", "0", "--num_samples", "0", "--save_every_minutes", "0", "--log_every", "20"]
@@ -58,16 +58,23 @@ def make_variant(text: str, scratch: Path) -> Variant:
     if folder.exists():
         raise UserError(f"two variants are called {name!r}")
     folder.mkdir(parents=True)
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
+    copy_scripts(folder)
     for kind in ("data", "tokenizers"):
-        (folder / kind).symlink_to((scratch if (scratch / kind).exists() else ROOT) / kind)
+        (folder / kind).symlink_to((scratch if (scratch / kind).exists() else places.ROOT) / kind)
     for patch in (word for word in words if word.endswith(".diff")):
         done = subprocess.run(["patch", "-p1", "-i", str(Path(patch).resolve())], cwd=folder, text=True,
                               capture_output=True)
         if done.returncode:
             raise UserError(f"{patch} does not apply to the scripts: {done.stdout.splitlines()[-1]}")
     return Variant(name, folder, [word for word in words if not word.endswith(".diff")])
+
+
+def copy_scripts(folder: Path) -> None:
+    """The scripts and the bench, which then find data and write runs in this folder."""
+    for script in places.ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    shutil.copytree(places.ROOT / "benchtop", folder / "benchtop",
+                    ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def train(variant: Variant, seed: int, budget: list[str], data: str) -> dict:
@@ -89,27 +96,26 @@ def prepare(train_file: Path, val_file: Path, vocabsize: int, scratch: Path) -> 
     """The name of a data set of these two files, with a tokenizer of its own."""
     (scratch / "data").mkdir()
     (scratch / "tokenizers").mkdir()
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, scratch)
+    copy_scripts(scratch)
     flags = ["--source", str(train_file.resolve()), "--vocabsize", str(vocabsize), "--name", "own"]
     done = subprocess.run([sys.executable, "train_tokenizer.py", *flags, "--samples", str(2**30)],
                           cwd=scratch, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"no tokenizer could be learned: {done.stderr.strip().splitlines()[-1]}")
-    train_tokenizer.TOKENIZERS = scratch / "tokenizers"
-    tokenizer = train_tokenizer.load_tokenizer(f"own_v{vocabsize}_n{2**30}")
+    places.TOKENIZERS = scratch / "tokenizers"
+    tokenizer = load_tokenizer(next(places.TOKENIZERS.iterdir()).name)
     folder = scratch / "data" / "own"
     folder.mkdir()
     entries = []
     for split, file in (("train", train_file), ("val", val_file)):
         writer = shards.ShardWriter(folder, tokenizer.n_vocab, 2**40)
-        for document in tokenized(documents.open_source(str(file)), tokenizer.name, num_workers=1):
+        for document in tokenized(open_source(str(file)), tokenizer.name, num_workers=1):
             writer.add(document.tokens, document.num_bytes)
         entries.append(writer.write(f"{split}_000000.bin", split))
     manifest = {"format_version": shards.FORMAT_VERSION, "source": train_file.name,
-                "tokenizer": tokenizer.name, "tokenizer_sha256": train_tokenizer.tokenizer_sha256(tokenizer),
+                "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
                 "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token, "shards": entries}
-    shards.write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     return "own"
 
 
@@ -125,14 +131,16 @@ def difference(values: list[float], base: list[float]) -> str:
 def main() -> None:
     parser = Parser("Compare variants of the recipe at equal time or steps.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--variant", action="append", metavar="NAME=FLAGS", help="flags, and patches *.diff")
+    parser.add_argument("--variant", action="append", metavar="NAME=FLAGS",
+                        help="a variant: flags of train_gpt.py, and patches *.diff")
     parser.add_argument("--data", default="", help="a folder in data/")
     parser.add_argument("--train", type=Path, metavar="FILE", help="text to train on, instead of --data")
     parser.add_argument("--val", type=Path, metavar="FILE", help="text to validate on, with --train")
-    parser.add_argument("--vocabsize", type=positive, default=8192, help="of the tokenizer, with --train")
-    parser.add_argument("--seconds", type=float, default=60, help="of training, for each run")
-    parser.add_argument("--steps", type=int, default=0, help="steps of each run, instead of seconds")
-    parser.add_argument("--seeds", type=lambda text: positive(text), default=3, help="runs of each variant")
+    parser.add_argument("--vocabsize", type=positive, default=8192,
+                        help="vocabulary of the tokenizer, with --train")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds of training per run")
+    parser.add_argument("--steps", type=int, default=0, help="steps per run, instead of --seconds; 0 = off")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of runs per variant")
     args = parser.parse_args()
     if bool(args.train) != bool(args.val) or not (args.train or args.data):
         raise UserError("name either --data, or both --train and --val")

@@ -5,13 +5,10 @@
 
 One process, random tokens. A micro-batch is timed and counted as often as a step has it; the optimizer is
 timed in its parts. The floor is the time of the step's matrix products one after the other, with nothing
-between them: three for each weight, and six for attention where it is made of products. A preset that begins
-with fewer layers or with a sampled softmax has a row for that, too; the sample has as many tokens as
---softmax_sample says, or an eighth of the vocabulary.
+between them: three for each weight, and six for attention where it is made of products.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -22,9 +19,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_gpt
-from documents import Parser, command
-from train_gpt import GPT, PRESETS, Config, Stage, World, stage_at
+from benchtop.batches import micro_batch_shape
+from benchtop.briefing import num_parameters
+from benchtop.command_line import Parser, command
+from benchtop.knobs import parse_config
+from benchtop.machine import World, choose_kernels
+from benchtop.memory import choose_micro_batch, chunk_rows
+from benchtop.run import make_model
+from train_gpt import EXPERIMENT, GPT, PRESETS, Config, group_of
 
 
 def seconds_of(work: Callable[[], object], world: World, times: int) -> float:
@@ -39,78 +41,68 @@ def seconds_of(work: Callable[[], object], world: World, times: int) -> float:
     return statistics.median(taken[1:])
 
 
-def products(model: GPT, stage: Stage, tokens: int, world: World) -> Callable[[], None]:
+def products(model: GPT, tokens: int, world: World) -> Callable[[], None]:
     """All matrix products of a micro-batch: outputs, gradients of inputs, gradients of weights."""
     cfg, pairs = model.cfg, []
+
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=world.device).to(model.dtype)
-    weights = [weight.flatten(0, -2) for layer in model.layers[:stage.depth] for weight in layer.parameters()
+    weights = [weight.flatten(0, -2) for layer in model.layers for weight in layer.parameters()
                if weight.ndim > 1]
-    if stage.softmax_sample:
-        groups = train_gpt.softmax_groups(cfg)
-        chunked = [(model.head[:stage.softmax_sample], tokens // groups)] * groups
-    else:
-        rows = train_gpt.chunk_rows(some(tokens, 1), model.head.size(0))
-        chunked = [(model.head, min(rows, tokens - start)) for start in range(0, tokens, rows)]
+    rows = chunk_rows(some(tokens, 1), model.head.size(0))
+    chunked = [(model.head, min(rows, tokens - start)) for start in range(0, tokens, rows)]
     for weight, count in [*((weight, tokens) for weight in weights), *chunked]:
         x, w, grad = some(count, weight.size(1)), weight.detach().to(model.dtype), some(count, len(weight))
         pairs += [(x, w.T), (grad, w), (grad.T, x)]
     heads, length = tokens // cfg.seq_len * cfg.num_heads, cfg.seq_len
-    head, scores = some(heads, length, cfg.head_dim), some(heads, length, length)
-    attention = [(head, head.mT), (scores, head), (head, head.mT), (scores, head), (scores.mT, head),
-                 (scores.mT, head)] * stage.depth if not model.flex else []
+    if model.flex is None:
+        head, scores = some(heads, length, cfg.head_dim), some(heads, length, length)
+        pairs += [(head, head.mT), (scores, head), (head, head.mT), (scores, head), (scores.mT, head),
+                  (scores.mT, head)] * cfg.num_layers
 
     def multiply() -> None:
-        for a, b in [*pairs, *attention]:
+        for a, b in pairs:
             a @ b
     return multiply
 
 
-def measure(cfg: Config, stage: Stage, times: int) -> str:
-    """A row of the table: a step at one stage of training."""
+def measure(cfg: Config, times: int) -> str:
+    """A row of the table."""
     torch.compiler.reset()      # or the kernels of many presets would be too many for one function
     world = World(cfg)
-    kernels = train_gpt.choose_kernels(cfg, world)
-    model, optimizer = train_gpt.make_model(cfg, cfg.vocab_size - 1, world, kernels)
-    cfg = train_gpt.choose_micro_batch(cfg, model, world)
-    count, rows = train_gpt.micro_batch_shape(cfg, world.size)
-    kinds = stage.softmax_sample or cfg.vocab_size - 1
-    targets = torch.randint(0, kinds, (rows, cfg.seq_len), device=world.device)
+    kernels = choose_kernels(cfg, world)
+    model, optimizer = make_model(EXPERIMENT, cfg, cfg.vocab_size - 1, world, kernels)
+    cfg = choose_micro_batch(EXPERIMENT, cfg, world, kernels.flex)
+    count, rows = micro_batch_shape(cfg, world.size)
+    targets = torch.randint(0, cfg.vocab_size - 1, (rows, cfg.seq_len), device=world.device)
     tokens = targets.roll(1, 1)
     tokens[:, 0] = model.eot_id
-    sample = torch.arange(kinds, device=world.device).expand(train_gpt.softmax_groups(cfg), -1)
-    sample = (sample, torch.ones_like(sample, dtype=torch.float32)) if stage.softmax_sample else None
-    optimizer.asleep = model.asleep(stage)
-    awake = {group: [piece for piece in pieces if piece.name not in optimizer.asleep]
-             for group, pieces in optimizer.groups.items()}
 
     def micro_batch() -> None:
-        (model(tokens, targets, stage, sample) / tokens.numel()).backward()
+        (model(tokens, targets) / tokens.numel()).backward()
     with world.memory_of("micro-batch"):
         learning = count * seconds_of(micro_batch, world, times)
     peak = world.peak_memory_mib("micro-batch")
 
     def by_muon() -> None:
         with torch.no_grad():
-            optimizer.muon_step(awake["matrices"], 0.0, 0.95)
+            optimizer.muon_step(optimizer.groups["matrices"], 0.0, 0.95)
 
     def by_adam() -> None:
         optimizer.steps_done = 1
         with torch.no_grad():
             for group in ("embeddings", "head", "scalars"):
-                optimizer.adam_step(awake[group], 0.0)
+                optimizer.adam_step(optimizer.groups[group], 0.0)
     muon, adam = seconds_of(by_muon, world, times), seconds_of(by_adam, world, times)
     step = learning + muon + adam
-    floor = count * seconds_of(products(model, stage, rows * cfg.seq_len, world), world, times)
+    floor = count * seconds_of(products(model, rows * cfg.seq_len, world), world, times)
     matrices = sum(parameter.numel() for name, parameter in model.named_parameters()
-                   if train_gpt.group_of(name, parameter) == "matrices")
-    others = model.num_parameters() - matrices
+                   if group_of(name, parameter) == "matrices")
+    others = num_parameters(model) - matrices
     speed = cfg.batch_tokens / step
     flops = world.peak_flops(cfg)
-    mfu = f"{speed * model.flops_per_token(stage) / flops:.0%}" if flops else "-"
-    part = f", {stage.depth} of {cfg.num_layers} layers" if stage.depth < cfg.num_layers else ""
-    part += f", softmax over {stage.softmax_sample:,}" if stage.softmax_sample else ""
-    return (f"| {cfg.preset}{part} | {cfg.batch_tokens:,} | {speed:,.0f} | {floor / step:.2f} | {mfu} | "
+    mfu = f"{speed * model.flops_per_token() / flops:.0%}" if flops else "-"
+    return (f"| {cfg.preset} | {cfg.batch_tokens:,} | {speed:,.0f} | {floor / step:.2f} | {mfu} | "
             f"{peak:,.0f} | {1000 * muon:,.0f} of {1000 * step:,.0f} ms, {muon / step:.1%} | "
             f"{4 * matrices / 2**20:,.0f}; Adam would take {8 * matrices / 2**20:,.0f}, and takes "
             f"{8 * others / 2**20:,.0f} for the rest |")
@@ -127,14 +119,9 @@ def main() -> None:
     print("| preset | tokens of a step | tokens/s | floor / step | MFU | peak MiB | Muon's time | "
           "Muon's memory, MiB |\n|---|---|---|---|---|---|---|---|")
     for preset in args.presets:
-        cfg = train_gpt.parse_config(["--preset", preset, *flags])
+        cfg = parse_config(["--preset", preset, *flags], Config)
         vocabulary = cfg.vocab_size or (4097 if preset == "demo" else 50257)
-        sample = cfg.softmax_sample or min(vocabulary, 64 * math.ceil(vocabulary / 8 / 64))
-        cfg = replace(cfg, vocab_size=vocabulary, softmax_sample=sample)
-        first, last = stage_at(cfg, 0, 0), stage_at(cfg, 0, 1)
-        differ = first.depth < last.depth or first.softmax_sample
-        for stage in [first, last] if differ else [last]:
-            print(measure(cfg, stage, args.times), flush=True)
+        print(measure(replace(cfg, vocab_size=vocabulary).with_budget(2**53), args.times), flush=True)
 
 
 if __name__ == "__main__":

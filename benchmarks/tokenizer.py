@@ -21,21 +21,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import documents
 import train_tokenizer
+from benchtop import bpe, host
+from benchtop.command_line import Parser, command
+from benchtop.documents import Document, Source
+from benchtop.held_out import Rule, rule_for
+from benchtop.processes import Processes
+from benchtop.sources import open_source
+from benchtop.tokenizer import PATTERNS
 
-PATTERN = train_tokenizer.PATTERNS["gpt4"]
+PATTERN = PATTERNS["gpt4"]
 LEARNERS = ("benchtop", "rustbpe", "tokenizers")
 
 
 class Noisy:
     """A source again and again, up to a number of characters, with the letters of some words shuffled."""
 
-    def __init__(self, source: documents.Source, characters: int, one_in: int):
+    def __init__(self, source: Source, characters: int, one_in: int):
         self.source, self.characters, self.one_in = source, characters, one_in
         self.label, self.replaced = source.label, 0
 
-    def __iter__(self) -> Iterator[documents.Document]:
+    def __iter__(self) -> Iterator[Document]:
         rng = random.Random(0)
         left, first_time = self.characters, True
         while left > 0:
@@ -60,18 +66,19 @@ def trial(args: argparse.Namespace) -> dict:
     if args.trial == "tokenizers":
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: F401
-    source = documents.open_source(args.source)
+    source = open_source(args.source)
+    rule = rule_for(source)
     if args.characters:
-        source = Noisy(source, args.characters, args.one_in)
-    sample = train_tokenizer.Sample(source, args.characters or 10**12)
+        source, rule = Noisy(source, args.characters, args.one_in), Rule()
+    sample = bpe.Sample(source, rule, args.characters or 10**12)
     began = time.perf_counter()
     if args.trial == "benchtop":
-        alone = train_tokenizer.World()
-        pieces, facts = train_tokenizer.count_sample(sample, PATTERN, args.num_workers, alone)
+        alone = Processes()
+        pieces, facts = bpe.count_sample(sample, PATTERN, args.num_workers, alone)
         counted = time.perf_counter()
         merges = train_tokenizer.learn(pieces, vocabsize - 256, PATTERN, demo=False)
         ended = time.perf_counter()
-        growth = train_tokenizer.forecast(source, PATTERN)
+        growth = bpe.forecast(source, rule, PATTERN)
         return {"seconds": ended - began, "merging": ended - counted, "merges": len(merges),
                 "unique_pieces": facts["unique_pieces"],
                 "forecast": growth.memory_mib(facts["characters"], args.num_workers, 1)}
@@ -86,7 +93,7 @@ def trial(args: argparse.Namespace) -> dict:
         learner.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         learner.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocabsize, show_progress=False, min_frequency=train_tokenizer.MIN_COUNT,
+            vocab_size=vocabsize, show_progress=False, min_frequency=bpe.MIN_COUNT,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         count = learner.get_vocab_size() - 256
     return {"seconds": time.perf_counter() - began, "merges": count}
@@ -94,10 +101,10 @@ def trial(args: argparse.Namespace) -> dict:
 
 def measured(args: argparse.Namespace, learner: str, vocabsize: int, characters: int = 0) -> dict:
     """A trial in a process of its own, with the peak memory of that process and its workers."""
-    command = [sys.executable, __file__, "--trial", learner, "--vocabsize", str(vocabsize),
+    program = [sys.executable, __file__, "--trial", learner, "--vocabsize", str(vocabsize),
                "--source", *args.source, "--num_workers", str(args.num_workers),
                "--characters", str(characters), "--one_in", str(args.one_in)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
     peak = [0.0]
 
     def watch() -> None:
@@ -170,14 +177,14 @@ def memory(args: argparse.Namespace) -> None:
               flush=True)
 
 
-@documents.command
+@command
 def main() -> None:
-    parser = documents.Parser("Measure the learning of tokenizers.")
+    parser = Parser("Measure the learning of tokenizers.")
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")
     parser.add_argument("--vocabsize", type=int, nargs="+", default=[8192, 32000, 50256],
                         help="tokens, <|endoftext|> not included")
     parser.add_argument("--runs", type=int, default=5, help="trials of each")
-    parser.add_argument("--num_workers", type=int, default=documents.available_cores(),
+    parser.add_argument("--num_workers", type=int, default=host.available_cores(),
                         help="of Benchtop; the others use all cores")
     parser.add_argument("--memory", action="store_true", help="measure the memory over more and more text")
     parser.add_argument("--millions", type=int, nargs="+", default=[100, 500, 1000, 2000],

@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from recipe import ROOT, Diverged, make_variant, train
+from recipe import Diverged, make_variant, train
 
-from documents import Parser, command
+from benchtop import places
+from benchtop.command_line import Parser, command
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
@@ -48,12 +49,12 @@ def main() -> None:
     parser = Parser("Sweep the learning rate over widths.", epilog="Further flags are train_gpt.py's.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder in data/")
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="of the model")
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="widths of the model")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4],
-                        help="that all learning rates are multiplied by")
-    parser.add_argument("--steps", type=int, default=100, help="of each run")
-    parser.add_argument("--batch_tokens", type=int, default=4096, help="of each step")
-    parser.add_argument("--val_tokens", type=int, default=65536, help="to validate on")
+                        help="factors for all learning rates")
+    parser.add_argument("--steps", type=int, default=100, help="steps per run")
+    parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--val_tokens", type=int, default=65536, help="tokens to validate on")
     args, flags = parser.parse_known_args()
     results: dict[int, dict[float, float]] = {width: {} for width in args.widths}
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,7 +71,7 @@ def main() -> None:
                     results[width][factor] = math.inf
                 print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",
                       flush=True)
-    folder = ROOT / "experiments"
+    folder = places.EXPERIMENTS
     folder.mkdir(exist_ok=True)
     with open(folder / "transfer.csv", "w", newline="") as file:
         writer = csv.writer(file)

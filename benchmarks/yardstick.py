@@ -20,11 +20,16 @@ from statistics import fmean, median
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from compare import Group, as_markdown, check_comparable, compare, mean_and_spread
-from curves import curve, save_curves
-from documents import Parser, UserError, command, positive
-from run_folder import EXPERIMENTS, ROOT, write_whole
-from seeds import check_room, ended_run, keep
+from benchtop import places
+from benchtop.command_line import Parser, command, positive
+from benchtop.conclusions import compare
+from benchtop.curves import curve, save_curves
+from benchtop.errors import UserError
+from benchtop.files import write_text
+from benchtop.groups import Group, check_comparable
+from benchtop.redaction import without_secrets
+from benchtop.repeats import check_room, ended_run, keep
+from benchtop.tables import as_markdown, mean_and_spread
 
 SCRIPTS = ("train_gpt", "train_nanogpt", "train_llama3")
 
@@ -76,10 +81,10 @@ def table(groups: list[Group], minutes: float) -> list[list[str]]:
 def main() -> None:
     parser = Parser("Train the yardsticks beside train_gpt.py.", epilog="Further flags go to all three.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=2, help="of training, for each run")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each script")
-    parser.add_argument("--preset", default="demo", help="of train_gpt.py: its data and size")
-    parser.add_argument("--keep", action="store_true", help="write experiments/YARDSTICK.md, curves and runs")
+    parser.add_argument("--minutes", type=float, default=2, help="minutes of training per run")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of runs per script")
+    parser.add_argument("--preset", default="demo", help="preset of train_gpt.py, for data and size")
+    parser.add_argument("--keep", action="store_true", help="keep the runs, and write YARDSTICK.md")
     args, flags = parser.parse_known_args()
     if args.minutes <= 0:
         raise UserError(f"--minutes must be more than 0; it is {args.minutes:g}")
@@ -100,7 +105,7 @@ def main() -> None:
             name, line = lines[script, seed]
             run = ended_run(name, line)
             if not run:
-                done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(line, cwd=places.ROOT, stdout=subprocess.PIPE, text=True)
                 run = ended_run(name, line)
                 if not run:
                     raise UserError(f"{script}.py with seed {seed} ended with exit code {done.returncode}; "
@@ -117,18 +122,18 @@ def main() -> None:
     if args.keep:
         for group in results:
             keep(group.runs, kept_in(group.name))
-        save_curves(results, "val_bpb", EXPERIMENTS / "yardstick")
-        write_whole(EXPERIMENTS / "YARDSTICK.md", describe(results, args.minutes, report))
+        save_curves(results, "val_bpb", places.EXPERIMENTS / "yardstick")
+        write_text(places.EXPERIMENTS / "YARDSTICK.md",
+                   without_secrets(describe(results, args.minutes, report)))
 
 
 def kept_in(script: str) -> Path:
-    return EXPERIMENTS / f"yardstick_{script.removeprefix('train_')}"
+    return places.EXPERIMENTS / f"yardstick_{script.removeprefix('train_')}"
 
 
 def describe(groups: list[Group], minutes: float, report: str) -> str:
     first = groups[0].finished[0]
-    facts, share = first.summary, first.knobs.get("depth_warmup_frac")
-    early = f" In the first {share:.0%} of the time train_gpt.py trains one of its layers." if share else ""
+    facts = first.summary
     command = shlex.join(["python", "benchmarks/yardstick.py", *sys.argv[1:]])
     return "\n".join([
         "# The yardsticks", "",
@@ -136,8 +141,7 @@ def describe(groups: list[Group], minutes: float, report: str) -> str:
         f"{facts.get('preset')} ({facts['data']}), on {facts['processes']} x {facts['device']}, torch "
         f"{facts['torch']}. Mean and standard deviation over seeds; what stands at a quarter and at half is "
         "read off between validations.", "", report, "",
-        f"All take batches of the same size.{early} What the distance is after hours on a GPU, this does "
-        "not say.", "",
+        "All use the same batch size. How they compare after hours on a GPU is not measured here.", "",
         "![bits per byte by minutes of training](yardstick_time.png)", ""])
 
 

@@ -4,14 +4,16 @@
     python paper/build.py --no_pdf       only paper/made/: tables, figures, constants
 
 paper.tex is yours to write. TABLES and FIGURES below say which runs it shows; compare.py makes them.
-Constants in the text are \\fact{...}, read from train_gpt.py when this runs: one that is not found stops the
-build, so the appendix cannot say what the code does not do.
+Constants in the text are \\fact{...}, read from the code when this runs: one that is not found stops the
+build, so the appendix cannot say what the code does not do. Runs that an earlier train_gpt.py made, with
+other knobs or other defaults, stop it as well: method and results are of one program.
 """
 
 import dataclasses
 import inspect
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,34 +21,45 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import documents
 import train_gpt
-from compare import as_latex, check_comparable, compare, groups_table, open_groups, p_in_words
-from curves import as_bytes
-from documents import Parser, UserError, command
+from benchtop import documents, held_out, places
+from benchtop.command_line import Parser, command
+from benchtop.conclusions import compare, p_in_words
+from benchtop.curves import as_bytes
+from benchtop.errors import UserError
+from benchtop.files import sha256_of
+from benchtop.groups import PERSONAL_KNOBS, Group, Run, check_comparable, open_groups
+from benchtop.knobs import parser_of
+from benchtop.tables import as_latex, groups_table
 from train_gpt import PRESETS, Config
 
 HERE = Path(__file__).resolve().parent
 MADE = HERE / "made"
+SCRIPT = "train_gpt.py"     # what the appendix describes
 
 # what stands in the paper: a name, the groups as compare.py takes them, and what is allowed to differ
-TABLES = {"yardsticks": (["train_gpt=yardstick_gpt", "train_nanogpt=yardstick_nanogpt",
-                          "train_llama3=yardstick_llama3"], ["tokens"]),
-          "example": (["squared ReLU=relu2", "GELU=gelu"], [])}
+TABLES = {"example": (["squared ReLU=relu2", "GELU=gelu"], [])}
 # and by what the curves of a table's groups are drawn
-FIGURES = {"yardsticks": "time", "example": "tokens"}
+FIGURES = {"example": "tokens"}
+ALL_THE_TEXT = 2**53        # tokens of data, of which no budget is an epoch
 
 
 def tables() -> dict[str, str]:
-    """For each table its mean, spread and interval; and what the groups beside the first one differ by.
+    """For each table its means, spreads and intervals; how far the further groups are from the first one; and
+    the knobs that its runs set.
 
-    raises  NotComparable where compare.py would refuse
+    raises  NotComparable where compare.py would refuse; UserError where the appendix is of another program
     """
     made = {}
     for name, (specs, although) in TABLES.items():
         groups = open_groups(specs)
+        for run in runs_of(SCRIPT, groups):
+            require_described(run)
         check_comparable(groups, "val_bpb", although)
+        made[f"{name}_knobs.tex"] = as_latex(knobs_table(groups)) + "\n"
         made[f"{name}.tex"] = as_latex(groups_table(groups)) + "\n"
         lines = [["against " + groups[0].name, "difference", "95 % interval", "test", "p"]]
         for group in groups[1:]:
@@ -54,9 +67,54 @@ def tables() -> dict[str, str]:
             if test := compared.test:
                 kind = "paired" if compared.paired else "Welch"
                 lines.append([group.name, f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", kind,
-                              p_in_words(test.p).removeprefix("p ")])
+                              p_in_words(test.p).removeprefix("p ").removeprefix("= ")])
         made[f"{name}_differences.tex"] = as_latex(lines) + "\n"
     return made
+
+
+def runs_of(script: str, groups: list[Group]) -> list[Run]:
+    return [run for group in groups for run in group.finished if run.summary.get("script") == script]
+
+
+def require_described(run: Run) -> None:
+    """raises  UserError if a run was made by a program with other knobs, or other values of those that the
+    appendix states, than train_gpt.py would take for the same command now"""
+    remedy = "run it again, or take it out of TABLES in paper/build.py"
+    gone = sorted({*run.knobs} - Config.names())
+    if gone:
+        raise UserError(f"{run.name} was made by a {SCRIPT} with other knobs ({', '.join(gone[:3])}) than "
+                        f"the appendix describes; {remedy}")
+    flags = vars(parser_of(Config).parse_args(shlex.split(run.summary["command"])[1:])) | {"resume": ""}
+    now = Config(**{**Config.preset_knobs(flags.get("preset", "")), **flags})
+    for knob in re.findall(r"\\fact\{knob\.(\w+)\}", (HERE / "appendix.tex").read_text()):
+        if run.knobs.get(knob) != getattr(now, knob):
+            raise UserError(f"{run.name} had --{knob} {run.knobs.get(knob)}, where its command gives "
+                            f"{getattr(now, knob)} now and the appendix follows that; {remedy}")
+
+
+def knobs_table(groups: list[Group]) -> list[list[str]]:
+    """The knobs of the runs that differ from the defaults; those of data and machine are in their folders."""
+    defaults = dataclasses.asdict(Config())
+    sets = [defaults, *(group.finished[0].knobs for group in groups)]
+    knobs = [knob for knob in dict.fromkeys(knob for values in sets for knob in values)
+             if knob not in PERSONAL_KNOBS and any(values.get(knob) != sets[0].get(knob) for values in sets)]
+    return [["knob", "default", *(group.name for group in groups)],
+            *([knob, *(in_table(values.get(knob)) for values in sets)] for knob in knobs)]
+
+
+def in_table(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "none" if value in ("", None) else str(value)
+
+
+def remarks() -> list[str]:
+    """A line for each table whose runs another state of the script made."""
+    sha256 = sha256_of(places.ROOT / SCRIPT)
+    older = [name for name, (specs, _) in TABLES.items()
+             if any(run.summary.get("code_sha256") != sha256 for run in runs_of(SCRIPT, open_groups(specs)))]
+    return [f"{SCRIPT} has changed since the runs of table {name} were made; check that the appendix still "
+            "describes them" for name in older]
 
 
 def number(value: float) -> str:
@@ -91,31 +149,35 @@ def exponent(value: Callable[[Config], float], knob: str, base: Config) -> str:
 
 
 def facts() -> dict[str, str]:
-    """Name of a fact -> how it reads; all from the code as it is."""
+    """Name of a fact -> how it reads; all from the code as it is, and from the runs of the tables."""
     cfg = dataclasses.replace(Config(), vocab_size=256)
     made = {f"knob.{field.name}": number(getattr(cfg, field.name)) for field in dataclasses.fields(Config)}
     made |= {f"demo.{knob}": number(value) for knob, value in PRESETS["demo"].items()}
-    return made | facts_of_model(cfg) | facts_of_optimizer() | facts_of_rules(cfg)
+    made |= facts_of_model(cfg) | facts_of_optimizer() | facts_of_rules(cfg) | facts_of_data(cfg)
+    return made | facts_of_runs()
+
+
+def facts_of_runs() -> dict[str, str]:
+    """On how much text the runs of each table were validated."""
+    summaries = {name: open_groups(specs)[0].finished[0].summary for name, (specs, _) in TABLES.items()}
+    return {f"{name}.{fact}": number(summary.get(f"held_out_{fact}", "an unknown number of"))
+            for name, summary in summaries.items() for fact in ("documents", "tokens")}
 
 
 def facts_of_model(cfg: Config) -> dict[str, str]:
-    model = train_gpt.GPT(cfg, 255)
+    model = train_gpt.GPT(cfg, cfg.vocab_size - 1)
     layer = model.requires_grad_(False).layers[0]
-    _, sin = train_gpt.rotary_table(2, cfg.head_dim, "cpu")
-    angles = sin[1].double().asin()     # of the second place, each its frequency
-    turning = angles[angles > 0]
+    frequencies = model.frequencies(torch.device("cpu"))
+    rotating = frequencies[frequencies > 0]
     stream, embedding = layer.stream_mix.tolist()
     own, table = layer.value_mix.tolist()
-    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
     largest = max(float(part.abs().max()) for part in (layer.out, layer.down, model.head, model.smear))
     return {"norm.eps": number(float(constants(train_gpt.rms_norm, r"eps=(\S+)\)")[0])),
-            "rotary.slowest": number(round(1 / float(turning.min()))),
-            "rotary.fastest": number(round(float(turning.max()), 4)),
-            "rotary.turning": number(len(turning)), "rotary.pairs": number(len(angles)),
+            "rotary.slowest": number(round(1 / float(rotating.min()))),
+            "rotary.fastest": number(round(float(rotating.max()), 4)),
+            "rotary.rotating": number(len(rotating)), "rotary.pairs": number(len(frequencies)),
             "model.head_dim": number(cfg.head_dim),
-            "stage.first_depth": number(train_gpt.stage_at(cfg, 0, 0).depth),
-            "stage.tokens_per_weight": number(train_gpt.most_early_tokens(cfg) / weights),
-            "data.one_in": number(documents.HELD_OUT_ONE_IN), "data.row_limit": number(cfg.max_doc_len),
+            "model.head_multiple": number(dataclasses.replace(cfg, vocab_size=1).padded_vocab_size),
             "init.stream": number(stream), "init.embedding": number(embedding),
             "init.own_values": number(own), "init.table_values": number(table), "init.added": number(largest),
             "init.matrices": number(round(float(layer.up.std()) * math.sqrt(cfg.model_dim), 2)),
@@ -136,6 +198,7 @@ def facts_of_optimizer() -> dict[str, str]:
 
 
 def facts_of_rules(cfg: Config) -> dict[str, str]:
+    cfg = cfg.with_budget(ALL_THE_TEXT)
     made = {"rates.batch": number(int(constants(train_gpt.learning_rates, r"cfg.batch_tokens / (\d+)")[0])),
             "rates.width": constants(train_gpt.learning_rates, r"sqrt\((\d+) / cfg.model_dim\)")[0]}
     for group in ("matrices", "head"):
@@ -143,11 +206,18 @@ def facts_of_rules(cfg: Config) -> dict[str, str]:
             return train_gpt.learning_rates(cfg)[group]
         made[f"rates.{group}.batch"] = exponent(rate, "batch_tokens", cfg)
         made[f"rates.{group}.width"] = exponent(rate, "model_dim", cfg)
-    batches = {millions: Config(train_tokens=millions * 10**6).batch_tokens for millions in
-               (1, 10, 100, 1000, 10_000)}
+    batches = {millions: Config(train_tokens=millions * 10**6).with_budget(ALL_THE_TEXT).batch_tokens
+               for millions in (1, 10, 100, 1000, 10_000)}
     made["batch.by_budget"] = ", ".join(f"{number(batch)} for {number(millions)} million"
                                         for millions, batch in batches.items())
-    return made
+    most, epochs = constants(Config.with_budget, r"min\(([\d_]+), (\d+) \* epoch_tokens\)")
+    return made | {"budget.tokens": number(int(most)), "budget.epochs": epochs}
+
+
+def facts_of_data(cfg: Config) -> dict[str, str]:
+    return {"data.one_in": number(documents.HELD_OUT_ONE_IN), "data.row_limit": number(cfg.max_doc_len),
+            "data.enough": number(held_out.ENOUGH_DOCUMENTS),
+            "data.most_percent": number(100 * held_out.MOST_OF_TEXT)}
 
 
 def as_macros(texts: dict[str, str]) -> str:
@@ -168,7 +238,7 @@ def main() -> None:
         (MADE / name).write_text(text, encoding="utf-8")
     for name, axis in FIGURES.items():
         (MADE / f"{name}.pdf").write_bytes(as_bytes(open_groups(TABLES[name][0]), axis, "val_bpb", "pdf"))
-    print("wrote tables, figures and constants to paper/made", flush=True)
+    print("\n".join([*remarks(), "wrote tables, figures and constants to paper/made"]), flush=True)
     if args.no_pdf:
         return
     if not shutil.which("latexmk"):

@@ -3,24 +3,22 @@
 import json
 import random
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny_runs import ROOT, run
+from launch import copy_scripts, run
 
-import compare
-import documents
 import download_fineweb
-import run_folder
-import shards
 import train_tokenizer
+from benchtop import machine, places, sources, tokenizer
 
-SCRIPTS = {"documents.py": documents, "train_tokenizer.py": train_tokenizer,
+SCRIPTS = {"benchtop/sources.py": sources, "train_tokenizer.py": train_tokenizer,
            "download_fineweb.py": download_fineweb}
+
+machine.keep_kernels_by_cpu()       # also for tests that compile parts of a model by themselves
 
 # The same examples in every run: what is red stays red. Fixtures may live through many examples, since each
 # example writes its files anew.
@@ -33,17 +31,17 @@ settings.load_profile("benchtop")
 def bench(tmp_path, monkeypatch) -> Path:
     """An empty Benchtop: the scripts write below this folder, and relative paths start there."""
     monkeypatch.chdir(tmp_path)
-    for module in (train_tokenizer, shards):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(train_tokenizer, "TOKENIZERS", tmp_path / "tokenizers")
-    monkeypatch.setattr(train_tokenizer, "gpt2_if_at_hand", lambda: None)       # it comes from the internet
-    monkeypatch.setattr(shards, "DATA", tmp_path / "data")
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.setattr(places, "TOKENIZERS", tmp_path / "tokenizers")
+    monkeypatch.setattr(places, "DATA", tmp_path / "data")
+    monkeypatch.setattr(places, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(tokenizer, "gpt2_if_at_hand", lambda: None)     # it comes from the internet
     return tmp_path
 
 
 @pytest.fixture
 def command(bench, monkeypatch):
-    """Runs a script in this process: command("documents.py stdlib")."""
+    """Runs a script in this process: command("train_tokenizer.py --name mine")."""
     def run(line: str) -> None:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         SCRIPTS[sys.argv[0]].main()
@@ -58,16 +56,16 @@ def refusal(command, capsys):
         with pytest.raises(SystemExit) as end:
             command(line)
         said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err.strip()
-        assert end.value.code and said.startswith(f"{line.split()[0]}: error: ") and "\n" not in said, said
+        script = Path(line.split()[0]).name
+        assert end.value.code and said.startswith(f"{script}: error: ") and "\n" not in said, said
         return said
     return run
 
 
 @pytest.fixture
 def shell(bench):
-    """Runs a copy of a script in a process of its own, or only starts it: shell("documents.py stdlib")."""
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, bench)
+    """Runs a copy of a script in a process of its own, or only starts it: shell("train_tokenizer.py")."""
+    copy_scripts(bench)
 
     def run(line: str, start: bool = False, **options):
         how = {"cwd": bench, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
@@ -100,8 +98,7 @@ def _write_rows():
 def lab(tmp_path_factory) -> Path:
     """A copy of the scripts with a tokenizer and a data set of 300 short documents."""
     folder = tmp_path_factory.mktemp("lab")
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
+    copy_scripts(folder)
     rng = random.Random(0)
     words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under",
              "mat", "tree", "and", "then", "saw", "big", "small"]
@@ -109,17 +106,15 @@ def lab(tmp_path_factory) -> Path:
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(folder, "train_tokenizer.py", "--source", "text.jsonl", "--vocabsize", "300", "--name", "tiny",
         "--num_workers", "1")
-    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny_v300_n1073741824",
-        "--num_workers", "1", "--name", "tiny")
+    run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny", "--num_workers", "1",
+        "--name", "tiny")
     return folder
 
 
 @pytest.fixture
 def here(lab, tmp_path, monkeypatch) -> Path:
     """The lab's data for code that runs in this process; run folders land in a folder of the test's own."""
-    monkeypatch.setattr(shards, "DATA", lab / "data")
-    for module in (train_tokenizer, run_folder):
-        monkeypatch.setattr(module, "TOKENIZERS", lab / "tokenizers")
-    for module in (run_folder, compare):
-        monkeypatch.setattr(module, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(places, "DATA", lab / "data")
+    monkeypatch.setattr(places, "TOKENIZERS", lab / "tokenizers")
+    monkeypatch.setattr(places, "EXPERIMENTS", tmp_path / "experiments")
     return tmp_path

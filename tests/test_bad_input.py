@@ -12,12 +12,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_resume import stop_here
-from tiny_runs import flags, rows_of
+from tiny_runs import ROOT, flags, rows_of
 
-import run_folder
 import train_gpt
-import train_tokenizer
-from documents import UserError
+from benchtop import places
+from benchtop.checkpoints import load_checkpoint, read_checkpoint
+from benchtop.errors import UserError
 
 KNOBS = sorted(field.name for field in dataclasses.fields(train_gpt.Config) if field.type is not bool)
 values = (st.integers(-3, 300).map(str) | st.floats(width=32).map(str) | st.text(max_size=12)
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_whole_or_refused(stopped_run, data):
         (stopped_run / name).unlink(missing_ok=True)
     path = stopped_run / "checkpoint.pt"
     whole = path.read_bytes()
-    wanted = run_folder.load_checkpoint(path)
+    wanted = load_checkpoint(path)
     content = bytearray(whole)
     place = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_whole_or_refused(stopped_run, data):
         del content[place:]
     path.write_bytes(content)
     try:
-        state = run_folder.read_checkpoint(stopped_run)
+        state = read_checkpoint(stopped_run)
         # what is not covered by a checksum carries nothing
         assert all(torch.equal(state["model"][name], tensor) for name, tensor in wanted["model"].items())
         assert state["step"] == wanted["step"] and state["rows"] == wanted["rows"]
@@ -135,9 +135,6 @@ def test_a_damaged_checkpoint_is_whole_or_refused(stopped_run, data):
 ])
 def test_odd_texts_train_or_end_in_one_line(bench, command, monkeypatch, capsys, write_rows, texts):
     write_rows(bench / "odd.jsonl", texts)
-    for module in (train_tokenizer, run_folder):
-        monkeypatch.setattr(module, "TOKENIZERS", bench / "tokenizers")
-    monkeypatch.setattr(run_folder, "EXPERIMENTS", bench / "experiments")
     command("train_tokenizer.py --source odd.jsonl --vocabsize 260 --name odd --num_workers 1")
     tokenizer, = (bench / "tokenizers").iterdir()
     try:
@@ -146,6 +143,7 @@ def test_odd_texts_train_or_end_in_one_line(bench, command, monkeypatch, capsys,
     except SystemExit as end:
         assert len(str(end.code).splitlines()) == 1
         return
+    monkeypatch.setattr(places, "ROOT", ROOT)       # where the script stands that is run
     knobs = flags(num_steps=2, seq_len=8, batch_tokens=32, max_doc_len=16)
     said = main_ends_well(monkeypatch, capsys, knobs)
     if not said:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from statistics import fmean
 import pytest
 
 import compare
-import curves
-from compare import Group, check_comparable, open_groups, read_run, standing
-from documents import UserError
-
-ROOT = Path(compare.__file__).parent
+from benchtop import curves, places, significance
+from benchtop.conclusions import benchmark_lines, standing
+from benchtop.conclusions import compare as compare_groups
+from benchtop.errors import UserError
+from benchtop.groups import Group, check_comparable, differences_of, open_groups, read_run
+from benchtop.page import page
+from benchtop.places import ROOT
+from benchtop.tables import groups_table, index, runs_table, short
 
 
 def write_run(folder: Path, seed: int = 0, bpb: float = 1.0, **changes) -> Path:
@@ -60,7 +64,7 @@ def write_run(folder: Path, seed: int = 0, bpb: float = 1.0, **changes) -> Path:
 @pytest.fixture
 def two_groups(tmp_path, monkeypatch):
     """experiments/demo and experiments/gelu with three seeds each; gelu is worse by 0.02 and a little."""
-    monkeypatch.setattr(compare, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(places, "EXPERIMENTS", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     for seed, (bpb, more) in enumerate(((0.910, 0.021), (0.914, 0.019), (0.918, 0.020))):
         write_run(tmp_path / f"experiments/demo/seed{seed}", seed, bpb)
@@ -126,6 +130,108 @@ def test_runs_that_may_differ_are_compared(two_groups, changes, although):
     check_comparable(open_groups(["demo", "other"]), "val_bpb", although)
 
 
+BENCH = {"batches.py": "1", "budget.py": "1", "evaluation.py": "1", "identity.py": "1", "page.py": "1"}
+
+
+def bench(**changes: str | None) -> dict:
+    """What a summary says of a bench in which some files have changed."""
+    files = BENCH | {f"{name}.py": sha256 for name, sha256 in changes.items()}
+    files = {name: sha256 for name, sha256 in files.items() if sha256}
+    return {"bench": files, "bench_sha256": "cafe1234" + "".join(files.values()),
+            "sources": {"train_gpt.py": "c1"}}
+
+
+def on_benches(folder: Path, **groups: dict) -> None:
+    """Three runs for each group, on its bench."""
+    for name, facts in groups.items():
+        for seed in range(3):
+            write_run(folder / name / f"seed{seed}", seed, 0.9 + seed / 100, summary=dict(facts))
+
+
+@pytest.mark.parametrize(("other", "line"), [
+    (bench(), "all runs stood on the same bench (cafe1234)"),
+    (bench(identity="2", page="2"), "the runs stood on different benches: identity.py, page.py differ; "
+                                    "none of these measures or orders anything"),
+    (bench(page="2"),
+     "the runs stood on different benches: page.py differs; it neither measures nor orders anything"),
+    (bench(tables="1"),
+     "the runs stood on different benches: tables.py differs; it neither measures nor orders anything")])
+def test_runs_on_benches_that_measure_alike_are_compared(two_groups, monkeypatch, capsys, other, line):
+    on_benches(two_groups, mine=bench(), other=other)
+    out, _, code = say(monkeypatch, capsys, "mine", "other")
+    assert code == 0 and out.splitlines().count(line) == 1 and "other against mine" in out
+    assert "is mixed" not in out and "the code of" not in out
+
+
+@pytest.mark.parametrize("name", ["batches", "budget", "evaluation"])
+@pytest.mark.parametrize("change", ["2", None])
+def test_runs_measured_or_ordered_by_other_code_are_refused(two_groups, monkeypatch, capsys, name, change):
+    on_benches(two_groups, mine=bench(), other=bench(page="2", **{name: change}))
+    out, err, code = say(monkeypatch, capsys, "mine", "other")
+    assert code == 1 and "against" not in out
+    assert err.splitlines()[-1].endswith(f"differ in bench: {name}.py; if you know that this does not change "
+                                         "the numbers, use --although bench")
+    out, _, code = say(monkeypatch, capsys, "mine", "other", "--although", "bench")
+    files = ", ".join(sorted([f"{name}.py", "page.py"]))
+    assert code == 0 and "other against mine" in out
+    assert f"the runs stood on different benches: {files} differ; {name}.py can change the numbers\n" in out
+
+
+def test_runs_of_before_the_bench_was_hashed_are_of_another_bench(two_groups, monkeypatch, capsys):
+    on_benches(two_groups, mine=bench())
+    out, err, code = say(monkeypatch, capsys, "demo", "mine")
+    assert code == 1 and "against" not in out
+    assert "differ in bench: demo/seed0 was made before the bench was hashed; if you know" in err
+    out, _, code = say(monkeypatch, capsys, "mine", "demo", "--although", "bench")
+    assert code == 0 and "demo against mine" in out and "the code of shards.py" not in out
+    assert ("the runs stood on different benches: demo/seed0 and 2 more were made before the bench was hashed"
+            in out)
+    assert "demo (demo/seed0) and this run (mine/seed0) differ in bench" in standing(
+        read_run(two_groups / "mine/seed0"), "demo")
+    # among themselves their sources tell
+    write_run(two_groups / "old", 3, summary={"sources": {"train_gpt.py": "c1", "shards.py": "s2"}})
+    out, _, code = say(monkeypatch, capsys, "demo/seed0", "old")
+    assert code == 0 and "they differ in the code of shards.py" in out
+    assert "these runs were made before the bench was hashed; only the sources they name are compared" in out
+
+
+def test_a_bench_that_differs_is_named_with_all_else_that_does(two_groups):
+    write_run(two_groups / "a", summary=bench())
+    write_run(two_groups / "b", summary=bench(batches="2") | {"tokens": 5})
+    with pytest.raises(UserError, match=r"in tokens: 4,915,200 against 5 and in bench: batches\.py; .*use "
+                                        "--although tokens --although bench"):
+        check_comparable(open_groups(["a", "b"]), "val_bpb")
+
+
+def test_the_bench_of_single_runs_in_a_table_is_told_too(two_groups, monkeypatch, capsys):
+    for number, facts in enumerate((bench(), bench(batches="2"), bench())):
+        write_run(two_groups / f"try{number}", number, summary=facts)
+    out, _, code = say(monkeypatch, capsys, "try*")
+    assert code == 0 and "different benches: batches.py differs; batches.py can change the numbers" in out
+
+
+@pytest.mark.parametrize(("counts", "warning"), [
+    ([16, 16], ""), ([15, 15], "has only 15 documents;"), ([64, 1], "has only 1 document;"),
+    ([None, None], "")])
+def test_few_held_out_documents_are_shown_and_warned_of(two_groups, monkeypatch, capsys, counts, warning):
+    for number, count in enumerate(counts):
+        write_run(two_groups / f"try{number}", number, summary={"held_out_documents": count} if count else {})
+    out, _, _ = say(monkeypatch, capsys, "try*")
+    assert (f"warning: the held-out text {warning}" in out) == bool(warning) == ("warning" in out)
+    titles, *lines = runs_table(open_groups(["try*"]))
+    assert ("held-out documents" in titles) == any(counts)
+    if any(counts):
+        assert [line[titles.index("held-out documents")] for line in lines] == list(map(str, counts))
+
+
+@pytest.mark.parametrize(("number", "text"), [
+    (0, "0"), (512, "512"), (999, "999"), (1000, "1.0k"), (8192, "8.2k"), (9949, "9.9k"), (9950, "10k"),
+    (84_199, "84k"), (819_200, "819k"), (999_499, "999k"), (999_500, "1.0M"), (4_915_200, "4.9M"),
+    (1_234_567_890, "1,234.6M")])
+def test_numbers_of_tokens_are_short_and_never_nothing(number, text):
+    assert short(number) == text
+
+
 def test_differences_within_a_group_count_too(two_groups):
     write_run(two_groups / "demo/seed3", 3, summary={"tokens": 5})
     with pytest.raises(UserError, match="tokens"):
@@ -137,18 +243,19 @@ def test_conclusions_name_difference_interval_power_and_cause(two_groups, monkey
     assert code == 0
     assert "gelu against demo, val_bpb: 0.9340 (3 runs) against 0.9140 (3 runs)" in out
     # paired: mean 0.02, sd 0.001, t(0.975, 2) = 4.3027
-    assert ("  paired by 3 seeds +0.0200, 95 % interval +0.0175 to +0.0225, t 34.64 on 2.0 degrees of "
+    assert ("  paired by 3 seeds +0.0200, 95 % interval +0.0175 to +0.0225, t = 34.64 with 2.0 degrees of "
             "freedom, p below 0.001") in out
     assert "  Welch             +0.0200, 95 % interval +0.0113 to +0.0287" in out
     assert "gelu is higher, so worse" in out
-    assert "four times in five; one of 0.0200 takes 2 pairs\n" in out
+    # 1 - scipy.stats.nct.cdf(4.3027, 2, 0.00326 / (0.001 / sqrt(3))) is 0.8
+    assert "  With 3 pairs, the smallest difference detectable with 80 % power is 0.0033.\n" in out
     assert "they differ in --muon_lr 0.05 against 0.1; the script, train_gpt.py against my.py" in out
 
 
 def test_a_single_run_a_side_proves_nothing(two_groups, monkeypatch, capsys):
     out, _, code = say(monkeypatch, capsys, "demo/seed0", "gelu/seed1")
     assert code == 0
-    assert "one run a side does not tell it from chance" in out
+    assert "one run per side cannot tell this from chance" in out
 
 
 def test_seeds_that_do_not_match_are_not_paired(two_groups, monkeypatch, capsys):
@@ -203,7 +310,56 @@ def test_one_run_is_placed_among_many(two_groups, monkeypatch, capsys):
 
 def test_an_effect_asked_for_is_planned_for(two_groups, monkeypatch, capsys):
     out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--effect", "0.001")
-    assert "one of 0.0010 takes 10 pairs, 7 more" in out
+    assert "80 % power is 0.0033. Detecting 0.0010 would need 10 pairs (7 more).\n" in out
+    for seed in range(3):
+        shutil.move(two_groups / f"gelu/seed{seed}", two_groups / "gone" / str(seed))
+        write_run(two_groups / f"gelu/seed{seed + 7}", seed + 7, 0.930 + seed / 1000)
+    write_run(two_groups / "gelu/seed6", 6, 0.933)
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--effect", "0.005")
+    test = significance.welch([0.910, 0.914, 0.918], [0.930, 0.931, 0.932, 0.933])
+    needed = significance.runs_needed(0.005, test.sd, df_per_run=test.df_per_run)
+    assert ("With 3 and 4 runs, the smallest difference detectable with 80 % power is "
+            f"{significance.smallest_effect(test.error, test.df):.4f}. Detecting 0.0050 would need {needed} "
+            f"runs per group ({needed - 3} more of demo, {needed - 4} more of gelu).\n") in out and needed > 4
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--effect", "1e-5")
+    assert "Detecting 0.0000 would need more than 10,000 runs per group." in out
+
+
+def test_power_is_not_computed_for_the_effect_that_was_seen(two_groups, monkeypatch, capsys):
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "80 % power" in out and "would need" not in out
+
+
+def test_several_comparisons_are_adjusted_by_holms_method(two_groups, monkeypatch, capsys):
+    for seed, more in enumerate((0.002, 0.004, 0.005)):
+        write_run(two_groups / f"b/seed{seed}", seed, 0.910 + 0.004 * seed + more)
+        write_run(two_groups / f"c/seed{seed}", seed, 0.920 + 0.003 * seed)
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "b", "c")
+    tests = {name: compare_groups(*open_groups(["demo", name]), "val_bpb").test.p
+             for name in ("gelu", "b", "c")}
+    assert tests["gelu"] < tests["c"] < tests["b"] and tests["b"] < 0.06
+    # by hand: the smallest p three times, the next one twice, the largest as it is
+    adjusted = {"b": max(tests["b"], 2 * tests["c"]), "c": 2 * tests["c"]}
+    assert (f"3 comparisons raise the chance of a false positive; adjusted for that (Holm): gelu p = "
+            f"{3 * tests['gelu']:.2g}; b p = {adjusted['b']:.2g}; c p = {adjusted['c']:.2g}") in out.replace(
+                ", no longer below 0.05", "")
+    assert out.count("no longer below 0.05") == sum(tests[name] < 0.05 <= adjusted[name] for name in adjusted)
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "Holm" not in out
+
+
+@pytest.mark.parametrize(("dates", "is_said"), [
+    (["20260101_1200", "20260101_1300"], True), (["20260101_1300", "20260101_1200"], True),
+    (["20260101_1200", "20260101_1200"], False), (["20260101_1200", ""], False)])
+def test_speeds_of_groups_that_did_not_take_turns_are_a_matter_of_the_machine(
+        two_groups, monkeypatch, capsys, dates, is_said):
+    for place, (name, date) in enumerate(zip("ab", dates, strict=True)):
+        for seed in range(3):
+            folder = f"{date}{2 * seed + place:02d}_{name}_seed{seed}" if date else f"{name}_seed{seed}"
+            write_run(two_groups / folder, seed, 0.9 + seed / 100)
+    out, _, _ = say(monkeypatch, capsys, "a=*a_seed*", "b=*b_seed*")
+    line = "b did not take turns with a, so a difference in tokens/s may come from the machine"
+    assert (line in out) == is_said == ("take turns" in out)
 
 
 def test_damaged_runs_and_files_beside_them_are_left_out_with_a_word(two_groups, monkeypatch, capsys):
@@ -250,16 +406,16 @@ def test_mcnemar_pairs_runs_by_seed_on_each_benchmark(tmp_path, monkeypatch):
     def group(name: str, **benchmarks) -> Group:
         return Group(name, [read_run(write_run(tmp_path / name, 5, benchmarks=benchmarks))])
     a, b = group("a", hellaswag=rows, lambada=rows, piqa=rows), group("b", lambada=worse, hellaswag=rows)
-    first, second = compare.benchmark_lines(a, b)
+    first, second = benchmark_lines(a, b)
     assert "hellaswag, b against a: 20 against 20 of 30 right" in first
     assert "lambada, b against a: 10 against 20 of 30 right; 0 only by the former, 10 only by the latter, " \
-        "p 0.002 (McNemar)" in second
+        "p = 0.002 (McNemar)" in second
     other = group("c", lambada=rows[1:])
-    line, = compare.benchmark_lines(a, other)
+    line, = benchmark_lines(a, other)
     assert "lambada: a and c were scored on different rows" in line
-    assert compare.benchmark_lines(a, group("d", mine=rows)) == []
+    assert benchmark_lines(a, group("d", mine=rows)) == []
     (other.runs[0].folder / "lambada.jsonl").unlink()
-    assert compare.benchmark_lines(a, other) == []
+    assert benchmark_lines(a, other) == []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,21 +450,21 @@ def test_csv_has_the_numbers_in_full(two_groups, monkeypatch, capsys):
 
 
 def test_columns_nobody_measured_are_left_out(two_groups):
-    titles = compare.runs_table(open_groups(["demo"]))[0]
+    titles = runs_table(open_groups(["demo"]))[0]
     assert "hellaswag" not in titles and "cost" in titles
 
 
 def test_what_a_run_is_scored_on_is_no_difference_of_recipe(tmp_path):
     first, second = (read_run(write_run(tmp_path / name, knobs={"benchmarks": name}))
                      for name in ("piqa", "all"))
-    assert compare.differences_of(first, second) == []
+    assert differences_of(first, second) == []
 
 
 def test_every_benchmark_that_runs_have_is_shown(two_groups, monkeypatch, capsys):
     rows = [(name, name % 4 > 0) for name in range(8)]
     write_run(two_groups / "demo/seed3", 3, benchmarks={"hellaswag": rows, "my_quiz": rows})
     write_run(two_groups / "gelu/seed3", 3, benchmarks={"lambada": rows})
-    titles, *lines = compare.runs_table(open_groups(["demo", "gelu"]))
+    titles, *lines = runs_table(open_groups(["demo", "gelu"]))
     assert titles[-4:] == ["hellaswag", "my_quiz", "lambada", "lambada perplexity"]
     assert lines[3][-4:] == ["0.750 (0.250-0.750)"] * 2 + ["", ""]
     assert lines[7][-4:] == ["", "", "0.750 (0.250-0.750)", "35.13"]
@@ -389,8 +545,8 @@ def test_the_page_sorts_switches_axes_and_shows_samples(two_groups, monkeypatch,
     browser.goto(Path("out/page.html").resolve().as_uri())
 
     def column(title):
-        place = browser.locator("thead th").all_inner_texts().index(title)
-        return browser.locator(f"tbody td:nth-child({place + 1})").all_inner_texts()
+        place = browser.locator(".runs thead th").all_inner_texts().index(title)
+        return browser.locator(f".runs tbody td:nth-child({place + 1})").all_inner_texts()
     assert len(column("run")) == 6
     head = browser.get_by_role("button", name="val_bpb")
     head.click()
@@ -415,10 +571,42 @@ def test_the_page_sorts_switches_axes_and_shows_samples(two_groups, monkeypatch,
 
 
 def test_what_runs_say_is_never_markup(two_groups):
-    from page import page
     shutil.move(two_groups / "gelu", two_groups / "<img src=x>")
     html = page(open_groups(["demo", "<img src=x>"]), "val_bpb", ["<script>alert(1)</script>"])
     assert "<img" not in html and "<script>alert" not in html and "<b>upon" not in html
+
+
+def test_the_page_begins_with_no_winner_and_has_the_table_of_groups(two_groups):
+    groups = open_groups(["demo", "gelu"])
+    html = page(groups, "val_bpb", [])
+    assert html.count("<p>") == 1 and "<p>6 of 6 runs finished</p>" in html and "lowest" not in html
+    table = html.split('<table class="groups">')[1].split("</table>")[0]
+    cells = [re.findall(r"<t[dh].*?>(.*?)</t[dh]>", line) for line in table.split("<tr>")[1:]]
+    assert cells == groups_table(groups)
+    # no mean of runs that do not belong together, and no table for single runs
+    assert '<table class="groups">' not in page(groups, "val_bpb", [], is_comparable=False)
+    assert '<table class="groups">' not in page(open_groups(["demo/seed0", "gelu/seed0"]), "val_bpb", [])
+
+
+def test_what_is_refused_has_no_table_of_groups_on_the_page(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "demo/seed3", 3, summary={"tokens": 5})
+    _, _, code = say(monkeypatch, capsys, "demo", "gelu", "--html", "page.html")
+    assert code == 1 and '<table class="groups">' not in Path("page.html").read_text()
+
+
+def test_samples_side_by_side_are_of_one_seed_where_there_is_one(two_groups):
+    shutil.rmtree(two_groups / "gelu/seed0")
+    (two_groups / "demo/seed1/samples.jsonl").unlink()
+    html = page(open_groups(["demo", "gelu"]), "val_bpb", [])
+    assert "<h2>Samples of seed 2</h2>" in html
+    assert re.findall(r"<h3>(.*?)</h3>", html) == ["demo: demo/seed2", "gelu: gelu/seed2"]
+    write_run(two_groups / "other/seed7", 7, 0.91)
+    write_run(two_groups / "other/seed8", 8, 0.93)
+    write_run(two_groups / "other/seed9", 9, 0.97)
+    html = page(open_groups(["demo", "other"]), "val_bpb", [])
+    assert "<h2>Samples of the run nearest to each group's mean, since no seed is in all groups</h2>" in html
+    # demo's mean is that of seed 1, which has no samples
+    assert re.findall(r"<h3>(.*?)</h3>", html)[1] == "other: other/seed8"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -427,15 +615,15 @@ def test_what_runs_say_is_never_markup(two_groups):
 
 def test_standing_is_in_the_groups_standard_deviations(two_groups):
     run = read_run(write_run(two_groups / "20260101_120000_try", 9, 0.922))
-    assert standing(run, "demo") == (
-        "at the end you are +0.0080 bits per byte, 2.0 sigma, above demo (3 runs, mean 0.9140, sigma 0.0040)")
-    assert "-0.0120 bits per byte, 3.0 sigma, below" in standing(
+    assert standing(run, "demo") == ("val_bpb is 0.0080 above demo, 2.0 standard deviations (3 runs: mean "
+                                     "0.9140, standard deviation 0.0040)")
+    assert "val_bpb is 0.0120 below demo, 3.0 standard deviations" in standing(
         read_run(write_run(two_groups / "20260101_120001_try", 9, 0.902)), "demo")
 
 
 def test_standing_leaves_the_run_itself_out(two_groups):
     run = read_run(write_run(two_groups / "demo/seed3", 3, 0.922))
-    assert "2.0 sigma, above demo (3 runs" in standing(run, "demo")
+    assert "above demo, 2.0 standard deviations (3 runs" in standing(run, "demo")
 
 
 def test_standing_says_why_it_cannot_be_told(two_groups):
@@ -443,13 +631,13 @@ def test_standing_says_why_it_cannot_be_told(two_groups):
     assert standing(other, "demo") == (
         "no comparison with demo: demo (demo/seed0) and this run (a) were validated on different text")
     lonely = read_run(write_run(two_groups / "b", bpb=0.93))
-    assert "without a spread" in standing(lonely, "demo/seed0")
+    assert "so no standard deviation" in standing(lonely, "demo/seed0")
 
 
 def test_the_index_names_failures(two_groups):
     write_run(two_groups / "demo/seed3", 3, summary={"status": "failed: the loss of step 7 is nan"})
     write_run(two_groups / "20260101_000000_private", 0)
-    text = compare.index(two_groups)
+    text = index(two_groups)
     assert "| [demo](demo/) | 3 of 4 | demo | 4.9M | 2.1936 ± 0.0096 | 0.9140 ± 0.0040 |" in text
     assert "- `demo/seed3`: failed: the loss of step 7 is nan" in text
     assert "private" not in text
@@ -461,9 +649,9 @@ def test_the_committed_index_is_what_the_committed_runs_say(tmp_path):
     for name in listed.stdout.splitlines() or pytest.skip("no git repository here"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    assert (ROOT / "experiments/README.md").read_text() == compare.index(tmp_path / "experiments")
+    assert (ROOT / "experiments/README.md").read_text() == index(tmp_path / "experiments")
 
 
 def test_compare_needs_no_torch():
-    code = "import compare, page, seeds, sys; sys.exit('torch' in sys.modules)"
+    code = "import compare, seeds, judge, benchtop.page, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

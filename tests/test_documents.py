@@ -1,4 +1,4 @@
-"""Sources of text, held-out documents, the shuffle and worker processes.
+"""Sources of text, the shuffle, worker processes and what all commands share.
 
 Run: ./run.sh test tests/test_documents.py
 """
@@ -7,11 +7,9 @@ import argparse
 import codecs
 import doctest
 import gzip
-import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import random
 import subprocess
@@ -28,9 +26,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import documents
-import train_tokenizer
-from documents import UserError, open_source
+import benchtop.command_line
+from benchtop import bpe, documents, sources
+from benchtop.command_line import positive
+from benchtop.errors import UserError
+from benchtop.held_out import rule_for
+from benchtop.sources import open_source
+from benchtop.workers import in_parallel
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 TEXTS = ["one\r\ntwo\n", "Größe 東京 🙂", "", " \n"]
@@ -50,7 +52,7 @@ def texts_of(path: Path) -> list[str]:
     return [text for _, text in open_source(str(path))]
 
 
-@pytest.mark.parametrize("module", [documents, train_tokenizer])
+@pytest.mark.parametrize("module", [sources, bpe])
 def test_the_examples_in_the_docstrings_are_true(module):
     result = doctest.testmod(module)
     assert result.attempted and not result.failed
@@ -67,7 +69,7 @@ def test_stdlib_leaves_out_tests_and_installed_packages(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "dangling.py").symlink_to("nowhere")
-    monkeypatch.setattr(documents.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert list(open_source("stdlib")) == [(f"stdlib/{name}", name) for name in kept]
 
 
@@ -79,7 +81,7 @@ def test_stdlib_is_each_module_once_in_sorted_order():
 
 
 def test_a_python_without_its_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="no modules"):
         open_source("stdlib")
 
@@ -248,7 +250,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_ends_in_one_line_that_names_it(bench, refusal, name):
     (bench / name).write_bytes(DAMAGED[name])
-    assert name in refusal(f"documents.py {name}")
+    assert name in refusal(f"benchtop/sources.py {name}")
 
 
 @pytest.mark.parametrize("spec, hint", [
@@ -266,7 +268,7 @@ def test_a_damaged_file_ends_in_one_line_that_names_it(bench, refusal, name):
 def test_a_source_that_is_not_there_ends_in_one_line(bench, refusal, spec, hint):
     (bench / "folder").mkdir()
     (bench / "empty.jsonl").write_text("\n")
-    assert hint in refusal(f"documents.py {spec}")
+    assert hint in refusal(f"benchtop/sources.py {spec}")
 
 
 def test_an_unreadable_file_ends_in_one_line(bench, refusal):
@@ -274,7 +276,7 @@ def test_an_unreadable_file_ends_in_one_line(bench, refusal):
     (bench / "secret.txt").chmod(0)
     if os.access(bench / "secret.txt", os.R_OK):
         pytest.skip("this user may read everything")
-    assert "secret.txt" in refusal("documents.py secret.txt")
+    assert "secret.txt" in refusal("benchtop/sources.py secret.txt")
 
 
 @settings(max_examples=300)
@@ -293,20 +295,24 @@ def test_no_damage_to_a_parquet_file_raises_another_exception(tmp_path_factory, 
 
 def test_a_shell_sees_one_line_and_a_failure(bench, shell):
     (bench / "half.jsonl").write_text('{"text": "a')
-    for line in ("documents.py half.jsonl", "documents.py nowhere", "train_tokenizer.py --source half.jsonl",
-                 "download_fineweb.py --tokenizer nosuch", "train_tokenizer.py --vocab_size 300"):
+    for line in ("-m benchtop.sources half.jsonl", "-m benchtop.sources nowhere",
+                 "train_tokenizer.py --source half.jsonl", "download_fineweb.py --tokenizer nosuch",
+                 "train_tokenizer.py --vocab_size 300"):
         result = shell(line)
+        script = "sources.py" if line.startswith("-m") else line.split()[0]
         assert result.returncode in (1, 2)
         assert not result.stdout
-        assert result.stderr.startswith(f"{line.split()[0]}: error: ") and result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"{script}: error: ") and result.stderr.count("\n") == 1
 
 
 def test_the_command_counts_a_source(command, capsys, pages):
-    command("documents.py pages.jsonl")
+    command("benchtop/sources.py pages.jsonl")
     said = capsys.readouterr().out
     assert said.startswith(f"pages.jsonl:1:\n{pages[0]}"[:500])
-    assert f"400 documents, {sum(map(len, pages)):,} characters" in said
-    assert f"{sum(map(documents.is_held_out, pages))} documents held out, 0 invalid" in said
+    assert f"400 documents, {sum(map(len, pages)):,} characters, 0 invalid" in said
+    rule = rule_for(open_source("pages.jsonl"))
+    held_out = list(filter(rule.holds_out, pages))
+    assert f"; {len(held_out):,} of {sum(map(len, held_out)):,} characters" in said
 
 
 @pytest.mark.parametrize("error, code, says", [
@@ -315,7 +321,7 @@ def test_the_command_counts_a_source(command, capsys, pages):
     (KeyboardInterrupt(), 130, "x.py: interrupted"),
 ])
 def test_a_command_ends_without_a_traceback(monkeypatch, capsys, error, code, says):
-    @documents.command
+    @benchtop.command_line.command
     def main():
         raise error
 
@@ -329,7 +335,12 @@ def test_a_flag_that_was_perhaps_meant_is_named(refusal):
     assert "did you mean --vocabsize?" in refusal("train_tokenizer.py --vocab_size 300")
 
 
-@pytest.mark.parametrize("script", ["documents.py", "train_tokenizer.py", "download_fineweb.py"])
+def test_advice_names_the_command_that_was_typed(refusal):
+    assert "(python train_tokenizer.py --help lists" in refusal("train_tokenizer.py --vocab_size 300")
+    assert "(python -m benchtop.sources --help lists" in refusal("benchtop/sources.py stdlib --verbos")
+
+
+@pytest.mark.parametrize("script", ["benchtop/sources.py", "train_tokenizer.py", "download_fineweb.py"])
 def test_help_shows_each_default_once(command, capsys, script):
     with pytest.raises(SystemExit) as end:
         command(f"{script} --help")
@@ -340,26 +351,27 @@ def test_help_shows_each_default_once(command, capsys, script):
 @given(st.integers() | st.text(max_size=3))
 def test_positive_takes_whole_numbers_from_one_on(value):
     try:
-        assert documents.positive(str(value)) == int(value) >= 1
+        number = positive(str(value))
+        assert 1 <= number == (value if isinstance(value, int) else float(value))
     except argparse.ArgumentTypeError:
         assert not (isinstance(value, int) and value >= 1)
 
 
+@pytest.mark.parametrize("text, number", [
+    ("1e6", 10**6), ("2.5E3", 2500), ("4_000_000", 4_000_000), (" 7 ", 7),
+    ("1.5", None), ("1e-1", None), ("-1e6", None), ("0", None), ("1e400", None), ("nan", None), ("", None),
+])
+def test_a_whole_number_may_be_written_for_people(text, number):
+    if number:
+        assert positive(text) == number
+    else:
+        with pytest.raises(argparse.ArgumentTypeError):
+            positive(text)
+
+
 # ------------------------------------------------------------------------------------------------
-# Held-out documents, shuffle, batches
+# Shuffle, batches
 # ------------------------------------------------------------------------------------------------
-
-@given(st.text())
-def test_the_text_alone_decides_what_is_held_out(text):
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    assert documents.is_held_out(text) == (int(digest[:16], 16) % 64 == 0)
-
-
-def test_one_document_in_64_is_held_out():
-    number, share = 64_000, 1 / 64
-    held_out = sum(documents.is_held_out(f"document {index}") for index in range(number))
-    assert abs(held_out - number * share) < 4 * math.sqrt(number * share * (1 - share))
-
 
 def numbered(count: int, characters: int = 10) -> list[tuple[str, str]]:
     return [(str(number), "x" * characters) for number in range(count)]
@@ -418,8 +430,8 @@ def test_batches_are_the_texts_in_order_and_just_long_enough(texts, characters):
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_give_results_in_the_order_of_the_tasks(num_workers):
     tasks = [str(random.Random(number).random()) for number in range(50)]
-    assert list(documents.in_parallel(float, tasks, num_workers)) == list(map(float, tasks))
-    assert list(documents.in_parallel(float, [], num_workers)) == []
+    assert list(in_parallel(float, tasks, num_workers)) == list(map(float, tasks))
+    assert list(in_parallel(float, [], num_workers)) == []
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -432,20 +444,20 @@ def test_few_tasks_are_under_way_at_once(num_workers):
             taken += 1
             yield number
 
-    for done, _ in enumerate(documents.in_parallel(abs, tasks(), num_workers), 1):
+    for done, _ in enumerate(in_parallel(abs, tasks(), num_workers), 1):
         assert taken <= done + 2 * num_workers
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_an_exception_in_a_worker_arrives(num_workers):
-    results = documents.in_parallel(int, ["1", "2", "three", "4"], num_workers)
+    results = in_parallel(int, ["1", "2", "three", "4"], num_workers)
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
 
 
 def test_tasks_nobody_waits_for_are_given_up():
-    results = documents.in_parallel(time.sleep, itertools.repeat(0.01), 2)
+    results = in_parallel(time.sleep, itertools.repeat(0.01), 2)
     next(results)
     started = time.perf_counter()
     results.close()
@@ -454,19 +466,19 @@ def test_tasks_nobody_waits_for_are_given_up():
 
 def test_a_killed_worker_is_told():
     with pytest.raises(BrokenProcessPool):
-        list(documents.in_parallel(os._exit, [1], 2))
+        list(in_parallel(os._exit, [1], 2))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_setup_comes_first_in_each_worker(bench, num_workers):
     (bench / "there").mkdir()
-    results = documents.in_parallel(os.path.abspath, ["x"] * 20, num_workers, os.chdir, ("there",))
+    results = in_parallel(os.path.abspath, ["x"] * 20, num_workers, os.chdir, ("there",))
     assert set(results) == {str(bench / "there" / "x")}
 
 
 def test_workers_end_when_their_parent_is_killed(bench, shell):
-    program = ("import documents, itertools, time; "
-               "list(documents.in_parallel(time.sleep, itertools.repeat(0.01), 2, print, ('up',)))")
+    program = ("import itertools, time; from benchtop.workers import in_parallel; "
+               "list(in_parallel(time.sleep, itertools.repeat(0.01), 2, print, ('up',)))")
     process = shell(f'-u -c "{program}"', start=True)
     assert process.stdout.readline() == process.stdout.readline() == "up\n"
     process.kill()
@@ -475,7 +487,7 @@ def test_workers_end_when_their_parent_is_killed(bench, shell):
 
 def test_importing_does_nothing(bench, shell):
     before = sorted(bench.iterdir())
-    program = "import sys, documents, train_tokenizer, download_fineweb; sys.exit('torch' in sys.modules)"
+    program = "import sys, train_tokenizer, download_fineweb; sys.exit('torch' in sys.modules)"
     result = shell(f'-B -W error -c "{program}" --argument', stderr=subprocess.STDOUT)
     assert (result.returncode, result.stdout) == (0, "") and sorted(bench.iterdir()) == before
 

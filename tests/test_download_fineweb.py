@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import struct
+import subprocess
 import time
 from collections import Counter
 from itertools import chain
@@ -14,15 +15,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import ROOT
 
-import documents
-import download_fineweb
-import train_tokenizer
-from documents import UserError
-from shards import ShardWriter, open_dataset, read_shard
-from train_tokenizer import load_tokenizer
+import benchtop.tokenizer
+from benchtop import bpe, prepare, shards
+from benchtop.errors import UserError
+from benchtop.held_out import Parts, Rule, rule_for
+from benchtop.shards import ShardWriter, open_dataset, read_shard
+from benchtop.sources import open_source
+from benchtop.tokenizer import load_tokenizer, parts_of
+from benchtop.xz import xz_bits_per_byte
 
-TOKENIZER = "small_v300_n50000"
+TOKENIZER = "small"
 TRAIN = "train_tokenizer.py --source pages.jsonl --num_workers 1"
 SHARD = f"download_fineweb.py --version pages.jsonl --tokenizer {TOKENIZER} --num_workers 1 --name set"
 
@@ -78,8 +82,9 @@ def names(folder: Path) -> list[str]:
 def test_every_document_comes_back_once_on_its_own_side(bench, command, small, pages):
     command(f"{SHARD} --shard_size 2000")
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
-    assert Counter(train) == Counter(text for text in pages if not documents.is_held_out(text))
-    assert Counter(val) == Counter(text for text in pages if documents.is_held_out(text)) and val
+    rule = rule_for(open_source("pages.jsonl"))
+    assert Counter(train) == Counter(text for text in pages if not rule.holds_out(text))
+    assert Counter(val) == Counter(text for text in pages if rule.holds_out(text)) and val
     assert train != [text for text in pages if text in train], "the order is shuffled"
     assert names(bench / "data") == ["set"]
 
@@ -101,12 +106,14 @@ def test_the_manifest_is_true(bench, command, small, pages):
             assert entry["sha256"] == hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
     ranks = (bench / "tokenizers" / small / "ranks.tiktoken").read_bytes()
     identity = hashlib.sha256(ranks + tokenizer._pat_str.encode()).hexdigest()
-    source = documents.open_source("pages.jsonl")
+    source = open_source("pages.jsonl")
     assert manifest == manifest | {
         "format_version": 1, "tokenizer": small, "tokenizer_sha256": identity,
         "vocab_size": 301, "eot_id": 300, "seed": 5, "shard_size": 2000, "num_shards": 0,
         "source": source.label, "source_fingerprint": source.fingerprint,
-        "held_out": manifest["held_out"] | {"one_in": 64},
+        "held_out": {**rule_for(source).facts(), "split": [], "skipped": [],
+                     "documents": len(texts(folder, "val")),
+                     "bytes": sum(len(text.encode()) for text in texts(folder, "val"))},
     }
 
 
@@ -155,7 +162,7 @@ def test_held_out_documents_are_the_same_for_everyone(bench, command, small, pag
     command(f"{SHARD} --name one")
     command(f"{SHARD} --name two --seed 1")
     command(f"{SHARD} --name three --num_shards 1 --shard_size 2000")
-    command(f"{SHARD} --name four --tokenizer bytes_v256_n99")
+    command(f"{SHARD} --name four --tokenizer bytes")
     held_out = [texts(bench / "data" / name, "val") for name in ("one", "two", "three", "four")]
     assert held_out[0] and held_out.count(held_out[0]) == 4
 
@@ -192,11 +199,11 @@ def test_a_text_that_spells_end_of_text_begins_no_document(bench, command, small
 
 
 def many_batches(bench) -> None:
-    """Let the copy of documents.py in this folder send little text to a worker at a time."""
-    source = (bench / "documents.py").read_text()
+    """Let the copy of the bench in this folder send little text to a worker at a time."""
+    source = (bench / "benchtop/documents.py").read_text()
     small = source.replace("BATCH_CHARACTERS = 1_000_000", "BATCH_CHARACTERS = 2_000")
     assert small != source
-    (bench / "documents.py").write_text(small)
+    (bench / "benchtop/documents.py").write_text(small)
 
 
 def test_any_number_of_workers_writes_the_same_bytes(bench, shell, small):
@@ -250,19 +257,6 @@ def test_an_interruption_leaves_nothing(bench, command, small, monkeypatch, caps
 # Held-out documents and parts
 # ------------------------------------------------------------------------------------------------
 
-@given(st.lists(st.text(max_size=3), max_size=40), st.integers(1, 20))
-def test_the_held_out_documents_of_smallest_hash_are_chosen(monkeypatch, given_texts, budget):
-    monkeypatch.setattr(documents, "HELD_OUT_ONE_IN", 2)
-    held_out = sorted({text for text in given_texts if text and documents.is_held_out(text)},
-                      key=lambda text: hashlib.sha256(text.encode()).digest())
-    expected = []
-    while held_out and sum(len(text.encode()) for text in expected) < budget:
-        expected.append(held_out.pop(0))
-    chosen = download_fineweb.choose_held_out([(text, text) for text in given_texts], budget, 64)
-    trainable = sum(1 for text in given_texts if text and not documents.is_held_out(text))
-    assert chosen == ([(text, text) for text in expected], sum(map(len, given_texts)), trainable)
-
-
 def test_val_tokens_limits_what_is_validated_on(bench, command, small, pages):
     command(f"{SHARD} --val_tokens 1 --name one")
     command(f"{SHARD} --name all")
@@ -271,45 +265,24 @@ def test_val_tokens_limits_what_is_validated_on(bench, command, small, pages):
     assert texts(bench / "data/one", "train") == texts(bench / "data/all", "train")
 
 
-@given(st.lists(st.text("ab\n\r\u2028", max_size=30)), st.integers(1, 12))
-def test_parts_are_cut_at_line_ends_and_lose_nothing(given_texts, characters):
-    source = [(str(number), text) for number, text in enumerate(given_texts)]
-    parts = list(download_fineweb.Parts(source, characters))
-    for number, text in enumerate(given_texts):
-        mine = [part for name, part in parts if name.split("#")[0] == str(number)]
-        assert "".join(mine) == text
-        assert all(characters <= len(part) < 2 * characters for part in mine[:-1])
-        lines = text.splitlines(keepends=True)
-        if all(len(line) <= characters for line in lines):
-            ends = {sum(map(len, lines[:count])) for count in range(len(lines) + 1)}
-            assert all(sum(map(len, mine[:count])) in ends for count in range(len(mine)))
-    assert len({name for name, _ in parts}) == len(parts)
-
-
 def test_a_single_file_is_cut_into_parts_with_a_note(bench, command, small, pages, capsys):
     (bench / "book.txt").write_text("\n".join(pages))
     command(f"{SHARD} --version book.txt")
     assert "is cut into parts of about" in capsys.readouterr().out
     cut = json.loads((bench / "data/set/manifest.json").read_text())["held_out"]["cut_characters"]
-    parts = [text for _, text in download_fineweb.Parts(documents.open_source("book.txt"), cut)]
+    parts = [text for _, text in Parts(open_source("book.txt"), cut)]
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
     assert train and val and sorted(train + val) == sorted(parts)
 
 
-def test_a_line_as_long_as_a_book_is_cut_quickly():
-    started = time.perf_counter()
-    parts = sum(1 for _ in download_fineweb.Parts([("", "word " * 4_000_000)], 20_000))
-    assert parts == 1000 and time.perf_counter() - started < 0.5
-
-
 @given(text=st.text(), part=st.integers(1, 5))
 def test_a_long_document_is_encoded_in_parts(small, monkeypatch, text, part):
-    monkeypatch.setattr(train_tokenizer, "ENCODE_CHARACTERS", part)
-    download_fineweb._set_tokenizer(small)
-    encoded, = download_fineweb.tokenize([("its name", text)])
+    monkeypatch.setattr(benchtop.tokenizer, "ENCODE_CHARACTERS", part)
+    prepare._set_tokenizer(small)
+    encoded, = prepare.tokenize([("its name", text)])
     assert encoded.tokens[0] == 300 and load_tokenizer(small).decode(encoded.tokens[1:].tolist()) == text
     assert (encoded.name, encoded.num_bytes) == ("its name", len(text.encode()))
-    parts = list(train_tokenizer.parts_of(text, part))
+    parts = list(parts_of(text, part))
     assert "".join(piece for piece, _ in parts) == text and all(len(piece) <= part for piece, _ in parts)
     if not encoded.was_split:
         assert encoded.tokens[1:].tolist() == load_tokenizer(small).encode_ordinary(text)
@@ -317,10 +290,10 @@ def test_a_long_document_is_encoded_in_parts(small, monkeypatch, text, part):
 
 def test_a_long_document_of_words_has_the_tokens_of_the_whole(small, pages, monkeypatch):
     text = " ".join(pages)
-    monkeypatch.setattr(train_tokenizer, "ENCODE_CHARACTERS", 1000)
-    download_fineweb._set_tokenizer(small)
-    encoded, = download_fineweb.tokenize([("", text)])
-    assert len(list(train_tokenizer.parts_of(text, 1000))) > 10 and not encoded.was_split
+    monkeypatch.setattr(benchtop.tokenizer, "ENCODE_CHARACTERS", 1000)
+    prepare._set_tokenizer(small)
+    encoded, = prepare.tokenize([("", text)])
+    assert len(list(parts_of(text, 1000))) > 10 and not encoded.was_split
     assert encoded.tokens[1:].tolist() == load_tokenizer(small).encode_ordinary(text)
 
 
@@ -329,9 +302,9 @@ def test_what_tiktoken_panics_at_is_split(small):
     with pytest.raises(BaseException, match="StackOverflow") as panic:
         load_tokenizer(small).encode_ordinary(spaces)
     assert not isinstance(panic.value, Exception)
-    download_fineweb._set_tokenizer(small)
+    prepare._set_tokenizer(small)
     for text in (spaces, "\n" * 3_000_000, "a" * 1_000_000):
-        encoded, = download_fineweb.tokenize([("", text)])
+        encoded, = prepare.tokenize([("", text)])
         assert encoded.was_split and load_tokenizer(small).decode(encoded.tokens[1:].tolist()) == text
 
 
@@ -351,8 +324,8 @@ def test_documents_that_make_trouble_are_named(bench, command, write_rows, pages
                 raise PanicException
             return self.real.encode_ordinary(text)
 
-    real = download_fineweb.load_tokenizer
-    monkeypatch.setattr(download_fineweb, "load_tokenizer", lambda name: Panics(real(name)))
+    real = prepare.load_tokenizer
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda name: Panics(real(name)))
     bad, long = [f"never § {number}" for number in range(7)], "long and " * 2000
     write_rows(bench / "pages.jsonl", [*pages[:100], *bad, long])
     command(f"{SHARD} --seed 3")
@@ -367,6 +340,99 @@ def test_documents_that_make_trouble_are_named(bench, command, write_rows, pages
     assert Counter(everything) == Counter([*pages[:100], long])
 
 
+@pytest.mark.parametrize("name", ["pages.jsonl", "book.txt"])
+def test_the_tokenizer_has_not_seen_what_is_held_out(bench, command, pages, monkeypatch, name):
+    (bench / "book.txt").write_text("\n".join(pages))
+    learned, count = [], bpe.count_pieces
+    monkeypatch.setattr(bpe, "count_pieces", lambda batch: learned.extend(batch) or count(batch))
+    command(f"train_tokenizer.py --source {name} --vocabsize 300 --name mine --num_workers 1")
+    command(f"{SHARD} --version {name} --tokenizer mine")
+    learned = [text for _, text in learned]
+    train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
+    assert len(val) > 10 and not any(text in seen for text in val for seen in learned)
+    assert set(learned) >= set(train)
+
+
+def test_a_dataset_of_an_earlier_version_grows_by_the_rule_of_then(bench, command, small, pages, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "rule_for", lambda source: Rule(16))
+        command(f"{SHARD} --shard_size 2000 --num_shards 1")
+    path = bench / "data/set/manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("rule", "chosen", "documents", "bytes"):
+        del manifest["held_out"][key]
+    for key in ("xz_bpb", "xz_training_bytes", "xz_held_out_bytes"):
+        del manifest[key]
+    path.write_text(json.dumps(manifest))
+    assert open_dataset("set", "")[0].xz_bpb is None
+    command(f"{SHARD} --shard_size 2000")
+    train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
+    assert Counter(train) == Counter(text for text in pages if not Rule(16).holds_out(text))
+    assert Counter(val) == Counter(text for text in pages if Rule(16).holds_out(text))
+    assert open_dataset("set", "")[0].xz_bpb > 0
+
+
+# ------------------------------------------------------------------------------------------------
+# What is said of the text that is held out
+# ------------------------------------------------------------------------------------------------
+
+def test_the_bar_is_that_of_xz_on_the_texts(bench, command, small, capsys):
+    capsys.readouterr()
+    command(f"{SHARD} --shard_size 2e3")
+    train, val = ("".join(texts(bench / "data/set", split)).encode() for split in ("train", "val"))
+    dataset, _ = open_dataset("set", "")
+    assert dataset.xz_bpb == xz_bits_per_byte(val, after=train) > 0
+    assert dataset.manifest["xz_training_bytes"] == len(train)
+    assert dataset.manifest["xz_held_out_bytes"] == len(val) == dataset.manifest["held_out"]["bytes"]
+    entry = dataset.manifest["shards"][0]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"{entry['tokens']:,} of {entry['documents']:,} to validate on; xz -9e after the "
+                         f"training text: {dataset.xz_bpb:.3f} bits per byte of the held-out text")
+
+
+def test_more_shards_have_another_bar(command, small):
+    command(f"{SHARD} --shard_size 2000 --num_shards 1")
+    before = open_dataset("set", "")[0].xz_bpb
+    command(f"{SHARD} --shard_size 2000")
+    assert open_dataset("set", "")[0].xz_bpb < before
+
+
+def test_too_little_to_validate_on_is_said(bench, command, small, pages, write_rows, monkeypatch, capsys):
+    assert (shards.FEW_DOCUMENTS, shards.FEW_TOKENS) == (16, 20_000)
+    monkeypatch.setattr(shards, "FEW_TOKENS", 3000)
+    write_rows(bench / "more.jsonl", [f"{number} {text}" for number in range(8) for text in pages])
+    for flags, too_little in [("--name few", True), ("--version more.jsonl --name enough", False),
+                              ("--version more.jsonl --val_tokens 500 --name one", True)]:
+        command(f"{SHARD} {flags}")
+        said = capsys.readouterr().out
+        entry = open_dataset(flags.split()[-1], "")[0].manifest["shards"][0]
+        assert (entry["documents"] < 16 or entry["tokens"] < 3000) == too_little
+        note = (f"note: only {entry['documents']} documents with {entry['tokens']:,} tokens are held out; "
+                "on fewer than 16 documents or 3,000 tokens, ")
+        assert said.count("note: ") == said.count(note) == too_little
+
+
+@pytest.mark.parametrize("documents, tokens, says", [
+    (16, 20_000, ""), (15, 10**6, "only 15 documents with 1,000,000 tokens are held out; "),
+    (10**6, 19_999, "only 1,000,000 documents with 19,999 tokens are held out; "),
+    (0, 20_000, ""), (0, 19_999, "only 19,999 tokens are held out; "),      # 0 in shards of other projects
+])
+def test_few_documents_or_few_tokens_are_too_little(documents, tokens, says):
+    shard = {"split": "val", "documents": documents, "tokens": tokens}
+    said = shards.few_held_out({"shards": [shard, {"split": "train", "documents": 99, "tokens": 10**6}]})
+    assert said.startswith(says) and bool(said) == bool(says)
+
+
+def test_a_command_without_a_tokenizer_takes_the_only_one(bench, command, refusal, small):
+    line = SHARD.replace(f"--tokenizer {TOKENIZER} ", "")
+    command(line)
+    assert json.loads((bench / "data/set/manifest.json").read_text())["tokenizer"] == TOKENIZER
+    command(f"{TRAIN} --vocabsize 256 --name bytes")
+    assert "choose a tokenizer with --tokenizer: bytes, small" in refusal(line)
+    shutil.rmtree(bench / "tokenizers")
+    assert "make one with: python train_tokenizer.py --vocabsize 4096 --name mine" in refusal(line)
+
+
 # ------------------------------------------------------------------------------------------------
 # The folder
 # ------------------------------------------------------------------------------------------------
@@ -375,11 +441,11 @@ def test_another_source_or_tokenizer_gets_another_folder(bench, command, small, 
     command(f"{TRAIN} --vocabsize 256 --samples 99 --name bytes")
     write_rows(bench / "other.jsonl", pages)
     for source in ("pages.jsonl", "other.jsonl"):
-        for tokenizer in (small, "bytes_v256_n99.pkl"):
+        for tokenizer in (small, "bytes.pkl"):
             command(f"download_fineweb.py --version {source} --tokenizer {tokenizer} --num_workers 1")
-    labels = [documents.open_source(source).label for source in ("other.jsonl", "pages.jsonl")]
+    labels = [open_source(source).label for source in ("other.jsonl", "pages.jsonl")]
     assert names(bench / "data") == [f"{label}_{tokenizer}" for label in labels
-                                     for tokenizer in ("bytes_v256_n99", small)]
+                                     for tokenizer in ("bytes", small)]
 
 
 def test_a_second_run_reuses_the_data_and_touches_nothing(bench, command, small, capsys):
@@ -411,7 +477,7 @@ def test_a_folder_with_a_damaged_manifest_is_refused(bench, refusal, small, text
 
 
 @pytest.mark.parametrize("flags, hint", [
-    ("--tokenizer nosuch", "make one with: python train_tokenizer.py"),
+    ("--tokenizer nosuch", "to make nosuch: python train_tokenizer.py"),
     ("--tokenizer ../small", "'../small'"),
     ("--version nowhere", "nowhere"),
     ("--version 10B pages.jsonl", "cannot be mixed"),
@@ -437,6 +503,16 @@ def test_replaced_bytes_are_told(bench, command, capsys, small):
     (bench / "other.txt").write_text("".join(f"{number}\n" for number in range(9000)))
     command(f"{SHARD} --version latin.txt other.txt")
     assert "replaced 10,000 invalid UTF-8 sequences" in capsys.readouterr().out
+
+
+def test_git_keeps_of_data_and_tokenizers_only_what_says_what_they_are():
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    asked = [f"{folder}/{name}" for folder in ("data", "tokenizers")
+             for name in ("README.md", "mine/README.md", "mine", ".mine.partial")]
+    ignored = subprocess.run(["git", "check-ignore", *asked], cwd=ROOT, text=True, capture_output=True)
+    assert ignored.stdout.split() == [path for path in asked if path.count("/") > 1 or "README" not in path]
+    assert all((ROOT / folder / "README.md").is_file() for folder in ("data", "tokenizers"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -494,30 +570,50 @@ def test_bare_shards_load_when_the_tokenizer_is_named(made):
 
 
 def test_no_data_or_too_much_is_told(bench, command, made):
-    with pytest.raises(UserError, match=r"no data of tokenizer other.* --tokenizer other"):
+    with pytest.raises(UserError, match="there is no tokenizer other, only small"):
         open_dataset("", "other")
-    with pytest.raises(UserError, match=r"there is no other .* --name other"):
+    command(f"{TRAIN} --vocabsize 256 --samples 99 --name bytes")
+    with pytest.raises(UserError, match=r"no data of tokenizer bytes.* --tokenizer bytes$"):
+        open_dataset("", "bytes")
+    with pytest.raises(UserError, match=r"there is no other in .* --tokenizer small --name other$"):
         open_dataset("other", TOKENIZER)
+    with pytest.raises(UserError, match=r"there is no sett in .*; did you mean set\? To make sett: python "):
+        open_dataset("sett", TOKENIZER)
     command(f"{SHARD} --name second")
     with pytest.raises(UserError, match="choose one with --data: second, set"):
         open_dataset("", TOKENIZER)
     shutil.rmtree(bench / "data")
-    with pytest.raises(UserError, match=r"python train_tokenizer.py .* && python download_fineweb.py"):
+    with pytest.raises(UserError, match=r"with: python download_fineweb.py .* --tokenizer bytes$"):
+        open_dataset("", "")
+    shutil.rmtree(bench / "tokenizers")
+    with pytest.raises(UserError, match=r"python train_tokenizer.py .* --name mine && "
+                                        r"python download_fineweb.py .* --tokenizer mine$"):
         open_dataset("", "")
 
 
-@pytest.mark.parametrize("data", ["../set", "/tmp", ".", "..", "set/", "set\n", "a b", "x" * 300, "\0"])
-def test_data_is_a_name_and_never_a_path(made, data):
+@pytest.mark.parametrize("data", ["../set", "/tmp", ".", "..", "set\n", "a b", "x" * 300, "\0", "/",
+                                  "tokenizers/set", "data/..", "data/set/manifest.json"])
+def test_data_is_a_name_and_never_another_path(made, data):
     with pytest.raises(UserError):
         open_dataset(data, TOKENIZER)
 
 
+def test_a_path_as_the_shell_completes_it_is_a_name(bench, command, made, monkeypatch):
+    for typed in ("set/", "data/set", "data/set/", "./data/set", str(made), f"{made}/"):
+        assert open_dataset(typed, f"tokenizers/{TOKENIZER}/")[0].folder == made
+    command(f"{SHARD} --tokenizer tokenizers/{TOKENIZER}/ --name data/other/")
+    assert names(bench / "data") == ["other", "set"]
+    (bench / "elsewhere").mkdir()
+    monkeypatch.chdir(bench / "elsewhere")
+    assert open_dataset("data/set", f"../tokenizers/{TOKENIZER}")[0].folder == made
+
+
 def test_data_of_another_tokenizer_is_refused(command, made):
     command(f"{TRAIN} --vocabsize 299 --samples 50000 --name other")
-    with pytest.raises(UserError, match="was made with tokenizer small_v300_n50000"):
-        open_dataset("set", "other_v299_n50000")
+    with pytest.raises(UserError, match="was made with tokenizer small"):
+        open_dataset("set", "other")
     shutil.rmtree(made.parent.parent / "tokenizers" / TOKENIZER)
-    with pytest.raises(UserError, match="there is no tokenizer small_v300_n50000"):
+    with pytest.raises(UserError, match="there is no tokenizer small"):
         open_dataset("set", "")
 
 
@@ -590,8 +686,11 @@ def test_a_shard_entry_that_does_not_fit_is_noticed(made, good, change):
 
 def test_torchrun_gives_the_same_dataset(bench, small, pages, command, monkeypatch, capsys):
     """Each process of torchrun runs the script; the first does the work."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
     for rank in ("1", "0", "2"):
-        monkeypatch.setenv("RANK", rank)
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
         command(f"download_fineweb.py --version pages.jsonl --tokenizer {small} --name by_ranks "
                 "--num_workers 1")
         assert (bench / "data" / "by_ranks").exists() == (rank != "1")

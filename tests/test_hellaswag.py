@@ -20,23 +20,21 @@ import torch
 from fake_hub import FakeHub
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import TINY, flags, newest, run, summary_of, torchrun, train_here
+from launch import copy_scripts, run, torchrun
+from tiny_runs import TINY, flags, newest, summary_of, train_here
 
-import download_hellaswag
-import shards
-import train_gpt
-from documents import UserError
-from download_hellaswag import (
-    BENCHMARKS,
-    METRICS,
-    Question,
-    hellaswag_accuracy,
-    packed_rows,
-    question_of,
-    read_questions,
-)
-from train_gpt import GPT, Config, World, knob_helps
-from train_tokenizer import load_tokenizer
+from benchtop import places
+from benchtop.errors import UserError
+from benchtop.evaluation import TokenLosses
+from benchtop.knobs import comments_of
+from benchtop.machine import World
+from benchtop.run import tasks_of
+from benchtop.saved import score
+from benchtop.scoring import METRICS, hellaswag_accuracy, packed_rows
+from benchtop.significance import wilson_interval
+from benchtop.tasks import BENCHMARKS, Question, open_task, question_of, read_questions, write_rows
+from benchtop.tokenizer import load_tokenizer
+from train_gpt import GPT, Config
 
 VAL, PARQUET = "data/hellaswag_val.jsonl", "data/validation-00000-of-00001.parquet"
 TOKENIZER = "tiny_v300_n1073741824"
@@ -66,14 +64,13 @@ def jsonl(rows: list[dict]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def kit(lab, tmp_path_factory):
+def kit(tmp_path_factory):
     """A Hub that is the authors' repository, too, and a Benchtop that asks it."""
     folder = tmp_path_factory.mktemp("kit")
-    for script in lab.glob("*.py"):
-        shutil.copy(script, folder)
+    copy_scripts(folder)
     fake = FakeHub()
-    for script, line in (("hub.py", "FIRST_WAIT = 0.02"),
-                         ("download_hellaswag.py", f'AUTHORS = "{fake.url}"')):
+    for script, line in (("benchtop/hub.py", "FIRST_WAIT = 0.02"),
+                         ("benchtop/tasks.py", f'AUTHORS = "{fake.url}"')):
         text, count = re.subn(rf"(?m)^{line.split()[0]} = .*$", line, (folder / script).read_text())
         assert count == 1
         (folder / script).write_text(text)
@@ -182,7 +179,7 @@ def test_test_has_no_labels_and_offline_says_so(kit, fetch):
     assert re.search("error: HF_HUB_OFFLINE is set; unset it", fetch(expect=1, HF_HUB_OFFLINE="1"))
     assert "did you mean --split" in fetch("--splitt", "train", expect=2)
     assert "need a model to score: --score" in fetch("--hellaswag_rows", "5", expect=1)
-    assert "--split is what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
+    assert "--split says what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
     assert "--split of PIQA must be validation; it is 'test'" in fetch("--benchmark", "piqa",
                                                                        "--split", "test", expect=1)
     assert "leave out --benchmark" in fetch("--score", "run", "--task", "a.jsonl", "--benchmark", "piqa",
@@ -283,7 +280,7 @@ def test_rows_become_what_lm_evaluation_harness_asks():
 
 
 def test_the_readme_has_the_rows_of_each_benchmark():
-    readme = (Path(download_hellaswag.__file__).parent / "README.md").read_text()
+    readme = (places.ROOT / "README.md").read_text()
     table = dict(re.findall(r"(?m)^\| `(\w+)` \| ([\d,]+) \|", readme))
     assert table == {name: f"{benchmark.splits[benchmark.scored].rows:,}"
                      for name, benchmark in BENCHMARKS.items()}
@@ -313,7 +310,7 @@ def test_a_damaged_row_is_named_in_one_line_and_nothing_kept(tmp_path, name, cha
     rows[4] |= change
     path = tmp_path / "rows.jsonl"
     with pytest.raises(UserError, match=complaint) as error:
-        download_hellaswag.write_rows(rows, BENCHMARKS[name], BENCHMARKS[name].scored, path)
+        write_rows(rows, BENCHMARKS[name], BENCHMARKS[name].scored, path)
     assert "\n" not in str(error.value) and not path.exists()
 
 
@@ -345,7 +342,7 @@ def test_fewer_rows_another_table_or_no_home_end_in_one_line(kit, fetch, name):
 @pytest.fixture(scope="module")
 def model_and_tokenizer(lab):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_tokenizer.TOKENIZERS", lab / "tokenizers")
+        patch.setattr(places, "TOKENIZERS", lab / "tokenizers")
         tokenizer = load_tokenizer(TOKENIZER)
     torch.manual_seed(1)
     cfg = Config(num_layers=2, num_heads=2, model_dim=16, seq_len=48, batch_tokens=48, vocab_size=301)
@@ -357,15 +354,20 @@ def model_and_tokenizer(lab):
 
 def log_probabilities_of(model):
     def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
-        found = model.token_losses(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest=likeliest)
+        found = TokenLosses(model)(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest)
         return np.stack([-found[0], found[1]]) if likeliest else -found.numpy()
     return log_probabilities
+
+
+def logits_of(model, tokens: list[int]) -> torch.Tensor:
+    """(T, V) logits behind each of the tokens."""
+    return model.logits(model.hidden(torch.tensor([tokens]))[0]).detach()
 
 
 def alone(model, tokenizer, ctx: str, ending: str) -> float:
     """An ending's log-probability by the whole logits of its own row."""
     context, tokens = tokenizer.encode_ordinary(ctx), tokenizer.encode_ordinary(" " + ending)
-    logits = model.logits(torch.tensor([[tokenizer.eot_token, *context, *tokens[:-1]]]))[0]
+    logits = logits_of(model, [tokenizer.eot_token, *context, *tokens[:-1]])
     by_token = torch.log_softmax(logits.double(), -1)[-len(tokens):]
     return sum(row[token].item() for row, token in zip(by_token, tokens, strict=True))
 
@@ -374,7 +376,7 @@ def written_alone(model, tokenizer, ctx: str, ending: str) -> bool:
     """Whether greedy decoding goes on with the ending, found one token at a time."""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(ctx)]
     for wanted in tokenizer.encode_ordinary(" " + ending):
-        if model.logits(torch.tensor([tokens]))[0, -1].argmax().item() != wanted:
+        if logits_of(model, tokens)[-1].argmax().item() != wanted:
             return False
         tokens.append(wanted)
     return True
@@ -422,7 +424,7 @@ def test_each_choice_of_a_benchmark_is_that_of_a_plain_loop(model_and_tokenizer,
     for metric, number in (("acc", correct), ("acc_norm_characters", by_characters)):
         found = scores.accuracies[metric]
         assert (found.correct, found.value) == (number, number / 60)
-        assert (found.low, found.high) == download_hellaswag.wilson_interval(number, 60)
+        assert (found.low, found.high) == wilson_interval(number, 60)
 
 
 @torch.no_grad()
@@ -442,8 +444,8 @@ def test_last_words_are_those_of_a_plain_greedy_loop(model_and_tokenizer, shape)
     rows = lambada_rows(120)
     for row in rows[::2]:       # half of them end in what the model writes
         context = row["text"].rsplit(" ", 1)[0]
-        tokens = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(context)]])
-        row["text"] = context + tokenizer.decode([model.logits(tokens)[0, -1].argmax().item()])
+        tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(context)]
+        row["text"] = context + tokenizer.decode([logits_of(model, tokens)[-1].argmax().item()])
     questions = as_questions("lambada", rows)
     scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, shape)
     nats, written = [], []
@@ -456,7 +458,7 @@ def test_last_words_are_those_of_a_plain_greedy_loop(model_and_tokenizer, shape)
     assert 5 < sum(written) < 115
     accuracy = scores.accuracies["acc"]
     assert list(scores.accuracies) == ["acc"] and accuracy.correct == sum(written)
-    assert (accuracy.low, accuracy.high) == download_hellaswag.wilson_interval(sum(written), 120)
+    assert (accuracy.low, accuracy.high) == wilson_interval(sum(written), 120)
     assert scores.perplexity == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
     tokens = [len(tokenizer.encode_ordinary(" " + row["text"].rsplit(" ", 1)[1])) for row in rows]
     assert max(tokens) > min(tokens) == 1
@@ -470,7 +472,7 @@ def test_training_asks_the_model_what_this_file_does(model_and_tokenizer, name):
     model, tokenizer = lover_of_words(*model_and_tokenizer), model_and_tokenizer[1]
     questions = as_questions(name, OTHERS[name][0](300))
     with torch.no_grad():
-        found = train_gpt.score(model, tokenizer, questions, 2, World(Config(**TINY)))
+        found = score(TokenLosses(model), tokenizer, questions, 2, World(Config(**TINY)))
     wanted = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (2, 48))
     assert found.items == wanted.items and found.accuracies["acc"].correct > 0
 
@@ -608,7 +610,7 @@ def test_an_ending_longer_than_the_model_reads_keeps_its_end(model_and_tokenizer
 def test_the_interval_holds_the_shares_that_are_within_196_deviations(trials, share):
     """Wilson's interval: the proportions p for which |x/n - p| <= z sqrt(p (1 - p) / n)."""
     successes = round(share * trials)
-    low, high = download_hellaswag.wilson_interval(successes, trials)
+    low, high = wilson_interval(successes, trials)
 
     def deviations(p: float) -> float:
         return abs(successes / trials - p) / math.sqrt(p * (1 - p) / trials)
@@ -620,19 +622,19 @@ def test_the_interval_holds_the_shares_that_are_within_196_deviations(trials, sh
 
 def test_the_interval_is_that_of_a_published_example():
     # Newcombe 1998, Statistics in Medicine 17, 857, table I: 81 of 263 and 15 of 148
-    assert download_hellaswag.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert download_hellaswag.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
 
 
 def test_a_sample_is_always_the_same(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_bytes(jsonl(rows_of_split(300)))
-    names = [question.name for question in download_hellaswag.open_task(path, "task", 40).questions]
-    assert names == [question.name for question in download_hellaswag.open_task(path, "task", 40).questions]
+    names = [question.name for question in open_task(path, "task", 40).questions]
+    assert names == [question.name for question in open_task(path, "task", 40).questions]
     # lists, so that another way of drawing them would be noticed: results of old runs must stay comparable
     assert names[:5] == [3 * number for number in sorted(random.Random(0).sample(range(300), 40))[:5]]
     assert len(set(names)) == 40 and names == sorted(names) and names != list(range(0, 120, 3))
-    assert len(download_hellaswag.open_task(path, "task", 0).questions) == 300
+    assert len(open_task(path, "task", 0).questions) == 300
 
 
 @pytest.mark.parametrize(("line", "complaint"), [
@@ -658,7 +660,7 @@ def test_a_row_of_something_else_is_named(tmp_path, line, complaint):
 def with_others(lab):
     """The lab with all rows of ARC-easy, PIQA and LAMBADA."""
     for name, (rows_of, *_, file) in OTHERS.items():
-        download_hellaswag.write_rows(rows_of(), BENCHMARKS[name], BENCHMARKS[name].scored,
+        write_rows(rows_of(), BENCHMARKS[name], BENCHMARKS[name].scored,
                                       lab / "data" / file)
     yield
     for *_, file in OTHERS.values():
@@ -681,7 +683,7 @@ def test_a_run_ends_with_hellaswag_where_it_is_here(here, with_hellaswag, capsys
     assert len(items) == result["rows"] == 50 and result["rows_in_file"] == 10_042
     for metric in METRICS:
         correct = sum(item[metric]["choice"] == item["label"] for item in items)
-        low, high = download_hellaswag.wilson_interval(correct, 50)
+        low, high = wilson_interval(correct, 50)
         assert result[metric] == {"value": correct / 50, "low": low, "high": high, "correct": correct,
                                   "ties": sum(item[metric]["tie"] for item in items)}
     said = capsys.readouterr().out
@@ -708,7 +710,7 @@ def test_a_run_ends_with_the_benchmarks_that_it_names(here, with_hellaswag, with
         assert len(items) == result["rows"] and len(result["sha256"]) == 64
         for metric in METRICS if name != "lambada" else ["acc"]:
             correct = sum(item[metric]["choice"] == item["label"] for item in items)
-            low, high = download_hellaswag.wilson_interval(correct, len(items))
+            low, high = wilson_interval(correct, len(items))
             assert result[metric] == {"value": correct / len(items), "low": low, "high": high,
                                       "correct": correct, "ties": sum(item[metric]["tie"] for item in items)}
         assert f"scoring {len(items):,} rows of {BENCHMARKS[name].title}" in said
@@ -722,24 +724,24 @@ def test_only_what_is_named_is_scored_and_what_is_not_here_is_said(here, with_ot
     folder = train_here(here, benchmarks="hellaswag, piqa", num_samples=0)
     assert list(summary_of(folder)["benchmarks"]) == ["piqa"]
     assert not {path.name for path in folder.glob("*.jsonl")} & {"arc_easy.jsonl", "lambada.jsonl"}
-    assert "hellaswag   not here; python download_hellaswag.py fetches it" in capsys.readouterr().out
-    (shards.DATA / "arc_easy_test.jsonl").rename(shards.DATA / "away")
+    assert "hellaswag   not downloaded; python download_hellaswag.py does it" in capsys.readouterr().out
+    (places.DATA / "arc_easy_test.jsonl").rename(places.DATA / "away")
     try:
         train_here(here, benchmarks="arc_easy", num_samples=0)
     finally:
-        (shards.DATA / "away").rename(shards.DATA / "arc_easy_test.jsonl")
+        (places.DATA / "away").rename(places.DATA / "arc_easy_test.jsonl")
     said = capsys.readouterr().out
-    assert "arc_easy    not here; python download_hellaswag.py --benchmark arc_easy fetches it" in said
+    assert "arc_easy    not downloaded; python download_hellaswag.py --benchmark arc_easy does it" in said
     assert "benchmarks" not in summary_of(train_here(here, benchmarks="", num_samples=0))
     assert not re.search("(?m)^(hellaswag|piqa) ", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"--benchmarks must be all, or some of hella.*; it is 'piqa,ark'"):
-        Config(benchmarks="piqa,ark")
-    names = re.findall(r"\w+", knob_helps()["looking at the run"]["benchmarks"])
+        tasks_of(Config(benchmarks="piqa,ark"))
+    names = re.findall(r"\w+", comments_of(Config)[1]["benchmarks"])
     assert {*BENCHMARKS, "all"} <= set(names)
 
 
 def test_a_damaged_benchmark_stops_a_run_before_it_trains(here, with_others):
-    path = shards.DATA / "lambada_test.jsonl"
+    path = places.DATA / "lambada_test.jsonl"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"lambada_test.jsonl line .* --benchmark lambada"):
         train_here(here, benchmarks="lambada")
@@ -748,7 +750,7 @@ def test_a_damaged_benchmark_stops_a_run_before_it_trains(here, with_others):
 
 def test_a_run_without_hellaswag_says_how_to_get_it(here, capsys):
     folder = train_here(here)
-    assert "hellaswag   not here; python download_hellaswag.py fetches it" in capsys.readouterr().out
+    assert "hellaswag   not downloaded; python download_hellaswag.py does it" in capsys.readouterr().out
     assert "benchmarks" not in summary_of(folder) and not (folder / "hellaswag.jsonl").exists()
 
 
@@ -815,7 +817,8 @@ def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_othe
     said = score("piqa", expect=1)
     done = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "piqa.jsonl", expect=1)
     away.rename(path)
-    assert said.endswith("PIQA is not here; fetch it with: python download_hellaswag.py --benchmark piqa\n")
+    assert said.endswith("PIQA is not downloaded; fetch it with: "
+                         "python download_hellaswag.py --benchmark piqa\n")
     assert "but not samples or prompts or hellaswag or arc_easy" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -837,7 +840,7 @@ def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
     assert "need a model to score" in refusal("--task", "mine.jsonl")
     assert "no summary.json" in refusal("--score", str(lab / "data"), "--task", "mine.jsonl")
     shutil.copy(lab / "mine.jsonl", lab / "samples.jsonl")
-    assert "name samples.jsonl otherwise" in refusal("--score", str(folder), "--task", "samples.jsonl")
+    assert "rename samples.jsonl" in refusal("--score", str(folder), "--task", "samples.jsonl")
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     assert "model.safetensors is damaged" in refusal("--score", str(folder), "--task", "mine.jsonl")
     (folder / "model.safetensors").unlink()

@@ -16,13 +16,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from fake_hub import COMMIT, FakeHub
-from tiny_runs import torchrun
+from launch import copy_scripts, torchrun
 
-import documents
-import hub
-import shards
-import train_tokenizer
-from documents import UserError
+from benchtop import hub, places, shards
+from benchtop.errors import UserError
+from benchtop.held_out import Rule
+from benchtop.tokenizer import load_tokenizer
 
 WORDS = ["the", "cat", "dog", "sat", "under", "a", "mat", "tree", "and", "saw", "Größe", "\n\n", "1234", "🙂"]
 REPO, FOLDER = "HuggingFaceFW/fineweb", "sample/10BT"
@@ -45,10 +44,9 @@ def parquet(seed: int, rows: int = 200) -> bytes:
 def kit(lab, tmp_path_factory):
     """A Hub, and a Benchtop with a tokenizer that asks it."""
     folder = tmp_path_factory.mktemp("kit")
-    for script in lab.glob("*.py"):
-        shutil.copy(script, folder)
-    patient = (folder / "hub.py").read_text()
-    (folder / "hub.py").write_text(re.sub(r"(?m)^FIRST_WAIT = .*$", "FIRST_WAIT = 0.05", patient))
+    copy_scripts(folder)
+    patient = (folder / "benchtop/hub.py").read_text()
+    (folder / "benchtop/hub.py").write_text(re.sub(r"(?m)^FIRST_WAIT = .*$", "FIRST_WAIT = 0.05", patient))
     shutil.copytree(lab / "tokenizers", folder / "tokenizers")
     fake = FakeHub()
     for number, path in enumerate(FILES):
@@ -66,7 +64,7 @@ class Bench:
 
     def command(self, *flags: str) -> list[str]:
         return [sys.executable, "download_fineweb.py", "--version", "10B", "--tokenizer",
-                "tiny_v300_n1073741824", "--num_workers", "1", "--val_tokens", "10", "--shard_size", "2000",
+                "tiny", "--num_workers", "1", "--val_tokens", "10", "--shard_size", "2000",
                 *flags]
 
     def start(self, *flags: str, **env: str) -> subprocess.Popen:
@@ -123,7 +121,7 @@ def test_all_documents_arrive_once_in_an_order_over_all_files(bench_of_hub):
     assert [unit["name"] for unit in manifest["units"]] != sorted(FILES)
     assert sorted(unit["name"] for unit in manifest["units"]) == FILES and len(manifest["shards"]) > 20
     texts = [text for number in range(6) for text in texts_of(parquet(number))]
-    held_out = {text for text in texts if documents.is_held_out(text)}
+    held_out = {text for text in texts if Rule().holds_out(text)}
     found = decoded(bench, "all", "train")
     assert sorted(found) == sorted(text for text in texts if text not in held_out)
     assert set(decoded(bench, "all", "val")) <= held_out
@@ -137,8 +135,8 @@ def texts_of(raw: bytes) -> list[str]:
 def decoded(bench: Bench, name: str, split: str) -> list[str]:
     """The documents of a split."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tokenizer, "TOKENIZERS", bench.folder / "tokenizers")
-        tokenizer = train_tokenizer.load_tokenizer("tiny_v300_n1073741824")
+        patch.setattr(places, "TOKENIZERS", bench.folder / "tokenizers")
+        tokenizer = load_tokenizer("tiny")
     manifest = json.loads((bench.data(name) / "manifest.json").read_text())
     texts = []
     for tokens in shards.Dataset(bench.data(name), manifest).tokens(split):
@@ -259,8 +257,8 @@ def test_the_tokenizer_learns_from_the_hub(bench_of_hub):
                            "--vocabsize", "300", "--name", "web", "--num_workers", "1"], cwd=bench.folder,
                           env=bench.env, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert (bench.folder / "tokenizers" / "web_v300_n9000" / "meta.json").is_file()
-    shutil.rmtree(bench.folder / "tokenizers" / "web_v300_n9000")
+    assert (bench.folder / "tokenizers" / "web" / "meta.json").is_file()
+    shutil.rmtree(bench.folder / "tokenizers" / "web")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -362,7 +360,7 @@ def shard_of(tokens: list[int]) -> bytes:
 def gpt2(kit):
     """A tokenizer that stands in for GPT-2's, in the scripts of the kit."""
     folder, fake = kit
-    script = folder / "train_tokenizer.py"
+    script = folder / "benchtop/tokenizer.py"
     real = script.read_text()
     script.write_text(real.replace('return tiktoken.get_encoding("gpt2")', "return encoding_of('gpt2', "
                                    "PATTERNS['gpt2'], [bytes([byte]) for byte in range(256)])"))

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_runs import TINY
 
-import compare
-import hub
 import judge
-import run_folder
-import train_gpt
-import train_tokenizer
-from documents import UserError, sha256_of
-from download_hellaswag import score_run, wilson_interval
+from benchtop import hub, judging, places, saved
+from benchtop.endpoint import verdict_of
+from benchtop.errors import UserError
+from benchtop.files import sha256_of
+from benchtop.places import ROOT
+from benchtop.significance import wilson_interval
+from benchtop.tokenizer import load_tokenizer, tokenizer_sha256
+from download_hellaswag import score_run
 
-ROOT = Path(judge.__file__).parent
 KEY = "sk-0123456789.abcdef/ghi="
 
 
@@ -52,7 +52,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     """A folder with experiments/ in it, for code that runs in this process, without a key and without
     patience."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(places, "EXPERIMENTS", tmp_path / "experiments")
     monkeypatch.setattr(hub, "FIRST_WAIT", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return tmp_path
@@ -211,11 +211,11 @@ def test_the_texts_are_data_that_cannot_break_out(ask, desk, server):
     ("A B", None), ("AB", None), ("neither", None), ("A is better", None), ("C", None),
     ("not A", None), ("I", None), ("ties", None), ("Bee", None), ("\N{CYRILLIC CAPITAL LETTER A}", None)])
 def test_only_a_verdict_is_one(said, verdict):
-    assert judge.verdict_of(said) == verdict
+    assert verdict_of(said) == verdict
 
 
 def test_the_hundred_prompts_are_a_hundred():
-    prompts = judge.PROMPTS.read_text(encoding="utf-8").split("\n")
+    prompts = judging.PROMPTS.read_text(encoding="utf-8").split("\n")
     assert prompts.pop() == "" and len(prompts) == 100
     assert len({" ".join(prompt.lower().split()[:4]) for prompt in prompts}) == 100
     assert all(prompt == prompt.strip() and 10 < len(prompt) < 160 for prompt in prompts)
@@ -274,7 +274,7 @@ def test_what_no_attempt_mends_ends_at_once(refusal, desk, server, fault, advice
 def test_a_failure_midway_keeps_what_came(refusal, ask, desk, server):
     write_two(desk, PAIRS)
     server.faults = ["", "", "", "403"]
-    assert "3 of 8 answers are kept, and the same command goes on from there" in refusal(
+    assert "3 of 8 answers are kept, and the same command resumes from there" in refusal(
         *words(server, "--at_once", "1"))
     assert len(lines(desk / "experiments/a")) == 3 and not list(desk.glob("experiments/*/judge_*.json"))
     server.asked.clear()
@@ -311,7 +311,7 @@ def test_nonsense_alone_gives_no_rate(refusal, desk, server):
 def test_tokens_that_the_server_does_not_tell_are_not_made_up(ask, desk, server):
     write_two(desk, PAIRS)
     server.faults = ["no usage", "odd usage", "no usage"]
-    assert ("8 answered requests, 500 tokens in and 10 out, as the server told with 5 of them"
+    assert ("8 answered requests, 500 tokens in and 10 out, as reported for 5 of them"
             in ask(*words(server)))
 
 
@@ -447,7 +447,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(desk, server, fault):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and time.monotonic() - begun < 10
     assert err.strip().splitlines()[-1] == ("judge.py: interrupted; 3 of 8 answers are kept, and the same "
-                                            "command goes on from there")
+                                            "command resumes from there")
     assert "Traceback" not in err
 
 
@@ -457,7 +457,7 @@ def test_a_second_process_does_not_pay_for_the_same(refusal, desk, server):
     process = start(desk, server, "--at_once", "1")
     runs = str(desk / "experiments/a"), str(desk / "experiments/b")
     wait_for_lines(desk, 2)
-    assert "another process asks for experiments/a/judge_b_" in refusal(*words(server, runs=runs))
+    assert "another process is asking for experiments/a/judge_b_" in refusal(*words(server, runs=runs))
     server.seconds = 0
     out, _ = process.communicate(timeout=60)
     assert "of 4 prompts" in out and len(server.asked) == 8
@@ -482,7 +482,7 @@ def test_answers_of_another_judge_or_to_other_texts_do_not_mix(ask, desk, server
     if change == "text":
         write_two(desk, [("good!", "bad"), *PAIRS[1:]])
     if change == "instructions":
-        monkeypatch.setattr(judge, "INSTRUCTIONS", judge.INSTRUCTIONS + " Be quick.")
+        monkeypatch.setattr(judging, "INSTRUCTIONS", judging.INSTRUCTIONS + " Be quick.")
     said = ask(*words(server, *flags))
     assert len(server.asked) == 8 and "of another judge or other texts, and left alone: judge_b_" in said
     assert {path: path.read_bytes() for path in before} == before
@@ -606,25 +606,28 @@ def few_prompts(desk, monkeypatch) -> list[str]:
     """Three prompts in the place of the hundred, and five tokens."""
     prompts = ["The sea", "Dear Größe", "1. Wash"]
     (desk / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
-    monkeypatch.setattr(judge, "PROMPTS", desk / "prompts.txt")
-    monkeypatch.setattr(judge, "SAMPLING", judge.SAMPLING | {"sample_tokens": 5})
+    monkeypatch.setattr(judging, "PROMPTS", desk / "prompts.txt")
+    monkeypatch.setattr(judging, "SAMPLING", judging.SAMPLING | {"sample_tokens": 5})
     return prompts
 
 
-SCRIPT = """
-def score_saved(folder, task): pass
-def continue_prompts(folder, prompts, temperature, top_k, sample_tokens):
+SCRIPT = "EXPERIMENT = 'wordy'\n"
+
+
+def continue_prompts(experiment, folder, prompts, temperature, top_k, sample_tokens):
+    """What benchtop.saved does, without thinking."""
+    assert experiment == "wordy"
     with open(folder / "asked.txt", "a") as file:
         file.write("once")
     return (f"{prompt} is {'good' if folder.name == 'a' else 'bad'} {temperature} {top_k} {sample_tokens}"
             for prompt in prompts)
-"""
 
 
 @pytest.fixture
 def with_weights(desk, few_prompts, monkeypatch) -> Path:
     """Runs a and b of a script that writes without thinking."""
-    monkeypatch.setattr(run_folder, "ROOT", desk)
+    monkeypatch.setattr(places, "ROOT", desk)
+    monkeypatch.setattr(saved, "continue_prompts", continue_prompts)
     (desk / "wordy.py").write_text(SCRIPT)
     write_two(desk, PAIRS)
     for run in "ab":
@@ -644,7 +647,7 @@ def test_runs_with_weights_go_on_with_the_prompts_once(ask, with_weights, few_pr
     assert rows == [{"prompt": prompt, "text": f"{prompt} is bad 0.8 50 5", "temperature": 0.8, "top_k": 50,
                      "sample_tokens": 5, "seed": seed} for seed, prompt in enumerate(few_prompts)]
     found = result(with_weights / "a")
-    assert found["prompts_sha256"] == hashlib.sha256(judge.PROMPTS.read_bytes()).hexdigest()
+    assert found["prompts_sha256"] == hashlib.sha256(judging.PROMPTS.read_bytes()).hexdigest()
     assert found["judge"]["texts"] == "prompts.txt"
     for run in "ab":        # from now on, no weights are needed
         (with_weights / run / "model.safetensors").unlink()
@@ -655,13 +658,13 @@ def test_runs_with_weights_go_on_with_the_prompts_once(ask, with_weights, few_pr
 def test_no_benchmark_takes_the_place_of_the_texts(desk):
     task = desk / "prompts.jsonl"
     task.write_text('{"ctx": "the cat", "endings": ["sat", "ran"], "label": 0}\n')
-    with pytest.raises(UserError, match=r"name .*prompts\.jsonl otherwise"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl of the run; rename "):
         score_run(desk, task, "hellaswag", 0)
 
 
 def test_texts_on_other_prompts_are_written_anew(ask, with_weights, server):
     ask(*words(server))
-    judge.PROMPTS.write_text("Something else\n")
+    judging.PROMPTS.write_text("Something else\n")
     assert "1 wins, 0 ties, 0 losses of 1 prompt;" in ask(*words(server))
     assert (with_weights / "a/asked.txt").read_text() == "onceonce"
 
@@ -669,14 +672,13 @@ def test_texts_on_other_prompts_are_written_anew(ask, with_weights, server):
 def test_weights_of_one_run_alone_are_not_used(ask, with_weights, server):
     (with_weights / "b/model.safetensors").unlink()
     out = ask(*words(server))
-    assert "samples.jsonl is judged, since b has no weights to go on with prompts.txt" in out
+    assert "samples.jsonl is judged, since b has no weights to continue prompts.txt" in out
     assert "2 wins, 1 ties, 1 losses of 4 prompts" in out and not list(with_weights.rglob("prompts.jsonl"))
 
 
 def test_a_script_that_cannot_go_on_with_prompts_is_named(refusal, with_weights, server, desk):
-    (desk / "wordy.py").write_text("def score_saved(folder, task): pass\n")
-    assert ("wordy.py cannot go on with prompts; it lacks the function continue_prompts"
-            in refusal(*words(server)))
+    (desk / "wordy.py").write_text("\n")
+    assert "it lacks the EXPERIMENT of train_gpt.py" in refusal(*words(server))
 
 
 @pytest.mark.parametrize("name", ["train_gpt", "train_nanogpt", "train_llama3"])
@@ -685,31 +687,32 @@ def test_prompts_are_gone_on_with_as_sample_does(bench, command, pages, few_prom
     """Weights at random, as every training begins."""
     script = importlib.import_module(name)
     command("train_tokenizer.py --source pages.jsonl --vocabsize 300 --name tiny --num_workers 1")
-    tokenizer = train_tokenizer.load_tokenizer(os.listdir(train_tokenizer.TOKENIZERS)[0])
+    tokenizer = load_tokenizer(os.listdir(places.TOKENIZERS)[0])
     folder = bench / "experiments/random"
     folder.mkdir(parents=True)
     knobs = {**TINY, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab}
-    fields = {field.name for field in dataclasses.fields(script.Config)}
-    cfg = script.Config(**{knob: value for knob, value in knobs.items() if knob in fields})
-    model = cfg.new_model(tokenizer.eot_token, torch.float32)
+    experiment = script.EXPERIMENT
+    fields = {field.name for field in dataclasses.fields(experiment.Config)}
+    cfg = experiment.Config(**{knob: value for knob, value in knobs.items() if knob in fields})
+    model = experiment.Model(cfg, tokenizer.eot_token, torch.float32)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_()
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
-    meta = train_tokenizer.TOKENIZERS / tokenizer.name / "meta.json"
+    meta = places.TOKENIZERS / tokenizer.name / "meta.json"
     (folder / "meta.json").write_bytes(meta.read_bytes())
     (folder / "summary.json").write_text(json.dumps({
-        "script": f"{name}.py", "tokenizer_sha256": train_tokenizer.tokenizer_sha256(tokenizer),
+        "script": f"{name}.py", "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "code_sha256": sha256_of(Path(script.__file__))}))
-    texts = list(script.continue_prompts(folder, few_prompts, **judge.SAMPLING))
+    texts = list(saved.continue_prompts(experiment, folder, few_prompts, **judging.SAMPLING))
     assert len(set(texts)) == 3
     for seed, prompt in enumerate(few_prompts):
         flags = ["--prompt", prompt, "--seed", str(seed), "--sample_tokens", "5", "--temperature", "0.8",
                  "--top_k", "50"]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--sample", str(folder), *flags])
         capsys.readouterr()
-        train_gpt.main(script.Config)
+        experiment.main()
         assert capsys.readouterr().out == prompt + texts[seed] + "\n\n"
 
 

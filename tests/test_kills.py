@@ -14,30 +14,29 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launch import copy_scripts
 from test_resume import tensors_of, timeless
-from tiny_runs import ROOT, flags, rows_of, summary_of
+from tiny_runs import flags, rows_of, summary_of
 
-import run_folder
+from benchtop.checkpoints import load_checkpoint
 
 KILLS = {"train_tokenizer": 12, "download_fineweb": 12, "train_gpt": 26}
 TOKENIZE = ["--source", "text.jsonl", "--vocabsize", "600", "--name", "tok", "--num_workers", "1"]
-SHARD = ["--version", "text.jsonl", "--tokenizer", "tok_v600_n1073741824", "--num_workers", "1",
+SHARD = ["--version", "text.jsonl", "--tokenizer", "tok", "--num_workers", "1",
          "--name", "cut", "--shard_size", "20000"]
 TRAIN = flags(num_steps=200, val_every=100, save_every_steps=1, model_dim=64)
-
-
-MAKES = {"train_tokenizer": "tokenizers/tok_v600_n1073741824", "download_fineweb": "data/cut"}
+MAKES = {"train_tokenizer": "tokenizers/tok", "download_fineweb": "data/cut"}
 
 
 class Server:
     """A Benchtop whose scripts start quickly, and can be killed at any moment of their lives."""
 
     def __init__(self, folder: Path):
-        for script in ROOT.glob("*.py"):
-            shutil.copy(script, folder)
+        copy_scripts(folder)
         rng = random.Random(0)
         words = ["".join(rng.choices("aeinorst", k=rng.randint(2, 9))) for _ in range(3000)]
         rows = [{"text": " ".join(rng.choices(words, k=rng.randint(50, 900)))} for _ in range(900)]
@@ -46,13 +45,14 @@ class Server:
         self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("fork_server.py"), folder],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(self, script: str, arguments: list[str], seconds: float | None = None) -> int:
-        """Run a script to its end, or kill it with all its processes after so many seconds; its exit code."""
+    def start(self, script: str, arguments: list[str], event: Callable[[], bool] | None = None) -> int:
+        """Run a script to its end, or kill it with all its processes when an event comes; its exit code."""
         self.process.stdin.write(json.dumps([script, *arguments]) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
+        if event:
+            while is_alive(pid) and not event():
+                time.sleep(0.001)
             for kill in (os.kill, os.killpg):       # it may not head its group yet, or have ended
                 with contextlib.suppress(ProcessLookupError):
                     kill(pid, signal.SIGKILL)
@@ -64,6 +64,32 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    until = time.time() + seconds
+    return lambda: time.time() > until
+
+
+def after_steps(folder: Path, steps: int, seconds: float) -> Callable[[], bool]:
+    """So many seconds after a run has written so many more rows of metrics.csv."""
+    def rows() -> int:
+        return sum(path.read_text().count("\n") for path in folder.glob("experiments/*/metrics.csv"))
+    wanted, until = rows() + steps, 0.0
+
+    def event() -> bool:
+        nonlocal until
+        if not until and rows() >= wanted:
+            until = time.time() + seconds
+        return until and time.time() > until
+    return event
 
 
 @pytest.fixture
@@ -92,6 +118,7 @@ def final_files(folder: Path) -> list[Path]:
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing(two_benches):
+    """Half of the kills of training come at any time, also before its first step; half after more steps."""
     undisturbed, killed = two_benches
     durations = {}
     jobs = {"train_tokenizer": TOKENIZE, "download_fineweb": SHARD, "train_gpt": [*TRAIN, "--resume", "auto"]}
@@ -99,6 +126,8 @@ def test_fifty_kills_lose_nothing(two_benches):
         begun = time.time()
         assert undisturbed.start(script, arguments) == 0, undisturbed.said()
         durations[script] = time.time() - begun
+    theirs, = undisturbed.folder.glob("experiments/*")
+    step_seconds = float(rows_of(theirs)[-1]["train_seconds"]) / 200
     durations["train_gpt"] /= 6         # a life of the run, of which there are many
     rng = random.Random(time.time_ns())
     fell = Counter()
@@ -107,7 +136,10 @@ def test_fifty_kills_lose_nothing(two_benches):
         while kills < KILLS[script]:
             if script != "train_gpt":       # what was finished before the kill came is made anew
                 shutil.rmtree(killed.folder / MAKES[script], ignore_errors=True)
-            code = killed.start(script, arguments, seconds=rng.uniform(0, durations[script]))
+            event = after(rng.uniform(0, durations[script]))
+            if script == "train_gpt" and kills % 2:
+                event = after_steps(killed.folder, rng.randint(0, 6), 2 * step_seconds * rng.random())
+            code = killed.start(script, arguments, event)
             check_what_is_final(killed.folder, undisturbed.folder)
             if code == -signal.SIGKILL:
                 kills += 1
@@ -116,15 +148,15 @@ def test_fifty_kills_lose_nothing(two_benches):
                 durations[script] *= 0.9
         assert killed.start(script, arguments) == 0, killed.said()
     print(f"\nkills fell on: {dict(fell)}")
-    assert sum(fell.values()) == 50 and fell["training"] + fell["saving"] > 10
+    assert sum(fell.values()) == 50 and fell["training"] + fell["saving"] == KILLS["train_gpt"]
     assert "Traceback" not in killed.said()
     for kind in ("tokenizers", "data"):
         assert hashes(killed.folder / kind) == hashes(undisturbed.folder / kind)
-    theirs, = undisturbed.folder.glob("experiments/*")
-    ours, = (path for path in killed.folder.glob("experiments/*") if (path / "summary.json").exists())
-    assert timeless(rows_of(ours)) == timeless(rows_of(theirs))
-    assert summary_of(ours)["val_loss"] == summary_of(theirs)["val_loss"]
-    assert len(summary_of(ours)["sessions"]) > 5
+    finished = [path for path in killed.folder.glob("experiments/*") if (path / "summary.json").exists()]
+    for ours in finished:
+        assert timeless(rows_of(ours)) == timeless(rows_of(theirs))
+        assert summary_of(ours)["val_loss"] == summary_of(theirs)["val_loss"]
+    assert max(len(summary_of(ours)["sessions"]) for ours in finished) > 5
 
 
 def stage(folder: Path, script: str) -> str:
@@ -132,7 +164,7 @@ def stage(folder: Path, script: str) -> str:
         return {"train_tokenizer": "tokenizing", "download_fineweb": "sharding"}[script]
     if any(folder.glob("experiments/*/*.partial")):
         for partial in folder.glob("experiments/*/*.partial"):
-            partial.unlink()
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         return "saving"
     return "training"
 
@@ -143,5 +175,5 @@ def check_what_is_final(folder: Path, undisturbed: Path) -> None:
         twin = undisturbed / path.relative_to(folder)
         assert path.is_dir() and hashes(path) == hashes(twin)
     for checkpoint in folder.glob("experiments/*/checkpoint*.pt"):
-        state = run_folder.load_checkpoint(checkpoint)
+        state = load_checkpoint(checkpoint)
         assert set(tensors_of(state)) and len(state["rows"]) == state["step"] - 1

@@ -1,30 +1,29 @@
 """The model, its masks and its loss, against plain formulas. Run: ./run.sh test tests/test_model.py"""
 
-import ast
 import dataclasses
 import inspect
 import itertools
 import math
-import re
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from shapes import comments_of, wrong_shapes
+from tiktoken import Encoding
+from tiny_runs import TINY, summary_of, train_here
 from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt
-from train_gpt import (
-    GPT,
-    ChunkedLoss,
-    Config,
-    DenseMask,
-    Stage,
-    attend,
-    block_mask,
-    chunk_loss_and_gradient,
-)
+from benchtop import evaluation, memory, sampling
+from benchtop.batches import Batch
+from benchtop.briefing import num_parameters
+from benchtop.errors import UserError
+from benchtop.evaluation import HeldOut, TokenLosses
+from benchtop.machine import World
+from benchtop.run import Experiment
+from benchtop.saved import continue_prompts
+from train_gpt import GPT, Config, Context, DenseMask, Optimizer, attend, block_mask
 
 EOT = 100
 
@@ -34,10 +33,10 @@ def small_config(**knobs) -> Config:
                      "batch_tokens": 64, "value_embeddings": 1, **knobs})
 
 
-def awake_model(cfg: Config, eot_id: int = EOT, **options) -> GPT:
+def awake_model(cfg: Config, eot_id: int = EOT, kind: type[GPT] = GPT, **options) -> GPT:
     """A model whose zero-initialised weights are random, so that every path matters."""
     torch.manual_seed(1)
-    model = GPT(cfg, eot_id, **options)
+    model = kind(cfg, eot_id, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -54,13 +53,19 @@ def some_tokens(rows: int, length: int, documents: bool = True) -> torch.Tensor:
     return tokens
 
 
+@torch.no_grad()
+def logits_of(model: train_gpt.Model, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) for token ids (B, T), only columns of real tokens."""
+    return model.logits(model.hidden(tokens))[..., :model.cfg.vocab_size]
+
+
 def test_no_token_sees_the_future():
     model, tokens = awake_model(small_config()), some_tokens(1, 20, documents=False)
-    before = model.logits(tokens)
-    for place in range(1, 20):
+    before = logits_of(model, tokens)
+    for place, other in itertools.product(range(1, 20), ("token", "beginning")):
         changed = tokens.clone()
-        changed[0, place] = (changed[0, place] + 1) % EOT
-        after = model.logits(changed)
+        changed[0, place] = (changed[0, place] + 1) % EOT if other == "token" else EOT
+        after = logits_of(model, changed)
         assert torch.equal(before[0, :place], after[0, :place])
         assert not torch.equal(before[0, place:], after[0, place:])
 
@@ -68,29 +73,136 @@ def test_no_token_sees_the_future():
 def test_no_token_sees_another_document():
     model, tokens = awake_model(small_config()), some_tokens(1, 30, documents=False)
     tokens[0, 10] = tokens[0, 20] = EOT
-    before = model.logits(tokens)
+    before = logits_of(model, tokens)
     changed = tokens.clone()
     changed[0, 10:20] = (changed[0, 10:20] + 1) % EOT
     changed[0, 10] = EOT
-    after = model.logits(changed)
+    after = logits_of(model, changed)
     assert torch.equal(before[0, 20:], after[0, 20:])
     assert torch.equal(before[0, :10], after[0, :10])
     assert not torch.equal(before[0, 11:20], after[0, 11:20])
 
 
-def test_still_dimensions_of_a_key_are_those_of_the_token_before():
-    k = torch.randn(2, 3, 6, 8)
-    begins = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1]], dtype=torch.bool)
-    turned = train_gpt.rotate(k, *train_gpt.rotary_table(6, 8, torch.device("cpu")))
-    turning, still = [0, 1, 4, 5], [2, 3, 6, 7]
-    assert torch.equal(turned[..., still], k[..., still]) and (turned != k)[:, :, 1:, turning].all()
-    made = train_gpt.offset_keys(turned, begins)
-    assert torch.equal(made[..., turning], turned[..., turning])
-    for text, place in itertools.product(range(2), range(6)):
-        is_first = place == 0 or begins[text, place]
-        before = torch.zeros(3, 4) if is_first else k[text, :, place - 1, still]
-        assert torch.equal(made[text, :, place, still], before)
+# ------------------------------------------------------------------------------------------------
+# What all layers receive alike
+# ------------------------------------------------------------------------------------------------
 
+def documents_of(tokens: torch.Tensor) -> torch.Tensor:
+    return (tokens == EOT).cumsum(1)
+
+
+def test_previous_is_what_stands_at_the_token_before_in_the_same_document():
+    tokens = some_tokens(2, 30)
+    ctx, docs = GPT(small_config(), EOT).contexts(tokens)[0], documents_of(tokens)
+    for x in (torch.randn(2, 30, 6), torch.randn(2, 3, 30, 8)):
+        made = ctx.previous(x)
+        assert made.shape == x.shape
+        for text, place in itertools.product(range(2), range(30)):
+            is_first = place == 0 or docs[text, place - 1] != docs[text, place]
+            before = torch.zeros_like(x[text, ..., 0, :]) if is_first else x[text, ..., place - 1, :]
+            assert torch.equal(made[text, ..., place, :], before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flex", [None, {}], ids=["dense", "flex"])
+def test_what_layers_share_leaks_nothing_from_the_future_or_another_document(flex):
+    """A change at a place moves just what may see it: the next token by `previous`, a window by `attend`."""
+    window, length = 6, 30
+    tokens = some_tokens(2, length)
+    model = GPT(small_config(num_layers=1, value_embeddings=0, long_window=window), EOT, flex=flex)
+    ctx, docs = model.contexts(tokens)[0], documents_of(tokens)
+    torch.manual_seed(0)
+    x, (q, k, v) = torch.randn(2, length, 6), torch.randn(3, 2, 2, length, 16)
+    before = ctx.previous(x), ctx.previous(k), ctx.attend(q, k, v, 1.0)
+    for place in range(length):
+        other_x, other_k, other_v = x.clone(), k.clone(), v.clone()
+        for changed in (other_x, other_k, other_v):
+            changed[..., place, :] += 1 + torch.rand(changed[..., place, :].shape)
+        after = ctx.previous(other_x), ctx.previous(other_k), ctx.attend(q, other_k, other_v, 1.0)
+        moved = [(one != other).any(-1).view(2, -1, length).any(1).tolist()
+                 for one, other in zip(before, after, strict=True)]
+        for text, at in itertools.product(range(2), range(length)):
+            is_own = docs[text, at] == docs[text, place]
+            assert moved[0][text][at] == moved[1][text][at] == (at == place + 1 and is_own)
+            assert moved[2][text][at] == (place <= at < place + window and is_own)
+
+
+@pytest.mark.parametrize("flex", [None, {}], ids=["dense", "flex"])
+def test_what_layers_share_depends_on_documents_alone(flex):
+    """Other tokens of the same documents, and what comes after a place, change nothing before it."""
+    model = GPT(small_config(), EOT, flex=flex)
+    tokens, (q, k, v) = some_tokens(2, 30), torch.randn(3, 2, 2, 30, 8)
+
+    def shared(tokens: torch.Tensor) -> list[torch.Tensor]:
+        ctx = model.contexts(tokens)[0]
+        with torch.no_grad():
+            return [ctx.previous(k), ctx.rotate(k), ctx.attend(q, k, v, 1.0)]
+    before = shared(tokens)
+    others = torch.where(tokens == EOT, EOT, (tokens + 1) % EOT)
+    assert all(map(torch.equal, before, shared(others)))
+    later = tokens.clone()
+    later[:, 20] = EOT          # a document begins here now
+    for one, other in zip(before, shared(later), strict=True):
+        assert torch.equal(one[:, :, :20], other[:, :, :20])
+    assert not torch.equal(before[2], shared(later)[2])
+
+
+class FullRotary(GPT):
+    """No pair of dimensions stands still."""
+
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        return 1024.0 ** -torch.linspace(0, 1, self.cfg.head_dim // 2, device=device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "still"), [(GPT, [2, 3, 6, 7]), (FullRotary, [])])
+def test_the_dimensions_of_a_key_that_stand_still_are_those_of_the_token_before(kind, still, monkeypatch):
+    """As a layer attends with them; where all rotate, a key is wholly its token's own."""
+    rotated, attended, plain = [], [], []
+
+    def rotate(self, x: torch.Tensor, really=Context.rotate) -> torch.Tensor:
+        plain.append(x)
+        rotated.append(really(self, x))
+        return rotated[-1]
+
+    def attend(q, k, *others, really=train_gpt.attend) -> torch.Tensor:
+        attended.append((q, k))
+        return really(q, k, *others)
+    monkeypatch.setattr(Context, "rotate", rotate)
+    monkeypatch.setattr(train_gpt, "attend", attend)
+    tokens = some_tokens(2, 32)
+    awake_model(small_config(num_layers=1, value_embeddings=0), kind=kind).hidden(tokens)
+    assert len(rotated) == 2 and len(attended) == 1
+    (q, k), turning = attended[0], sorted({*range(8)} - {*still})
+    for x, turned in zip(plain, rotated, strict=True):
+        assert torch.equal(turned[..., still], x[..., still])
+        assert torch.equal(turned[:, :, 0], x[:, :, 0])
+        # the slowest pair turns by a thousandth of a radian, of numbers near 1
+        assert (turned != x)[:, :, 1:, turning].all()
+    assert torch.equal(q, rotated[0]) and torch.equal(k[..., turning], rotated[1][..., turning])
+    docs = documents_of(tokens)
+    for text, place in itertools.product(range(2), range(32)):
+        is_first = place == 0 or docs[text, place - 1] != docs[text, place]
+        before = torch.zeros(2, len(still)) if is_first else plain[1][text, :, place - 1, still]
+        assert torch.equal(k[text, :, place, still], before)
+
+
+def test_rotary_positions_are_rotations_by_the_distance():
+    """Products of queries and keys depend on how far apart they are, and lengths stay."""
+    ctx = FullRotary(small_config(seq_len=64), EOT).contexts(some_tokens(1, 64))[0]
+    q, k = torch.randn(2, 8, dtype=torch.float64).view(2, 1, 1, 1, 8).expand(2, 1, 1, 64, 8)
+    q, k = ctx.rotate(q), ctx.rotate(k)
+    products = (q @ k.mT)[0, 0]
+    for apart in range(-60, 60):
+        along = products.diagonal(apart)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-5, atol=1e-5)
+    assert len({round(float(products.diagonal(apart)[0]), 6) for apart in range(-60, 60)}) > 100
+    torch.testing.assert_close(k.norm(dim=-1), k.norm(dim=-1)[..., :1].expand(1, 1, 64), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# Masks and their kernels
+# ------------------------------------------------------------------------------------------------
 
 def test_windows_end_where_they_say():
     """With one layer a token depends on exactly the tokens in its window, and on the one before those, which
@@ -98,41 +210,38 @@ def test_windows_end_where_they_say():
     cfg = small_config(num_layers=1, value_embeddings=0, long_window=5)
     model, tokens = awake_model(cfg), some_tokens(1, 24, documents=False)
     model.smear.data.zero_()        # it would carry each token one place further
-    before = model.logits(tokens)
+    before = logits_of(model, tokens)
     changed = tokens.clone()
     changed[0, 8] += 1
-    moved = (before != model.logits(changed)).any(-1)[0]
+    moved = (before != logits_of(model, changed)).any(-1)[0]
     assert moved.nonzero().flatten().tolist() == [8, 9, 10, 11, 12, 13]
 
 
-def test_layers_that_are_not_awake_are_left_out_and_named():
-    tokens = some_tokens(2, 32)
-    for depth in (1, 3, 5):
-        model = awake_model(small_config(num_layers=5, value_embeddings=2))
-        asleep = model.asleep(Stage(depth))
-        model(tokens, tokens, Stage(depth)).backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is None) == (name in asleep), (depth, name)
-        assert bool(asleep) == (depth < 5)
-    fresh = GPT(small_config(num_layers=5), EOT)
-    assert torch.equal(fresh.hidden(tokens, Stage(1)), fresh.hidden(tokens))    # they begin as identities
-
-
 def test_windows_grow_over_training():
-    cfg = small_config(seq_len=512, batch_tokens=512, long_window=400, short_window=200)
-    model = GPT(cfg, EOT)
     tokens = some_tokens(1, 512, documents=False)
 
-    def reach(window_frac: float) -> list[int]:
-        return [int(mask.window) for mask in model.masks(tokens, window_frac)]
-    assert reach(0) == [128] * 4
-    assert reach(0.5) == [128, 128, 128, 200]
-    assert reach(1) == [200, 200, 200, 400]
+    def reach(progress: float, warmup: float) -> list[int]:
+        model = GPT(small_config(seq_len=512, batch_tokens=512, long_window=400, short_window=200,
+                                 window_warmup_frac=warmup), EOT)
+        assert [int(ctx.mask.window) for ctx in model.contexts(tokens)] == [200, 200, 200, 400]     # trained
+        model.progress = progress
+        windows = [int(ctx.mask.window) for ctx in model.contexts(tokens)]
+        assert windows == model.windows(512)
+        return windows
+    assert reach(0, 1) == [128] * 4
+    assert reach(0.5, 1) == reach(0.25, 0.5) == [128, 128, 128, 200]
+    assert reach(1, 1) == reach(0.5, 0.5) == reach(0, 0) == [200, 200, 200, 400]
+
+
+def test_layers_with_equal_windows_share_one_mask():
+    model = GPT(small_config(seq_len=512, batch_tokens=512, long_window=400, short_window=200), EOT)
+    first, second, third, last = model.contexts(some_tokens(1, 512))
+    assert first is second is third and last is not first
 
 
 @pytest.mark.parametrize("window", [1, 7, 64])
 def test_mask_is_causal_and_document_and_window(window):
-    docs = (some_tokens(3, 33) == EOT).cumsum(1)
+    docs = documents_of(some_tokens(3, 33))
     # equal keys share the weight, and a value for each place tells who had a share
     same, places = torch.zeros(3, 1, 33, 33), torch.eye(33).expand(3, 1, 33, 33)
     weights = attend(same, same, places, DenseMask(docs, torch.tensor(window)), 1.0)
@@ -147,7 +256,7 @@ def test_mask_is_causal_and_document_and_window(window):
 def test_dense_attention_is_that_of_torch_with_its_gradients(queries_at_once, monkeypatch):
     monkeypatch.setattr(train_gpt, "QUERIES_AT_ONCE", queries_at_once)
     torch.manual_seed(0)
-    docs = (some_tokens(2, 40) == EOT).cumsum(1)
+    docs = documents_of(some_tokens(2, 40))
     place = torch.arange(40)
     seen = train_gpt.sees(place[:, None], place, docs[:, :, None], docs[:, None], torch.tensor(9))[:, None]
     q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -190,7 +299,7 @@ def test_block_masks_from_documents_are_those_of_the_whole_mask(length, window, 
 
 def test_flex_attention_equals_dense_attention():
     torch.manual_seed(0)
-    docs = (some_tokens(2, 256) == EOT).cumsum(1)
+    docs = documents_of(some_tokens(2, 256))
     q, k, v = torch.randn(3, 2, 2, 256, 16)
     with torch.no_grad():
         dense = attend(q, k, v, DenseMask(docs, torch.tensor(50)), 0.7)
@@ -202,7 +311,7 @@ def test_flex_attention_equals_dense_attention():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flex_attention_has_the_gradients_of_dense_attention():
     torch.manual_seed(0)
-    docs = (some_tokens(2, 256) == EOT).cumsum(1).cuda()
+    docs = documents_of(some_tokens(2, 256)).cuda()
     q, k, v = torch.randn(3, 2, 2, 256, 64, device="cuda").unbind()
     gradients = []
     for make in (lambda: DenseMask(docs, torch.tensor(50).cuda()),
@@ -221,132 +330,149 @@ def test_compiled_layers_serve_all_windows_and_documents(flex):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     cfg = small_config(model_dim=64, seq_len=256, batch_tokens=512, long_window=200, short_window=130,
-                       value_embeddings=0)
+                       value_embeddings=0, window_warmup_frac=1)
     compiled, eager = awake_model(cfg, flex=flex), awake_model(cfg)
     compiled.compile_parts()
     with torch.no_grad():
-        for seed, frac in enumerate((0, 0.7, 0.9, 1)):
+        for seed, progress in enumerate((0, 0.7, 0.9, 1)):
             tokens = torch.randint(0, 101, (2, 256), generator=torch.Generator().manual_seed(seed))
-            stage = Stage(4, frac)
-            torch.testing.assert_close(compiled.hidden(tokens, stage), eager.hidden(tokens, stage),
-                                       rtol=1e-4, atol=1e-4)
+            compiled.progress = eager.progress = progress
+            torch.testing.assert_close(compiled.hidden(tokens), eager.hidden(tokens), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+class HeadAlone(train_gpt.Model):
+    """Nothing but a head, over hidden states that it is given."""
+
+    def __init__(self, x: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, fp8: bool = False):
+        super().__init__(small_config(vocab_size=vocab_size, logit_cap=cap), EOT, x.dtype)
+        self.x, self.fp8 = x, fp8
+        self.head = torch.nn.Parameter(weight.clone())
+
+    def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.x
+
+    def loss(self, targets: torch.Tensor) -> torch.Tensor:
+        return self(targets, targets)
+
+
+@pytest.mark.parametrize("cap", [15, 0])
 @pytest.mark.parametrize("rows", [1, 5, 16, 37])
-def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, monkeypatch):
+def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows, cap, monkeypatch):
     torch.manual_seed(0)
-    x = torch.randn(rows, 12, requires_grad=True)
-    weight = (3 * torch.randn(128, 12)).requires_grad_()
-    padding = torch.where(torch.arange(128) < 101, 0.0, -math.inf)
-    targets = torch.randint(0, 101, (rows,))
-    targets[::4] = -1
-    logits = train_gpt.soft_cap(x @ weight[:101].T, 15)
-    plain = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-    wanted = torch.autograd.grad(2.5 * plain, (x, weight))
+    x = torch.randn(1, rows, 12, requires_grad=True)
+    model = HeadAlone(x, 3 * torch.randn(128, 12), 101, cap)
+    targets = torch.randint(0, 101, (1, rows))
+    targets[:, ::4] = -1
+    logits = train_gpt.soft_cap(x[0] @ model.head[:101].T, cap)
+    plain = F.cross_entropy(logits, targets[0], ignore_index=-1, reduction="sum")
+    wanted = torch.autograd.grad(2.5 * plain, (x, model.head))
     monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: 8)
-    chunked = ChunkedLoss.apply(x, weight, targets, padding, 15, chunk_loss_and_gradient)
-    got = torch.autograd.grad(2.5 * chunked, (x, weight))
+    chunked = model.loss(targets)
+    got = torch.autograd.grad(2.5 * chunked, (x, model.head))
     torch.testing.assert_close(chunked, plain)
     torch.testing.assert_close(got, wanted)
 
 
-def sample_of(targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sample for each of two groups: its targets and others, which count as more than themselves."""
-    tokens, counts = [], []
-    generator = torch.Generator().manual_seed(3)
-    for group in (targets[:, ::2], targets[:, 1::2]):
-        wanted = torch.zeros(101, dtype=torch.bool)
-        wanted[group[group >= 0]] = True
-        order = (torch.rand(101, generator=generator) + wanted).argsort(descending=True)
-        tokens.append(order[:size].sort().values)
-        counts.append(1 + 5 * torch.rand(size, generator=generator))
-    return torch.stack(tokens), torch.stack(counts).log()
+def test_a_loss_is_the_sum_of_its_rows():
+    """So that micro-batches and processes do not change it."""
+    model, inputs = awake_model(small_config()), some_tokens(4, 32)
+    targets = inputs.roll(-1, 1)
+    rows = [model(inputs[row:row + 1], targets[row:row + 1]) for row in range(4)]
+    torch.testing.assert_close(torch.stack(rows).sum(), model(inputs, targets))
+
+
+def edited(monkeypatch) -> None:
+    """Add what somebody may add where "EDIT: loss" stands: a z-loss."""
+    def token_losses(z, targets, plain=train_gpt.token_losses):
+        return plain(z, targets) + 0.1 * z.logsumexp(-1).square() * (targets >= 0)
+    monkeypatch.setattr(train_gpt, "token_losses", token_losses)
 
 
 @pytest.mark.parametrize("cap", [15, 0])
-def test_a_sampled_softmax_has_its_targets_and_the_counts_of_the_others(cap):
-    """Against a plain loop over targets: all but the target itself count as many times as they say."""
-    model = awake_model(small_config(logit_cap=cap))
-    inputs = some_tokens(2, 32)
-    targets = inputs.roll(-1, 1)
-    targets[:, 7] = -1
-    tokens, log_counts = sample_of(targets, 70)
-    x = model.hidden(inputs)
-    plain = []
-    for row, place in itertools.product(range(2), range(32)):
-        target, group = targets[row, place], place % 2
-        if target >= 0:
-            z = train_gpt.soft_cap(model.head @ x[row, place], cap)
-            others = tokens[group] != target
-            counted = log_counts[group][others].exp() * z[tokens[group][others]].exp()
-            plain.append((z[target].exp() + counted.sum()).log() - z[target])
-    plain = torch.stack(plain).sum()
-    wanted = torch.autograd.grad(plain, list(model.parameters()))
-    sampled = model(inputs, targets, sample=(tokens, log_counts))
-    torch.testing.assert_close(sampled, plain)
-    torch.testing.assert_close(torch.autograd.grad(sampled, list(model.parameters())), wanted,
-                               rtol=1e-4, atol=1e-5)
+def test_a_term_added_to_the_loss_has_its_gradient(cap, monkeypatch):
+    edited(monkeypatch)
+    torch.manual_seed(0)
+    x = torch.randn(1, 37, 12, requires_grad=True)
+    model = HeadAlone(x, 3 * torch.randn(128, 12), 101, cap)
+    targets = torch.randint(0, 101, (1, 37))
+    targets[:, ::4] = -1
+    logits = train_gpt.soft_cap(x[0] @ model.head[:101].T, cap)
+    plain = F.cross_entropy(logits, targets[0], ignore_index=-1, reduction="sum")
+    plain = plain + 0.1 * (logits.logsumexp(-1).square() * (targets[0] >= 0)).sum()
+    monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: 8)
+    loss = model.loss(targets)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, model.head)),
+                               torch.autograd.grad(plain, (x, model.head)))
+    assert len(model.remarks()) == 1 and "edited" in model.remarks()[0]
 
 
-def test_a_sample_of_all_tokens_is_the_full_softmax():
-    model = awake_model(small_config())
-    inputs = some_tokens(2, 32)
-    targets = inputs.roll(-1, 1)
-    everything = torch.arange(101).expand(2, -1), torch.zeros(2, 101)
-    torch.testing.assert_close(model(inputs, targets, sample=everything), model(inputs, targets))
+@pytest.mark.parametrize("cap", [15, 0])
+def test_the_fast_loss_is_the_plain_one_and_serves_where_it_is(cap):
+    torch.manual_seed(0)
+    logits, targets = 20 * torch.randn(40, 128), torch.randint(0, 101, (40,))
+    targets[::4] = -1
+    padding = torch.where(torch.arange(128) < 101, 0.0, -math.inf)
+    torch.testing.assert_close(train_gpt.fast_losses_and_slope(logits, targets, padding, cap),
+                               train_gpt.losses_and_slope(logits, targets, padding, cap))
+    model = GPT(small_config(logit_cap=cap), EOT)
+    assert model.loss_kernel is train_gpt.fast_losses_and_slope and model.remarks() == []
 
 
-def test_a_sampled_loss_is_the_sum_of_its_rows():
-    """So that micro-batches and processes do not change it."""
-    model = awake_model(small_config())
-    inputs = some_tokens(4, 32)
-    targets = inputs.roll(-1, 1)
-    sample = sample_of(targets, 90)
-    rows = [model(inputs[row:row + 1], targets[row:row + 1], sample=sample) for row in range(4)]
-    torch.testing.assert_close(torch.stack(rows).sum(), model(inputs, targets, sample=sample))
+def test_a_gradient_that_is_not_that_of_its_losses_is_refused(monkeypatch):
+    """As when somebody edits the fast losses and not their slope."""
+    def half_edited(logits, targets, padding, cap, plain=train_gpt.fast_losses_and_slope):
+        losses, slope = plain(logits, targets, padding, cap)
+        return losses + 0.1 * logits.logsumexp(-1).square(), slope
+    monkeypatch.setattr(train_gpt, "fast_losses_and_slope", half_edited)
+    with pytest.raises(UserError, match="edit token_losses instead"):
+        GPT(small_config(), EOT)
 
 
-@pytest.fixture
-def fp8_product(monkeypatch):
-    """FP8 products, where this CPU has them: without AVX-512, oneDNN refuses some."""
-    real = train_gpt.fp8_product
-
-    def product(*factors):
-        try:
-            return real(*factors)
-        except RuntimeError as error:
-            if "could not create a primitive" not in str(error):
-                raise
-            pytest.skip("this CPU has no FP8 products")
-    monkeypatch.setattr(train_gpt, "fp8_product", product)
+def plain_fp8_product(a: tuple, b: tuple) -> torch.Tensor:
+    """What fp8_product makes, on any machine."""
+    return (a[0].float() @ b[0].float().T * (a[1] * b[1])).bfloat16()
 
 
-@pytest.mark.usefixtures("fp8_product")
+HAS_FP8 = not train_gpt.fp8_problem(torch.device("cpu"), torch.bfloat16)
+needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="this CPU has no FP8 products")
+
+
+@needs_fp8
 @pytest.mark.parametrize(("dtype", "error"), [(train_gpt.E4M3, 0.04), (train_gpt.E5M2, 0.08)])
 @pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
 def test_fp8_products_are_products_of_any_scale(dtype, error, scale):
     torch.manual_seed(0)
     a, b = (scale * torch.randn(rows, 64, dtype=torch.bfloat16) for rows in (32, 48))
     plain = a.double() @ b.double().T
+
     def product(a: torch.Tensor) -> torch.Tensor:
         return train_gpt.fp8_product(train_gpt.to_fp8(a, dtype), train_gpt.to_fp8(b, train_gpt.E4M3))
     assert 0 < (product(a).double() - plain).norm() < error * plain.norm()
     assert product(torch.zeros_like(a)).abs().max() == 0
+    narrow = train_gpt.to_fp8(a, dtype), train_gpt.to_fp8(b, train_gpt.E4M3)
+    torch.testing.assert_close(train_gpt.fp8_product(*narrow), plain_fp8_product(*narrow), rtol=2**-7, atol=0)
 
 
-@pytest.mark.usefixtures("fp8_product")
-@pytest.mark.parametrize("counts", [0.0, 1.5])
-def test_the_loss_in_fp8_is_near_that_in_bfloat16(monkeypatch, counts):
+@pytest.mark.parametrize("cap", [15, 0])
+@pytest.mark.parametrize("products", ["plain", pytest.param("own", marks=needs_fp8)])
+def test_the_loss_in_fp8_is_near_that_in_bfloat16(monkeypatch, products, cap):
+    if products == "plain":
+        monkeypatch.setattr(train_gpt, "fp8_product", plain_fp8_product)
     torch.manual_seed(0)
-    x = torch.randn(96, 32, dtype=torch.bfloat16).requires_grad_()
-    weight = (0.5 * torch.randn(128, 32)).requires_grad_()
-    log_counts, targets = counts * torch.rand(128), torch.randint(0, 128, (96,))
+    x = torch.randn(2, 48, 32, dtype=torch.bfloat16).requires_grad_()
+    weight, targets = 0.5 * torch.randn(128, 32), torch.randint(0, 128, (2, 48))
     monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: 64)
     losses, gradients = [], []
     for fp8 in (False, True):
-        losses.append(ChunkedLoss.apply(x, weight, targets, log_counts, 15, chunk_loss_and_gradient, fp8))
-        gradients.append([gradient.float() for gradient in torch.autograd.grad(losses[-1], (x, weight))])
+        model = HeadAlone(x, weight, 128, cap, fp8)
+        losses.append(model.loss(targets))
+        gradients.append([gradient.float() for gradient in torch.autograd.grad(losses[-1], (x, model.head))])
     assert losses[0] != losses[1]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
     for plain, fp8 in zip(*gradients, strict=True):
@@ -355,36 +481,39 @@ def test_the_loss_in_fp8_is_near_that_in_bfloat16(monkeypatch, counts):
 
 def test_fp8_says_what_it_needs(monkeypatch):
     assert "needs --dtype bfloat16" in train_gpt.fp8_problem(torch.device("cpu"), torch.float32)
-    def no_product(*_):
+    monkeypatch.setattr(train_gpt, "fp8_product", plain_fp8_product)
+    assert not train_gpt.fp8_problem(torch.device("cpu"), torch.bfloat16)
+
+    def unable(*_):
         raise RuntimeError("could not create a primitive")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "fp8_product", no_product)
-        assert "does not work on this CPU" in train_gpt.fp8_problem(torch.device("cpu"), torch.bfloat16)
-        patch.setattr(train_gpt, "fp8_product", lambda *_: None)
-        assert not train_gpt.fp8_problem(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(train_gpt, "fp8_product", unable)
+    problem = train_gpt.fp8_problem(torch.device("cpu"), torch.bfloat16)
+    assert "does not work on this CPU (could not create a primitive" in problem
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     for capability, works in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
         assert bool(train_gpt.fp8_problem(torch.device("cuda"), torch.bfloat16)) != works
-    with pytest.raises(train_gpt.UserError, match="--seq_len must be a multiple of 16 for --fp8"):
+    with pytest.raises(UserError, match="--seq_len must be a multiple of 16 for --fp8"):
         small_config(fp8=True, seq_len=24, batch_tokens=48)
 
 
 def test_chunks_are_small():
     for rows, columns in ((8192, 8256), (100, 50304), (7, 64), (3, 2**24)):
-        chunk = train_gpt.chunk_rows(torch.zeros(rows, 1), columns)
+        chunk = memory.chunk_rows(torch.zeros(rows, 1), columns)
         assert 1 <= chunk <= rows and chunk * columns * 4 <= max(2**27, 4 * columns)
 
 
 @pytest.mark.parametrize("rows", [3, 8, 64])
 def test_token_losses_are_the_cross_entropy_of_the_logits(rows, monkeypatch):
-    monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: rows)
+    for module in (train_gpt, evaluation):
+        monkeypatch.setattr(module, "chunk_rows", lambda x, columns: rows)
     model, tokens = awake_model(small_config()), some_tokens(2, 32)
     targets = tokens.roll(-1, 1)
     targets[1, 5:9] = -1
-    wanted = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1,
+    wanted = F.cross_entropy(logits_of(model, tokens).flatten(0, 1), targets.flatten(), ignore_index=-1,
                              reduction="none")
-    losses = model.token_losses(tokens, targets)
+    losses = TokenLosses(model)(tokens, targets)
+    assert losses.shape == (2, 32) and not losses.requires_grad
     torch.testing.assert_close(losses.flatten(), wanted)
     torch.testing.assert_close(model(tokens, targets), wanted.sum())
 
@@ -392,23 +521,22 @@ def test_token_losses_are_the_cross_entropy_of_the_logits(rows, monkeypatch):
 @pytest.mark.parametrize("rows", [3, 8, 64])
 @pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_likeliest_tokens_are_those_of_the_logits(rows, how, monkeypatch):
-    monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: rows)
+    monkeypatch.setattr(evaluation, "chunk_rows", lambda x, columns: rows)
     model, tokens = awake_model(small_config()), some_tokens(2, 32)
     with torch.no_grad():
         # padding columns would win, if they took part; tokens 7 and 9 tie wherever they do
         model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])
         model.head[7] = model.head[9] = 3 * model.head[9]
-    if how == "compiled":
-        model.losses_kernel = torch.compile(train_gpt.chunk_losses, dynamic=False)
-    best = model.logits(tokens).argmax(-1)
+    losses_of = TokenLosses(model, compiled=how == "compiled")
+    best = logits_of(model, tokens).argmax(-1)
     assert (best == 7).any() and not (best == 9).any()      # the first of equal ones
     targets = torch.where(torch.arange(64).view(2, 32) % 3 == 0, (best + 1) % 101, best)
     targets[best == 7] = 9
     targets[0, 3], targets[1, 5:9] = 7, -1
-    losses, likeliest = model.token_losses(tokens, targets, likeliest=True)
+    losses, likeliest = losses_of(tokens, targets, likeliest=True)
     assert torch.equal(likeliest, (targets == best).float())
     assert 0 < likeliest.sum() < 60
-    torch.testing.assert_close(losses, model.token_losses(tokens, targets))
+    torch.testing.assert_close(losses, losses_of(tokens, targets))
 
 
 def test_padding_columns_are_never_predicted():
@@ -417,13 +545,19 @@ def test_padding_columns_are_never_predicted():
         # they would win, if they took part
         model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])
     assert model.cfg.padded_vocab_size == 128
-    assert model.logits(tokens).shape[-1] == 101
+    logits = model.logits(model.hidden(tokens))
+    assert logits.shape == (2, 32, 128)
+    assert logits[..., :101].isfinite().all() and (logits[..., 101:] == -math.inf).all()
     loss = model(tokens, tokens.roll(-1, 1))
     loss.backward()
     # a token's loss is bounded by twice the cap; a padding column would cost that much
     assert loss < 2 * 32 * 31
     assert torch.equal(model.head.grad[101:], torch.zeros(27, 16))
 
+
+# ------------------------------------------------------------------------------------------------
+# The model as a whole, and another one
+# ------------------------------------------------------------------------------------------------
 
 def test_an_untrained_model_knows_nothing():
     model, tokens = GPT(small_config(), EOT), some_tokens(2, 32)
@@ -457,97 +591,127 @@ def test_flops_are_six_per_weight_of_a_matrix_and_attention():
     matrices = 4 * (4 * 16 * 16 + 2 * 16 * 64) + 128 * 16
     assert GPT(cfg, EOT).flops_per_token() == 6 * matrices + 12 * 16 * 4 * 32 / 2
     keys = sum(min(place + 1, 8) for place in range(32)) / 32       # that a token sees through a window of 8
-    sampled = GPT(cfg, EOT).flops_per_token(Stage(4, softmax_sample=40))
-    assert sampled == GPT(cfg, EOT).flops_per_token() - 6 * (128 - 40) * 16
     windowed = GPT(small_config(long_window=8), EOT).flops_per_token()
     assert windowed == pytest.approx(6 * matrices + 12 * 16 * 4 * keys, rel=0.03)
+
+
+def test_layers_begin_as_identities():
+    """What they add is zero at first."""
+    model, tokens = GPT(small_config(), EOT), some_tokens(2, 32)
+    whole = model.hidden(tokens)
+    model.layers = model.layers[:1]
+    assert torch.equal(model.hidden(tokens), whole)
+
+
+class SwiGLULayer(train_gpt.Layer):
+    """A layer as somebody would write one in a copy of the script; it knows of nothing but tensors."""
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.gate = torch.nn.Parameter(torch.randn(self.up.shape) / math.sqrt(cfg.model_dim))
+
+    def forward(self, x, x0, value_embedding, ctx):
+        stream, embedding = self.stream_mix.to(x.dtype)
+        x = stream * x + embedding * x0
+        x = x + self.attention(train_gpt.rms_norm(x), value_embedding, ctx)
+        inner = train_gpt.rms_norm(x)
+        gate, up = train_gpt.linear(inner, self.gate), train_gpt.linear(inner, self.up)
+        return x + train_gpt.linear(F.silu(gate) * up, self.down)
+
+
+class SwiGLU(GPT):
+    def __init__(self, cfg: Config, *others):
+        super().__init__(cfg, *others)
+        self.layers = torch.nn.ModuleList(SwiGLULayer(cfg) for _ in range(cfg.num_layers))
+
+
+OTHERS = pytest.mark.parametrize("kind", [GPT, FullRotary, SwiGLU])
+
+
+@OTHERS
+def test_a_text_is_continued_by_what_the_plain_model_finds_likeliest(kind):
+    model = awake_model(small_config(temperature=0, sample_tokens=20), kind=kind)
+    prompts = [[EOT, 5, 6], [EOT], [EOT, *range(40)]]
+    made = sampling.generate(model, prompts, model.cfg)
+    for prompt, text in zip(prompts, made, strict=True):
+        assert text == sampling.generate(model, [prompt], model.cfg)[0]     # whichever others are beside it
+        for count in range(20):
+            likeliest = int(logits_of(model, torch.tensor([prompt + text[:count]]))[0, -1].argmax())
+            assert likeliest == (text[count] if count < len(text) else EOT)
+            if likeliest == EOT:
+                break
+    assert sum(map(len, made)) > 30
+
+
+@OTHERS
+def test_another_layer_trains_samples_and_is_counted_with_nothing_else_touched(kind, here):
+    """From data to a folder with weights that can be loaded and continued, by the bench as it is."""
+    experiment = Experiment(Config, kind, Optimizer, train_gpt.train)
+    folder = train_here(here, experiment, num_steps=12, batch_tokens=256, save_model=True)
+    summary = summary_of(folder)
+    assert summary["status"] == "finished" and summary["val_loss"] < math.log(301)
+    samples = (folder / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 2
+    texts = list(continue_prompts(experiment, folder, ["the cat"], sample_tokens=5))
+    assert len(texts) == 1 and isinstance(texts[0], str)
+
+    cfg = Config(**{**TINY, "vocab_size": 301})
+    model, plain = kind(cfg, 300), GPT(cfg, 300)
+    more = num_parameters(model) - num_parameters(plain)
+    assert more == (2 * 16 * 64 if kind is SwiGLU else 0) and summary["parameters"] == num_parameters(model)
+    assert model.flops_per_token() - plain.flops_per_token() == 6 * more
+    kept = [memory.activation_mib(each, cfg, torch.float32, flex=False) for each in (kind, GPT)]
+    assert (kept[0] > kept[1]) == (kind is SwiGLU)
 
 
 # ------------------------------------------------------------------------------------------------
 # Shape comments
 # ------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5, "J": 1,
-         "G": 2, "S": 40}
-
-
-def size_of(word: str, sizes: dict[str, int]) -> int:
-    """`3H` is 3 times H, `BT` B times T, `K/2` half of K."""
-    top, _, bottom = word.partition("/")
-    top, bottom = (math.prod(int(part) if part.isdigit() else sizes[part]
-                             for part in re.findall(r"\d+|[A-Z]", product)) for product in (top, bottom))
-    return top // bottom
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5, "J": 1, "N": 20}
+OWN = {
+    "newton_schulz": lambda here: dict(zip("MN", here["G"].shape[-2:], strict=True)),
+    "_continue": lambda here: {"B": len(here["read"]), "T": max(map(len, here["read"]))}}
 
 
 def test_shape_comments_are_true(monkeypatch):
-    """Run the model with pairwise different sizes, and compare each tensor with the comment on its line."""
+    """Train, evaluate and sample with pairwise different sizes, and compare each tensor with the comment on
+    its line: all that are in the script, and those of the bench that a model meets."""
     monkeypatch.setattr(train_gpt, "QUERIES_AT_ONCE", SIZES["Q"])
-    source = Path(train_gpt.__file__).read_text(encoding="utf-8").splitlines()
-    model_lines = range(inspect.getsourcelines(DenseMask)[1],
-                        inspect.getsourcelines(ChunkedLoss)[1])
-    said = {number: re.findall(r"\(((?:[\w/]+(?:, )?)*)\)", comment[1])
-            for number, line in enumerate(source, 1) if number in model_lines
-            and (comment := re.search(r" # (\((?:[\w/]+(?:, )?)*\)(?:, \((?:[\w/]+(?:, )?)*\))*)$", line))}
-    statements = {node.end_lineno: node for node in ast.walk(ast.parse("\n".join(source)))
-                  if isinstance(node, ast.Assign | ast.Return) and node.end_lineno in said}
-    checked = set()
-
-    def compare(number: int, tensors: list, sizes: dict[str, int]) -> None:
-        shapes = said[number] * (len(tensors) if len(said[number]) == 1 else 1)
-        for shape, tensor in zip(shapes, tensors, strict=True):
-            if isinstance(tensor, torch.Tensor):
-                wanted = tuple(size_of(word, sizes) for word in filter(None, shape.split(", ")))
-                assert tuple(tensor.shape) == wanted, f"line {number}: {source[number - 1].strip()}"
-                checked.add(number)
-
-    def named(frame, node: ast.Assign) -> list:
-        targets = [item for target in node.targets
-                   for item in (target.elts if isinstance(target, ast.Tuple) else [target])]
-        return [frame.f_locals.get(target.id) for target in targets if isinstance(target, ast.Name)]
-
-    def trace(frame, event, value):
-        if frame.f_code.co_filename != train_gpt.__file__:
-            return None
-        sizes = dict(SIZES)
-        if frame.f_code.co_name == "chunk_loss_and_gradient":
-            sizes["N"], sizes["V"] = frame.f_locals["logits"].shape
-        elif frame.f_code.co_name == "chunk_losses":
-            sizes["N"] = len(frame.f_locals["x"])
-        waiting = []
-
-        def inside(frame, event, value):
-            while waiting:
-                node = waiting.pop()
-                compare(node.end_lineno, named(frame, node), sizes)
-            if event == "return":
-                number = next((line for line, node in statements.items() if isinstance(node, ast.Return)
-                               and node.lineno <= frame.f_lineno <= line), None)
-                if number:
-                    compare(number, list(value) if isinstance(value, tuple) else [value], sizes)
-            for node in statements.values():
-                if isinstance(node, ast.Assign) and node.lineno <= frame.f_lineno <= node.end_lineno:
-                    waiting.append(node)
-            return inside
-        return inside
-
+    for module in (train_gpt, evaluation):      # all tokens in one chunk
+        monkeypatch.setattr(module, "chunk_rows", lambda x, columns: SIZES["N"])
+    monkeypatch.setattr(train_gpt, "fp8_product", plain_fp8_product)
     cfg = Config(vocab_size=192, num_layers=4, num_heads=3, model_dim=36, mlp_ratio=5, seq_len=10,
-                 batch_tokens=20, value_embeddings=1, num_samples=2, sample_tokens=1)
-    model = awake_model(cfg, eot_id=191)
+                 num_steps=1, batch_tokens=20, value_embeddings=1, num_samples=2, sample_tokens=2, top_k=3,
+                 grad_clip=1)
     tokens = torch.randint(0, 191, (2, 10))
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        model(tokens, tokens).backward()
-        sample = torch.tensor([sorted(list(dict.fromkeys([*group.flatten().tolist(), *range(191)]))[:40])
-                               for group in (tokens[:, ::2], tokens[:, 1::2])])
-        model(tokens, tokens, sample=(sample, torch.zeros(2, 40))).backward()
-        awake_model(dataclasses.replace(cfg, logit_cap=0), eot_id=191)(tokens, tokens).backward()
-        model.token_losses(tokens, tokens)
-        model.token_losses(tokens, tokens, likeliest=True)
-        model.logits(tokens)
-        GPT(cfg, 191, flex={}).masks(tokens, 1.0)
-    finally:
-        sys.settrace(previous)
-    unchecked = set(statements) - checked
-    assert len(checked) > 30
-    assert not unchecked, [source[line - 1].strip() for line in sorted(unchecked)]
+    letters = Encoding("letters", pat_str=".", mergeable_ranks={bytes([byte]): byte for byte in range(191)},
+                       special_tokens={"<|endoftext|>": 191})
+
+    models = [awake_model(cfg, eot_id=191), awake_model(dataclasses.replace(cfg, logit_cap=0), eot_id=191),
+              awake_model(cfg, eot_id=191, dtype=torch.bfloat16)]
+    models[2].fp8, models[2].loss_kernel = True, train_gpt.losses_and_slope
+    flex = GPT(cfg, 191, flex={})
+
+    def work() -> None:
+        for model in models:
+            held_out = HeldOut([tokens.flatten().numpy()], cfg, letters)
+            held_out.evaluate(TokenLosses(model), 2, World(cfg))
+            TokenLosses(model)(tokens, tokens, likeliest=True)
+            train_gpt.train(one_step(model, tokens))
+        flex.contexts(tokens)
+    sizes = {**SIZES, "P": len(list(GPT(cfg, 191).parameters()))}
+    assert len({*sizes.values()}) == len(sizes)
+    assert wrong_shapes([train_gpt, evaluation], sizes, work, OWN) == []
+    texts = [[191, 5], [191]]       # their lengths grow, so that no other file is looked at
+    assert wrong_shapes([sampling], sizes, lambda: sampling.generate(models[0], texts, cfg), OWN) == []
+    assert len(comments_of(inspect.getsource(train_gpt))) > 90
+
+
+def one_step(model: GPT, tokens: torch.Tensor) -> SimpleNamespace:
+    """What the training loop asks of a Run, for one step of these tokens."""
+    world = World(model.cfg)
+    return SimpleNamespace(
+        cfg=model.cfg, model=model, optimizer=Optimizer(model, model.cfg, world), world=world, step=0,
+        progress=0.0, batches=lambda: [Batch(tokens.numel(), [(tokens, tokens)])],
+        backward=torch.Tensor.backward, check_step=lambda loss, norms, scale: True)

@@ -8,17 +8,11 @@ import torch
 from torch import nn
 
 import train_gpt
-from train_gpt import (
-    GPT,
-    Config,
-    LossScale,
-    Optimizer,
-    World,
-    adam_update,
-    group_of,
-    lr_scale,
-    newton_schulz,
-)
+import train_llama3
+import train_nanogpt
+from benchtop.machine import World
+from benchtop.steps import LossScale, NonFinite
+from train_gpt import GPT, Config, Optimizer, adam_update, group_of, lr_scale, newton_schulz
 
 
 def small_config(**knobs) -> Config:
@@ -47,18 +41,76 @@ def test_newton_schulz_of_nothing_is_nothing():
     assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch.zeros(4, 6))
 
 
-def test_every_parameter_is_in_exactly_one_group():
-    model = GPT(small_config(), 100)
-    optimizer = Optimizer(model, model.cfg, World(model.cfg))
+def optimizer_of(script, world: World | None = None, **knobs):
+    """A model of a script with its optimizer."""
+    experiment = script.EXPERIMENT
+    sizes = dict(vocab_size=101, num_layers=4, num_heads=2, model_dim=16, seq_len=32, batch_tokens=64,
+                 num_steps=3, device="cpu")
+    cfg = experiment.Config(**{**sizes, **knobs})
+    model = experiment.Model(cfg, 100)
+    return model, experiment.Optimizer(model, cfg, world or World(cfg))
+
+
+SCRIPTS = pytest.mark.parametrize("script", [train_gpt, train_nanogpt, train_llama3],
+                                  ids=lambda script: script.__name__)
+
+
+@SCRIPTS
+def test_every_parameter_is_in_exactly_one_group(script):
+    model, optimizer = optimizer_of(script)
     groups = {group: {piece.name for piece in pieces} for group, pieces in optimizer.groups.items()}
     assert sorted(itertools.chain(*groups.values())) == sorted(name for name, _ in model.named_parameters())
     assert all(groups.values())
-    assert all(piece.parameter.ndim >= 2 for piece in optimizer.groups["matrices"])
+    if script is train_gpt:
+        assert all(piece.parameter.ndim >= 2 for piece in optimizer.groups["matrices"])
+
+
+class OneOf(World):
+    """One of several processes that say nothing to each other."""
+
+    def __init__(self, cfg, rank: int, size: int):
+        super().__init__(cfg)
+        self.rank, self.size = rank, size
+
+
+@SCRIPTS
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_every_weight_has_one_owner_who_alone_keeps_its_state(script, processes):
+    """For any number of processes each row of a parameter is in one piece, and one process has its state."""
+    owners: dict[str, torch.Tensor] = {}
+    for rank in range(processes):
+        cfg = script.EXPERIMENT.Config(device="cpu")
+        model, optimizer = optimizer_of(script, OneOf(cfg, rank, processes))
+        pieces = optimizer.pieces
+        assert [piece.owner == rank for piece in pieces] == [bool(piece.state) for piece in pieces]
+        for name, parameter in model.named_parameters():
+            counts = torch.zeros(parameter.shape, dtype=torch.int32)
+            for piece in pieces:
+                if piece.name == name:
+                    assert piece.parameter is parameter
+                    counts[piece.rows] += 1
+                    if piece.owner == rank:
+                        owners.setdefault(name, torch.zeros(parameter.shape, dtype=torch.int32))
+                        owners[name][piece.rows] += 1
+            assert (counts == 1).all(), name
+    assert set(owners) == {name for name, _ in model.named_parameters()}
+    assert all((count == 1).all() for count in owners.values())
+
+
+@SCRIPTS
+def test_a_parameter_without_a_gradient_is_named(script):
+    model, optimizer = optimizer_of(script)
+    for name, parameter in model.named_parameters():
+        parameter.grad = None if name in ("layers.2.out", "layers.2.out.weight") else parameter.detach()
+    with pytest.raises(RuntimeError, match=r"parameter layers\.2\.out(\.weight)? has no gradient"):
+        optimizer.gradient_norms()
 
 
 @pytest.mark.parametrize(("name", "shape", "group"), [
     ("layers.0.gate", (3,), "scalars"), ("layers.0.gate", (3, 4), "matrices"),
-    ("bigrams", (9, 4), "embeddings"), ("temperature", (), "scalars"), ("head", (9, 4), "head")])
+    ("bigram_embeds", (9, 4), "embeddings"), ("value_embeds.1", (9, 4), "embeddings"),
+    ("mixer", (9, 4), "matrices"),
+    ("temperature", (), "scalars"), ("head", (9, 4), "head")])
 def test_a_new_parameter_finds_its_group(name, shape, group):
     assert group_of(name, torch.zeros(shape)) == group
 
@@ -135,14 +187,24 @@ def test_learning_rates_follow_batch_and_width_as_stated():
 
 def test_the_rules_fill_in_what_is_left_open_and_nothing_else():
     for tokens, batch in ((10_000, 512), (10**6, 8192), (98_304_000, 2**17), (986_316_800, 2**19)):
-        cfg = Config(train_tokens=tokens)
+        cfg = Config(train_tokens=tokens).with_budget(10**9)
         assert cfg.batch_tokens == batch and (cfg.num_steps - 1) * batch < tokens <= cfg.num_steps * batch
+        assert cfg.train_tokens == cfg.num_steps * batch
     assert [Config(model_dim=dim).num_heads for dim in (64, 256, 384, 768, 1000, 2048)] == [1, 2, 3, 6, 5, 16]
     assert [Config(seq_len=length).short_window for length in (256, 1024, 4096)] == [256, 512, 2048]
-    assert Config(seq_len=1000, train_tokens=10**6).batch_tokens == 8000
+    assert Config(seq_len=1000, train_tokens=10**6).with_budget(10**9).batch_tokens == 8000
     given = dict(num_steps=7, batch_tokens=1024, num_heads=4, short_window=100)
-    cfg = Config(**given)
-    assert {knob: getattr(cfg, knob) for knob in given} == given
+    cfg = Config(**given).with_budget(10**9)
+    assert {knob: getattr(cfg, knob) for knob in given} == given and cfg.train_tokens == 7 * 1024
+
+
+@pytest.mark.parametrize(("epoch", "most"), [(10**9, 4_000_000), (10**6, 4_000_000), (50_000, 200_000)])
+def test_without_a_budget_it_is_four_million_tokens_or_four_epochs_if_less(epoch, most):
+    cfg = Config().with_budget(epoch)
+    assert most - cfg.batch_tokens < cfg.train_tokens == cfg.num_steps * cfg.batch_tokens <= most
+    assert Config(train_tokens=most).with_budget(epoch).batch_tokens == cfg.batch_tokens
+    clock = Config(train_minutes=3).with_budget(epoch)
+    assert clock.num_steps == clock.train_tokens == 0 and clock.batch_tokens == cfg.batch_tokens
 
 
 def test_the_schedule_warms_up_stays_and_cools_down():
@@ -182,5 +244,5 @@ def test_a_loss_scale_leaves_out_steps_that_overflow():
     assert not scale.unscale(optimizer, gradients(math.inf))
     assert scale.value == 2**15 and model.head.grad is None
     scale.value = 1.0
-    with pytest.raises(train_gpt.NonFinite):
+    with pytest.raises(NonFinite):
         scale.unscale(optimizer, gradients(math.nan))

@@ -3,6 +3,8 @@
 Run: ./run.sh test tests/test_paper.py
 """
 
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -18,12 +20,16 @@ import train_gpt
 sys.path.insert(0, str(ROOT / "paper"))
 import build
 
+from benchtop import places
+
 TEXTS = "".join((ROOT / "paper" / name).read_text() for name in ("paper.tex", "appendix.tex"))
 
 
 def test_every_fact_of_the_text_is_read_from_the_code():
     named = set(re.findall(r"\\fact\{([\w.]+)\}", TEXTS))
     assert len(named) > 40 and named <= set(build.facts())
+    gone = r"depth warm-?up|sampled softmax|\\cite\{(depth|sampled)\}"
+    assert not re.search(gone, TEXTS, re.IGNORECASE), "the paper describes what only patches do"
     # numbers that stand in the appendix by hand are of formulas, not of the code
     prose = re.sub(r"\\(fact|cite|label|ref)\{[^}]*\}", "", (ROOT / "paper" / "appendix.tex").read_text())
     assert set(re.findall(r"(?<![\w^_])\d+\.\d+|(?<![\w^_])\d{3,}", prose)) == set()
@@ -34,15 +40,26 @@ def test_facts_follow_the_code(monkeypatch):
     assert before["knob.logit_cap"] == "15" and before["rates.matrices.batch"] == "1/12"
     assert before["rotary.slowest"] == "1,024" and before["rates.head.width"] == "-1/2"
     assert before["rates.matrices.width"] == "0" and before["muon.momentum_last"] == "0.95"
+    assert (before["budget.tokens"], before["budget.epochs"]) == ("4,000,000", "4")
+    assert (before["data.enough"], before["data.most_percent"]) == ("64", "5")
     monkeypatch.setattr(train_gpt.Optimizer, "betas", (0.7, 0.97))
     angles = torch.tensor([1.0, 0.5, 1e-5, 0.0])
-    monkeypatch.setattr(train_gpt, "rotary_table", lambda length, width, device: (
-        None, (angles * torch.arange(length)[:, None]).sin()))
+    monkeypatch.setattr(train_gpt.GPT, "frequencies", lambda model, device: angles)
     monkeypatch.setattr(build.documents, "HELD_OUT_ONE_IN", 32)
+    monkeypatch.setattr(build.held_out, "MOST_OF_TEXT", 0.075)
     after = build.facts()
     assert after["data.one_in"] == "32" != before["data.one_in"]
+    assert after["data.most_percent"] == "7.5"
     assert (after["adam.beta1"], after["adam.beta2"]) == ("0.7", "0.97")
-    assert (after["rotary.slowest"], after["rotary.turning"], after["rotary.pairs"]) == ("100,000", "3", "4")
+    assert (after["rotary.slowest"], after["rotary.rotating"], after["rotary.pairs"]) == ("100,000", "3", "4")
+
+
+def test_the_budget_of_the_text_is_the_rule_of_the_code():
+    facts = build.facts()
+    for million, batch in ((1, 8192), (10, 32768), (100, 131072)):
+        cfg = train_gpt.Config(train_tokens=million * 10**6).with_budget(2**53)
+        assert cfg.batch_tokens == batch and f"{batch:,} for {million} million" in facts["batch.by_budget"]
+    assert train_gpt.Config().with_budget(10**6).train_tokens <= 4 * 10**6
 
 
 def test_powers_are_told_as_they_are():
@@ -54,13 +71,52 @@ def test_powers_are_told_as_they_are():
 
 def test_windows_are_long_in_every_fourth_layer_and_the_last():
     cfg = train_gpt.Config(num_layers=6, seq_len=2048, vocab_size=64)
-    assert train_gpt.GPT(cfg, 63).windows(2048, 1.0) == [1024, 1024, 1024, 2048, 1024, 2048]
+    model = train_gpt.GPT(cfg, 63)
+    assert model.progress == 1 and model.windows(2048) == [1024, 1024, 1024, 2048, 1024, 2048]
 
 
-def test_what_compare_would_refuse_is_no_table(monkeypatch):
-    monkeypatch.setattr(build, "TABLES", {"mixed": (["yardstick_gpt", "relu2"], ["tokens"])})
+def kept_run(folder: Path, command: str = "train_gpt.py --preset demo --head_lr 0.01", data: str = "a",
+             **knobs) -> str:
+    """A kept run of today's train_gpt.py, with the knobs of its command but for these."""
+    preset = train_gpt.Config.preset_knobs("demo") | {"preset": "demo", "head_lr": 0.01}
+    summary = {"status": "finished", "seed": 0, "tokens": 100, "train_seconds": 1.0, "val_loss": 2.0,
+               "val_bpb": 1.0, "tokens_per_second": 100.0, "script": "train_gpt.py", "command": command,
+               "data": data, "data_sha256": data, "held_out_documents": 64, "held_out_tokens": 12345}
+    folder.mkdir(parents=True)
+    config = dataclasses.asdict(train_gpt.Config(**preset)) | knobs
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return str(folder)
+
+
+def test_what_compare_would_refuse_is_no_table(tmp_path, monkeypatch):
+    mixed = [kept_run(tmp_path / data, data=data) for data in ("a", "b")]
+    monkeypatch.setattr(build, "TABLES", {"mixed": (mixed, ["tokens"])})
     with pytest.raises(build.UserError, match="differ in data"):
         build.tables()
+
+
+def test_runs_of_another_program_than_the_appendix_describes_are_no_table(tmp_path, monkeypatch):
+    """The committed yardsticks are such runs: their train_gpt.py had a depth warm-up."""
+    def tables_of(spec: str) -> dict[str, str]:
+        monkeypatch.setattr(build, "TABLES", {"one": ([spec], [])})
+        return build.tables()
+    with pytest.raises(build.UserError, match=r"yardstick_gpt/seed0 .* other knobs \(depth_warmup_frac"):
+        tables_of("yardstick_gpt")
+    with pytest.raises(build.UserError, match=r"--muon_lr 0.02, where its command gives 0.05 now"):
+        tables_of(kept_run(tmp_path / "other_default", muon_lr=0.02))
+    # knobs that the command set are no other program
+    tables = tables_of(kept_run(tmp_path / "flags"))
+    assert "head\\_lr & 0.008 & 0.01" in tables["one_knobs.tex"] and "muon" not in tables["one_knobs.tex"]
+    assert build.facts_of_runs() == {"one.documents": "64", "one.tokens": "12,345"}
+
+
+def test_a_script_that_has_changed_since_the_runs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "TABLES", {"one": ([kept_run(tmp_path / "run")], [])})
+    assert build.remarks() == ["train_gpt.py has changed since the runs of table one were made; check that "
+                               "the appendix still describes them"]
+    monkeypatch.setattr(build, "sha256_of", {places.ROOT / "train_gpt.py": None}.get)
+    assert build.remarks() == []
 
 
 def test_code_that_no_longer_looks_like_its_description_stops_the_build():
@@ -85,7 +141,8 @@ def test_a_fact_that_is_not_there_is_an_error_in_latex(tmp_path):
 
 def test_the_tables_are_those_of_compare(monkeypatch):
     made = build.tables()
-    assert set(made) == {f"{name}{kind}.tex" for name in build.TABLES for kind in ("", "_differences")}
+    kinds = ("", "_differences", "_knobs")
+    assert set(made) == {f"{name}{kind}.tex" for name in build.TABLES for kind in kinds}
     shown = subprocess.run([sys.executable, "compare.py", *build.TABLES["example"][0], "--format", "latex"],
                            cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert made["example.tex"].strip() in shown
@@ -97,10 +154,11 @@ def test_the_tables_are_those_of_compare(monkeypatch):
 def test_the_pdf_is_made_and_says_what_the_runs_say(tmp_path):
     if not shutil.which("latexmk"):
         pytest.skip("latexmk is not installed")
-    for name in (*(path.name for path in ROOT.glob("*.py")), "paper", "experiments"):
+    for name in (*(path.name for path in ROOT.glob("*.py")), "benchtop", "paper", "experiments"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("2*", "made", "*.pdf"))
+            made = shutil.ignore_patterns("2*", "made", "*.pdf", "__pycache__")
+            shutil.copytree(source, tmp_path / name, ignore=made)
         else:
             shutil.copy(source, tmp_path)
     done = subprocess.run([sys.executable, "paper/build.py"], cwd=tmp_path, capture_output=True, text=True)

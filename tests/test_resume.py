@@ -13,36 +13,45 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import DRIVE, drive, newest, rows_of, summary_of, train_here
+from tiny_runs import CALM, DRIVE, drive, newest, rows_of, summary_of, train_here
 from tiny_runs import flags as tiny_flags
 
-import run_folder
-import train_gpt
-from documents import UserError
-from train_gpt import parse_config
+from benchtop.briefing import next_command
+from benchtop.checkpoints import CHECKPOINT_FORMAT, load_checkpoint, read_checkpoint
+from benchtop.command_line import program
+from benchtop.errors import UserError
+from benchtop.evaluation import HeldOut, Validation
+from benchtop.folder import find_run, locked_log
+from benchtop.identity import identity_of
+from benchtop.knobs import parse_config
+from benchtop.log import RunLog
+from benchtop.machine import World
+from benchtop.run import Run, start, warm_up
+from train_gpt import EXPERIMENT, Config
 
 TIMES = ("train_seconds", "tokens_per_second", "mfu", "peak_memory_mib")
 
 # lines for drive.py
-KEEP = "train_gpt.remove_checkpoints = lambda *_, **__: None\n"
+KEEP = "benchtop.run.remove_checkpoints = lambda *_, **__: None\n"
 DIE_AFTER = """
 import os, signal
-real_look = train_gpt.look
-def look(run):
-    real_look(run)
+real_between_steps = benchtop.run.Run.between_steps
+def between_steps(run):
+    real_between_steps(run)
     if run.step == {step} and run.world.rank == {rank}:
         os.kill(os.getpid(), signal.SIGKILL)
-train_gpt.look = look
+benchtop.run.Run.between_steps = between_steps
 """
 
 
 def last_state(folder: Path) -> dict:
-    return run_folder.load_checkpoint(folder / "checkpoint.pt")
+    return load_checkpoint(folder / "checkpoint.pt")
 
 
 def timeless(rows: list[dict]) -> list[dict]:
@@ -74,9 +83,7 @@ def assert_same_run(one: Path, other: Path, exact: bool = True) -> None:
 
 
 def flags(**knobs) -> list[str]:
-    """Rates so low that 20 steps do not amplify what sums in another order differ by."""
-    calm = dict(muon_lr=0.01, embed_lr=0.1, head_lr=0.002, scalar_lr=0.01)
-    return tiny_flags(**{**calm, **knobs})
+    return tiny_flags(**{**CALM, **knobs})
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +137,7 @@ def test_a_killed_compiled_run_goes_on_to_the_bit(lab):
     (dict(save_every_minutes=60), [4, 8, 9])])
 def test_checkpoints_come_by_steps_by_minutes_and_before_every_validation(here, monkeypatch, knobs, wanted):
     saved, validated = [], []
-    checkpoint, evaluate = train_gpt.RunLog.checkpoint, train_gpt.HeldOut.evaluate
+    checkpoint, evaluate = RunLog.checkpoint, HeldOut.evaluate
 
     def recording(log, state):
         checkpoint(log, state)
@@ -140,8 +147,8 @@ def test_checkpoints_come_by_steps_by_minutes_and_before_every_validation(here, 
     def validating(*arguments):
         validated.append(saved[-1])
         return evaluate(*arguments)
-    monkeypatch.setattr(train_gpt.RunLog, "checkpoint", recording)
-    monkeypatch.setattr(train_gpt.HeldOut, "evaluate", validating)
+    monkeypatch.setattr(RunLog, "checkpoint", recording)
+    monkeypatch.setattr(HeldOut, "evaluate", validating)
     train_here(here, num_steps=9, val_every=4, **knobs)
     assert saved == wanted and validated == [4, 8, 9]
 
@@ -153,8 +160,66 @@ def test_a_run_by_the_clock_goes_on_with_the_time_it_had_left(stopped_run):
     assert summary_of(stopped_run)["status"] == "finished"
 
 
+IN_EVALUATE = """
+import os, signal
+from benchtop.evaluation import HeldOut
+real_evaluate, calls = HeldOut.evaluate, []
+def evaluate(*arguments):
+    calls.append(1)
+    if len(calls) == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_evaluate(*arguments)
+HeldOut.evaluate = evaluate
+"""
+
+
+@pytest.fixture(scope="session")
+def ten_validations(lab) -> Path:
+    """A run of 24 steps that decides by itself when to validate."""
+    done = drive(lab, KEEP, *flags(num_steps=24, val_every=0, model_name="ten"))
+    assert done.returncode == 0, done.stderr
+    return newest(lab, "ten")
+
+
+def test_a_run_has_ten_validations_at_tenths_of_it_the_last_at_its_end(ten_validations):
+    rows = rows_of(ten_validations)
+    # the first step at or behind each tenth of 24
+    assert [int(row["step"]) for row in rows if row["val_loss"]] == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    assert len(rows) == 24
+
+
+@pytest.mark.parametrize(("kill", "saved"), [
+    (DIE_AFTER.format(step=11, rank=0), 10), (DIE_AFTER.format(step=12, rank=0), 12),
+    (IN_EVALUATE.format(number=4), 10)], ids=["between validations", "behind one", "within one"])
+def test_ten_validations_are_the_same_ones_across_a_kill(lab, ten_validations, kill, saved):
+    """Also where the run was killed between the checkpoint of a step and its validation."""
+    killed = drive(lab, KEEP + kill, *flags(num_steps=24, val_every=0, model_name="tenkilled"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = newest(lab, "tenkilled")
+    assert last_state(folder)["step"] == saved
+    done = drive(lab, KEEP, "--resume", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, ten_validations)
+
+
+def test_time_for_compiling_is_that_of_all_sessions(here, monkeypatch):
+    real = warm_up
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        real(*arguments)
+    monkeypatch.setattr("benchtop.run.warm_up", slow)
+    folder = stop_here(here)
+    first = last_state(folder)["compile_seconds"]
+    resume_here("--resume", str(folder))
+    said = re.findall(r"kernels ready after ([\d.]+) s", (folder / "training_log.txt").read_text())
+    assert len(said) == 2 and float(said[0]) == pytest.approx(first, abs=0.05) and first >= 0.3
+    # of what is rounded to a tenth
+    assert summary_of(folder)["compile_seconds"] == pytest.approx(sum(map(float, said)), abs=0.16)
+
+
 def test_the_loss_scale_and_the_best_go_on(here, monkeypatch):
-    monkeypatch.setattr(train_gpt, "remove_checkpoints", lambda *_, **__: None)
+    monkeypatch.setattr("benchtop.run.remove_checkpoints", lambda *_, **__: None)
     whole = last_state(train_here(here, num_steps=6, save_every_steps=1, dtype="float16"))
     folder = stop_here(here, dtype="float16")
     assert last_state(folder)["loss_scale"]["good_steps"] == 3
@@ -162,7 +227,7 @@ def test_the_loss_scale_and_the_best_go_on(here, monkeypatch):
     for part in ("loss_scale", "best"):
         assert last_state(folder)[part] == whole[part]
     other = stop_here(here)
-    monkeypatch.setattr(train_gpt.HeldOut, "evaluate", lambda *_: train_gpt.Validation(99.0, 99.0))
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_: Validation(99.0, 99.0))
     resume_here("--resume", str(other))
     assert summary_of(other)["best_step"] == 2 and summary_of(other)["val_loss"] == 99.0
 
@@ -178,12 +243,13 @@ def test_a_run_may_be_made_longer(stopped_run):
 
 KEEP_FIRST = """
 import shutil
-real_checkpoint = train_gpt.RunLog.checkpoint
+from benchtop.log import RunLog
+real_checkpoint = RunLog.checkpoint
 def checkpoint(log, state):
     real_checkpoint(log, state)
     if log.active and state["step"] == 1:
         shutil.copy(log.folder / "checkpoint.pt", log.folder / "first.pt")
-train_gpt.RunLog.checkpoint = checkpoint
+RunLog.checkpoint = checkpoint
 """
 
 
@@ -206,8 +272,8 @@ def test_any_number_of_processes_ends_where_one_does(lab, four_micro_batches, pr
     """1x4 = 2x2 = 4x1 (processes x micro-batches), and 3 processes, after one step and after twenty."""
     folder = equal_run(lab, f"by{processes}", processes)
     for checkpoint, tolerance in (("first.pt", 1e-6), ("checkpoint.pt", 1e-4)):
-        ours = tensors_of(run_folder.load_checkpoint(folder / checkpoint))
-        theirs = tensors_of(run_folder.load_checkpoint(four_micro_batches / checkpoint))
+        ours = tensors_of(load_checkpoint(folder / checkpoint))
+        theirs = tensors_of(load_checkpoint(four_micro_batches / checkpoint))
         assert set(ours) == set(theirs)
         most = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
         print(f"{processes} processes, {checkpoint}: largest difference {most:.2e}")
@@ -230,16 +296,14 @@ def test_a_run_goes_on_on_another_number_of_processes(lab, whole, before, after)
     assert [session["processes"] for session in summary_of(newest(lab, name))["sessions"]] == [before, after]
 
 
-SLOWLY = """
-import time
-real_look = train_gpt.look
-def look(run):
-    real_look(run)
-    time.sleep(0.05)
+SIGNAL_AFTER_3 = """
+import os
+real_between_steps = benchtop.run.Run.between_steps
+def between_steps(run):
+    real_between_steps(run)
     if run.step == 3 and run.world.rank == {rank}:
-        import os
         os.kill(os.getpid(), {signal})
-train_gpt.look = look
+benchtop.run.Run.between_steps = between_steps
 """
 
 
@@ -247,7 +311,7 @@ train_gpt.look = look
 def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
     name = f"signal{int(number)}"
     arguments = flags(num_steps=20, val_every=5, model_name=name)
-    stopped = drive(lab, KEEP + SLOWLY.format(rank=0, signal=int(number)), *arguments)
+    stopped = drive(lab, KEEP + SIGNAL_AFTER_3.format(rank=0, signal=int(number)), *arguments)
     assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr, stopped.stderr
     folder = newest(lab, name)
     last_line = stopped.stdout.strip().splitlines()[-1]
@@ -260,17 +324,17 @@ def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(lab):
-    twice = SLOWLY.format(rank=0, signal=int(signal.SIGINT)) + """
-real_step = train_gpt.train_step
-def train_step(run, *arguments):
+    twice = SIGNAL_AFTER_3.format(rank=0, signal=int(signal.SIGINT)) + """
+import signal
+real_check_step = benchtop.run.Run.check_step
+def check_step(run, *arguments):
     if run.step == 3:
-        import signal
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        for _ in range(10**6):      # Python hears of a signal within a few of these
+            pass
         print("not reached")
-    return real_step(run, *arguments)
-import os
-train_gpt.train_step = train_step
+    return real_check_step(run, *arguments)
+benchtop.run.Run.check_step = check_step
 """
     stopped = drive(lab, twice, *flags(num_steps=20, val_every=2, model_name="twice"))
     assert stopped.returncode == 130 and "not reached" not in stopped.stdout
@@ -280,7 +344,7 @@ train_gpt.train_step = train_step
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(lab):
-    stopped = drive(lab, SLOWLY.format(rank=1, signal=int(signal.SIGTERM)),
+    stopped = drive(lab, SIGNAL_AFTER_3.format(rank=1, signal=int(signal.SIGTERM)),
                     *flags(num_steps=20, model_name="oneofall"), processes=2)
     assert stopped.returncode and "exitcode: 143" in re.sub(r"exitcode\s*: ", "exitcode: ", stopped.stderr)
     assert stopped.stdout.count("stopped by SIGTERM; the last good checkpoint is of step 4") == 1
@@ -298,15 +362,15 @@ def stopped_run(here) -> Path:
 
 
 def stop_here(here: Path, **knobs) -> Path:
-    real_look = train_gpt.look
+    real = Run.between_steps
 
-    def look(run):
-        real_look(run)
+    def between_steps(run):
+        real(run)
         if run.step == 3:
             raise KeyboardInterrupt
     before = set(here.glob("experiments/*"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_gpt, "look", look)
+        patch.setattr(Run, "between_steps", between_steps)
         train_here(here, num_steps=6, save_every_steps=1, **knobs)
     folder, = set(here.glob("experiments/*")) - before
     assert last_state(folder)["step"] == 3
@@ -314,8 +378,12 @@ def stop_here(here: Path, **knobs) -> Path:
 
 
 def resume_here(*arguments: str) -> None:
-    cfg = parse_config(list(arguments))
-    train_gpt.train(cfg, train_gpt.World(cfg))
+    cfg = parse_config(list(arguments), Config)
+    start(EXPERIMENT, cfg, World(cfg))
+
+
+def interrupt(run: Run) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
@@ -328,7 +396,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped_run, capsys, d
     resume_here("--resume", str(stopped_run))
     said = capsys.readouterr()
     assert "warning: going on from the one before it, of step 2" in said.err
-    assert "goes on after step 2" in said.out
+    assert "resumes after step 2" in said.out
     assert [row["step"] for row in rows_of(stopped_run)] == list("123456")
     assert summary_of(stopped_run)["status"] == "finished" and not list(stopped_run.glob("*.pt*"))
 
@@ -343,14 +411,14 @@ def test_two_damaged_checkpoints_are_one_clear_line(stopped_run, capsys):
 def test_any_flipped_bit_is_noticed_or_harmless(stopped_run):
     path, previous = stopped_run / "checkpoint.pt", stopped_run / "checkpoint_previous.pt"
     content, content_before = path.read_bytes(), previous.read_bytes()
-    state = run_folder.load_checkpoint(path)
+    state = load_checkpoint(path)
     rng = random.Random(0)
     entries = range(len(content) - 5000, len(content))      # they say where everything stands
-    places = [*rng.sample(entries, 300), *rng.sample(range(len(content)), 100)]
+    spots = [*rng.sample(entries, 300), *rng.sample(range(len(content)), 100)]
     noticed = 0
-    for place in places:
-        flip_bit(path, content, place, 1 << rng.randrange(8))
-        loaded = run_folder.read_checkpoint(stopped_run)
+    for spot in spots:
+        flip_bit(path, content, spot, 1 << rng.randrange(8))
+        loaded = read_checkpoint(stopped_run)
         if loaded["step"] == state["step"]:
             assert all(torch.equal(tensor, tensors_of(loaded)[name])
                        for name, tensor in tensors_of(state).items())
@@ -362,7 +430,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(stopped_run):
     for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
         flip_bit(path, content, content.rindex(entry.filename.encode()) - 8, 0x10)      # "it is a folder"
         with pytest.raises(zipfile.BadZipFile):
-            run_folder.load_checkpoint(path)
+            load_checkpoint(path)
 
 
 def flip_bit(path: Path, content: bytes, place: int, bit: int) -> None:
@@ -376,7 +444,7 @@ def test_a_checkpoint_cannot_run_code(stopped_run, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
     for path in stopped_run.glob("checkpoint*.pt"):
-        torch.save({"format": run_folder.CHECKPOINT_FORMAT, "step": Evil()}, path)
+        torch.save({"format": CHECKPOINT_FORMAT, "step": Evil()}, path)
     with pytest.raises(UserError, match="no whole checkpoint"):
         resume_here("--resume", str(stopped_run))
     assert not (tmp_path / "executed").exists()
@@ -401,7 +469,7 @@ def test_another_shape_is_refused_and_leaves_the_run_as_it_was(stopped_run):
 
 def test_knobs_of_a_session_that_saved_nothing_are_forgotten(stopped_run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_gpt, "look", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Run, "validate_and_log", interrupt)      # what a resumed run does first
         resume_here("--resume", str(stopped_run), "--muon_lr", "0.1", "--resume_changed")
     resume_here("--resume", str(stopped_run))
     assert json.loads((stopped_run / "config.json").read_text())["muon_lr"] == 0.05
@@ -418,13 +486,13 @@ def test_knobs_that_change_no_result_may_change(stopped_run):
 
 
 def test_other_code_and_data_are_named_and_refused(stopped_run, monkeypatch):
-    real = train_gpt.identity_of
+    real = identity_of
 
     def other(*arguments):
         identity = real(*arguments)
         identity["sources"]["train_gpt.py"] = "other"
         return identity | {"data_sha256": "other"}
-    monkeypatch.setattr(train_gpt, "identity_of", other)
+    monkeypatch.setattr("benchtop.run.identity_of", other)
     with pytest.raises(UserError, match=r"the data changed; train_gpt\.py changed\. Undo"):
         resume_here("--resume", str(stopped_run))
 
@@ -435,9 +503,9 @@ def test_auto_takes_the_newest_unfinished_run_of_the_name(here):
     again = tiny_flags(num_steps=6, save_every_steps=1)
     (second / "config.json").rename(second / "away")
     (second / "config.json").write_text("")     # as a loss of power may leave it
-    assert run_folder.find_run("auto", "gpt") == first
+    assert find_run("auto", "gpt") == first
     (second / "away").replace(second / "config.json")
-    with run_folder.locked_log(second), pytest.raises(UserError, match="by another process; wait for it"):
+    with locked_log(second), pytest.raises(UserError, match="by another process; wait for it"):
         resume_here("--resume", "auto", *again)     # neither an older run nor a new one
     for wanted in (second, first):
         checkpoint = (wanted / "checkpoint.pt").read_bytes()
@@ -456,13 +524,13 @@ def test_auto_does_not_repeat_a_failure(stopped_run):
     with pytest.raises(UserError, match=r"the newest run of gpt, .* failed: the loss is nan; name its "):
         resume_here("--resume", "auto")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_gpt, "look", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Run, "validate_and_log", interrupt)      # what a resumed run does first
         resume_here("--resume", str(stopped_run))
-    assert run_folder.find_run("auto", "gpt") == stopped_run       # it goes on, so it has not failed any more
+    assert find_run("auto", "gpt") == stopped_run       # it goes on, so it has not failed any more
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(stopped_run):
-    with run_folder.locked_log(stopped_run), pytest.raises(UserError, match="trained by another process"):
+    with locked_log(stopped_run), pytest.raises(UserError, match="trained by another process"):
         resume_here("--resume", str(stopped_run))
 
 
@@ -480,12 +548,56 @@ def test_what_cannot_be_resumed_says_so(here, stopped_run):
 
 def test_the_best_checkpoint_is_of_the_best_validation(here, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 4.0])
-    monkeypatch.setattr(train_gpt.HeldOut, "evaluate",
-                        lambda *_: train_gpt.Validation(next(losses), 1.0))
+    monkeypatch.setattr(HeldOut, "evaluate",
+                        lambda *_: Validation(next(losses), 1.0))
     folder = train_here(here, num_steps=8, save_model=True)
-    assert run_folder.load_checkpoint(folder / "checkpoint_best.pt")["step"] == 4
+    assert load_checkpoint(folder / "checkpoint_best.pt")["step"] == 4
     assert {path.name for path in folder.glob("checkpoint*")} == {"checkpoint_best.pt"}
     assert summary_of(folder)["best_step"] == 4 and summary_of(folder)["best_val_loss"] == 2.0
+
+
+# ------------------------------------------------------------------------------------------------
+# What to try next
+# ------------------------------------------------------------------------------------------------
+
+def test_the_command_to_try_next_works_as_it_is_printed_also_after_a_resume(lab):
+    """It is the run's own, as it began, with one more layer: no word of the one that resumed it is in it."""
+    arguments = flags(num_steps=4, model_name="shallow", save_every_steps=1)
+    killed = drive(lab, DIE_AFTER.format(step=2, rank=0), *arguments, "--temperature", "0.5")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = drive(lab, "", "--resume", str(newest(lab, "shallow")), "--micro_batch_tokens", "64")
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"^try next    python (train_gpt\.py .*)$", done.stdout, re.MULTILINE)[1]
+    deeper = subprocess.run([sys.executable, *shlex.split(said)], cwd=lab, capture_output=True, text=True,
+                            timeout=300)
+    assert deeper.returncode == 0, deeper.stderr
+    before, after = (json.loads((newest(lab, name) / "config.json").read_text())
+                     for name in ("shallow", "deeper"))
+    differing = {knob for knob in after if after[knob] != before[knob]}
+    assert differing == {"num_layers", "model_name", "micro_batch_tokens"}
+    assert (after["num_layers"], after["micro_batch_tokens"]) == (3, 0)
+
+
+@pytest.mark.parametrize(("command", "wanted"), [
+    ("train_gpt.py", []),
+    ("train_gpt.py --preset demo --seed 3", ["--preset", "demo", "--seed", "3"]),
+    ("train_gpt.py --num_layers 2 --model_name x --seed=3", ["--seed=3"]),
+    ("train_gpt.py --num_layers=2 --seed 3 --model_name=x", ["--seed", "3"]),
+    ("train_gpt.py --resume auto --seed 3", ["--seed", "3"]),
+    ("train_gpt.py --resume=auto --resume_changed --seed 3", ["--seed", "3"]),
+    ("train_gpt.py --compare_to 'my runs=experiments/*_x' --seed 3",
+     ["--compare_to", "my runs=experiments/*_x", "--seed", "3"]),
+    ("train_gpt.py --prompt it's --seed 3", ["--prompt", "it's", "--seed", "3"])])      # an earlier version's
+def test_the_command_to_try_next_keeps_every_other_word(monkeypatch, command, wanted):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
+    said = shlex.split(next_command(Config(num_layers=6), {"command": command}))
+    assert said == [*program(), *wanted, "--num_layers", "7", "--model_name", "deeper"]
+
+
+def test_the_command_is_recorded_as_a_shell_takes_it(here, monkeypatch):
+    words = ["train_gpt.py", "--compare_to", "my runs=experiments/*_x", "--prompt", "it's"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert shlex.split(summary_of(train_here(here))["command"]) == words
 
 
 # ------------------------------------------------------------------------------------------------
@@ -513,40 +625,42 @@ def test_a_disk_full_while_saving_leaves_the_last_good_checkpoint(here, monkeypa
     def save(state, file):
         real_save(state, Full(file) if state["step"] >= 3 else file)
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(train_gpt, "remove_checkpoints", lambda *_, **__: None)
+    monkeypatch.setattr("benchtop.run.remove_checkpoints", lambda *_, **__: None)
     folder = train_here(here, save_every_steps=1)
     said = capsys.readouterr().out
     assert ("warning: no checkpoint of step 3 (No space left on device); "
-            f"the last good checkpoint is of step 2; go on with: {' '.join(run_folder.program())} ") in said
+            f"the last good checkpoint is of step 2; go on with: {' '.join(program())} ") in said
     assert last_state(folder)["step"] == 2 and not list(folder.glob("*.partial"))
     assert summary_of(folder)["status"] == "finished"       # training needed no disk
 
 
 def test_a_real_disk_full_while_saving(lab, whole, tmp_path):
-    """The run folder on a file system of 3 MiB, in a mount namespace of its own."""
+    """The run folder on a file system of 6 MiB, in a mount namespace of its own."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = f"mount -t tmpfs -o size=3m none {small} && exec \"$@\""
+    mount = f"mount -t tmpfs -o size=6m none {small} && exec \"$@\""
     inside = ["unshare", "-rm", "sh", "-c", mount, "sh"]
     probe = subprocess.run([*inside, "true"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"no mount namespaces here: {probe.stderr.strip()}")
     lines = KEEP + f"""
-import run_folder, os, pathlib
-run_folder.EXPERIMENTS = pathlib.Path({str(small)!r})""" + """
-real_look = train_gpt.look
-def look(run):
-    if run.step == 2:       # then all that is left of the disk is taken
-        free = os.statvfs(run_folder.EXPERIMENTS)
-        (run_folder.EXPERIMENTS / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - 2**18))
+import os, pathlib
+from benchtop import places
+from benchtop.checkpoints import load_checkpoint
+places.EXPERIMENTS = pathlib.Path({str(small)!r})""" + """
+real = benchtop.run.Run.validate_and_log
+def validate_and_log(run):
+    folder = run.log.folder
+    if run.step == 2:       # then all is taken that is left of the disk, but half of what a checkpoint takes
+        free, left = os.statvfs(folder), (folder / "checkpoint.pt").stat().st_size // 2
+        (places.EXPERIMENTS / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - left))
     if run.step == 3:
-        state = run_folder.load_checkpoint(next(run_folder.EXPERIMENTS.glob("*/checkpoint.pt")))
-        print("found whole:", state["step"], flush=True)
-    real_look(run)
-train_gpt.look = look
+        print("found whole:", load_checkpoint(folder / "checkpoint.pt")["step"], flush=True)
+    real(run)
+benchtop.run.Run.validate_and_log = validate_and_log
 """
     done = subprocess.run([*inside, sys.executable, DRIVE, str(lab), lines,
-                           *flags(num_steps=4, val_every=0, save_every_steps=1, model_dim=24)],
+                           *flags(num_steps=4, val_every=4, save_every_steps=1, model_dim=24)],
                           cwd=lab, capture_output=True, text=True, timeout=120)
     assert "no checkpoint of step 3 (No space left on device); the last good checkpoint is of step 2" \
         in done.stdout, done.stdout + done.stderr
@@ -557,6 +671,6 @@ def test_a_disk_full_while_logging_ends_in_one_line(here, monkeypatch):
     def full(log, values, progress):
         if values["step"] == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(train_gpt.RunLog, "row", full)
+    monkeypatch.setattr(RunLog, "row", full)
     with pytest.raises(UserError, match=r"No space left .*; the last good checkpoint is of step 2; go on"):
         train_here(here)

@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 from tiny_runs import flags, summary_of
 
+from benchtop import places
+from benchtop.files import sha256_of
+from benchtop.groups import Run
+from benchtop.identity import bench_files
+from benchtop.repeats import changed_code
+
 TRAIN = ["--", sys.executable, "train_gpt.py", *flags(num_samples=0, data="tiny")]
 
 
@@ -30,7 +36,7 @@ def test_finished_seeds_are_skipped_and_the_group_is_summed_up(lab):
     assert [summary_of(folder)["seed"] for folder in first] == [0, 1]
     bpbs = [summary_of(folder)["val_bpb"] for folder in first]
     assert bpbs[0] != bpbs[1]
-    assert f"twice: val_bpb {sum(bpbs) / 2:.4f} on average of 2 runs" in done.stdout
+    assert f"twice: mean val_bpb {sum(bpbs) / 2:.4f} of 2 runs" in done.stdout
     assert f"standard deviation {abs(bpbs[0] - bpbs[1]) / 2**0.5:.4f}" in done.stdout
     assert json.loads((lab / "experiments/kept/seed1/summary.json").read_text())["val_bpb"] == bpbs[1]
     assert not (lab / "experiments/kept/seed1/training_log.txt").exists()
@@ -102,15 +108,35 @@ def test_commands_that_cannot_work_are_refused_in_a_line(lab, words, message):
 def test_seeds_of_other_flags_or_code_do_not_mix(lab):
     assert seeds(lab, "1", "--name", "mixed").returncode == 0
     done = seeds(lab, "2", "--name", "mixed", words=[*TRAIN, "--muon_lr", "0.1"])
-    assert done.returncode and "was made by train_gpt.py" in done.stderr
-    source = (lab / "run_folder.py").read_text()
-    try:
-        (lab / "run_folder.py").write_text(source + "\n")
-        done = seeds(lab, "2", "--name", "mixed")
-    finally:
-        (lab / "run_folder.py").write_text(source)
-    assert done.returncode and "run_folder.py changed since" in done.stderr
+    assert done.returncode and "was made by another command, train_gpt.py" in done.stderr
+    for name in ("train_gpt.py", "benchtop/batches.py"):
+        source = (lab / name).read_text()
+        try:
+            (lab / name).write_text(source + "\n")
+            done = seeds(lab, "2", "--name", "mixed")
+        finally:
+            (lab / name).write_text(source)
+        assert done.returncode and f"error: {name} changed since" in done.stderr
     assert len(folders(lab, "mixed")) == 1
+
+
+def made_by(folder: Path, **facts) -> Run:
+    return Run(folder, {}, facts)
+
+
+def test_code_that_changed_is_found_in_scripts_and_bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    (tmp_path / "mine.py").write_text("1")
+    mine = {"mine.py": sha256_of(tmp_path / "mine.py")}
+    bench = {path.name: sha256_of(path) for path in bench_files()}
+    assert changed_code(made_by(tmp_path, sources=mine, bench=bench)) == []
+    bench |= {"page.py": "another", "gone.py": "1"}
+    del bench["batches.py"]
+    assert changed_code(made_by(tmp_path, sources=mine | {"mine2.py": "1"}, bench=bench)) == [
+        "mine2.py", "benchtop/batches.py", "benchtop/gone.py", "benchtop/page.py"]
+    # runs made before the bench was hashed have it among their sources
+    assert changed_code(made_by(tmp_path, sources=mine)) == []
+    assert changed_code(made_by(tmp_path, sources=mine | {"shards.py": "1"})) == ["shards.py"]
 
 
 def test_a_name_to_keep_that_is_taken_is_refused_before_any_run(lab):

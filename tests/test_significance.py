@@ -1,5 +1,6 @@
 """Every statistic beside scipy, and beside examples that others published."""
 
+import itertools
 import math
 import random
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import significance
+from benchtop import significance
 
 stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle here; it is in requirements-dev.txt")
 
@@ -75,6 +76,20 @@ def test_mcnemar_is_the_binomial_test_of_questions_that_divide(pairs):
     assert test.p == pytest.approx(theirs, rel=1e-9)
 
 
+@given(st.lists(st.floats(0, 1), max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_holms_p_values_are_those_of_closed_testing(p_values):
+    """A hypothesis counts as rejected if Bonferroni's test rejects every set of hypotheses that it is in.
+
+    source  Marcus, Peritz and Gabriel 1976, doi:10.1093/biomet/63.3.655
+    """
+    places = range(len(p_values))
+    sets = [some for size in places for some in itertools.combinations(places, size + 1)]
+    ps_of_sets = {some: min(1.0, len(some) * min(p_values[each] for each in some)) for some in sets}
+    closed = [max(p for some, p in ps_of_sets.items() if place in some) for place in places]
+    assert significance.holm(p_values) == pytest.approx(closed)
+
+
 def test_mcnemar_on_agrestis_approval_ratings():
     """Agresti 2002, Categorical Data Analysis, 10.1: of 1,600 voters 150 withdrew their approval and 86 began
     to approve; he finds z squared = 17.36, on one degree of freedom."""
@@ -139,6 +154,17 @@ def test_needed_runs_are_the_fewest_that_suffice(is_paired):
             return significance.detectable_effect(0.005, runs, 0 if is_paired else runs)
         assert smallest(runs) <= effect
         assert runs == 2 or smallest(runs - 1) > effect
+
+
+@pytest.mark.parametrize(("kind", "b"), [("Welch", [0.930, 0.931, 0.932]), ("Welch", [0.910, 0.935, 0.919]),
+                                         ("paired", [0.911, 0.916, 0.918])])
+def test_what_runs_detect_needs_as_many_runs(kind, b):
+    """Also where one group scatters more than the other, which leaves fewer degrees of freedom."""
+    a = [0.910, 0.914, 0.918]
+    test = significance.paired(a, b) if kind == "paired" else significance.welch(a, b)
+    detectable = significance.smallest_effect(test.error, test.df)
+    for effect, needed in ((1.001 * detectable, 3), (0.999 * detectable, 4)):
+        assert significance.runs_needed(effect, test.sd, kind == "paired", test.df_per_run) == needed
 
 
 def test_runs_that_agree_to_the_last_digit():

@@ -5,8 +5,8 @@ import sys
 import pytest
 from tiny_runs import drive, flags, newest, rows_of, summary_of, train_here
 
-import trackers
-from documents import UserError
+from benchtop import trackers
+from benchtop.errors import UserError
 
 
 @pytest.mark.slow
@@ -83,13 +83,13 @@ def test_a_resumed_run_goes_on_in_its_curve(lab):
                                  reason="tensorboard is not installed")
     die = """
 import os, signal
-real_look = train_gpt.look
-def look(run):
-    real_look(run)
+real = benchtop.run.Run.validate_and_log
+def validate_and_log(run):
+    real(run)
     if run.step == 4:
         run.log.trackers.trackers[0].writer.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-train_gpt.look = look
+benchtop.run.Run.validate_and_log = validate_and_log
 """
     knobs = [*flags(num_samples=0, num_steps=6, val_every=3, model_name="revived"), "--tensorboard"]
     assert drive(lab, die, *knobs).returncode == -9

@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 import unicodedata
@@ -29,12 +30,26 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import run, torchrun
+from launch import run, torchrun
 
-import documents
+import benchtop.tokenizer
 import train_tokenizer
-from documents import UserError
-from train_tokenizer import PATTERNS, learn_merges, load_tokenizer, token_bytes, tokens_of
+from benchtop import bpe, files, host, places
+from benchtop.bpe import learn_merges, tokens_of
+from benchtop.errors import UserError
+from benchtop.held_out import Rule, rule_for
+from benchtop.processes import Processes
+from benchtop.sources import open_source
+from benchtop.tokenizer import (
+    DEMO_TEXT,
+    PATTERNS,
+    known_tokenizers,
+    load_tokenizer,
+    only_tokenizer,
+    save_tokenizer,
+    token_bytes,
+    visible,
+)
 
 LIBRARY = Path(argparse.__file__).read_text()
 
@@ -90,7 +105,7 @@ def test_merges_are_those_of_the_textbook(pieces, num_merges, min_count):
 @given(corpora(b"a", b"ab", b"abc", bytes(range(256))), st.integers(1, 9))
 def test_slots_at_once_do_not_change_the_merges(pieces, slots):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tokenizer, "SLOTS_AT_ONCE", slots)
+        patch.setattr(bpe, "SLOTS_AT_ONCE", slots)
         assert learn_merges(pieces, 40) == textbook_bpe(pieces, 40)
 
 
@@ -163,8 +178,8 @@ def test_each_merge_is_told_as_it_is_made(pieces, num_merges):
 # ------------------------------------------------------------------------------------------------
 
 def pieces_of(text: str, pattern: str) -> Counter[bytes]:
-    train_tokenizer._set_pattern(pattern)
-    return train_tokenizer.count_pieces([("", text)])[0]
+    bpe._set_pattern(pattern)
+    return bpe.count_pieces([("", text)])[0]
 
 
 def split_by_tiktoken(text: str, pattern: str) -> list[str]:
@@ -211,7 +226,7 @@ def test_no_character_is_lost_in_splitting(text, pattern):
 
 def test_the_list_of_white_characters_is_whole():
     white = {char for char in map(chr, range(0x110000)) if char.isspace() or regex.match(r"\s", char)}
-    assert set(train_tokenizer.OTHER_WHITE) | {" ", "\n"} == white | {"\0"}
+    assert set(bpe.OTHER_WHITE) | {" ", "\n"} == white | {"\0"}
 
 
 spaced = st.lists(st.sampled_from(" \n\0") | tricky | known_characters, max_size=30).map("".join)
@@ -221,16 +236,16 @@ spaced = st.lists(st.sampled_from(" \n\0") | tricky | known_characters, max_size
 @given(st.lists(spaced, max_size=3), st.sampled_from(sorted(PATTERNS)))
 def test_equal_segments_are_split_once_and_right(texts, pattern):
     for text in texts:
-        assert "".join(train_tokenizer.segments(text)) == text or "\0" in text
-    train_tokenizer._set_pattern(PATTERNS[pattern])
+        assert "".join(bpe.segments(text)) == text or "\0" in text
+    bpe._set_pattern(PATTERNS[pattern])
     wanted = Counter(piece.encode() for text in texts for piece in regex.findall(PATTERNS[pattern], text))
-    assert train_tokenizer.count_pieces([("", text) for text in texts])[0] == wanted
+    assert bpe.count_pieces([("", text) for text in texts])[0] == wanted
     for text in texts:
         assert wanted or not text
 
 
 def test_text_is_really_cut_into_segments():
-    assert train_tokenizer.segments("a bc  d\n e,\n f ") == ["a", " bc", "  d\n e,\n f", " "]
+    assert bpe.segments("a bc  d\n e,\n f ") == ["a", " bc", "  d\n e,\n f", " "]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -241,38 +256,39 @@ def test_a_million_equal_characters_are_quick(character, pattern):
     merges = learn_merges(pieces, 1000)
     assert time.perf_counter() - started < 5
     assert sum(len(piece) * count for piece, count in pieces.items()) == len(character.encode()) * 1_000_000
-    assert merges and max(len(piece.decode()) for piece in pieces) <= train_tokenizer.LONGEST_PIECE
+    assert merges and max(len(piece.decode()) for piece in pieces) <= bpe.LONGEST_PIECE
 
 
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2048, 2049])
 def test_a_long_piece_is_counted_in_parts(length):
     pieces = pieces_of(("a" * length + " ") * 3, PATTERNS["gpt2"])
     assert sum(len(piece) * count for piece, count in pieces.items()) == 3 * (length + 1)
-    assert max(map(len, pieces)) <= train_tokenizer.LONGEST_PIECE
+    assert max(map(len, pieces)) <= bpe.LONGEST_PIECE
 
 
-class Share(train_tokenizer.World):
+class Share(Processes):
     """One of several processes, alone."""
 
     def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size, self.local_size = rank, size, size
+        super().__init__()
+        self.rank, self.size = rank, size
 
-    def add_up(self, counts: Counter) -> Counter:
-        return counts
+    def gather_on_main(self, thing: object) -> list:
+        return [thing]
 
     def same(self, thing: object) -> object:
         return thing if self.rank == 0 else None
 
 
 def facts_of(source, samples=10**9, num_workers=1, world=None) -> tuple[Counter, dict]:
-    sample = train_tokenizer.Sample(source, samples)
-    return train_tokenizer.count_sample(sample, PATTERNS["gpt4"], num_workers, world or Share())
+    sample = bpe.Sample(source, rule_for(source), samples)
+    return bpe.count_sample(sample, PATTERNS["gpt4"], num_workers, world or Share())
 
 
 def test_workers_do_not_change_the_counts(pages, monkeypatch):
-    source = documents.open_source("pages.jsonl")
+    source = open_source("pages.jsonl")
     alone = facts_of(source)
-    monkeypatch.setattr(train_tokenizer, "COUNT_CHARACTERS", 3000)
+    monkeypatch.setattr(bpe, "COUNT_CHARACTERS", 3000)
     for num_workers in (2, 3):
         assert facts_of(source, num_workers=num_workers) == alone
 
@@ -280,10 +296,10 @@ def test_workers_do_not_change_the_counts(pages, monkeypatch):
 @settings(max_examples=40)
 @given(batch=st.integers(1, 20_000), samples=st.integers(1, 40_000), size=st.integers(1, 4))
 def test_processes_and_batches_do_not_change_the_counts(pages, batch, samples, size):
-    source = documents.open_source("pages.jsonl")
+    source = open_source("pages.jsonl")
     pieces, sizes = facts_of(source, samples)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tokenizer, "COUNT_CHARACTERS", batch)
+        patch.setattr(bpe, "COUNT_CHARACTERS", batch)
         shares = [facts_of(source, samples, world=Share(rank, size)) for rank in range(size)]
     added = sum((share for share, _ in shares), Counter())
     assert added == pieces and learn_merges(dict(sorted(added.items())), 99) == learn_merges(pieces, 99)
@@ -291,27 +307,38 @@ def test_processes_and_batches_do_not_change_the_counts(pages, batch, samples, s
         assert sum(share[fact] for _, share in shares) == sizes[fact]
 
 
-def test_held_out_documents_are_not_learned_from(bench, pages, write_rows):
-    secrets = list(filter(documents.is_held_out, (f"secret {number} " * 99 for number in range(500))))
-    trainable = [text for text in pages if not documents.is_held_out(text)]
-    assert secrets
-    write_rows(bench / "with.jsonl", secrets + pages)
-    write_rows(bench / "without.jsonl", trainable)
-    with_them, without = (facts_of(documents.open_source(name)) for name in ("with.jsonl", "without.jsonl"))
-    assert with_them == without and without[1]["documents"] == len(trainable)
+@pytest.mark.parametrize("name", ["many.jsonl", "few.jsonl", "books", "book.txt"])
+def test_held_out_documents_are_not_learned_from(bench, pages, write_rows, name):
+    write_rows(bench / "many.jsonl", [f"{number} {text}" for number in range(20) for text in pages])
+    write_rows(bench / "few.jsonl", pages)
+    (bench / "books").mkdir()
+    for number in range(5):
+        (bench / f"books/{number}.txt").write_text("\n".join(f"{number} {text}" for text in pages))
+    (bench / "book.txt").write_text("\n".join(pages))
+    source = open_source(name)
+    rule = rule_for(source)
+    assert (rule.one_in > 0, rule.part > 0) == (name == "many.jsonl", name.startswith("book"))
+    texts = [text for _, text in rule.documents(source)]
+    kept = [text for text in texts if not rule.holds_out(text)]
+    sample = bpe.Sample(source, rule, 10**9)
+    assert [text for _, text in sample] == kept
+    assert sample.held_out == [text for text in texts if rule.holds_out(text)] != []
+    pieces, sizes = facts_of(source)
+    assert sizes["documents"] == len(kept) and pieces == bpe.count_pieces([("", text) for text in kept])[0]
 
 
-def test_a_source_that_is_held_out_altogether_is_learned_from(bench):
-    text = next(text for text in map(str, range(10_000)) if documents.is_held_out(text))
-    (bench / "one.txt").write_text(text)
-    assert facts_of(documents.open_source("one.txt"))[1]["documents"] == 1
+def test_a_source_too_small_to_hold_some_out_is_learned_from(bench):
+    (bench / "one.txt").write_text("a few words")
+    assert facts_of(open_source("one.txt"))[1]["documents"] == 1
 
 
 @settings(max_examples=30)
 @given(samples=st.integers(1, 20_000))
 def test_samples_are_counted_in_characters(pages, samples):
-    text = "".join(text for text in pages if not documents.is_held_out(text))
-    pieces, sizes = facts_of(documents.open_source("pages.jsonl"), samples)
+    source = open_source("pages.jsonl")
+    rule = rule_for(source)
+    text = "".join(text for text in pages if not rule.holds_out(text))
+    pieces, sizes = facts_of(source, samples)
     assert sizes["characters"] == samples
     assert sizes["bytes"] == sum(len(piece) * count for piece, count in pieces.items()) \
         == len(text[:samples].encode())
@@ -322,7 +349,7 @@ def test_samples_are_counted_in_characters(pages, samples):
 # ------------------------------------------------------------------------------------------------
 
 def save(name: str, merges: list, pattern: str = PATTERNS["gpt4"], facts: dict | None = None) -> Path:
-    return train_tokenizer.save_tokenizer(name, merges, tokens_of(merges), pattern, facts or {}, "a script")
+    return save_tokenizer(name, merges, tokens_of(merges), pattern, facts or {}, "a script")
 
 
 @pytest.fixture(scope="module", params=PATTERNS)
@@ -330,9 +357,10 @@ def trained(request, tmp_path_factory):
     """A tokenizer of 1,500 tokens from a part of Python's library, and its folder."""
     pattern = PATTERNS[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tokenizer, "TOKENIZERS", tmp_path_factory.mktemp("tokenizers"))
-        sample = train_tokenizer.Sample(documents.open_source("stdlib"), 10**6)
-        pieces, sizes = train_tokenizer.count_sample(sample, pattern, 1, Share())
+        patch.setattr(places, "TOKENIZERS", tmp_path_factory.mktemp("tokenizers"))
+        source = open_source("stdlib")
+        sample = bpe.Sample(source, rule_for(source), 10**6)
+        pieces, sizes = bpe.count_sample(sample, pattern, 1, Share())
         merges = train_tokenizer.learn(pieces, 1500 - 256, pattern, demo=False)
         folder = save("trained", merges, pattern, sizes | {"source": "stdlib"})
         return load_tokenizer("trained"), folder, merges
@@ -402,9 +430,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_the_folder_is_complete_and_says_what_made_it(bench, command, pages):
     command(f"{TRAIN} pages")
-    folder = bench / "tokenizers" / "pages_v300_n50000"
+    folder = bench / "tokenizers" / "pages"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name] and set(content(folder)) == FILES
-    assert all(f"    {name} " in train_tokenizer.__doc__ for name in FILES)
+    for module in (train_tokenizer, benchtop.tokenizer):
+        assert all(f"    {name} " in module.__doc__ for name in FILES)
 
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["ranks_sha256"] == hashlib.sha256((folder / "ranks.tiktoken").read_bytes()).hexdigest()
@@ -413,7 +442,9 @@ def test_the_folder_is_complete_and_says_what_made_it(bench, command, pages):
     assert (meta["vocab_size"], meta["eot_id"]) == (301, 300)
     assert meta["vocabsize"] == 300 and meta["samples"] == 50000 and meta["source"].startswith("pages-")
 
-    assert (folder / "train_tokenizer.txt").read_text() == Path(train_tokenizer.__file__).read_text()
+    source = (folder / "train_tokenizer.txt").read_text()
+    for name, module in (("train_tokenizer.py", train_tokenizer), ("benchtop/bpe.py", bpe)):
+        assert f"# ---- {name}\n{Path(module.__file__).read_text()}" in source
     head, table = (folder / "merges.txt").read_text().split("\n\n")
     assert "300 tokens: the 256 bytes, and 44 merges" in head and f"documents of {meta['source']}." in head
     rows = table.splitlines()[1:]
@@ -423,16 +454,18 @@ def test_the_folder_is_complete_and_says_what_made_it(bench, command, pages):
 
 
 @pytest.mark.parametrize("flags, name", [
-    ("", "gpt4regex_v300_n50000"), ("--regex gpt2", "gpt2regex_v300_n50000"), ("-f mine", "mine_v300_n50000"),
-    ("-f mine -v 280 -n 999", "mine_v280_n999"),
+    ("", "gpt4regex_v300_n50000"), ("--regex gpt2 -v 280", "gpt2regex_v280_n50000"), ("-f mine", "mine"),
+    ("-f mine_v9_n9 -v 280 -n 9e2", "mine_v9_n9"), ("--name tokenizers/mine/", "mine"),
+    ("--name mine/", "mine"), ("--name ../{here}/tokenizers/mine", "mine"),
 ])
-def test_the_folder_is_named_after_vocabulary_and_samples(bench, command, pages, flags, name):
+def test_the_folder_is_called_what_the_user_calls_it(bench, command, pages, flags, name):
+    flags = flags.format(here=bench.name)
     command(f"{TRAIN.removesuffix(' --name')} {flags}")
     assert [path.name for path in (bench / "tokenizers").iterdir()] == [name]
 
 
 def test_the_same_command_makes_the_same_bytes(bench, shell, pages):
-    folder = bench / "tokenizers" / "pages_v300_n50000"
+    folder = bench / "tokenizers" / "pages"
     made = []
     for num_workers in (1, 2):
         result = shell(f"{TRAIN} pages --num_workers {num_workers}")
@@ -450,13 +483,13 @@ def test_torchrun_makes_the_same_tokenizer(lab, processes):
     done = subprocess.run([*torchrun(processes), *arguments, "ranks"], cwd=lab, text=True,
                           capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote tokenizers/ranks_v400_n30000") == 1
-    alone, ranks = (content(lab / "tokenizers" / f"{name}_v400_n30000") for name in ("alone", "ranks"))
-    assert json.loads(alone.pop("meta.json")) | {"name": "ranks_v400_n30000"} \
+    assert done.stdout.count("wrote tokenizers/ranks") == 1
+    alone, ranks = (content(lab / "tokenizers" / name) for name in ("alone", "ranks"))
+    assert json.loads(alone.pop("meta.json")) | {"name": "ranks"} \
         == json.loads(ranks.pop("meta.json"))
     assert alone == ranks
-    shutil.rmtree(lab / "tokenizers" / "ranks_v400_n30000")
-    shutil.rmtree(lab / "tokenizers" / "alone_v400_n30000")
+    shutil.rmtree(lab / "tokenizers" / "ranks")
+    shutil.rmtree(lab / "tokenizers" / "alone")
 
 
 def test_a_wrong_flag_under_torchrun_is_said_once(lab):
@@ -467,11 +500,12 @@ def test_a_wrong_flag_under_torchrun_is_said_once(lab):
 
 def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkeypatch, capsys):
     command(f"{TRAIN} small --vocabsize 256")      # stands in for GPT-2: a token a byte
-    monkeypatch.setattr(train_tokenizer, "gpt2_if_at_hand", lambda: load_tokenizer("small_v256_n50000"))
+    monkeypatch.setattr(benchtop.tokenizer, "gpt2_if_at_hand", lambda: load_tokenizer("small"))
     command(f"{TRAIN} pages")
-    statistics = json.loads((bench / "tokenizers/pages_v300_n50000/meta.json").read_text())["statistics"]
-    tokenizer = load_tokenizer("pages_v300_n50000")
-    held_out = [text for text in pages if documents.is_held_out(text)]
+    statistics = json.loads((bench / "tokenizers/pages/meta.json").read_text())["statistics"]
+    tokenizer = load_tokenizer("pages")
+    rule = rule_for(open_source("pages.jsonl"))
+    held_out = [text for text in pages if rule.holds_out(text)]
     ids = [token for text in held_out for token in tokenizer.encode_ordinary(text)]
     num_bytes = sum(len(text.encode()) for text in held_out)
     assert held_out and statistics["held_out_bytes"] == num_bytes
@@ -480,14 +514,14 @@ def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkey
     assert statistics["gpt2_bytes_per_token"] == 1
     longest = max((token for token in token_bytes(tokenizer) if len(set(token)) > 1), key=lambda token:
                   (len(token), [-byte for byte in token]))
-    assert statistics["longest_tokens"][0] == train_tokenizer.visible(longest)
+    assert statistics["longest_tokens"][0] == visible(longest)
     assert f"{num_bytes / len(ids):.3f} bytes a token (GPT-2's: 1.000)" in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_held_out_text_has_no_made_up_numbers(bench, command):
     (bench / "one.txt").write_text("some text and some more text\n" * 9)
     command("train_tokenizer.py --source one.txt --vocabsize 260 --samples 99 --name one --num_workers 1")
-    statistics = json.loads((bench / "tokenizers/one_v260_n99/meta.json").read_text())["statistics"]
+    statistics = json.loads((bench / "tokenizers/one/meta.json").read_text())["statistics"]
     assert set(statistics) == {"longest_tokens"}
 
 
@@ -497,18 +531,20 @@ def test_gpt2_is_left_out_where_it_does_not_come(monkeypatch):
     monkeypatch.setattr(threading.Thread, "join", lambda thread, seconds, real=threading.Thread.join:
                         real(thread, 0.1))
     monkeypatch.setattr(tiktoken, "get_encoding", never)
-    assert train_tokenizer.gpt2_if_at_hand() is None
+    assert benchtop.tokenizer.gpt2_if_at_hand() is None
 
 
 def test_samples_are_what_memory_allows(bench, command, pages, monkeypatch, capsys):
     line = TRAIN.replace(" --samples 50000", "")
-    growth = train_tokenizer.forecast(documents.open_source("pages.jsonl"), PATTERNS["gpt4"])
-    most = train_tokenizer.MOST_SAMPLES
+    source = open_source("pages.jsonl")
+    growth = bpe.forecast(source, rule_for(source), PATTERNS["gpt4"])
+    most = bpe.MOST_SAMPLES
     needs = {samples: growth.memory_mib(samples, 1, 1) for samples in (2**20, 2**27, most)}
     for samples, free in ((most, 10**6), (2**27, 2 * needs[2**27] + 1), (2**20, 1)):
-        monkeypatch.setattr(documents, "free_memory_mib", lambda free=free: free)
-        command(f"{line} fits")
-        assert (bench / "tokenizers" / f"fits_v300_n{samples}").is_dir()
+        monkeypatch.setattr(host, "free_memory_mib", lambda free=free: free)
+        command(f"{line} fits_{samples}")
+        meta = json.loads((bench / "tokenizers" / f"fits_{samples}" / "meta.json").read_text())
+        assert meta["samples"] == samples
         said = capsys.readouterr().out
         assert f"from at most {samples:,} characters will take about {needs[samples]:,.0f} MiB" in said
         assert (f"so --samples is {samples:,}" in said) == (samples == 2**27)
@@ -521,9 +557,9 @@ def test_the_forecast_of_memory_follows_the_text(bench, write_rows, letters, pow
     length = 4 if letters else 9
     letters = letters or list(map(chr, range(0x4e00, 0x5000)))      # nearly every clause is new
     write_rows(bench / "text.jsonl", ["".join(rng.choices(letters, k=length)) + "," for _ in range(40_000)])
-    growth = train_tokenizer.forecast(documents.open_source("text.jsonl"), PATTERNS["gpt4"])
+    growth = bpe.forecast(open_source("text.jsonl"), Rule(), PATTERNS["gpt4"])
     assert growth.power == pytest.approx(power, abs=0.1)
-    pieces = pieces_of("\n".join(text for _, text in documents.open_source("text.jsonl")), PATTERNS["gpt4"])
+    pieces = pieces_of("\n".join(text for _, text in open_source("text.jsonl")), PATTERNS["gpt4"])
     assert growth.pieces == pytest.approx(len(pieces), rel=0.1)
     more = growth.memory_mib(10**9, 1, 1) - growth.memory_mib(growth.characters, 1, 1)
     assert more > 10_000 if power == 1 else more < 100
@@ -531,59 +567,64 @@ def test_the_forecast_of_memory_follows_the_text(bench, write_rows, letters, pow
 
 def test_documents_that_tiktoken_panics_at_do_not_lose_a_tokenizer(bench, command, write_rows, pages):
     held_out = next(text for text in (" " * (10**6 + extra) for extra in range(10**3))
-                    if documents.is_held_out(text))
+                    if Rule().holds_out(text))
     rng = random.Random(0)
     white = ["".join(rng.choices(" \t", k=900)) for _ in range(2500)]
-    write_rows(bench / "pages.jsonl", [held_out, *white, *pages])
+    many = [str(number) for number in range(5000)]      # so many that one in 64 is held out
+    write_rows(bench / "pages.jsonl", [held_out, *white, *pages, *many])
+    assert rule_for(open_source("pages.jsonl")) == Rule()
     command(f"{TRAIN.replace('50000', '5000000')} odd")
-    assert set(content(bench / "tokenizers" / "odd_v300_n5000000")) == FILES
+    assert set(content(bench / "tokenizers" / "odd")) == FILES
 
 
 def test_one_large_document_is_counted_in_parts(monkeypatch):
     text = " ".join(LIBRARY.split()) * 3
     pieces = pieces_of(text, PATTERNS["gpt4"])
     longest = []
-    real = train_tokenizer.segments
-    monkeypatch.setattr(train_tokenizer, "segments", lambda part: longest.append(len(part)) or real(part))
-    monkeypatch.setattr(train_tokenizer, "ENCODE_CHARACTERS", 10_000)
+    real = bpe.segments
+    monkeypatch.setattr(bpe, "segments", lambda part: longest.append(len(part)) or real(part))
+    monkeypatch.setattr(bpe, "ENCODE_CHARACTERS", 10_000)
     assert pieces_of(text, PATTERNS["gpt4"]) == pieces and len(longest) > 5 and max(longest) <= 10_000
 
 
 def test_two_of_the_same_do_not_mix(bench, refusal, pages):
-    with documents.locked(bench / "tokenizers" / ".pages_v300_n50000.lock"):
+    with files.locked(bench / "tokenizers" / ".pages.lock"):
         assert "another process makes the same" in refusal(f"{TRAIN} pages")
 
 
 def test_a_full_disk_is_one_line(bench, refusal, pages, monkeypatch):
-    def full(path, content):
+    def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert refusal(f"{TRAIN} pages") == "train_tokenizer.py: error: No space left on device"
     assert not list((bench / "tokenizers").iterdir())
 
 
-@pytest.mark.parametrize("step", ["count_pieces", "learn_merges", "huggingface_json", "merges_table"])
-def test_an_interruption_leaves_nothing(bench, command, pages, monkeypatch, capsys, step):
+@pytest.mark.parametrize("module, step", [
+    (bpe, "count_pieces"), (bpe, "learn_merges"),
+    (benchtop.tokenizer, "huggingface_json"), (benchtop.tokenizer, "merges_table"),
+])
+def test_an_interruption_leaves_nothing(bench, command, pages, monkeypatch, capsys, module, step):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_tokenizer, step, interrupt)
+        patch.setattr(module, step, interrupt)
         with pytest.raises(SystemExit) as end:
             command(f"{TRAIN} pages")
     assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
     assert not (bench / "tokenizers").exists() or not list((bench / "tokenizers").iterdir())
     command(f"{TRAIN} pages")
-    assert set(content(bench / "tokenizers" / "pages_v300_n50000")) == FILES
+    assert set(content(bench / "tokenizers" / "pages")) == FILES
 
 
 def test_what_a_killed_run_left_is_no_hindrance(bench, command, pages):
-    rubbish = bench / "tokenizers" / ".pages_v300_n50000.partial"
+    rubbish = bench / "tokenizers" / ".pages.partial"
     rubbish.mkdir(parents=True)
     (rubbish / "rubbish").write_text("half a file")
-    assert train_tokenizer.known_tokenizers() == []
+    assert known_tokenizers() == []
     command(f"{TRAIN} pages")
-    assert set(content(bench / "tokenizers" / "pages_v300_n50000")) == FILES and not rubbish.exists()
+    assert set(content(bench / "tokenizers" / "pages")) == FILES and not rubbish.exists()
 
 
 def test_a_second_run_reuses_the_tokenizer(bench, command, pages, capsys):
@@ -591,7 +632,7 @@ def test_a_second_run_reuses_the_tokenizer(bench, command, pages, capsys):
     times = {path: path.stat().st_mtime_ns for path in bench.rglob("*")}
     capsys.readouterr()
     command(f"{TRAIN} pages")
-    assert capsys.readouterr().out.startswith("reusing tokenizers/pages_v300_n50000")
+    assert capsys.readouterr().out.startswith("reusing tokenizers/pages")
     assert {path: path.stat().st_mtime_ns for path in bench.rglob("*")} == times
 
 
@@ -602,6 +643,18 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     assert "another source;" in refusal(f"{TRAIN} pages")
     write_rows(bench / "other.jsonl", pages)
     assert "another source;" in refusal(f"{TRAIN} pages --source other.jsonl")
+    write_rows(bench / "pages.jsonl", pages)
+    assert "another vocabsize, samples;" in refusal(f"{TRAIN} pages --vocabsize 301 --samples 50001")
+    (bench / "tokenizers/else").mkdir()
+    assert "tokenizers/else exists and is no tokenizer" in refusal(f"{TRAIN} else")
+
+
+def test_the_same_command_reuses_a_tokenizer_when_less_memory_is_free(command, pages, monkeypatch, capsys):
+    line = f"{TRAIN.replace(' --samples 50000', '')} pages"
+    command(line)
+    monkeypatch.setattr(host, "free_memory_mib", lambda: 1)
+    command(line)
+    assert "reusing tokenizers/pages" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, hint", [
@@ -612,7 +665,8 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     ("--samples 0", "at least 1"),
     ("--num_workers 0", "at least 1"),
     ("--regex gpt5", "invalid choice"),
-    ("--name ../pages", "'../pages_v300_n50000'"),
+    ("--name ../pages", "'../pages'"),
+    ("--name gpt2", "is the name of GPT-2's own"),
     ("--name " + "x" * 300, "200 at most"),
     ("--source empty.jsonl", "no text to learn from"),
     ("--source nowhere", "nowhere"),
@@ -628,7 +682,7 @@ def test_a_wrong_flag_ends_in_one_line(bench, refusal, pages, flags, hint):
 def test_too_little_text_makes_a_smaller_vocabulary_and_a_note(bench, command, capsys):
     (bench / "tiny.txt").write_text("aaaa bbbb aaaa")
     command("train_tokenizer.py --source tiny.txt --vocabsize 9999 --samples 99 --name tiny --num_workers 1")
-    tokenizer = load_tokenizer("tiny_v9999_n99")
+    tokenizer = load_tokenizer("tiny")
     said = capsys.readouterr().out
     assert f"the vocabulary ends at {tokenizer.n_vocab - 1:,} tokens instead of 9,999" in said
     assert 256 < tokenizer.n_vocab < 270
@@ -636,7 +690,7 @@ def test_too_little_text_makes_a_smaller_vocabulary_and_a_note(bench, command, c
 
 def test_the_smallest_vocabulary_is_the_bytes(bench, command, pages):
     command(f"{TRAIN} bytes --vocabsize 256")
-    tokenizer = load_tokenizer("bytes_v256_n50000")
+    tokenizer = load_tokenizer("bytes")
     assert tokenizer.encode_ordinary("é") == list("é".encode()) and tokenizer.eot_token == 256
 
 
@@ -650,7 +704,7 @@ def test_the_demo_shows_the_text_in_coloured_tokens(command, capsys, pages):
     command(f"{TRAIN} shown --demo")
     said = capsys.readouterr().out
     plain = re.sub("\033\\[[0-9;]*m", "", said)
-    assert plain.count(train_tokenizer.DEMO_TEXT) == 4 and said.count(train_tokenizer.DEMO_TEXT) == 0
+    assert plain.count(DEMO_TEXT) == 4 and said.count(DEMO_TEXT) == 0
     assert "Merge 1: " in plain and "Merge 10: " in plain and "After all 44 merges" in plain
 
 
@@ -712,15 +766,15 @@ def test_no_damaged_pickle_raises_another_exception(bench, raw):
         raw = bytes(damaged) if cut % 2 else whole[:cut % len(whole)]
     (bench / "old.pkl").write_bytes(raw)
     with contextlib.suppress(UserError):
-        train_tokenizer.convert(bench / "old.pkl", "old")
+        benchtop.tokenizer.convert(bench / "old.pkl", "old")
     shutil.rmtree(bench / "tokenizers", ignore_errors=True)
 
 
 def test_what_people_read_is_not_ambiguous():
     texts = ["\\n", "\n", " ", "␣", "\\", "\t", "\\xe2", "é"]
-    shown = [train_tokenizer.visible(text.encode()) for text in texts]
+    shown = [visible(text.encode()) for text in texts]
     assert shown == ["\\\\n", "\\n", "␣", "\\u2423", "\\\\", "\\t", "\\\\xe2", "é"]
-    assert train_tokenizer.visible("é".encode()[:1]) == "\\xc3"
+    assert visible("é".encode()[:1]) == "\\xc3"
 
 
 def test_a_conversion_overwrites_nothing(bench, saved, refusal):
@@ -745,17 +799,62 @@ def good_meta(saved) -> dict:
 
 
 @pytest.mark.parametrize("name", [
-    "../small", "/etc/passwd", "", ".", "..", ".small", "small/", "small\n", "a b", "small.pkl.pkl", "nosuch",
-    "tokenizers/small", "x" * 300, "\0",
+    "../small", "/etc/passwd", "", ".", "..", ".small", "small\n", "a b", "small.pkl.pkl", "nosuch", "/",
+    "data/small", "tokenizers/..", "tokenizers/small/ranks.tiktoken", "x" * 300, "\0", "a/\0",
 ])
 def test_only_a_known_name_loads(saved, name):
     with pytest.raises(UserError):
         load_tokenizer(name)
 
 
-def test_an_unknown_name_is_told_the_known_ones(saved):
-    with pytest.raises(UserError, match=r"only small; make one with: python train_tokenizer\.py"):
-        load_tokenizer("nosuch")
+@pytest.mark.parametrize("typed", ["small", "small/", "tokenizers/small", "./tokenizers/small//",
+                                   "{here}/tokenizers/small", "tokenizers/small.pkl"])
+def test_a_path_as_the_shell_completes_it_is_a_name(saved, bench, typed):
+    assert load_tokenizer(typed.format(here=bench)).name == "small"
+
+
+def test_a_name_stands_for_the_only_folder_that_earlier_versions_made_of_it(bench):
+    merges = learn_merges({b"hello": 5, b"help": 3}, 10)
+    save("mine_v300_n50000", merges)
+    save("mine_too", merges)
+    assert load_tokenizer("mine").name == load_tokenizer("mine_v300_n50000").name == "mine_v300_n50000"
+    save("mine_v299_n50000", merges)
+    with pytest.raises(UserError, match="one whole: mine_v299_n50000, mine_v300_n50000"):
+        load_tokenizer("mine")
+    save("mine", merges)
+    assert load_tokenizer("mine").name == "mine"
+
+
+def test_a_name_with_sizes_stands_for_the_folder_that_has_them(command, pages):
+    command(f"{TRAIN} mine")
+    assert load_tokenizer("mine_v300_n50000.pkl").name == "mine"
+    with pytest.raises(UserError, match="did you mean mine"):
+        load_tokenizer("mine_v301_n50000")
+
+
+@pytest.mark.parametrize("typed, says", [
+    ("smal", "there is no tokenizer smal; did you mean small? To make smal: python train_tokenizer.py "),
+    ("odl", "there is no tokenizer odl; did you mean old_v30_n50? To make odl: python train_tokenizer.py "),
+    ("nosuch", "no tokenizer nosuch, only old_v30_n50, small; to make nosuch: python train_tokenizer.py "),
+])
+def test_a_wrong_name_is_answered_with_the_nearest_and_a_command(saved, monkeypatch, typed, says):
+    save("old_v30_n50", [])
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(typed)
+    assert says in str(refused.value)
+    advice = str(refused.value).split(": python ")[1]
+    monkeypatch.setattr(sys, "argv", advice.split())
+    assert train_tokenizer.parse_arguments().name == typed
+
+
+def test_the_only_tokenizer_needs_no_name(saved):
+    assert only_tokenizer() == "small"
+    save("other", [])
+    with pytest.raises(UserError, match="choose a tokenizer with --tokenizer: other, small"):
+        only_tokenizer()
+    shutil.rmtree(places.TOKENIZERS)
+    with pytest.raises(UserError, match=r"python train_tokenizer\.py --vocabsize 4096 --name mine, or use"):
+        only_tokenizer()
 
 
 def test_a_pkl_suffix_is_left_away_with_a_notice(saved, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from shapes import wrong_shapes
 from test_resume import DIE_AFTER, KEEP, assert_same_run
 from tiny_runs import ROOT, TINY, drive, newest, rows_of, run, summary_of
 from torch import nn
@@ -20,24 +21,39 @@ from torch import nn
 import train_gpt
 import train_llama3
 import train_nanogpt
-import train_tokenizer
-from train_gpt import PRESETS, World, generate, parse_config
+from benchtop import memory, places
+from benchtop.folder import read_weights
+from benchtop.knobs import known_knobs, parse_config
+from benchtop.machine import World
+from benchtop.sampling import generate
+from benchtop.tokenizer import load_tokenizer
+from train_gpt import PRESETS
 
 SCRIPTS = pytest.mark.parametrize("script", [train_nanogpt, train_llama3],
                                   ids=lambda script: script.__name__)
 # what makes drive.py run another script
-AS = "import {script}\nreal_main = train_gpt.main\ntrain_gpt.main = lambda: real_main({script}.Config)\n"
+AS = "import {script}\ntrain_gpt.main = {script}.main\n"
 
 
-def small(script, **knobs) -> train_gpt.Config:
+def small(script, **knobs) -> train_gpt.CommonConfig:
     sizes = dict(vocab_size=301, num_layers=3, num_heads=4, model_dim=32, seq_len=40, batch_tokens=80)
     return script.Config(**{**sizes, **knobs})
+
+
+def model_of(script, cfg: train_gpt.CommonConfig) -> train_gpt.Model:
+    return script.EXPERIMENT.Model(cfg, 300, torch.float32)
+
+
+@torch.no_grad()
+def logits_of(model: train_gpt.Model, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) for token ids (B, T), only columns of real tokens."""
+    return model.logits(model.hidden(tokens))[..., :model.cfg.vocab_size]
 
 
 def talkative(script, **knobs) -> train_gpt.Model:
     """A model with an eot_id of 300 whose every part matters: no weight is small, no norm or bias plain."""
     torch.manual_seed(0)
-    model = small(script, **knobs).new_model(300, torch.float32)
+    model = model_of(script, small(script, **knobs))
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape)
     return model
@@ -82,7 +98,7 @@ def test_a_knob_of_the_other_model_is_refused(script, capsys):
 @SCRIPTS
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_those_of_train_gpt(script, preset):
-    theirs, ours = parse_config(["--preset", preset]), parse_config(["--preset", preset], script.Config)
+    theirs, ours = (parse_config(["--preset", preset], each.Config) for each in (train_gpt, script))
     assert ours.model_name == f"{script.__name__.removeprefix('train_')}-{preset}"
     for knob in ("num_layers", "model_dim", "seq_len", "num_steps", "batch_tokens", "train_minutes"):
         assert getattr(ours, knob) == getattr(theirs, knob)
@@ -95,41 +111,29 @@ def test_no_token_sees_the_future_or_another_document(script):
     model = talkative(script)
     tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(0))
     tokens[0, 0] = tokens[0, 17] = 300
-    logits = model.logits(tokens)
+    logits = logits_of(model, tokens)
     for place in (5, 17, 30):
         changed = tokens.clone()
         changed[0, place] = (tokens[0, place] + 1) % 300 if place != 17 else 300
         changed[0, place + 1:] = 7
-        assert model.logits(changed)[0, :place].equal(logits[0, :place])
-    alone = model.logits(tokens[:, 17:])
+        assert logits_of(model, changed)[0, :place].equal(logits[0, :place])
+    alone = logits_of(model, tokens[:, 17:])
     torch.testing.assert_close(logits[:, 17:], alone, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-@SCRIPTS
-@pytest.mark.parametrize("chunks", [[1] * 40, [7, 1, 30, 2]])
-def test_reading_on_from_the_past_is_reading_it_all(script, chunks):
-    model = talkative(script)
-    tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
-    tokens[:, 0] = tokens[0, 22] = 300
-    past = train_gpt.Past(3)
-    made = torch.cat([model.logits(part, past) for part in tokens.split(chunks, dim=1)], dim=1)
-    torch.testing.assert_close(made, model.logits(tokens), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
 @SCRIPTS
 def test_texts_grow_beyond_a_row(script):
     model = talkative(script, temperature=0, sample_tokens=64)
     text = [300, 5, 6]
-    for token in generate(model, torch.tensor([text]), model.cfg)[0]:
-        if script is train_nanogpt:     # it has 40 positions, and reads the nearest 40 tokens
-            assert token == int(model.logits(torch.tensor([text[-40:]]))[0, -1].argmax())
+    for token in generate(model, [text], model.cfg)[0]:
+        # GPT-2 has 40 positions, and reads the nearest 40 tokens
+        read = text[-40:] if script is train_nanogpt else text
+        assert token == int(logits_of(model, torch.tensor([read]))[0, -1].argmax())
         text.append(token)
     assert len(text) > 60
     if script is train_nanogpt:
         with pytest.raises(ValueError, match="40 positions; the text has 41"):
-            model.logits(torch.tensor([text[:41]]))
+            model.hidden(torch.tensor([text[:41]]))
 
 
 @SCRIPTS
@@ -156,9 +160,9 @@ def test_steps_are_those_of_torch_with_its_clipping(script):
     """AdamW of torch, decaying what has two dimensions, at the learning rates of the schedule."""
     cfg = small(script, num_steps=6, learning_rate=0.02, grad_clip=0.7)
     torch.manual_seed(0)
-    ours, theirs = (cfg.new_model(300, torch.float32) for _ in range(2))
+    ours, theirs = (model_of(script, cfg) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    optimizer = cfg.optimizer_class(ours, cfg, World(dataclasses.replace(cfg, device="cpu")))
+    optimizer = script.EXPERIMENT.Optimizer(ours, cfg, World(dataclasses.replace(cfg, device="cpu")))
     flat = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
     rest = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
     rate = optimizer.lrs["decayed"]
@@ -201,8 +205,8 @@ def test_the_loop_clips_what_is_too_long(lab, clip):
 @SCRIPTS
 def test_the_learning_rate_climbs_in_a_line_and_falls_in_a_cosine(script):
     cfg = small(script, num_steps=1000, warmup_frac=0.1)
-    optimizer = cfg.optimizer_class(cfg.new_model(300, torch.float32), cfg,
-                                    World(dataclasses.replace(cfg, device="cpu")))
+    optimizer = script.EXPERIMENT.Optimizer(model_of(script, cfg), cfg,
+                                            World(dataclasses.replace(cfg, device="cpu")))
     scales = [optimizer.lr_scale(cfg, step, step / 1000) for step in range(1001)]
     assert 0 < scales[0] < scales[1] < scales[50] == pytest.approx(0.51)
     assert max(scales) == pytest.approx(scales[100]) == pytest.approx(1)
@@ -216,8 +220,8 @@ def test_what_is_moved_out_of_the_decay_does_not_decay(monkeypatch):
         return "kept" if name == "embed" or parameter.ndim < 2 else "decayed"
     monkeypatch.setattr(train_nanogpt.AdamW, "group_of", staticmethod(group_of))
     cfg = small(train_nanogpt, device="cpu")
-    model = cfg.new_model(300, torch.float32)
-    optimizer = cfg.optimizer_class(model, cfg, World(cfg))
+    model = model_of(train_nanogpt, cfg)
+    optimizer = train_nanogpt.AdamW(model, cfg, World(cfg))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -233,23 +237,44 @@ def test_llama_has_heads_of_keys_for_any_number_of_heads(heads):
 
 
 @SCRIPTS
-def test_where_memory_is_short_the_advice_is_of_knobs_that_there_are(script, monkeypatch, capsys):
+def test_where_memory_is_short_the_advice_is_of_knobs_that_there_are(script):
     cfg = small(script, device="cpu")
-    advice = train_gpt.memory_advice(cfg, World(cfg), None)
+    advice = memory.memory_advice(script.EXPERIMENT, cfg, World(cfg), None)
     flags = re.findall(r"--(\w+)", advice)
     assert len(flags) == 3 and set(flags) <= {field.name for field in dataclasses.fields(cfg)}
 
 
 @SCRIPTS
-def test_memory_counts_two_moments_of_every_weight(script):
+def test_memory_counts_two_moments_of_every_weight(script, monkeypatch):
     cfg = small(script, device="cpu", micro_batch_tokens=40)
     deep = dataclasses.replace(cfg, num_layers=30)
-    world, models = World(cfg), [each.new_model(300, torch.float32) for each in (cfg, deep)]
-    more = models[1].num_parameters() - models[0].num_parameters()
-    needs = [train_gpt.memory_estimate_mib(each, model, world) for each, model in
-             zip((cfg, deep), models, strict=True)]
-    activations = 27 * 40 * 4 * cfg.model_dim * (21 + 5 * cfg.mlp_ratio) / 2**20
-    assert needs[1] - needs[0] == pytest.approx(16 * more / 2**20 + activations)
+    sizes = [sum(map(torch.Tensor.numel, model_of(script, each).parameters())) for each in (cfg, deep)]
+    monkeypatch.setattr(memory, "activation_mib", lambda *_: 0)
+    needs = [memory.memory_estimate_mib(script.EXPERIMENT, each, World(cfg)) for each in (cfg, deep)]
+    assert needs[1] - needs[0] == pytest.approx(16 * (sizes[1] - sizes[0]) / 2**20)
+
+
+@SCRIPTS
+def test_memory_counts_what_each_layer_keeps(script):
+    """Against what autograd saves in a real pass over a row, weights and their copies left out."""
+    cfg = small(script, device="cpu")
+
+    def kept(layers: int) -> float:
+        model, storages = model_of(script, dataclasses.replace(cfg, num_layers=layers)), {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+        tokens = torch.full((1, 40), 300)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(tokens, tokens)
+        for weight in (*model.parameters(), *model.buffers()):
+            storages.pop(weight.untyped_storage().data_ptr(), None)
+        del loss
+        return sum(storage.nbytes() for storage in storages.values()) / 2**20
+    counted = [memory.activation_mib(script.EXPERIMENT.Model, dataclasses.replace(cfg, num_layers=layers),
+                                     torch.float32, flex=False) for layers in (3, 13)]
+    assert counted[1] - counted[0] == pytest.approx(kept(13) - kept(3), rel=0.01)
 
 
 @SCRIPTS
@@ -302,17 +327,16 @@ def test_transformers_has_the_same_logits(lab, script, monkeypatch):
     folder = trained(lab, script, num_heads=4, num_steps=8)
     run(lab, "convert.py", "to_transformers", str(folder))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "transformers")
-    cfg = script.Config(**train_gpt.known_knobs(folder, script.Config))
-    ours = cfg.new_model(300, torch.float32)
-    ours.load_state_dict(train_gpt.read_weights(folder))
+    ours = model_of(script, script.Config(**known_knobs(folder, script.Config)))
+    ours.load_state_dict(read_weights(folder))
     tokens = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours.logits(tokens), rtol=1e-4, atol=1e-4)
-    assert ours.logits(tokens).std() > 0.01
+        torch.testing.assert_close(theirs(tokens).logits, logits_of(ours, tokens), rtol=1e-4, atol=1e-4)
+    assert logits_of(ours, tokens).std() > 0.01
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "transformers")
     text = "the big cat sat, 42 times."
-    monkeypatch.setattr(train_tokenizer, "TOKENIZERS", lab / "tokenizers")
-    own = train_tokenizer.load_tokenizer("tiny_v300_n1073741824")
+    monkeypatch.setattr(places, "TOKENIZERS", lab / "tokenizers")
+    own = load_tokenizer("tiny_v300_n1073741824")
     assert tokenizer(text)["input_ids"] == own.encode_ordinary(text)
 
 
@@ -328,12 +352,12 @@ def test_gpt2_comes_back_from_transformers(lab):
                "--tokenizer", "tiny_v300_n1073741824")
     folder = newest(lab, "back")
     assert str(folder) in done.stdout
-    cfg = train_nanogpt.Config(**train_gpt.known_knobs(folder, train_nanogpt.Config))
-    ours = cfg.new_model(300, torch.float32)
-    ours.load_state_dict(train_gpt.read_weights(folder))
+    ours = model_of(train_nanogpt, train_nanogpt.Config(**known_knobs(folder, train_nanogpt.Config)))
+    ours.load_state_dict(read_weights(folder))
     tokens = torch.randint(0, 300, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(tokens).logits, ours.logits(tokens), rtol=1e-4, atol=1e-4)
+        logits = theirs.eval()(tokens).logits
+        torch.testing.assert_close(logits, logits_of(ours, tokens), rtol=1e-4, atol=1e-4)
     assert run(lab, "train_nanogpt.py", "--sample", str(folder), "--prompt", "a dog").stdout
     run(lab, "convert.py", "to_transformers", str(folder))
     again = transformers.AutoModelForCausalLM.from_pretrained(folder / "transformers")
@@ -385,7 +409,18 @@ def test_what_cannot_be_converted_is_said_in_one_line(lab):
         assert len(said) == 1 and word in said[0], done.stderr
 
 
+@SCRIPTS
+def test_shape_comments_are_true(script):
+    """Train and evaluate with pairwise different sizes; each tensor has the shape that its line says."""
+    sizes = {"B": 2, "T": 10, "D": 96, "H": 6, "K": 16, "F": 384, "V": 192, "L": 5, "G": 3}
+    cfg = script.Config(vocab_size=192, num_layers=5, num_heads=6, model_dim=96, seq_len=10, batch_tokens=20,
+                        **({"num_kv_heads": 3} if script is train_llama3 else {}))
+    model, tokens = script.EXPERIMENT.Model(cfg, 191), torch.randint(0, 191, (2, 10))
+    assert len({*sizes.values()}) == len(sizes)
+    assert wrong_shapes([script], sizes, lambda: model(tokens, tokens).backward()) == []
+
+
 def test_each_holds_only_what_differs():
     lines = {path: len((ROOT / path).read_text().splitlines()) for path in ("train_nanogpt.py",
                                                                           "train_llama3.py")}
-    assert all(count < 230 for count in lines.values()), lines
+    assert all(count < 220 for count in lines.values()), lines

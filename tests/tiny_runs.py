@@ -2,32 +2,40 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-import train_gpt
-from train_gpt import Config, World
+import torch
+from launch import ROOT, run, torchrun  # noqa: F401  (for tests, which find all of this here)
 
-ROOT = Path(train_gpt.__file__).parent
+from benchtop.machine import World
+from benchtop.run import Experiment, start
+from train_gpt import EXPERIMENT
+
+# a cache of compiled kernels for each kind of CPU: those of one write past the ends of tensors on another
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(
+    tempfile.gettempdir(), f"benchtop_tests_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"))
 DRIVE = str(Path(__file__).with_name("drive.py"))
 TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len=32, batch_tokens=128,
-            num_steps=4, depth_warmup_frac=0.4, sampled_softmax_frac=0.6, val_every=2, log_every=1,
-            num_samples=2, sample_tokens=5, compile="off", device="cpu", dtype="float32")
+            num_steps=4, val_every=2, log_every=1, num_samples=2, sample_tokens=5, compile="off",
+            device="cpu", dtype="float32")
+# rates so low that some steps do not amplify what sums in another order differ by: Adam moves a weight by all
+# of its rate, also where its gradient is nothing but rounding
+CALM = dict(muon_lr=0.01, embed_lr=0.003, head_lr=0.002, scalar_lr=0.01)
 
 
-def run(folder: Path, script: str, *arguments: str, expect: int = 0, **options,
-        ) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True,
-                          timeout=300, **options)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def train_here(folder: Path, **knobs) -> Path:
-    cfg = Config(**{**TINY, **knobs})
-    train_gpt.train(cfg, World(cfg))
-    return max((folder / "experiments").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+def train_here(folder: Path, experiment: Experiment = EXPERIMENT, **knobs) -> Path:
+    """Train in this process, with the knobs of TINY and these; the run's folder."""
+    cfg = experiment.Config(**{**TINY, **knobs})
+    before = set(folder.glob("experiments/*"))
+    start(experiment, cfg, World(cfg))
+    if cfg.resume:
+        return Path(cfg.resume)
+    made, = set(folder.glob("experiments/*")) - before
+    return made
 
 
 def rows_of(run_folder: Path) -> list[dict]:
@@ -44,10 +52,6 @@ def flags(**knobs) -> list[str]:
     return [f"--{knob}={value}" for knob, value in {**TINY, **knobs}.items()]
 
 
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-
 def newest(folder: Path, name: str) -> Path:
     """The newest run of a name."""
     return max(folder.glob(f"experiments/*_{name}"), key=lambda path: path.stat().st_mtime_ns)
@@ -55,7 +59,7 @@ def newest(folder: Path, name: str) -> Path:
 
 def drive(lab: Path, lines: str, *arguments: str, processes: int = 1, **options,
           ) -> subprocess.CompletedProcess:
-    """Run the lab's train_gpt.py after these lines of Python have tampered with it."""
+    """Run the lab's train_gpt.py after these lines of Python have tampered with it or its bench."""
     launcher = [sys.executable] if processes == 1 else torchrun(processes)
     return subprocess.run([*launcher, DRIVE, str(lab), lines, *arguments], cwd=lab, capture_output=True,
                           text=True, timeout=400, **options)

@@ -10,9 +10,9 @@ each document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's o
 uint32 tokens). Shards of llm.c or Modded-NanoGPT are read without a manifest, too.
 """
 
+import difflib
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,20 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-import documents
-from documents import UserError
-from train_tokenizer import load_tokenizer, tokenizer_sha256
+from benchtop import files, places
+from benchtop.errors import UserError
+from benchtop.places import FOLDER_NAME
+from benchtop.tokenizer import (
+    find_tokenizer,
+    how_to_make,
+    known_tokenizers,
+    load_tokenizer,
+    tokenizer_sha256,
+)
 
-ROOT = Path(__file__).resolve().parent
-DATA = ROOT / "data"
 FORMAT_VERSION = 1
 HEADER_INTS = 256
-FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name ends at 255 bytes, .partial included
+FEW_DOCUMENTS, FEW_TOKENS = 16, 20_000      # with fewer to validate on, there is a warning
 
 
 def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
@@ -65,26 +70,12 @@ class ShardWriter:
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:3] = magic, version, self.tokens
         content = header.tobytes() + np.concatenate(self.pending).astype(dtype, copy=False).tobytes()
-        partial = self.folder / f"{name}.partial"
-        with open(partial, "wb") as file:
+        with files.whole_file(self.folder / name) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / name)
         entry = {"file": name, "split": split, "tokens": self.tokens, "documents": len(self.pending),
                  "bytes": self.bytes, "sha256": hashlib.sha256(content).hexdigest()}
         self._clear()
         return entry
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """The file is there whole, or as it was before."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -103,12 +94,18 @@ class Dataset:
         shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
         return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
 
+    @property
+    def xz_bpb(self) -> float | None:
+        """Bits per byte that `xz -9e` needs for the held-out text after the training text, if that is known.
+        """
+        return self.manifest.get("xz_bpb")
+
     def verify(self, part: int = 0, num_parts: int = 1) -> None:
         """Read every num_parts-th shard, and raise UserError if one is not what the manifest says."""
         for shard in self.manifest["shards"][part::num_parts]:
             path = self.folder / shard["file"]
             tokens = read_shard(path, shard["tokens"])
-            if shard["sha256"] and documents.sha256_of(path) != shard["sha256"]:
+            if shard["sha256"] and files.sha256_of(path) != shard["sha256"]:
                 raise UserError(f"{path} has changed since it was written (its SHA-256 is not that of the "
                                 "manifest); make the data again with download_fineweb.py")
             if len(tokens) and int(tokens.max()) >= self.manifest["vocab_size"]:
@@ -123,11 +120,24 @@ class Dataset:
         return [read_shard(self.folder / entry["file"], entry["tokens"]) for entry in entries]
 
 
+def few_held_out(manifest: dict) -> str:
+    """A warning where too little is held out to tell models apart; empty where it is enough."""
+    val = [shard for shard in manifest["shards"] if shard["split"] == "val"]
+    documents, tokens = (sum(shard[what] for shard in val) for what in ("documents", "tokens"))
+    if (documents >= FEW_DOCUMENTS or not documents) and tokens >= FEW_TOKENS:    # 0: nobody counted them
+        return ""
+    counted = f"{documents:,} documents with " if documents else ""
+    return (f"only {counted}{tokens:,} tokens are held out; on fewer than {FEW_DOCUMENTS} documents or "
+            f"{FEW_TOKENS:,} tokens, similar models cannot be told apart")
+
+
 def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Encoding]:
     """The dataset and tokenizer of these names; an empty name stands for the only one that fits.
 
     raises  UserError with the command that makes what is missing, or if the two do not belong together
     """
+    if tokenizer_name:
+        tokenizer_name = find_tokenizer(tokenizer_name)
     folder = find_dataset(data, tokenizer_name)
     if (folder / "manifest.json").is_file():
         manifest = read_manifest(folder / "manifest.json")
@@ -145,27 +155,38 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
     return Dataset(folder, manifest), tokenizer
 
 
-def find_dataset(data: str, tokenizer: str) -> Path:
-    tokenizer = tokenizer.removesuffix(".pkl")
-    if data and not re.fullmatch(FOLDER_NAME, data):
-        raise UserError(f"--data must be the name of a folder in {DATA}; it is {data!r}")
-    if data and not (DATA / data).is_dir():
-        raise UserError(f"there is no {data} in {DATA}; make it with: python download_fineweb.py "
-                        f"--version stdlib --tokenizer {tokenizer or 'NAME'} --name {data}")
-    if data:
-        return DATA / data
+def find_dataset(typed: str, tokenizer: str) -> Path:
+    """The folder of the dataset that is meant by `mine` or data/mine/; by nothing, the tokenizer's only one.
+    """
+    if typed:
+        name = places.name_in(places.DATA, typed)
+        if not re.fullmatch(FOLDER_NAME, name):
+            raise UserError(f"--data must be the name of a folder in {places.DATA}; it is {typed!r}")
+        if not (places.DATA / name).is_dir():
+            there = [path.name for path in places.DATA.glob("[!.]*") if path.is_dir()]
+            near = difflib.get_close_matches(name, there, n=1)
+            raise UserError(f"there is no {name} in {places.DATA}; "
+                            + (f"did you mean {near[0]}? To make {name}: " if near else "make it with: ")
+                            + f"{how_to_make_data(tokenizer)} --name {name}")
+        return places.DATA / name
     made_with = {path.parent: read_manifest(path)["tokenizer"]
-                 for path in sorted(DATA.glob("[!.]*/manifest.json"))}
+                 for path in sorted(places.DATA.glob("[!.]*/manifest.json"))}
     fitting = [folder for folder, name in made_with.items() if tokenizer in ("", name)]
     if len(fitting) > 1:
         raise UserError("several datasets fit; choose one with --data: "
                         f"{', '.join(path.name for path in fitting)}")
     if not fitting:
-        make_tokenizer = "" if tokenizer else "python train_tokenizer.py --vocabsize 4096 --name mine && "
-        raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {DATA}; "
-                        f"make some with: {make_tokenizer}python download_fineweb.py --version stdlib "
-                        f"--tokenizer {tokenizer or 'mine_v4096_n1073741824'}")
+        raise UserError(f"no data{' of tokenizer ' + tokenizer if tokenizer else ''} in {places.DATA}; "
+                        f"make some with: {how_to_make_data(tokenizer)}")
     return fitting[0]
+
+
+def how_to_make_data(tokenizer: str) -> str:
+    """The command that makes data of a tokenizer; without one, of one that is there or is made first."""
+    known = known_tokenizers()
+    name = tokenizer or (known[0] if known else "mine")
+    first = "" if tokenizer or known else f"{how_to_make(name)} && "
+    return f"{first}python download_fineweb.py --version stdlib --tokenizer {name}"
 
 
 def read_manifest(path: Path) -> dict:
@@ -178,6 +199,7 @@ def read_manifest(path: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         expect(manifest, {"format_version": int, "tokenizer": str, "tokenizer_sha256": str, "vocab_size": int,
                           "eot_id": int, "shards": list})
+        expect({"xz_bpb": 0.0} | manifest, {"xz_bpb": float})
         if manifest["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version is {manifest['format_version']}, "
                              f"this program reads {FORMAT_VERSION}")

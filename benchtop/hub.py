@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-import documents
-from documents import Document, Unit, UserError
+from benchtop.documents import Document, Source, Unit, parquet_rows, shuffled
+from benchtop.errors import UserError, first_line
+from benchtop.files import sha256_of
 
 TRIES = 5               # then a file is given up
 FIRST_WAIT = 1.0        # seconds; each further one is twice as long
@@ -107,7 +108,7 @@ def problem_of(path: Path, file: HubFile) -> str:
     size = path.stat().st_size
     if size != file.size:
         return f"it has {size:,} bytes instead of {file.size:,}"
-    if file.sha256 and documents.sha256_of(path) != file.sha256:
+    if file.sha256 and sha256_of(path) != file.sha256:
         return "its SHA-256 is not the announced one"
     return ""
 
@@ -207,7 +208,7 @@ def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]
         raise error
     if status is not None:
         return f"{status} {response.reason_phrase}", seconds_asked(response)
-    return documents.first_line(error), 0.0
+    return first_line(error), 0.0
 
 
 def pause(attempt: int, asked_wait: float) -> float:
@@ -241,11 +242,12 @@ READY_MADE = {"10B-gpt2": "kjj0/fineweb10B-gpt2", "100B-gpt2": "kjj0/fineweb100B
               "10Bedu-gpt2": "kjj0/finewebedu10B-gpt2"}
 
 
-class FineWeb(documents.Source):
+class FineWeb(Source):
     """Documents of parquet files on the Hub, one file at a time.
 
     revision  commit that the files are of
     """
+    is_large = True
 
     def __init__(self, version: str):
         repo, folder = FINEWEB[version]
@@ -276,9 +278,9 @@ class FineWeb(documents.Source):
         def read() -> Iterator[Document]:
             download = self._downloads.pop(file.path, None)
             path = download.result() if download else fetch(file)
-            unit.documents = documents.parquet_rows(path)
+            unit.documents = parquet_rows(path)
             full = (document for document in self._read_parquet(file.path, path) if document[1])
-            return full if seed is None else documents.shuffled(full, seed)
+            return full if seed is None else shuffled(full, seed)
 
         def remove() -> None:
             forget(fetch(file))

@@ -1,4 +1,4 @@
-"""One page about some runs, for any browser: a table to sort, curves, samples side by side, conclusions.
+"""One page about some runs, for any browser: tables, conclusions, curves, samples side by side.
 
 It needs no network and no other file: curves are inline SVG, and a few lines of script do the sorting. What
 runs say (names, samples) is text and never markup.
@@ -7,8 +7,9 @@ runs say (names, samples) is text and never markup.
 from html import escape
 from statistics import fmean
 
-from compare import Group, Run, used_columns
-from curves import AXES, as_bytes
+from benchtop.curves import AXES, as_bytes
+from benchtop.groups import Group, Run
+from benchtop.tables import groups_table, used_columns
 
 STYLE = """
 :root { --ink: #1d2733; --soft: #5d6b7a; --line: #dde3ea; --back: #ffffff; --tint: #f4f7fa;
@@ -26,7 +27,8 @@ p { color: var(--soft); margin-top: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-th button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
+th { color: var(--soft); font-weight: 600; }
+th button { all: unset; cursor: pointer; }
 th button:focus-visible, .axes label:focus-within { outline: 2px solid var(--mark); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
@@ -64,16 +66,19 @@ for (const input of document.querySelectorAll(".axes input")) input.addEventList
 """
 
 
-def page(groups: list[Group], metric: str, said: list[str]) -> str:
-    """The HTML of the page; `said` are the conclusions in lines."""
+def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool = True) -> str:
+    """The HTML of the page.
+
+    said           the conclusions in lines
+    is_comparable  whether means may be taken of the groups
+    """
     title = " and ".join(group.name for group in groups[:3]) + (" and others" if len(groups) > 3 else "")
     runs = [run for group in groups for run in group.runs]
     finished = [run for run in runs if run.is_finished]
-    best = min(finished, key=lambda run: run.summary["val_bpb"], default=None)
-    parts = [f"<h1>{escape(title)}</h1>",
-             f"<p>{len(finished)} finished runs of {len(runs)}"
-             + (f"; lowest: {best.summary['val_bpb']:.4f} bits per byte, {escape(best.name)}" if best else "")
-             + "</p>", "<h2>Runs</h2>", _table(groups)]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{len(finished)} of {len(runs)} runs finished</p>"]
+    if is_comparable and any(len(group.runs) > 1 for group in groups):
+        parts += ["<h2>Groups</h2>", _groups_table(groups)]
+    parts += ["<h2>Runs</h2>", _runs_table(groups)]
     if said:
         parts += ["<h2>Conclusions</h2>", f"<pre>{escape(chr(10).join(said).strip())}</pre>"]
     parts += [_curves(groups, metric), _samples(groups)]
@@ -83,7 +88,16 @@ def page(groups: list[Group], metric: str, said: list[str]) -> str:
             + f"\n<script>{SCRIPT}</script></body></html>\n")
 
 
-def _table(groups: list[Group]) -> str:
+def _groups_table(groups: list[Group]) -> str:
+    head, *lines = [[escape(cell) for cell in line] for line in groups_table(groups)]
+    return ("<div class=\"wide\"><table class=\"groups\"><thead><tr>"
+            + "".join(f"<th scope=\"col\">{cell}</th>" for cell in head) + "</tr></thead>\n<tbody>"
+            + "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+            + "</tbody></table></div>")
+
+
+def _runs_table(groups: list[Group]) -> str:
+    """The table that a click on a column's title sorts."""
     columns = used_columns(groups)
     head = "".join(f"<th scope=\"col\"><button>{escape(title)}</button></th>"
                    for title in ["group", *(column.title for column in columns)])
@@ -96,8 +110,8 @@ def _table(groups: list[Group]) -> str:
             cells.append(f"<td data-value=\"{escape(str(key))}\">"
                          f"{'' if value is None else escape(column.text(value))}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (f"<div class=\"wide\"><table><thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(lines)
-            + "</tbody></table></div>")
+    return (f"<div class=\"wide\"><table class=\"runs\"><thead><tr>{head}</tr></thead>\n<tbody>"
+            + "\n".join(lines) + "</tbody></table></div>")
 
 
 def _curves(groups: list[Group], metric: str) -> str:
@@ -117,8 +131,8 @@ def _curves(groups: list[Group], metric: str) -> str:
 
 
 def _samples(groups: list[Group]) -> str:
-    """Each prompt's continuations side by side: one run of each group, the one nearest to its mean."""
-    shown = [(group.name, _typical(group)) for group in groups if any(run.samples for run in group.finished)]
+    """Each prompt's continuations side by side, of one run of each group."""
+    shown, which = _sampled_runs(groups)
     prompts = list(dict.fromkeys(sample["prompt"] for _, run in shown for sample in run.samples))
     parts = []
     for prompt in prompts:
@@ -128,10 +142,22 @@ def _samples(groups: list[Group]) -> str:
             body = "" if text is None else f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>"
             cells.append(f"<div><h3>{escape(name)}: {escape(run.name)}</h3>{body}</div>")
         parts.append(f"<div class=\"samples\">{''.join(cells)}</div>")
-    return "<h2>Samples</h2>\n" + "\n".join(parts) if parts else ""
+    return f"<h2>Samples of {which}</h2>\n" + "\n".join(parts) if parts else ""
 
 
-def _typical(group: Group) -> Run:
+def _sampled_runs(groups: list[Group]) -> tuple[list[tuple[str, Run]], str]:
+    """A run of each group that has samples, of one seed where they all have one; and which runs these are."""
+    sampled = [(group, {run.summary["seed"]: run for run in reversed(group.finished) if run.samples})
+               for group in groups]
+    sampled = [(group, runs) for group, runs in sampled if runs]
+    shared = set.intersection(*(set(runs) for _, runs in sampled)) if sampled else set()
+    if shared:
+        return [(group.name, runs[min(shared)]) for group, runs in sampled], f"seed {min(shared)}"
+    return ([(group.name, _nearest_to_mean(group)) for group, _ in sampled],
+            "the run nearest to each group's mean, since no seed is in all groups")
+
+
+def _nearest_to_mean(group: Group) -> Run:
     mean = fmean(group.values("val_bpb"))
     with_samples = [run for run in group.finished if run.samples]
     return min(with_samples, key=lambda run: abs(run.summary["val_bpb"] - mean))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from documents import UserError, first_line
+from benchtop.errors import UserError, first_line
 
 
 class Tracker(Protocol):

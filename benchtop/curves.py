@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import Group, Run
-from documents import UserError
+from benchtop.errors import UserError
+from benchtop.groups import Group, Run
 
 
 def _price(run: Run) -> float:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 class Difference:
     """How far group b is above group a.
 
-    kind       "paired" by seed, or "Welch": independent, with spreads of their own
-    low, high  the 95 % interval of the mean difference
-    t, df, p   of the two-sided test that there is no difference
-    error      standard error of the mean
-    sd         spread that a single run (or pair) has
+    kind        "paired" by seed, or "Welch": independent, with spreads of their own
+    low, high   the 95 % interval of the mean difference
+    t, df, p    of the two-sided test that there is no difference
+    error       standard error of the mean
+    sd          spread that a single run (or pair) has
+    df_per_run  degrees of freedom that another pair, or another run in each group, adds
     """
     kind: str
     mean: float
@@ -35,6 +36,7 @@ class Difference:
     p: float
     error: float
     sd: float
+    df_per_run: float
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -47,12 +49,15 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
         raise ValueError("a spread needs two runs or more in each group")
     parts = [statistics.variance(group) / len(group) for group in (a, b)]
     error = math.sqrt(sum(parts))
-    df = len(a) + len(b) - 2.0
+    df, df_per_run = len(a) + len(b) - 2.0, 2.0
+    variances = [statistics.variance(group) for group in (a, b)]
     if error > 0:
         df = sum(parts) ** 2 / sum(part**2 / (len(group) - 1)
                                    for part, group in zip(parts, (a, b), strict=True))
-    pooled = sum((len(group) - 1) * statistics.variance(group) for group in (a, b)) / (len(a) + len(b) - 2)
-    return _difference("Welch", statistics.fmean(b) - statistics.fmean(a), error, df, math.sqrt(pooled))
+        df_per_run = sum(variances) ** 2 / sum(variance**2 for variance in variances)
+    pooled = sum((len(group) - 1) * variance for group, variance in zip((a, b), variances, strict=True))
+    return _difference("Welch", statistics.fmean(b) - statistics.fmean(a), error, df,
+                       math.sqrt(pooled / (len(a) + len(b) - 2)), df_per_run)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -65,15 +70,16 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
         raise ValueError("a spread needs two pairs or more")
     sd = statistics.stdev(differences)
     return _difference("paired", statistics.fmean(differences), sd / math.sqrt(len(differences)),
-                       len(differences) - 1.0, sd)
+                       len(differences) - 1.0, sd, 1.0)
 
 
-def _difference(kind: str, mean: float, error: float, df: float, sd: float) -> Difference:
+def _difference(kind: str, mean: float, error: float, df: float, sd: float, df_per_run: float) -> Difference:
     if error == 0:      # all runs agree to the last digit
         t = math.copysign(math.inf, mean) if mean else 0.0
-        return Difference(kind, mean, mean, mean, t, df, 0.0 if mean else 1.0, 0.0, sd)
+        return Difference(kind, mean, mean, mean, t, df, 0.0 if mean else 1.0, 0.0, sd, df_per_run)
     half, t = t_quantile(0.975, df) * error, mean / error
-    return Difference(kind, mean, mean - half, mean + half, t, df, 2 * t_cdf(-abs(t), df), error, sd)
+    return Difference(kind, mean, mean - half, mean + half, t, df, 2 * t_cdf(-abs(t), df), error, sd,
+                      df_per_run)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -96,6 +102,21 @@ def p_below(values: Sequence[float], target: float) -> float:
     if error == 0:
         return 0.0 if above < 0 else 1.0
     return t_cdf(above / error, len(values) - 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of several tests, raised so that the chance of any false positive stays that of one test.
+
+        >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03, 0.005])]
+        [0.03, 0.06, 0.06, 0.02]
+
+    source  Holm 1979, Scand. J. Stat. 6, 65
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for smaller, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - smaller) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 @dataclass(frozen=True)
@@ -132,7 +153,7 @@ def power(effect: float, error: float, df: float) -> float:
 
 
 def detectable_effect(sd: float, runs_a: int, runs_b: int = 0) -> float:
-    """The smallest true difference that is found four times in five.
+    """The smallest true difference that is detected with 80 % power.
 
     sd              spread of single runs; of differences if the runs are paired
     runs_a, runs_b  in each group; without runs_b, runs_a pairs
@@ -148,7 +169,7 @@ def error_and_df(sd: float, runs_a: int, runs_b: int) -> tuple[float, int]:
 
 
 def smallest_effect(error: float, df: float) -> float:
-    """The true difference that is found four times in five, where the mean's standard error is `error`."""
+    """The true difference that is detected with 80 % power, where the mean's standard error is `error`."""
     if error == 0:
         return 0.0
     low, high = 0.0, error
@@ -160,20 +181,22 @@ def smallest_effect(error: float, df: float) -> float:
     return high
 
 
-def runs_needed(effect: float, sd: float, is_paired: bool = False) -> int:
-    """Runs in each group (or pairs) with which a true difference is found four times in five.
+def runs_needed(effect: float, sd: float, is_paired: bool = False, df_per_run: float = 0.0) -> int:
+    """Runs in each group (or pairs) with which a true difference is detected with 80 % power.
 
+    df_per_run  as Difference has it, of groups of different spread; 0: of one spread
     raises  ValueError if it would take more than 10,000
     """
     def suffices(runs: int) -> bool:
-        return power(abs(effect), *error_and_df(sd, runs, 0 if is_paired else runs)) >= 0.8
+        error, df = error_and_df(sd, runs, 0 if is_paired else runs)
+        return power(abs(effect), error, df_per_run * (runs - 1) if df_per_run else df) >= 0.8
     if sd == 0:
         return 2
     runs = 2
     while not suffices(runs):
         runs *= 2
         if runs > 10_000:
-            raise ValueError(f"an effect of {effect:g} beside a spread of {sd:g} takes more than 10,000 runs")
+            raise ValueError(f"detecting {effect:g} where runs scatter by {sd:g} needs more than 10,000 runs")
     low = runs // 2
     while runs - low > 1:
         middle = (low + runs) // 2
@@ -251,3 +274,16 @@ def noncentral_t_cdf(t: float, df: float, shift: float) -> float:
         total += weight * 0.5 * math.erfc(-(t * s - shift) / math.sqrt(2))
         weight_sum += weight
     return total / weight_sum
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a proportion.
+
+    source  Wilson 1927, J. Am. Stat. Assoc. 22, 209
+    """
+    z = 1.959963984540054
+    share, spread = successes / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+

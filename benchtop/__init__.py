@@ -1,0 +1,24 @@
+"""The bench: what no experiment changes, so that numbers stay comparable.
+
+Data flow one way: text -> tokenizer folder -> shards and manifest -> batches -> run folder -> tables. Each
+file here is one idea and imports only files before it in ORDER; none imports an experiment.
+"""
+
+ORDER = (
+    # what all share
+    "errors", "places", "redaction", "files", "host", "workers", "processes", "command_line", "significance",
+    # text -> tokenizer folder
+    "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
+    # -> shards and manifest
+    "shards", "xz", "prepare", "ready_made",
+    # -> batches, on a machine
+    "batches", "machine", "memory", "initial", "signals", "steps",
+    # -> numbers of a model
+    "evaluation", "tasks", "scoring", "sampling",
+    # -> run folder
+    "identity", "checkpoints", "folder", "knobs", "trackers", "loss_picture", "log", "budget", "saved",
+    # -> what can be concluded from runs; a run that ends with --compare_to asks it, too
+    "groups", "conclusions", "briefing", "smoke", "run",
+    # -> how it is shown
+    "repeats", "tables", "curves", "page", "endpoint", "judging",
+)

@@ -1,0 +1,178 @@
+"""What a run says to people: before it begins, what it will do and need; at its end, what came out."""
+
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchtop.batches import Rows, micro_batch_shape
+from benchtop.command_line import minutes, program
+from benchtop.conclusions import counted, standing
+from benchtop.errors import UserError
+from benchtop.evaluation import HeldOut
+from benchtop.groups import read_run
+from benchtop.machine import Kernels, World
+from benchtop.shards import Dataset
+from benchtop.tasks import Task, command_to_fetch
+
+BAR = "xz -9e after the training text"      # how good a compressor is that has read what the model has read
+REPEATS = 4             # epochs, beyond which repeated text teaches little (arXiv:2305.16264)
+
+
+# ------------------------------------------------------------------------------------------------
+# Before
+# ------------------------------------------------------------------------------------------------
+
+def introduction(cfg, world: World, model: nn.Module, kernels: Kernels, memory_mib: float) -> list[str]:
+    count, rows = micro_batch_shape(cfg, world.size)
+    return [
+        f"device      {world.size} x {world.device_name()}, torch {torch.__version__}",
+        f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
+        f"compile     {'on' if kernels.compiled else 'off'}: {kernels.compile_reason}",
+        f"attention   by {kernels.attention}",
+        f"model       {num_parameters(model):,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
+        f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens",
+        f"budget      {budget_in_words(cfg)}; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
+        f"memory      about {memory_mib:,.0f} MiB for each process",
+    ]
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def budget_in_words(cfg) -> str:
+    steps = f"{cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens ({cfg.train_tokens:,} in all)"
+    if not cfg.num_steps:
+        return f"{cfg.train_minutes:g} minutes of training in steps of {cfg.batch_tokens:,} tokens"
+    by_clock = f", or {cfg.train_minutes:g} minutes of training if that ends first"
+    return steps + (by_clock if cfg.train_minutes else "")
+
+
+def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
+    return [f"{name:<12}" + (f"{len(task.questions):,} rows at the end{task.note}" if task else
+                             f"not downloaded; {command_to_fetch(name)} does it")
+            for name, task in tasks.items()]
+
+
+def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[str]:
+    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
+    lines = [f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, of which rows hold {used:.0%}",
+             f"held out    {len(held_out.tokens):,} tokens of {counted(held_out.num_documents, 'document')}"]
+    if cfg.num_steps:
+        epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
+        advice = f" (beyond {REPEATS}, repeated text teaches little: take more text or fewer steps)"
+        lines.append(f"epochs      {cfg.num_steps:,} steps are {epochs:.2f} epochs"
+                     + (advice if epochs > REPEATS else ""))
+    return lines
+
+
+def operations_of(cfg, model: nn.Module) -> float:
+    """Floating-point operations of all steps, with the model as it is at each tenth of the budget."""
+    each = []
+    for tenth in range(10):
+        model.progress = tenth / 10
+        each.append(model.flops_per_token())
+    model.progress = 1.0
+    return cfg.num_steps * cfg.batch_tokens * float(np.mean(each))
+
+
+def time_estimate(cfg, model: nn.Module, world: World) -> list[str]:
+    """What the budget's arithmetic takes and costs, if it comes to 40 % of what the devices can do."""
+    operations, peak = operations_of(cfg, model), world.peak_flops(cfg)
+    if not cfg.num_steps:
+        seconds, how = 60 * cfg.train_minutes, "the budget"
+    elif peak:
+        seconds = min(operations / (0.4 * peak), 60 * cfg.train_minutes or float("inf"))
+        how = f"{operations:.1e} floating-point operations at a guessed 40 % of {peak / 1e12:,.0f} TFLOP/s"
+    else:
+        lines = [f"time        not known: {operations:.1e} floating-point operations, and no table has this "
+                 "device; give its --peak_tflops, or measure some steps"]
+        if cfg.gpu_cost_per_hour:
+            lines.append("cost        not known without the time; with --peak_tflops 989 it is that of H100s")
+        return lines
+    lines = [f"time        about {duration(seconds)} of training ({how})"]
+    if cfg.gpu_cost_per_hour:
+        lines.append(f"cost        about {cfg.gpu_cost_per_hour * seconds / 3600:,.2f} for that time")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{minutes(seconds)} minutes"
+
+
+# ------------------------------------------------------------------------------------------------
+# After
+# ------------------------------------------------------------------------------------------------
+
+def conclusion(cfg, folder: Path, summary: dict, samples: list[dict]) -> list[str]:
+    lines = ["", "=" * 100,
+             f"run         {os.path.relpath(folder)}  (loss.png, summary.json, samples, the code that ran)",
+             f"val_loss    {summary['val_loss']:.4f} nats per token on {summary['held_out_tokens']:,} tokens "
+             f"of {counted(summary['held_out_documents'], 'held-out document')}",
+             f"val_bpb     {summary['val_bpb']:.4f} bits per byte{bar_in_words(summary)}"]
+    if summary["best_step"] < summary["step"]:
+        lines.append(f"best        val_bpb {summary['best_val_bpb']:.4f} at step {summary['best_step']:,}")
+    lines.append(f"time        {minutes(summary['train_seconds'])} of training "
+                 f"at {summary['tokens_per_second']:,.0f} tokens/s, {minutes(summary['compile_seconds'])} of "
+                 f"compiling; peak memory {summary['peak_memory_mib']:,.0f} MiB")
+    if summary.get("target"):
+        lines.append(target_in_words(summary["target"]))
+    for name, result in summary.get("benchmarks", {}).items():
+        lines.append(f"{name:<12}{task_in_words(result)}")
+    if "cost" in summary:
+        lines.append(f"cost        {summary['cost']:.2f}")
+    if cfg.compare_to:
+        try:
+            lines.append(f"compare     {standing(read_run(folder), cfg.compare_to)}")
+        except (UserError, OSError) as error:       # the baseline has gone since the run began
+            lines.append(f"compare     not possible: {error}")
+    if samples:
+        text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
+        lines += ["sample      beginning of a held-out document ⟨⟩ continuation:",
+                  *("            " + line for line in text.splitlines())]
+    if cfg.save_model:
+        sample = shlex.join([*program(), "--sample", os.path.relpath(folder)])
+        lines.append(f"sample it   {sample} --prompt \"...\"")
+    lines += [f"try next    {next_command(cfg, summary)}",
+              "            your own text: see \"Your own text\" in README.md", "=" * 100]
+    return lines
+
+
+def bar_in_words(summary: dict) -> str:
+    """How the model stands beside a compressor that has read the same text."""
+    if not summary.get("xz_bpb"):
+        return ""
+    verdict = "better" if summary["val_bpb"] < summary["xz_bpb"] else "worse"
+    return f" ({BAR}: {summary['xz_bpb']:.4f}; the model is {verdict})"
+
+
+def next_command(cfg, summary: dict) -> str:
+    """The command of the run with one thing changed, as it was typed when the run began."""
+    command = summary.get("command", "")
+    try:
+        words = shlex.split(command)
+    except ValueError:      # a quotation mark in what an earlier version wrote without quoting
+        words = command.split()
+    replaced, flags, skip = ("--num_layers", "--model_name", "--resume"), [], False
+    for word in words[1:]:
+        if not skip and word.split("=")[0] not in (*replaced, "--resume_changed"):
+            flags.append(word)
+        skip = not skip and word in replaced
+    return shlex.join([*program(), *flags, "--num_layers", str(cfg.num_layers + 1), "--model_name", "deeper"])
+
+
+def target_in_words(target: dict) -> str:
+    return (f"target      val_loss {target['target_loss']:g} is reached after {target['step']:,} steps, "
+            f"{target['tokens']:,} tokens and {minutes(target['train_seconds'])} of training")
+
+
+def task_in_words(result: dict) -> str:
+    acc = result["acc"]
+    other = (f"perplexity {result['perplexity']:.2f}" if "perplexity" in result else
+             f"{result['acc_norm_bytes']['value']:.4f} by bytes")
+    return (f"{acc['value']:.4f} right ({acc['low']:.4f} to {acc['high']:.4f}), {other}; "
+            f"chance {result['chance']:.4f}; {result['rows']:,} rows")

@@ -1,0 +1,105 @@
+"""What every script shares as a shell command: flags, one-line complaints, how to start it again."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from functools import wraps
+from pathlib import Path
+
+from benchtop import places
+from benchtop.errors import UserError, exit_quietly_on_other_ranks
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        shown = " ".join(action.default) if isinstance(action.default, list) else action.default
+        return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, with the flag that was perhaps meant."""
+
+    def __init__(self, description: str, **options):
+        options.setdefault("formatter_class", Help)
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        exit_quietly_on_other_ranks()
+        unknown = re.match(r"unrecognized arguments: (--?\w[\w-]*)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], flags, n=1)
+            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+        script = Path(sys.argv[0])
+        start = f"-m benchtop.{script.stem}" if script.parent.name == "benchtop" else self.prog
+        self.exit(2, f"{self.prog}: error: {message} (python {start} --help lists all flags)\n")
+
+
+def whole_number(text: str) -> int:
+    """The type of a flag that takes a whole number: 1000000, 1_000_000 or 1e6."""
+    try:
+        return int(text)
+    except ValueError as error:
+        with contextlib.suppress(ValueError, OverflowError):
+            if float(text) == int(float(text)):
+                return int(float(text))
+        raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from error
+
+
+def positive(text: str, least: int = 1) -> int:
+    """The type of a flag that takes a whole number from `least` on."""
+    number = whole_number(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, is {number}")
+    return number
+
+
+def end(complaint: str) -> None:
+    """Leave with one line and exit code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(complaint.splitlines())}")
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code."""
+
+    @wraps(main)
+    def run(*parts) -> None:
+        try:
+            main(*parts)
+        except UserError as error:
+            end(str(error))
+        except BrokenProcessPool:
+            end("a worker process was killed, perhaps for want of memory; try again with --num_workers 1")
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            end(error.strerror + (f": {error.filename}" if error.filename else ""))
+        except KeyboardInterrupt:
+            print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
+                  file=sys.stderr)
+            sys.exit(130)
+    return run
+
+
+def program() -> list[str]:
+    """The words that start this script again, on as many processes of one machine as now."""
+    bin_folder = ".venv/bin/" if Path(sys.prefix).resolve() == places.ROOT / ".venv" else ""
+    script = os.path.relpath(sys.argv[0])
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return [f"{bin_folder}python", script]
+    processes = f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return [f"{bin_folder}torchrun", "--standalone", processes, script]
+
+
+def minutes(seconds: float) -> str:
+    """A duration as minutes and seconds: 247.3 is 4:07."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,231 @@
+"""What can be concluded from groups of runs, in sentences.
+
+compare() sets two groups against each other, standing() one run against a group. The numbers come from
+significance.py.
+"""
+
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from benchtop import significance
+from benchtop.errors import UserError
+from benchtop.groups import (
+    Group,
+    NotComparable,
+    Run,
+    benchmarks_of,
+    check_comparable,
+    differences_of,
+    open_groups,
+    without_copies,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What group b's metric does beside group a's; without tests where they take more runs.
+
+    seeds   that both have; the test is paired if these are all that the smaller group has
+    effect  a difference that would matter, for which to say how many runs it needs; 0: none is named
+    """
+    a: Group
+    b: Group
+    metric: str
+    seeds: list[int]
+    welch: significance.Difference | None
+    paired: significance.Difference | None
+    effect: float = 0.0
+
+    @property
+    def test(self) -> significance.Difference | None:
+        """The one that sees most."""
+        return self.paired or self.welch
+
+    def lines(self) -> list[str]:
+        """The comparison in words."""
+        a, b = self.a.values(self.metric), self.b.values(self.metric)
+        lines = [f"{self.b.name} against {self.a.name}, {self.metric}: {fmean(b):.4f} "
+                 f"({counted(len(b), 'run')}) against {fmean(a):.4f} ({counted(len(a), 'run')})"]
+        test = self.test
+        if not test:
+            return [*lines, self.of_one_run(a, b)]
+        for one, kind in ((self.paired, f"paired by {len(self.seeds)} seeds"), (self.welch, "Welch")):
+            if one:
+                lines.append(f"  {kind:<18}{one.mean:+.4f}, 95 % interval {one.low:+.4f} to {one.high:+.4f}, "
+                             f"t = {one.t:.2f} with {one.df:.1f} degrees of freedom, {p_in_words(one.p)}")
+        better = "lower, so better" if test.mean < 0 else "higher, so worse"
+        lines.append(f"  {self.b.name} is {better}" if test.p < 0.05 else
+                     "  no significant difference, which does not show that there is none")
+        return lines + self.power_lines(test)
+
+    def of_one_run(self, a: list[float], b: list[float]) -> str:
+        """What can be said where one side, or both, have a single run."""
+        difference = f"  difference {fmean(b) - fmean(a):+.4f}"
+        many, group, one = (a, self.a, self.b) if len(a) > len(b) else (b, self.b, self.a)
+        if len(many) == 1 or not stdev(many):
+            return f"{difference}; one run per side cannot tell this from chance: repeat both with more seeds"
+        sigmas = abs(fmean(b) - fmean(a)) / stdev(many)
+        return (f"{difference}, {sigmas:.1f} standard deviations of {group.name}; {one.name} is a single "
+                "run: repeat it with more seeds")
+
+    def power_lines(self, test: significance.Difference) -> list[str]:
+        """What so many runs can detect, and how many the effect named by --effect needs.
+
+        Never for the effect that was seen: its power says no more than its p, and tempts one to add runs
+        until p is small.
+        """
+        if test.error == 0:
+            return []
+        have = [len(self.seeds)] if self.paired else [len(self.a.finished), len(self.b.finished)]
+        runs = f"{have[0]} pairs" if self.paired else " and ".join(map(str, have)) + " runs"
+        line = (f"  With {runs}, the smallest difference detectable with 80 % power is "
+                f"{significance.smallest_effect(test.error, test.df):.4f}.")
+        return [line + (f" {self.runs_for(abs(self.effect), test, have)}" if self.effect else "")]
+
+    def runs_for(self, effect: float, test: significance.Difference, have: list[int]) -> str:
+        """How many runs an effect needs, and how many of them are missing."""
+        unit = "pairs" if self.paired else "runs per group"
+        try:
+            needed = significance.runs_needed(effect, test.sd, bool(self.paired), test.df_per_run)
+        except ValueError:
+            return f"Detecting {effect:.4f} would need more than 10,000 {unit}."
+        more = [max(0, needed - number) for number in have]
+        missing = f" ({more[0]:,} more"
+        if not self.paired:
+            missing += f" of {self.a.name}, {more[1]:,} more of {self.b.name}"
+        return f"Detecting {effect:.4f} would need {needed:,} {unit}{f'{missing})' if any(more) else ''}."
+
+
+def compare(a: Group, b: Group, metric: str, effect: float = 0.0) -> Comparison:
+    first, second = a.by_seed(metric), b.by_seed(metric)
+    seeds = sorted(set(first) & set(second))
+    welch = paired = None
+    if min(len(a.finished), len(b.finished)) > 1:
+        welch = significance.welch(a.values(metric), b.values(metric))
+        if len(seeds) == min(len(first), len(second)) > 1:
+            paired = significance.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    return Comparison(a, b, metric, seeds, welch, paired, effect)
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def p_in_words(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 0.001 else "p below 0.001"
+
+
+def target_line(group: Group, metric: str, target: float) -> str:
+    """Whether a group reaches a target on average, by the speedruns' test."""
+    values = group.values(metric)
+    if any(run.summary.get("target") for run in group.finished):
+        return (f"{group.name}: its runs stopped when they reached --target_loss, so their final losses "
+                "prove nothing; train them to the end of their budget")
+    if len(values) < 2:
+        return (f"{group.name}: {metric} {values[0]:.4f}, the target {target:g}; a test needs two runs or "
+                "more")
+    p = significance.p_below(values, target)
+    verdict = "reached" if p < 0.01 else "not shown to be reached"
+    return (f"{group.name}: mean {metric} {fmean(values):.4f} of {len(values)} runs; the target {target:g} "
+            f"is {verdict} ({p_in_words(p)}, one-sided; the speedruns require p below 0.01)")
+
+
+def benchmark_lines(a: Group, b: Group) -> list[str]:
+    """McNemar's test on the questions of each benchmark that runs of both groups were scored on."""
+    return [line for name in benchmarks_of([a]) if name in benchmarks_of([b])
+            for line in mcnemar_lines(a, b, name)]
+
+
+def mcnemar_lines(a: Group, b: Group, name: str) -> list[str]:
+    """The test for each pair of runs that belong together; of models, not recipes."""
+    runs_a, runs_b = ([run for run in group.finished if run.items(name)] for group in (a, b))
+    seeds_b = {run.summary["seed"]: run for run in runs_b}
+    pairs = [(run, seeds_b[run.summary["seed"]]) for run in runs_a if run.summary["seed"] in seeds_b]
+    if not pairs and len(runs_a) == len(runs_b) == 1:
+        pairs = [(runs_a[0], runs_b[0])]
+    lines = []
+    for first, second in pairs:
+        items = [run.items(name) for run in (first, second)]
+        if len({tuple(item["name"] for item in rows) for rows in items}) > 1:
+            lines.append(f"  {name}: {first.name} and {second.name} were scored on different rows")
+            continue
+        a_right, b_right = ([item["acc"]["choice"] == item["label"] for item in rows] for rows in items)
+        test = significance.mcnemar(a_right, b_right)
+        lines.append(f"  {name}, {second.name} against {first.name}: {sum(b_right):,} against "
+                     f"{sum(a_right):,} of {len(a_right):,} right; {test.only_b:,} only by the former, "
+                     f"{test.only_a:,} only by the latter, {p_in_words(test.p)} (McNemar)")
+    return lines
+
+
+def baseline(spec: str) -> Group:
+    """All finished runs that a word of --compare_to means, as one group.
+
+    raises  UserError if there are none
+    """
+    groups = open_groups([spec])
+    runs = without_copies(run for group in groups for run in group.finished)
+    if not runs:
+        raise UserError(f"{spec} has no finished run to compare with")
+    return Group(groups[0].name if len(groups) == 1 else spec, runs)
+
+
+def standing(run: Run, spec: str, metric: str = "val_bpb") -> str:
+    """How far a finished run is from a group, in its standard deviations; or why that cannot be said."""
+    group = baseline(spec)
+    others = [other for other in group.runs if other.folder.resolve() != run.folder.resolve()]
+    group = Group(group.name, others)
+    if not others:
+        return f"no comparison with {group.name}: this run is all that it has"
+    try:
+        # bits per byte of one text are bits per byte, whatever the tokenizer and the data
+        check_comparable([group, Group("this run", [run])], metric, ("data", "tokenizer"))
+    except NotComparable as error:
+        return f"no comparison with {group.name}: {error.problem}"
+    values = group.values(metric)
+    above = run.summary[metric] - fmean(values)
+    side = "above" if above > 0 else "below"
+    if len(values) < 2 or not stdev(values):
+        return (f"{metric} is {abs(above):.4f} {side} {group.name} ({counted(len(values), 'run')}, so no "
+                "standard deviation)")
+    return (f"{metric} is {abs(above):.4f} {side} {group.name}, {abs(above) / stdev(values):.1f} standard "
+            f"deviations ({counted(len(values), 'run')}: mean {fmean(values):.4f}, standard deviation "
+            f"{stdev(values):.4f})")
+
+
+def conclusions(groups: list[Group], metric: str, effect: float = 0.0) -> list[str]:
+    """Each further group against the first, in words; then what holds for all of these comparisons."""
+    compared = [compare(groups[0], group, metric, effect) for group in groups[1:]]
+    lines = []
+    for one in compared:
+        lines += [""] if lines else []
+        lines += one.lines() + benchmark_lines(one.a, one.b)
+        differing = differences_of(one.a.finished[0], one.b.finished[0])
+        lines.append(f"  they differ in {'; '.join(differing) or 'nothing that the runs recorded'}")
+    notes = adjusted_lines(compared) + speed_lines(groups)
+    return [*lines, "", *notes] if notes else lines
+
+
+def adjusted_lines(compared: list[Comparison]) -> list[str]:
+    """A line with p values by Holm's method, where more than one comparison has a test."""
+    tested = [one for one in compared if one.test]
+    if len(tested) < 2:
+        return []
+    adjusted = significance.holm([one.test.p for one in tested])
+    values = [f"{one.b.name} {p_in_words(p)}" + (", no longer below 0.05" if one.test.p < 0.05 <= p else "")
+              for one, p in zip(tested, adjusted, strict=True)]
+    return [f"{len(tested)} comparisons raise the chance of a false positive; adjusted for that (Holm): "
+            + "; ".join(values)]
+
+
+def speed_lines(groups: list[Group]) -> list[str]:
+    """A line where a machine that became faster or slower could explain a difference in tokens/s.
+
+    That is where all runs of a group began before, or after, all of the first group; only folders with a date
+    tell when that was.
+    """
+    first, *others = ([run.began for run in group.finished] for group in groups)
+    apart = [group.name for group, began in zip(groups[1:], others, strict=True)
+             if all(first) and all(began) and len(first) + len(began) > 2
+             and (max(first) < min(began) or max(began) < min(first))]
+    return [f"{' and '.join(apart)} did not take turns with {groups[0].name}, so a difference in tokens/s "
+            "may come from the machine"] if apart else []

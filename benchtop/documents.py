@@ -1,0 +1,242 @@
+"""What all text is on its way to a model: documents, the sources that they come from, and their order.
+
+A document is a pair (id, text). A Source reads documents from files one at a time; sources.py finds the files
+that a name or a path stands for, hub.py those of the Hugging Face Hub.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchtop.errors import UserError, first_line
+
+Document = tuple[str, str]      # (id, text)
+
+FILE_IS_DOCUMENT = (".txt", ".md", ".py")
+ROW_IS_DOCUMENT = (".jsonl", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+
+HELD_OUT_ONE_IN = 64            # of a large source, this share of all distinct documents is held out
+SHUFFLE_CHARACTERS = 200_000_000    # how much text the shuffle may hold in memory
+BATCH_CHARACTERS = 1_000_000    # text that travels to a worker process at a time
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Unit:
+    """A part of a source that is read as a whole, in an order of its own.
+
+    read     its documents that are not empty
+    size     bytes to download; 0 if it is here
+    documents  how many there are, once it is being read and if that is known then
+    is_here  whether it need not be downloaded
+    begin    start to fetch it, while others work
+    remove   give its disk back
+    """
+    name: str
+    read: Callable[[], Iterator[Document]]
+    size: int = 0
+    documents: int = 0
+    is_here: Callable[[], bool] = lambda: True
+    begin: Callable[[], None] = lambda: None
+    remove: Callable[[], None] = lambda: None
+
+
+class Source:
+    """Documents in a fixed order, read one at a time.
+
+    fingerprint  SHA-256 over the names and contents of the files; changes when the source changes
+    label        `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
+    replaced     invalid UTF-8 sequences that were replaced by U+FFFD so far
+    is_large     whether it surely has thousands of documents, so that nobody need count them
+    """
+    is_large = False
+
+    def __init__(self, word: str, files: list[tuple[str, Path]], stamp: list):
+        self.files = files
+        self.replaced = 0
+        self.fingerprint = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+        self.label = f"{word}-{self.fingerprint[:8]}"
+
+    def __iter__(self) -> Iterator[Document]:
+        self.replaced = 0
+        for name, path in self.files:
+            try:
+                yield from self._read(name, path)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def units(self, seed: int | None) -> list[Unit]:
+        """All of it as one unit, in an order that the seed decides; without one, as it comes."""
+        def read() -> Iterator[Document]:
+            full = (document for document in self if document[1])
+            return full if seed is None else shuffled(full, seed)
+        return [Unit("", read)]
+
+    def _read(self, name: str, path: Path) -> Iterator[Document]:
+        kind = kind_of(path)
+        if kind in FILE_IS_DOCUMENT:
+            with open_bytes(path) as file:
+                yield name, self._decode(file.read())
+        elif kind == ".jsonl":
+            with open_bytes(path) as file:
+                for number, line in enumerate(file, 1):
+                    text = self._field(line, f"{path} line {number}") if line.strip() else None
+                    if text is not None:
+                        yield f"{name}:{number}", text
+        else:
+            yield from self._read_parquet(name, path)
+
+    def _field(self, line: bytes, where: str) -> str | None:
+        """The text of a row; None where it is null, as in parquet."""
+        try:
+            row = json.loads(self._decode(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON ({error})") from error
+        if isinstance(row, dict) and row.get("text", "") is None:
+            return None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            has = ("its columns are " + ", ".join(map(str, row)) if isinstance(row, dict)
+                   else "it is no object")
+            raise UserError(f"{where} has no text in a column named text; {has}")
+        return self._valid(row["text"])
+
+    def _read_parquet(self, name: str, path: Path) -> Iterator[Document]:
+        import pyarrow
+        import pyarrow.parquet
+        with open_bytes(path) as file:
+            try:
+                table = pyarrow.parquet.ParquetFile(file)
+                columns = table.schema_arrow.names
+                if "text" not in columns:
+                    raise UserError(f"{path} has no column named text; its columns are {', '.join(columns)}")
+                number = 0
+                for batch in table.iter_batches(batch_size=256, columns=["text"]):
+                    for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
+                        number += 1
+                        if text is not None:
+                            yield f"{name}:{number}", self._decode(text)
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
+                raise UserError(f"{path} is no readable parquet file ({first_line(error)})") from error
+
+    def _decode(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            text = raw.decode(errors="replace")
+            self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
+            return text
+
+    def _valid(self, text: str) -> str:
+        """JSON can spell half a surrogate pair, which is no text."""
+        try:
+            text.encode()
+            return text
+        except UnicodeEncodeError:
+            clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            self.replaced += clean.count("\ufffd") - text.count("\ufffd")
+            return clean
+
+
+def parquet_rows(path: Path) -> int:
+    """How many rows a parquet file has; 0 if that cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    except (pyarrow.ArrowException, OSError):
+        return 0
+
+
+def kind_of(path: Path) -> str:
+    """`.jsonl` for rows.jsonl and for rows.jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path):
+    """The file's bytes, decompressed as its last suffix says; a parquet file needs to be sought in."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        with open(path, "rb") as file:
+            yield file
+        return
+    try:
+        with tempfile.TemporaryFile() as plain:
+            with open_compressed(path, suffix) as packed:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+            plain.seek(0)
+            yield plain
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path} is cut off or damaged: {error}") from error
+
+
+def open_compressed(path: Path, suffix: str):
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    import pyarrow
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+# ------------------------------------------------------------------------------------------------
+# Hashes, order and batches
+# ------------------------------------------------------------------------------------------------
+
+def hash_of(text: str) -> int:
+    """64 bits of a text's SHA-256, which decide whether it is held out (held_out.py)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def shuffled(documents: Iterable[Document], seed: int, characters: int = SHUFFLE_CHARACTERS,
+             ) -> Iterator[Document]:
+    """The documents in an order that the seed (0 is one too) decides.
+
+    A source of at most `characters` characters is shuffled as a whole. Of a larger one about that much is
+    held in memory, and a document drawn at random from it leaves for each that arrives.
+    """
+    rng = random.Random(seed)
+    held: list[Document] = []
+    size = 0
+    for document in documents:
+        held.append(document)
+        size += len(document[1])
+        while size > characters and len(held) > 1:
+            last = _draw(held, rng)
+            size -= len(last[1])
+            yield last
+    rng.shuffle(held)
+    yield from held
+
+
+def _draw(held: list[Document], rng: random.Random) -> Document:
+    place = rng.randrange(len(held))
+    held[place], held[-1] = held[-1], held[place]
+    return held.pop()
+
+
+def batched(documents: Iterable[Document], characters: int = BATCH_CHARACTERS) -> Iterator[list[Document]]:
+    """Lists of documents of about `characters` characters together, in order."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,267 @@
+"""A server that speaks OpenAI's POST /chat/completions, asked questions that have one of three answers.
+
+It is asked again where that may help, a bounded number of times. A key goes into the header and nowhere else.
+"""
+
+import contextlib
+import ipaddress
+import json
+import os
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from benchtop import hub
+from benchtop.conclusions import counted
+from benchtop.errors import UserError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+JSON = {"Content-Type": "application/json"}
+LARGEST_ANSWER = 1_000_000      # bytes
+VERDICT = re.compile(r"[\W_]*(?:(?:the|final|answer|verdict|winner|continuation|is|it)[\W_]+)*"
+                     r"(A|B|(?:a )?tie)[\W_]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A pair in one order: the run whose text is shown as continuation A, and the request."""
+    number: int
+    first: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the judge said to a question, as a line of the judgement's file has it.
+
+    said        A, B or tie; None if it said nothing of the kind, and then `nonsense` is the last of that
+    requests    answered ones that it took
+    with_usage  of these, those for which the server reported tokens
+    model       what the server says has answered
+    """
+    number: int
+    first: str
+    said: str | None
+    nonsense: str
+    requests: int
+    with_usage: int
+    tokens_in: int
+    tokens_out: int
+    model: str
+
+    @property
+    def preferred(self) -> str | None:
+        """The run whose text is preferred, or tie."""
+        if self.said in ("A", "B"):
+            return self.first if self.said == "A" else "AB".replace(self.first, "")
+        return self.said
+
+
+class Again(Exception):
+    """What another try may mend; the server asks for so many seconds before it."""
+
+    def __init__(self, complaint: str, seconds: float = 0.0):
+        super().__init__(complaint)
+        self.seconds = seconds
+
+
+class Endpoint:
+    """A server that answers chat completions.
+
+    key      from the environment variable of that name, if it is set; it goes nowhere but into the header
+    timeout  seconds for a whole answer
+    raises   UserError if the address is none, or the key would travel in the clear
+    """
+
+    def __init__(self, base_url: str, key_variable: str, timeout: int, attempts: int, at_once: int):
+        import httpx2  # late, since it takes a while
+        self.timeout, self.attempts, self.at_once = timeout, attempts, at_once
+        self.stop = threading.Event()
+        self.key_variable, self.key = key_variable, key_of(key_variable)
+        try:
+            url = httpx2.URL(base_url)
+            is_address = url.scheme in ("http", "https") and url.host and (url.port or 1) < 2**16
+        except (httpx2.InvalidURL, ValueError):
+            is_address = False
+        # a key of less than 8 characters, as a local server may be content with, is none: see without_secrets
+        holds_key = len(self.key) >= 8 and self.key in base_url
+        if not is_address or url.userinfo or url.query or url.fragment or holds_key:
+            # it is not repeated here, since it may hold a password
+            raise UserError("--base_url must be http://HOST:PORT/PATH or https://HOST/PATH without password, "
+                            "key or query, as in http://127.0.0.1:8000/v1")
+        is_here = is_this_machine(url.host)
+        if self.key and url.scheme == "http" and not is_here:
+            raise UserError(f"the key in {key_variable} would go to {url.host} in the clear; use https://, "
+                            "or --key_variable '' to send none")
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        # no proxy that the environment names stands between this machine and itself; redirects, which could
+        # take the key elsewhere, are not followed
+        self.client = httpx2.Client(headers=JSON | authorization, timeout=timeout, trust_env=not is_here,
+                                    follow_redirects=False, limits=httpx2.Limits(max_connections=at_once))
+
+    def answers(self, questions: list[Question]) -> Iterator[Answer]:
+        """As they come, `at_once` under way. The first is asked alone: what fails it would fail them all.
+
+        raises  UserError where no further try helps, or the tries are used up
+        """
+        waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
+        for question in questions:
+            waiting.put(question)
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not self.stop.is_set():
+                    question = waiting.get_nowait()
+                    try:
+                        done.put(self.ask(question))
+                    except Exception as error:      # it is raised below, and nothing more is asked
+                        self.stop.set()
+                        done.put(error)
+        for number in range(len(questions)):
+            for _ in range(1 if number == 0 else self.at_once - 1 if number == 1 else 0):
+                # a daemon: one who presses Ctrl-C need not wait for a slow server
+                threading.Thread(target=work, daemon=True).start()
+            answer = done.get()
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+
+    def ask(self, question: Question) -> Answer:
+        """One verdict; nonsense and what may pass are asked again, `attempts` requests in all."""
+        said, nonsense, model = None, "", ""
+        requests = with_usage = tokens_in = tokens_out = 0
+        for attempt in range(1, self.attempts + 1):
+            try:
+                reply = self._post(question.body)
+                content = content_of(reply)
+            except Again as error:
+                self._wait(attempt, error)
+                continue
+            requests += 1
+            usage = usage_of(reply)
+            if usage:
+                with_usage += 1
+                tokens_in, tokens_out = tokens_in + usage[0], tokens_out + usage[1]
+            model = self._quoted(str(reply.get("model", "")))
+            said = verdict_of(content)
+            if said:
+                break
+            nonsense = self._quoted(content)
+        return Answer(question.number, question.first, said, "" if said else nonsense, requests,
+                      with_usage, tokens_in, tokens_out, model)
+
+    def _wait(self, attempt: int, error: Again) -> None:
+        """Before the next try, if there is one."""
+        if attempt == self.attempts:
+            raise UserError(f"{self.url}: {error}, {counted(attempt, 'time')}; try later, or look at "
+                            "--base_url") from error
+        seconds = hub.pause(attempt, error.seconds)
+        if not self.stop.is_set():
+            tqdm.write(f"{self.url}: {error}; trying again in {seconds:.0f} s ({attempt} of "
+                       f"{self.attempts - 1})", file=sys.stderr)
+        if self.stop.wait(seconds):
+            raise error
+
+    def _post(self, body: bytes) -> dict:
+        """The object that the server answers with.
+
+        raises  Again, or UserError where that would not help
+        """
+        import httpx2
+        begun, content = time.monotonic(), b""
+        try:
+            with self.client.stream("POST", self.url, content=body) as response:
+                for piece in response.iter_bytes():
+                    content += piece
+                    if time.monotonic() - begun > self.timeout or len(content) > LARGEST_ANSWER:
+                        raise Again(f"no end of the answer in {self.timeout} s or {LARGEST_ANSWER:,} bytes")
+        except httpx2.TimeoutException as error:
+            raise Again(f"no answer in {self.timeout} s") from error
+        except (httpx2.HTTPError, ValueError) as error:     # the latter of names that cannot be a host's
+            raise Again(self._quoted(str(error) or type(error).__name__)) from error
+        try:
+            reply = json.loads(content)
+        except (ValueError, RecursionError):
+            reply = None
+        if response.is_success and isinstance(reply, dict):
+            return reply
+        if response.is_success:
+            raise Again("an answer that is no JSON object")
+        complaint = self._quoted(f"{response.status_code} {response.reason_phrase}{message_in(reply)}")
+        if response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
+            raise Again(complaint, hub.seconds_asked(response))
+        raise UserError(f"{self.url}: {complaint}; {self._advice(response.status_code)}")
+
+    def _advice(self, status: int) -> str:
+        if status in (401, 403):
+            return (f"look at the key in {self.key_variable}, and at what it may use" if self.key else
+                    f"set {self.key_variable or KEY_VARIABLE} to a key")
+        return ("look at --base_url, which often ends in /v1, and at --model, which must take max_tokens and "
+                "temperature 0")
+
+    def _quoted(self, text: str) -> str:
+        """What the server says, on a short line, without the key, which it may repeat."""
+        if self.key:
+            text = text.replace(self.key, f"[{self.key_variable}]")
+        return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:200]
+
+
+def key_of(variable: str) -> str:
+    """The key that an environment variable holds; empty where there is none, or no variable is named."""
+    if variable and not re.fullmatch(r"[A-Za-z_]\w*", variable):
+        raise UserError(f"--key_variable must be the name of a variable, such as {KEY_VARIABLE}")
+    key = os.environ.get(variable, "").strip()
+    if variable not in ("", KEY_VARIABLE) and not key:
+        raise UserError("the environment has nothing under the name that --key_variable gives")
+    if not re.fullmatch(r"[!-~]*", key) or set(key) & set("\"'\\"):
+        raise UserError(f"{variable} holds no key, but something with spaces, quotes or letters beyond ASCII")
+    return key
+
+
+def is_this_machine(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def message_in(reply: object) -> str:
+    """What a server says is wrong, behind a colon; nothing where it says it in no common form."""
+    error = reply.get("error", reply) if isinstance(reply, dict) else ""
+    message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+    return f": {message}" if message and isinstance(message, str) else ""
+
+
+def content_of(reply: dict) -> str:
+    """What the model wrote; empty where it wrote nothing, as one does that thinks until its tokens are used.
+
+    raises  Again if this is no chat completion
+    """
+    try:
+        return str(reply["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError) as error:
+        raise Again("an answer without choices[0].message.content") from error
+
+
+def usage_of(reply: dict) -> tuple[int, int] | None:
+    """Tokens in and out, if the server reports them."""
+    usage = reply.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    told = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return told if all(isinstance(tokens, int) and tokens >= 0 for tokens in told) else None
+
+
+def verdict_of(content: str) -> str | None:
+    """A, B or tie, where an answer is that, up to case, punctuation and words such as: the answer is.
+
+    What some models think aloud before it does not count.
+    """
+    match = VERDICT.fullmatch(content.rpartition("</think>")[2])
+    return None if not match else match[1].upper() if len(match[1]) == 1 else "tie"

@@ -1,0 +1,114 @@
+"""Evaluation: the loss of a model on held-out text, in nats per token and bits per byte.
+
+An experiment hands over a model, never a number: what is computed here is the cross-entropy of model.logits
+over model.hidden, for the same tokens in the same windows for any number of processes and rows at a time.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiktoken import Encoding
+from torch import Tensor, nn
+
+from benchtop.machine import World
+from benchtop.memory import chunk_rows
+from benchtop.tokenizer import token_bytes
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the model makes of held-out tokens: nats per token, and bits per byte of text without specials."""
+    val_loss: float
+    val_bpb: float
+
+
+def chunk_losses(model: nn.Module, x: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
+    """(1, N) float32 losses of hidden states x (N, D), without their gradient.
+
+    likeliest  (2, N): the losses, then 1 where the target's logit is the largest (the first such), else 0
+    """
+    z = model.logits(x)                                                                     # (N, V)
+    losses = F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                 # (N)
+    return torch.stack([losses, (z.argmax(-1) == targets).float()]) if likeliest else losses[None]
+
+
+class TokenLosses:
+    """The loss of each target under a model.
+
+    compiled  whether to compile what is behind the hidden states
+    """
+
+    def __init__(self, model: nn.Module, compiled: bool = False):
+        self.model, self.compiled = model, compiled
+        self.kernel = torch.compile(chunk_losses, dynamic=False) if compiled else chunk_losses
+
+    def __call__(self, inputs: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
+        """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph.
+
+        likeliest  the result is (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
+        """
+        # detached only here: with gradients on, the layers compiled for training serve for validation too
+        x = self.model.hidden(inputs).detach().flatten(0, 1)                                # (BT, D)
+        wanted, columns = targets.flatten(), self.model.cfg.padded_vocab_size               # (BT)
+        found = torch.zeros(1 + likeliest, len(wanted), device=x.device)
+        places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
+        with torch.no_grad():
+            for some in places.split(chunk_rows(x, columns)):
+                # filled up to the size of all chunks, so that one kernel serves them
+                filled = F.pad(some, (0, chunk_rows(x, columns) - len(some)))
+                found[:, some] = self.kernel(self.model, x[filled], wanted[filled], likeliest)[:, :len(some)]
+        found = found.view(1 + likeliest, *targets.shape)
+        return found if likeliest else found[0]
+
+
+class HeldOut:
+    """The held-out tokens in fixed windows of seq_len, one after the other; each token is predicted once.
+
+    A window begins with an <|endoftext|>, as rows do in training, and predicts its seq_len tokens.
+    """
+
+    def __init__(self, shards: list[np.ndarray], cfg, tokenizer: Encoding):
+        stream = np.concatenate(shards)
+        self.tokens = stream[:cfg.val_tokens or len(stream)].astype(np.int64)
+        self.seq_len, self.eot_id = cfg.seq_len, tokenizer.eot_token
+        self.token_bytes = token_bytes(tokenizer)
+        self.num_bytes = torch.tensor([len(token) for token in self.token_bytes])           # (V)
+        self.num_windows = math.ceil(len(self.tokens) / self.seq_len)
+
+    def text(self) -> bytes:
+        """The bytes that the windows hold, special tokens left out."""
+        return b"".join(self.token_bytes[token] for token in self.tokens.tolist())
+
+    def windows(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """(B, T) inputs and targets of these windows; -1 in targets behind the end and where no window is."""
+        targets = np.full((len(numbers), self.seq_len), -1)
+        for place, number in enumerate(numbers):
+            window = self.tokens[number * self.seq_len:(number + 1) * self.seq_len]
+            targets[place, :len(window)] = window
+        inputs = np.roll(targets, 1, axis=1)
+        inputs[:, 0] = self.eot_id
+        return torch.from_numpy(np.where(inputs < 0, self.eot_id, inputs)), torch.from_numpy(targets)
+
+    @property
+    def num_documents(self) -> int:
+        return int((self.tokens == self.eot_id).sum())
+
+    def evaluate(self, losses_of: TokenLosses, rows: int, world: World) -> Validation:
+        """Validate with `rows` rows at a time; sums in float64."""
+        sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # nats, tokens, nats in text, bytes
+        num_bytes, model = self.num_bytes.to(world.device), losses_of.model
+        model.eval()
+        rounds = math.ceil(self.num_windows / (rows * world.size))
+        for start in range(world.rank * rows, rounds * rows * world.size, rows * world.size):
+            inputs, targets = self.windows(list(range(start, start + rows)))
+            targets = targets.to(world.device)
+            losses = losses_of(inputs.to(world.device), targets).double()                   # (B, T)
+            counted = targets >= 0
+            byte_count = num_bytes[targets.clamp(min=0)] * counted                          # (B, T)
+            sums += torch.stack([losses.sum(), counted.sum(), losses[byte_count > 0].sum(), byte_count.sum()])
+        model.train()
+        nats, tokens, text_nats, text_bytes = world.sum(sums).tolist()
+        return Validation(nats / tokens, text_nats / math.log(2) / text_bytes)

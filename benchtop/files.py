@@ -1,0 +1,101 @@
+"""Files that appear under their name only when they are whole, and locks between processes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from benchtop.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """A temporary path for libraries that open files themselves; what they leave there gets the name `path`.
+
+        with whole_path(folder / "model.safetensors") as partial:
+            save_file(tensors, partial)
+
+    The file gets its name when all of it is on the disk; after an error, what had that name stays.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)     # still there after an error, or as a second link to `path`
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """A file to write that gets its name when all of it is on the disk; after an error, what had it stays.
+
+        with whole_file(folder / "model.safetensors") as file:
+            file.write(content)
+    """
+    with whole_path(path) as partial, \
+            open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a file a further name, or a copy where the file system has no links; an existing name stays."""
+    if name.exists():
+        return
+    try:
+        os.link(path, name)
+    except OSError:
+        with open(path, "rb") as source, whole_file(name) as file:
+            shutil.copyfileobj(source, file)
+
+
+def sync(folder: Path) -> None:
+    """Make renames in a folder outlast a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a file against other processes, and remove it afterwards.
+
+    raises  UserError if another process holds it and `wait` is off
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process makes the same in {path.parent}; wait for it, or choose "
+                            "another --name") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

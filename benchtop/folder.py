@@ -1,0 +1,234 @@
+"""The folder of a run: finding it, holding it, reading what a run left in it.
+
+    experiments/20261121_011504_demo/
+        config.json  metrics.csv  training_log.txt  loss.png  samples.jsonl  summary.json
+        hellaswag.jsonl and other .jsonl of benchmarks, model.safetensors        if asked for
+        code/  train_gpt.txt  git.diff  requirements.txt  meta.json              what made it (identity.py)
+        checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt                while it is unfinished
+
+log.py writes it while the run goes on.
+"""
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, TextIO
+
+from tiktoken import Encoding
+
+from benchtop import places
+from benchtop.checkpoints import LAST, PREVIOUS
+from benchtop.errors import UserError
+from benchtop.files import sha256_of, write_text
+from benchtop.redaction import without_secrets
+from benchtop.tokenizer import load_tokenizer, tokenizer_sha256
+
+if TYPE_CHECKING:       # who only reads what runs left need not wait for it
+    import torch
+
+
+# ------------------------------------------------------------------------------------------------
+# Find
+# ------------------------------------------------------------------------------------------------
+
+def new_folder(name: str) -> Path:
+    """experiments/DATE_TIME_NAME, with a number behind when two runs of a name begin in the same second."""
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    for attempt in range(1, 1000):
+        folder = places.EXPERIMENTS / (f"{stamp}_{name}" if attempt == 1 else f"{stamp}_{name}_{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise UserError(f"{places.EXPERIMENTS} has too many runs of {name} from this second")
+
+
+def find_run(resume: str, name: str) -> Path | None:
+    """The folder that --resume means; None where `auto` finds no unfinished run with a checkpoint.
+
+    raises  UserError if it cannot be resumed
+    """
+    if resume != "auto":
+        folder = Path(resume)
+        if status_of(folder) == "finished":
+            raise UserError(f"{folder} is finished; begin a new run without --resume")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--resume must be the folder of a run, or auto; {resume} has no config.json")
+        return folder
+    pattern = re.compile(rf"(\d{{8}}_\d{{6}})_{re.escape(name)}(?:_(\d+))?")
+    names = os.listdir(places.EXPERIMENTS) if places.EXPERIMENTS.is_dir() else ()
+    matches = filter(None, map(pattern.fullmatch, names))
+    newest_first = sorted(matches, key=lambda match: (match[1], int(match[2] or 1)), reverse=True)
+    folders = [places.EXPERIMENTS / match.string for match in newest_first]
+    folders = [folder for folder in folders if saved_name(folder) == name]
+    if folders and status_of(folders[0]).startswith("failed"):
+        raise UserError(f"the newest run of {name}, {os.path.relpath(folders[0])}, {status_of(folders[0])}; "
+                        "name its folder with --resume to go on from its checkpoint, or take another "
+                        "--model_name")
+    unfinished = (folder for folder in folders if not status_of(folder))
+    return next((folder for folder in unfinished
+                 if is_locked(folder) or any((folder / name).exists() for name in (LAST, PREVIOUS))), None)
+
+
+def saved_name(folder: Path) -> str | None:
+    """The --model_name of a run; none, with a warning, where config.json is damaged."""
+    try:
+        return saved_knobs(folder).get("model_name")
+    except UserError as error:
+        print(f"warning: {error}; --resume auto passes over it", file=sys.stderr)
+        return None
+
+
+def status_of(folder: Path) -> str:
+    """What summary.json says of a run: finished, or failed and why; nothing while it is unfinished."""
+    try:
+        return str(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["status"])
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'summary.json'} is not what a run writes; delete it to resume") from error
+
+
+def locked_log(folder: Path) -> TextIO:
+    """The log of a run, which this process holds as long as it lives, so that no second one trains the run.
+
+    raises  UserError if another process holds it
+    """
+    log = open(folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{os.path.relpath(folder)} is being trained by another process; wait for it, "
+                        "or begin another run with another --model_name") from error
+    except OSError as error:
+        print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else trains "
+              f"{folder}", file=sys.stderr)
+    return log
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        with open(folder / "training_log.txt", encoding="utf-8") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:     # no log, or no locks on this file system
+        return False
+    return False
+
+
+# ------------------------------------------------------------------------------------------------
+# Read
+# ------------------------------------------------------------------------------------------------
+
+def saved_knobs(folder: Path) -> dict:
+    """What config.json of a run says; nothing where the file is missing."""
+    try:
+        return read_object(folder / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def summary_of(folder: Path) -> dict:
+    """raises  UserError if the folder is not that of a finished run"""
+    try:
+        return read_object(folder / "summary.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no summary.json; name the folder of a finished run") from error
+
+
+def require_script(folder: Path, name: str) -> None:
+    """raises  UserError unless the script of this name trained a run; in another, knobs mean other things"""
+    script = summary_of(folder).get("script", name)
+    if script != name:
+        raise UserError(f"{folder} was trained by {script}; use that script with --sample")
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object of a file in a run folder; raises UserError if it holds something else"""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not what a run writes") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not what a run writes")
+    return content
+
+
+def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
+    """raises  UserError if the run left none, or they are damaged"""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} has no model.safetensors; train it with --save_model")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+def saved_tokenizer(folder: Path) -> Encoding:
+    """The tokenizer that a run was trained with, which must still be what it was."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        name, sha256 = meta["name"], summary_of(folder)["tokenizer_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} does not say which tokenizer it was trained with "
+                        f"({type(error).__name__}: {error})") from error
+    if not isinstance(name, str):
+        raise UserError(f"{folder / 'meta.json'} is not what a run writes")
+    tokenizer = load_tokenizer(name)
+    if tokenizer_sha256(tokenizer) != sha256:
+        raise UserError(f"tokenizer {name} has changed since {folder} was trained")
+    return tokenizer
+
+
+def load_script(folder: Path) -> ModuleType:
+    """The script that trained a run, if it still lies here; with a warning if it has changed.
+
+    returns  the module, whose EXPERIMENT the functions of benchtop/saved.py take
+    raises   UserError if it cannot be loaded, or has no EXPERIMENT
+    """
+    facts = summary_of(folder)
+    name = str(facts.get("script") or str(facts.get("command", "")).split(" ")[0])
+    path = places.ROOT / name
+    if not name.endswith(".py") or path.parent != places.ROOT or not path.is_file():
+        raise UserError(f"{folder} was trained by {name or 'an unknown script'}; "
+                        f"put that script into {places.ROOT}")
+    if sha256_of(path) != facts.get("code_sha256"):
+        print(f"warning: {name} has changed since it trained {folder}", file=sys.stderr)
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    try:
+        spec.loader.exec_module(script)
+    except SyntaxError as error:
+        raise UserError(f"{name} is no valid Python: {error}") from error
+    if not hasattr(script, "EXPERIMENT"):
+        raise UserError(f"{name} cannot score a saved run; it lacks the EXPERIMENT of train_gpt.py")
+    return script
+
+
+# ------------------------------------------------------------------------------------------------
+# Add to a finished run
+# ------------------------------------------------------------------------------------------------
+
+def write_items(folder: Path, name: str, items: list[dict]) -> None:
+    """NAME.jsonl of a run folder: a line for each row of a benchmark."""
+    lines = [json.dumps(item) + "\n" for item in items]
+    write_text(folder / f"{name}.jsonl", without_secrets("".join(lines)))
+
+
+def write_benchmark(folder: Path, name: str, result: dict, items: list[dict]) -> None:
+    """Leave what a finished run scores in its folder, as if it had been scored at its end."""
+    write_items(folder, name, items)
+    facts = summary_of(folder)
+    facts["benchmarks"] = facts.get("benchmarks", {}) | {name: result}
+    write_text(folder / "summary.json", without_secrets(json.dumps(facts, indent=2) + "\n"))

@@ -1,0 +1,367 @@
+"""Runs as their folders tell them, groups of runs, and what may be compared with what.
+
+A group is NAME=GLOB, or a folder of run folders, such as the committed experiments/demo. Knows files, and no
+statistics.
+"""
+
+import csv
+import difflib
+import functools
+import glob
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchtop import places
+from benchtop.errors import UserError
+from benchtop.folder import read_object
+from benchtop.identity import NEUTRAL_KNOBS
+
+# ------------------------------------------------------------------------------------------------
+# Runs and groups
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says. `summary` is empty while the run is unfinished."""
+    folder: Path
+    knobs: dict
+    summary: dict
+
+    @property
+    def name(self) -> str:
+        """The folder as seen from experiments/, if it is there."""
+        folder, home = self.folder.resolve(), places.EXPERIMENTS.resolve()
+        return str(folder.relative_to(home)) if folder.is_relative_to(home) else folder.name
+
+    @property
+    def began(self) -> str:
+        """YYYYMMDD_HHMMSS, which the folder's name begins with; empty where it does not, as of a kept run."""
+        date = re.match(r"\d{8}_\d{6}(?=_)", self.folder.resolve().name)
+        return date[0] if date else ""
+
+    @property
+    def status(self) -> str:
+        """finished, failed and why, or unfinished"""
+        return str(self.summary.get("status", "unfinished"))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == "finished"
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, float]]:
+        """metrics.csv, without the cells in which nothing was measured."""
+        path = self.folder / "metrics.csv"
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                return [{column: float(cell) for column, cell in row.items() if cell}
+                        for row in csv.DictReader(file)]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is not what a run writes ({error})") from error
+
+    @functools.cached_property
+    def samples(self) -> list[dict]:
+        return lines_of(self.folder / "samples.jsonl")
+
+    @property
+    def bench(self) -> dict[str, str]:
+        """The hash of each file of the bench; empty for runs made before these were recorded."""
+        return self.summary.get("bench") or {}
+
+    @property
+    def benchmarks(self) -> dict[str, dict]:
+        """What it scored on each benchmark, by name."""
+        return self.summary.get("benchmarks") or {}
+
+    def items(self, benchmark: str) -> list[dict]:
+        """Each row of a benchmark that it was scored on."""
+        return lines_of(self.folder / f"{benchmark}.jsonl")
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The objects of a .jsonl file of a run folder; none where it is missing."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")    # splitlines() would cut at U+2028 in a sample
+        return [json.loads(line) for line in lines if line]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is not what a run writes ({error})") from error
+
+
+def read_run(folder: Path) -> Run:
+    """raises  UserError if the folder's files are not what a run writes"""
+    summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    if summary.get("status") == "finished":
+        for fact in ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second"):
+            if not isinstance(summary.get(fact), int | float):
+                raise UserError(f"{folder / 'summary.json'} is not what a run writes: it lacks {fact}")
+    return Run(folder, read_object(folder / "config.json"), summary)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration with several seeds; or a single run that was named alone."""
+    name: str
+    runs: list[Run]
+    is_alone: bool = False
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.is_finished]
+
+    @property
+    def count(self) -> str:
+        """How many runs finished, and of how many if not all did."""
+        finished = len(self.finished)
+        return str(finished) if finished == len(self.runs) else f"{finished} of {len(self.runs)}"
+
+    def values(self, metric: str) -> list[float]:
+        return [run.summary[metric] for run in self.finished]
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """The metric by seed; nothing where two runs share one."""
+        runs = {run.summary["seed"]: run.summary[metric] for run in self.finished}
+        return runs if len(runs) == len(self.finished) else {}
+
+
+def benchmarks_of(groups: list[Group]) -> list[str]:
+    """The names of all benchmarks that some run was scored on."""
+    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks))
+
+
+def open_groups(specs: list[str]) -> list[Group]:
+    """The groups that the words of a command line mean, each run once.
+
+    raises  UserError if one means no run, or a run stands in two groups
+    """
+    groups, seen = [], {}
+    for spec in specs:
+        name, found = "", matches(spec)
+        if not found and "=" in spec:
+            name, spec = spec.split("=", 1)
+            found = matches(spec)
+        holding = [path for path in found if holds_runs(path)]
+        if len(specs) > 1 and not name and found and not holding:   # such as a README.md that a * found
+            print(f"left out: {spec} is no run folder", file=sys.stderr)
+            continue
+        if not holding:
+            home = places.EXPERIMENTS
+            known = [path.name for path in home.iterdir()] if home.is_dir() else []
+            near = difflib.get_close_matches(Path(spec).name, known, n=1, cutoff=0.4)
+            raise UserError(f"{spec or 'nothing'} is no run folder, and matches none, here or in experiments/"
+                            + (f"; did you mean {near[0]}?" if near else ""))
+        if name:
+            groups.append(Group(name, without_copies(run for path in holding for run in runs_in(path))))
+            continue
+        for path in holding:
+            runs = without_copies(runs_in(path))
+            alone = is_run(path)
+            groups += [Group(runs[0].name if alone else path.name, runs, alone)] if runs else []
+    for group in groups:
+        for run in group.runs:
+            other = seen.setdefault(run.folder.resolve(), group.name)
+            if other != group.name:
+                raise UserError(f"{run.name} stands in two groups, {other} and {group.name}")
+    names = [group.name for group in groups]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double:
+        raise UserError(f"two groups are called {double}; name them, as in a=GLOB")
+    return groups
+
+
+def without_copies(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, also where links or --keep made it appear under two names."""
+    kept: list[Run] = []
+    for run in runs:
+        twin = next((other for other in kept if other.folder.resolve() == run.folder.resolve()
+                     or (run.summary and other.summary == run.summary)), None)
+        if twin:
+            print(f"left out: {run.name} is a copy of {twin.name}", file=sys.stderr)
+        else:
+            kept.append(run)
+    return kept
+
+
+def matches(pattern: str) -> list[Path]:
+    """What a path or glob means: here, or in experiments/ if it finds no run here."""
+    pattern = os.path.expanduser(pattern)
+    here, there = ([where / path for path in sorted(glob.glob(pattern, root_dir=where))] if pattern else []
+                   for where in (Path(), places.EXPERIMENTS))
+    return there if not any(map(holds_runs, here)) and there else here
+
+
+def runs_in(path: Path) -> list[Run]:
+    """The run that a folder is, or those that lie in it; a damaged one is left out with a word."""
+    runs = []
+    for folder in [path] if is_run(path) else sorted(path.iterdir()):
+        try:
+            runs += [read_run(folder)] if is_run(folder) else []
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return runs
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def holds_runs(path: Path) -> bool:
+    return is_run(path) or (path.is_dir() and any(map(is_run, path.iterdir())))
+
+
+# ------------------------------------------------------------------------------------------------
+# What may be compared
+# ------------------------------------------------------------------------------------------------
+
+# what --although may name, and where a run's summary has it; of the bench only those files count that measure
+# or decide what is trained on, in which order and for how long
+CONDITIONS = {"data": "data_sha256", "tokenizer": "tokenizer_sha256", "tokens": "tokens", "bench": "bench"}
+MEASURING = ("batches.py", "budget.py", "evaluation.py")
+ENOUGH_DOCUMENTS = 16   # to validate on; fewer are warned of
+NAMED_FILES = 8         # of a bench that differs; further ones are counted
+# knobs that say where and when a run was, not what it trained
+PERSONAL_KNOBS = ("model_name", "seed", "save_model", *NEUTRAL_KNOBS)
+
+
+class NotComparable(UserError):
+    """Two runs of which one number must not be set against the other's.
+
+    advice  what to do about it on compare.py's command line
+    """
+
+    def __init__(self, problem: str, advice: str):
+        super().__init__(f"{problem}; {advice}")
+        self.problem = problem
+
+
+def check_comparable(groups: list[Group], metric: str, although: Iterable[str] = ()) -> None:
+    """Within groups and between them.
+
+    raises  NotComparable that names what forbids it
+    """
+    runs = [(group.name, run) for group in groups for run in group.finished]
+    base_group, base = runs[0]
+    for name, run in runs[1:]:
+        pair = f"{base_group} ({base.name}) and {name} ({run.name})" if name != base_group else (
+            f"two runs of {name} ({base.name}, {run.name})")
+        differing = {condition: difference for condition in CONDITIONS if condition not in although
+                     and (difference := describe_difference(base, run, condition))}
+        same_text = validated_on_one_text(base, run)
+        if differing:
+            values = [f"{condition}: {difference}" for condition, difference in differing.items()]
+            advice = "nor were they validated on the same text, so nothing makes them comparable"
+            raise NotComparable(f"{pair} differ in {' and in '.join(values)}",
+                                how_to_allow(list(differing)) if same_text else advice)
+        if not same_text:
+            raise NotComparable(f"{pair} were validated on different text",
+                                "train them on the same held-out documents (and --val_tokens)")
+        tokenizers = {run.summary.get("tokenizer_sha256") for run in (base, run)}
+        if metric != "val_bpb" and len(tokenizers) > 1:
+            raise NotComparable(f"{pair} have different tokenizers, so {metric} counts other tokens",
+                                "use --metric val_bpb")
+
+
+def describe_difference(first: Run, second: Run, condition: str) -> str:
+    """How two runs differ in their data, tokenizer, tokens or bench; empty where they do not."""
+    if condition == "bench":
+        unhashed = [run.name for run in (first, second) if not run.bench]
+        if len(unhashed) == 1:
+            return f"{unhashed[0]} was made before the bench was hashed"
+        return ", ".join(name for name in differing_files([first, second]) if name in MEASURING)
+    if first.summary.get(CONDITIONS[condition]) == second.summary.get(CONDITIONS[condition]):
+        return ""
+    return f"{describe_condition(first, condition)} against {describe_condition(second, condition)}"
+
+
+def describe_condition(run: Run, condition: str) -> str:
+    """A run's data, tokenizer or tokens, as people tell them apart."""
+    value, sha256 = run.summary.get(condition), str(run.summary.get(CONDITIONS[condition]))
+    return f"{value:,}" if condition == "tokens" else f"{value} {sha256[:8]}"
+
+
+def how_to_allow(conditions: list[str]) -> str:
+    """What to type to compare runs of one held-out text that differ in these conditions."""
+    allow = " ".join(f"--although {condition}" for condition in conditions)
+    if "bench" in conditions:
+        return f"if you know that this does not change the numbers, use {allow}"
+    return (f"if that is the question, use {allow}" if conditions == ["tokens"] else
+            f"bits per byte of the same held-out text can still be compared: {allow}")
+
+
+def differing_files(runs: list[Run]) -> list[str]:
+    """The files of the bench that are not the same for all of these runs."""
+    names = sorted({name for run in runs for name in run.bench})
+    return [name for name in names if len({run.bench.get(name) for run in runs}) > 1]
+
+
+def describe_bench(runs: list[Run]) -> str:
+    """Whether runs stood on the same bench, in one line."""
+    unhashed = [run.name for run in runs if not run.bench]
+    if len(unhashed) == len(runs):
+        return "these runs were made before the bench was hashed; only the sources they name are compared"
+    if unhashed:
+        others = f" and {len(unhashed) - 1} more were" if len(unhashed) > 1 else " was"
+        return f"the runs stood on different benches: {unhashed[0]}{others} made before the bench was hashed"
+    files = differing_files(runs)
+    if not files:
+        return f"all runs stood on the same bench ({runs[0].summary.get('bench_sha256', '')[:8]})"
+    more = f" and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
+    measuring = [name for name in files if name in MEASURING]
+    return (f"the runs stood on different benches: {', '.join(files[:NAMED_FILES])}{more} "
+            f"{'differ' if len(files) > 1 else 'differs'}; "
+            + (f"{' and '.join(measuring)} can change the numbers" if measuring else
+               "none of these measures or orders anything" if len(files) > 1 else
+               "it neither measures nor orders anything"))
+
+
+def validated_on_one_text(a: Run, b: Run) -> bool:
+    hashes = [run.summary.get("held_out_sha256") for run in (a, b)]
+    if all(hashes):
+        return hashes[0] == hashes[1]
+    # of runs made before the text was hashed: equal data and as many tokens of it are the same text
+    facts = [(run.summary.get("data_sha256"), run.summary.get("held_out_tokens")) for run in (a, b)]
+    return facts[0] == facts[1]
+
+
+def few_documents(runs: list[Run]) -> list[str]:
+    """A line if runs were validated on so few documents that other ones could change the result."""
+    counts = [count for run in runs if (count := run.summary.get("held_out_documents")) is not None]
+    if not counts or min(counts) >= ENOUGH_DOCUMENTS:
+        return []
+    return [f"warning: the held-out text has only {min(counts)} document{'s' if min(counts) > 1 else ''}; "
+            "intervals cover the choice of seeds, not of text, so other text may rank these runs otherwise"]
+
+
+def differences_of(first: Run, second: Run) -> list[str]:
+    """What two runs did differently: knobs, scripts, and the machine; describe_bench has the bench."""
+    found = [f"--{knob} {first.knobs.get(knob)!r} against {second.knobs.get(knob)!r}"
+             for knob in {**first.knobs, **second.knobs}
+             if knob not in PERSONAL_KNOBS and first.knobs.get(knob) != second.knobs.get(knob)]
+    sources = [run.summary.get("sources", {}) for run in (first, second)]
+    scripts = [run.summary.get("script", "") for run in (first, second)]
+    if first.summary.get("code_sha256") != second.summary.get("code_sha256"):
+        found.append(f"the script, {scripts[0]} against {scripts[1]}" if scripts[0] != scripts[1] else
+                     f"the code of {scripts[0]}")
+    if bool(first.bench) == bool(second.bench):     # else one of them names the bench among its sources
+        found += [f"the code of {name}" for name in sorted({*sources[0], *sources[1]} - set(scripts))
+                  if sources[0].get(name) != sources[1].get(name)]
+    found += [f"{fact} {first.summary.get(fact)} against {second.summary.get(fact)}"
+              for fact in ("device", "processes", "dtype", "torch")
+              if first.summary.get(fact) != second.summary.get(fact)]
+    return found
+
+
+def mixed(group: Group) -> list[str]:
+    """A line if runs of one group differ in more than their seed."""
+    runs = group.finished
+    other = next((run for run in runs[1:] if differences_of(runs[0], run)), None)
+    return [] if not other else [f"{group.name} is mixed: {runs[0].name} and {other.name} differ in "
+                                 + "; ".join(differences_of(runs[0], other))]

@@ -1,0 +1,189 @@
+"""Which documents of a source are held out: neither model nor tokenizer sees them, both are measured on them.
+
+Of a large source about one document in 64 is held out, chosen by a hash of its own text: the same ones for
+everybody, with any tokenizer, seed or number of shards. Where that gives fewer than 64 documents, those with
+the smallest hashes join them, until there are 64 or 5 % of the text, whichever is less. Where even that is
+little, since a document is a book or the source a single file, all documents are cut into parts first, and
+parts are held out in the same way.
+
+What is decided here depends on the texts of the source and on nothing else.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from benchtop.documents import HELD_OUT_ONE_IN, Document, Source, hash_of
+from benchtop.errors import UserError
+
+ENOUGH_DOCUMENTS = 64       # as many are held out of a small source,
+MOST_OF_TEXT = 0.05         # unless they were more than this share of its bytes;
+NEARLY_MOST = 0.045         # a document that would be too much is passed over until this share is reached
+LEAST_OF_TEXT = 1 / HELD_OUT_ONE_IN     # with fewer documents and less of the text, it is cut into parts
+PARTS = 512                 # that a source is cut into, so that 5 % of them are some 25,
+LONGEST_PART, SHORTEST_PART, SHORTEST_AT_FIRST = 20_000, 50, 200     # within these numbers of characters
+BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the same one for every tokenizer
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How documents are held out.
+
+    one_in   one document in so many, by a hash of its text; 0: only those chosen
+    chosen   hashes of the texts that are held out
+    part     characters of the parts that documents are cut into, at least; 0: they stay whole
+    """
+    one_in: int = HELD_OUT_ONE_IN
+    chosen: frozenset[str] = frozenset()
+    part: int = 0
+
+    @classmethod
+    def of_facts(cls, facts: dict) -> "Rule":
+        """The rule that a manifest tells; those of earlier versions name no documents."""
+        return cls(facts["one_in"], frozenset(facts.get("chosen", ())), facts["cut_characters"])
+
+    def facts(self) -> dict:
+        """For a manifest, and for its reader."""
+        what = "parts" if self.part else "documents"
+        words = (f"one in {self.one_in} {what}, by a hash of its text" if self.one_in else
+                 f"the {what} with the smallest hashes, up to {ENOUGH_DOCUMENTS} or {MOST_OF_TEXT:.0%} "
+                 "of the text")
+        return {"rule": words, "one_in": self.one_in, "cut_characters": self.part,
+                "chosen": sorted(self.chosen)}
+
+    def holds_out(self, text: str) -> bool:
+        number = hash_of(text)
+        return (self.one_in and number % self.one_in == 0) or _name(number) in self.chosen
+
+    def documents(self, source: Source) -> "Source | Parts":
+        """What is held out or trained on: the source's documents, or their parts."""
+        return Parts(source, self.part) if self.part else source
+
+
+class Parts:
+    """A source whose documents are cut at line ends into parts of about `characters` characters."""
+
+    def __init__(self, source: Source, characters: int):
+        self.source, self.characters = source, characters
+
+    def __iter__(self) -> Iterator[Document]:
+        for name, text in self.source:
+            part, number = "", 1
+            for line in text.splitlines(keepends=True):
+                for start in range(0, len(line), self.characters):      # a line may be longer than a part
+                    part += line[start:start + self.characters]
+                    if len(part) >= self.characters:
+                        yield f"{name}#{number}", part
+                        part, number = "", number + 1
+            if part:
+                yield f"{name}#{number}", part
+
+    units = Source.units
+
+
+# ------------------------------------------------------------------------------------------------
+# Decide
+# ------------------------------------------------------------------------------------------------
+
+def rule_for(source: Source) -> Rule | None:
+    """How documents of a source are held out; None if it has too little text for both sides.
+
+    It reads until it has met 64 documents that are held out anyway: a few thousand, or a small source whole.
+    """
+    if source.is_large:
+        return Rule()
+    part = 0
+    while True:
+        rule, characters = _rule_for_whole(Parts(source, part) if part else source, part)
+        if rule:
+            return rule
+        part = part // 2 or min(LONGEST_PART, max(SHORTEST_AT_FIRST, characters // PARTS))
+        if part < SHORTEST_PART or not characters:
+            return None
+
+
+def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule | None, int]:
+    """The rule for documents that are not cut any more, if enough can be held out; characters that were read.
+    """
+    sizes: dict[int, int] = {}      # hash -> bytes, of each text once
+    characters = held_out = 0
+    for _, text in stream:
+        characters += len(text)
+        number = hash_of(text)
+        if text and number not in sizes:
+            sizes[number] = len(text.encode())
+            held_out += number % HELD_OUT_ONE_IN == 0
+            if held_out >= ENOUGH_DOCUMENTS and len(sizes) > held_out:
+                return Rule(part=part), characters
+    total = sum(sizes.values())
+    chosen, size = [], 0
+    for number in sorted(sizes, key=lambda number: (number % HELD_OUT_ONE_IN > 0, number)):
+        if size + sizes[number] <= MOST_OF_TEXT * total:
+            chosen.append(_name(number))
+            size += sizes[number]
+        elif size >= NEARLY_MOST * total:
+            break
+        if len(chosen) == ENOUGH_DOCUMENTS:
+            break
+    is_enough = chosen and (len(chosen) == ENOUGH_DOCUMENTS or size >= LEAST_OF_TEXT * total)
+    return Rule(0, frozenset(chosen), part) if is_enough else None, characters
+
+
+def _name(number: int) -> str:
+    """A hash as a manifest writes it."""
+    return f"{number:016x}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Choose
+# ------------------------------------------------------------------------------------------------
+
+def documents_to_validate_on(source: Source, rule: Rule, val_tokens: int) -> list[Document]:
+    """About as many held-out documents as make that many tokens; of FineWeb, from the first files.
+
+    raises  UserError if there are none
+    """
+    budget = BYTES_PER_TOKEN * val_tokens
+    chosen = choose_held_out(_enough_of(rule.documents(source), budget, rule), budget, rule)
+    if not chosen:
+        raise UserError(f"the source {source.label} has no document to hold out; give it more text")
+    return chosen
+
+
+def choose_held_out(stream: Iterable[Document], budget: int, rule: Rule) -> list[Document]:
+    """Of all held-out texts those with the smallest hashes, each once, in the order of their hashes.
+
+    budget   UTF-8 bytes after which to stop
+    """
+    held: dict[int, Document] = {}
+    size = 0
+    for name, text in stream:
+        if not text or not rule.holds_out(text):
+            continue
+        number = hash_of(text)
+        size += 0 if number in held else len(text.encode())
+        held[number] = name, text
+        if size > 4 * budget:
+            held = dict(_up_to(held, budget))
+            size = sum(len(text.encode()) for _, text in held.values())
+    return [document for _, document in _up_to(held, budget)]
+
+
+def _up_to(held: dict[int, Document], budget: int) -> list[tuple[int, Document]]:
+    chosen, size = [], 0
+    for number in sorted(held):
+        if chosen and size >= budget:
+            break
+        chosen.append((number, held[number]))
+        size += len(held[number][1].encode())
+    return chosen
+
+
+def _enough_of(stream: Source | Parts, budget: int, rule: Rule) -> Iterator[Document]:
+    """The documents of as many units, in their fixed order, as hold `budget` bytes of held-out text."""
+    size = 0
+    for unit in stream.units(seed=None):
+        for document in unit.read():
+            size += len(document[1].encode()) if rule.holds_out(document[1]) else 0
+            yield document
+        if size >= budget:
+            return

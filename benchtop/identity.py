@@ -1,0 +1,208 @@
+"""What made a result: code, data, versions and command, for its record and for whoever resumes the run.
+
+A run folder keeps the sources that ran, to read and to run again:
+
+    code/train_gpt.py  code/benchtop/*.py     the script, any other script it imports, and the bench
+    train_gpt.txt                             the script once more, as a text for a design card
+    config.json  git.diff  requirements.txt   knobs, uncommitted changes, all installed packages
+    meta.json                                 the tokenizer
+
+A resumed run that has changed any of them keeps the earlier ones beside: config_until_step_6.json,
+code_until_step_6/.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tiktoken import Encoding
+
+from benchtop import places
+from benchtop.files import link, sha256_of, sync, write_text
+from benchtop.redaction import without_secrets
+from benchtop.tokenizer import tokenizer_sha256
+
+BENCH = Path(__file__).parent
+# knobs that leave every result as it is; data and tokenizer are compared by their content
+NEUTRAL_KNOBS = ("check", "smoke", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
+                 "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
+                 "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "tensorboard")
+NAMED_FILES = 5         # of a bench that changed; further ones are counted
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources
+# ------------------------------------------------------------------------------------------------
+
+def bench_files() -> list[Path]:
+    return sorted(BENCH.glob("*.py"))
+
+
+def bench_sha256(bench: dict[str, str]) -> str:
+    """One hash for the whole bench, from its files' names and hashes.
+
+    The same as from a shell:   cd benchtop; LC_ALL=C; sha256sum *.py | sha256sum
+    """
+    lines = [f"{sha256}  {name}\n" for name, sha256 in sorted(bench.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def own_sources() -> list[Path]:
+    """The scripts of the repository that this process runs: its own, and those it imports."""
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)}
+    return sorted(path for path in files
+                  if path.parent == places.ROOT and path.suffix == ".py" and path.is_file())
+
+
+def facts_about_code(script: str) -> dict:
+    """The hashes of what this process runs: of the script, of the scripts beside it, of the bench."""
+    sources = {path.name: sha256_of(path) for path in own_sources()}
+    bench = {path.name: sha256_of(path) for path in bench_files()}
+    return {"script": script, "code_sha256": sources[script], "sources": sources,
+            "bench_sha256": bench_sha256(bench), "bench": bench}
+
+
+def code_that_runs() -> dict[str, str]:
+    """The files of a run's code/, with their contents."""
+    files = {path.name: path for path in own_sources()}
+    files |= {f"{BENCH.name}/{path.name}": path for path in bench_files()}
+    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of the repository; None where it fails, as without a repository, or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=places.ROOT, capture_output=True, text=True,
+                              errors="replace")
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def installed_packages() -> str:
+    """What pip freeze would say."""
+    found = {f"{package.metadata['Name']}=={package.version}"
+             for package in importlib.metadata.distributions()}
+    return "\n".join(sorted(found, key=str.lower)) + "\n"
+
+
+def tokenizer_meta(tokenizer: Encoding) -> str:
+    path = places.TOKENIZERS / tokenizer.name / "meta.json"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return json.dumps({"name": tokenizer.name, "vocab_size": tokenizer.n_vocab, "eot_id": tokenizer.eot_token,
+                       "tokenizer_sha256": tokenizer_sha256(tokenizer)}, indent=2) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Identity
+# ------------------------------------------------------------------------------------------------
+
+def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
+    """What made a result, for its summary and for whoever resumes it.
+
+    git_commit, git_dirty  None where git cannot tell
+    """
+    import torch
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
+            "data": dataset.folder.name, "data_sha256": dataset.sha256,
+            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            **facts_about_code(script.name),
+            "git_commit": commit and commit.strip(), "git_dirty": None if changed is None else bool(changed),
+            **world.facts(), "dtype_reason": world.dtype_reason,
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "platform": platform.platform(),
+            "command": without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
+
+
+def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
+    """What differs, but for neutral knobs, between the run that was saved and the one that would go on."""
+    now, then = dataclasses.asdict(cfg), saved["config"]
+    changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
+               if knob not in NEUTRAL_KNOBS and now.get(knob) != then.get(knob)]
+    then = saved["identity"]
+    if identity["dtype"] != then["dtype"]:
+        changes.append(f"it computes in {identity['dtype']}, did in {then['dtype']}")
+    for thing in ("data", "tokenizer"):
+        if identity[f"{thing}_sha256"] != then[f"{thing}_sha256"]:
+            changes.append(f"the {thing} changed")
+    changes += [f"{name} {what}" for name, what in differing(then["sources"], identity["sources"]).items()]
+    # a run of an earlier version kept no hashes of a bench
+    names = list(differing(then.get("bench", {}), identity["bench"]))
+    if names:
+        more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+        changes.append(f"the bench changed ({', '.join(names[:NAMED_FILES])}{more})")
+    return changes
+
+
+def differing(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """The files of other content, by name, and what happened to each."""
+    return {name: "changed" if name in now and name in then else "is new" if name in now else "is missing"
+            for name in sorted({*then, *now}) if now.get(name) != then.get(name)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Its files in a run folder
+# ------------------------------------------------------------------------------------------------
+
+class Origin:
+    """What makes the results of a session, for the run folder.
+
+    It is collected when the session begins, since files may be edited while it trains, and written when the
+    session has left something of its own.
+    """
+
+    def __init__(self, cfg, identity: dict, tokenizer: Encoding):
+        # the knobs of resuming speak of one session only
+        knobs = dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}
+        code = code_that_runs()
+        script = identity["script"]
+        texts = {"config.json": json.dumps(knobs, indent=2) + "\n", "requirements.txt": installed_packages(),
+                 "git.diff": git("diff", "HEAD") or "", "meta.json": tokenizer_meta(tokenizer),
+                 f"{Path(script).stem}.txt": code[script]}
+        self.texts = {name: without_secrets(text) for name, text in texts.items()}
+        self.code = {name: without_secrets(text) for name, text in code.items()}
+        self.is_written = False
+
+    def write(self, folder: Path, from_step: int) -> None:
+        """Write it, the first time; what an earlier session wrote otherwise stays as NAME_until_step_N."""
+        if self.is_written:
+            return
+        for name, text in self.texts.items():
+            path = folder / name
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                link(path, path.with_stem(f"{path.stem}_until_step_{from_step}"))
+            write_text(path, text)
+        self._write_code(folder / "code", folder / f"code_until_step_{from_step}")
+        self.is_written = True
+
+    def _write_code(self, folder: Path, before: Path) -> None:
+        """The folder code/, which appears when it is complete."""
+        if folder.exists() and scripts_in(folder) == self.code:
+            return
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, text in self.code.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(partial / name, text)
+        if folder.exists() and not before.exists():
+            os.replace(folder, before)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        sync(folder.parent)
+
+
+def scripts_in(folder: Path) -> dict[str, str]:
+    """The contents of all Python files below a folder, by their relative paths."""
+    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8", errors="replace")
+            for path in folder.rglob("*.py")}

@@ -1,0 +1,63 @@
+"""Initial weights: every parameter draws from (seed, its own name).
+
+So a changed layer leaves all other weights of that seed as they were, and two runs of one seed are a pair:
+
+    self.up = uniform(hidden, width, std=0.02)      # instead of nn.Parameter(torch.empty(...).uniform_(...))
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Draw = Callable[[Tensor, torch.Generator | None], object]
+
+
+def drawn(parameter: nn.Parameter, draw: Draw) -> nn.Parameter:
+    """The parameter, filled in place by `draw`; draw_weights() does so again with a generator of its own."""
+    parameter.draw = draw
+    draw(parameter.detach(), None)
+    return parameter
+
+
+def normal(*shape: int, std: float = 1.0) -> nn.Parameter:
+    return drawn(nn.Parameter(torch.empty(shape)), normal_law(std))
+
+
+def uniform(*shape: int, std: float) -> nn.Parameter:
+    most = math.sqrt(3) * std
+    return drawn(nn.Parameter(torch.empty(shape)),
+                 lambda weight, generator: weight.uniform_(-most, most, generator=generator))
+
+
+def normal_law(std: float) -> Draw:
+    """For parameters of torch's own modules: drawn(linear.weight, normal_law(0.02))"""
+    return lambda weight, generator: weight.normal_(0, std, generator=generator)
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw every parameter anew, from the seed and its name; on the device where the model was made."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "draw"):
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+            parameter.draw(parameter.detach(), generator)
+
+
+def drawn_in_one_stream(model: nn.Module) -> list[str]:
+    """A line for the log, where matrices were made otherwise and are not constant: a change elsewhere in the
+    model changes those, too."""
+    others = {name: weight.detach() for name, weight in model.named_parameters()
+              if weight.ndim > 1 and not hasattr(weight, "draw")}
+    names = [name for name, weight in others.items() if weight.min() != weight.max()]
+    if not names:
+        return []
+    listed = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+    return [f"weights     {listed} draw from one stream, "
+            "not each from (seed, name); make them by normal() or uniform(), so that seeds make pairs"]

@@ -1,0 +1,251 @@
+"""Knobs: a frozen dataclass as command-line flags, and the knobs of every run.
+
+A field is a flag, the comment behind it is its help, a comment on a line of its own is a heading:
+
+    @dataclass(frozen=True)
+    class Config(RunConfig):
+        # the model
+        num_layers: int = 6           # transformer layers
+        bias: bool = True             # --no-bias switches it off
+
+RunConfig has the knobs of the run, the data and the machine. An experiment's Config inherits from it, adds
+the knobs of its model and optimizer, and has the budget (seq_len, batch_tokens, num_steps, ...).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import io
+import math
+import re
+import sys
+import textwrap
+import tokenize
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchtop.command_line import Parser, whole_number
+from benchtop.errors import UserError
+from benchtop.folder import find_run, require_script, saved_knobs
+
+if typing.TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the bench reads of a run's knobs; the comment behind a field is its help."""
+    # the run
+    model_name: str = "gpt"           # last part of the run folder's name
+    preset: str = ""                  # a named set of knobs; explicit flags override it
+    seed: int = 0                     # seed of the weights, the order of the data and the samples
+    check: bool = False               # only print what the run would do, and whether it can
+    smoke: bool = False               # only test this script for some seconds on tiny random data
+    sample: str = ""                  # folder of a run with --save_model: only write text with its weights
+    prompt: str = ""                  # prompt for --sample; without one, prompts are read from the terminal
+    # the data
+    data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
+    tokenizer: str = ""               # folder in tokenizers/; empty: the one the data was made with
+    vocab_size: int = 0               # 0: the tokenizer's; any other number must be the tokenizer's
+    # stopping and resuming
+    resume: str = ""                  # folder of a run to resume; auto: the newest unfinished one of the name
+    resume_changed: bool = False      # resume although code, data or knobs have changed since the run began
+    save_every_steps: int = 0         # steps between checkpoints; 0: by minutes and at the end of a signal
+    save_every_minutes: float = 10    # minutes between checkpoints; 0: by steps only
+    # watching the run
+    log_every: int = 10               # steps between rows of metrics.csv
+    val_every: int = 0                # steps between validations; 0: ten over the run
+    val_tokens: int = 0               # held-out tokens to validate on; 0: all
+    benchmarks: str = "hellaswag"     # to score if downloaded: hellaswag, arc_easy, piqa, lambada; or all
+    hellaswag_rows: int = 0           # rows of HellaSwag to score, a fixed subset; 0: all 10,042
+    num_samples: int = 4              # texts to sample at the end
+    sample_tokens: int = 64           # length of each sample in tokens
+    temperature: float = 0.8          # sampling temperature; 0 takes the likeliest token
+    top_k: int = 50                   # sample from this many of the likeliest tokens; 0: from all
+    save_model: bool = False          # keep the weights as model.safetensors
+    compare_to: str = ""              # folder or glob of runs to measure the result against, in their sigmas
+    wandb: str = ""                   # project of Weights & Biases to log to; WANDB_MODE=offline works
+    tensorboard: bool = False         # write event files for TensorBoard into the run folder
+    gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
+    # the machine
+    device: str = "auto"              # cpu, cuda, or auto: cuda if there is one
+    dtype: str = "auto"               # bfloat16, float16, float32, or auto: what is native to the hardware
+    compile: str = "auto"             # on, off, or auto: on where torch.compile works
+    micro_batch_tokens: int = 0       # most tokens a process takes at once; 0: as many as fit into memory
+    peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, or no MFU if not listed
+    deterministic: bool = False       # only kernels that repeat to the bit, as on CPUs; slower on a GPU
+    timeout_seconds: float = 600      # give up on another process that is silent for so long
+
+    def __post_init__(self) -> None:
+        kinds = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            kind, value = kinds[field.name], getattr(self, field.name)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            self.require(field.name, fits and not (kind is not bool and isinstance(value, bool)),
+                         f"of type {kind.__name__}")
+            self.require(field.name, isinstance(value, str) or abs(value) < 2**53, "less than 2**53")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.model_name):
+            raise UserError("--model_name must be letters, digits, '.', '_' and '-', "
+                            f"since it becomes a folder; it is {self.model_name!r}")
+        for knob, allowed in (("device", ("auto", "cpu", "cuda")), ("compile", ("auto", "on", "off")),
+                              ("dtype", ("auto", "bfloat16", "float16", "float32")),
+                              ("preset", ("", *self.presets()))):
+            self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
+        self.require_at_least(0, "seed", "save_every_steps", "save_every_minutes", "val_every", "val_tokens",
+                              "vocab_size", "hellaswag_rows", "num_samples", "sample_tokens", "temperature",
+                              "top_k", "gpu_cost_per_hour", "micro_batch_tokens", "peak_tflops")
+        self.require_at_least(1, "log_every")
+        self.require("timeout_seconds", 0 < self.timeout_seconds <= 10**7, "above 0, at most 10,000,000")
+        self.require("sample_tokens", self.sample_tokens > 0 or not self.num_samples, "above 0 for samples")
+
+    def require(self, knob: str, holds: bool, rule: str) -> None:
+        """raises  UserError that names the knob, the rule and the value, unless the rule holds"""
+        if not holds:
+            raise UserError(f"--{knob} must be {rule}; it is {getattr(self, knob)!r}")
+
+    def require_at_least(self, least: float, *knobs: str) -> None:
+        for knob in knobs:
+            self.require(knob, getattr(self, knob) >= least, f"{least} or more")
+
+    def require_fraction(self, *knobs: str) -> None:
+        for knob in knobs:
+            self.require(knob, 0 <= getattr(self, knob) <= 1, "between 0 and 1")
+
+    def fill(self, **values) -> None:
+        """Set knobs that are 0 to what a rule says; only while the Config is being made."""
+        for knob, value in values.items():
+            if not getattr(self, knob):
+                object.__setattr__(self, knob, value)
+
+    @classmethod
+    def presets(cls) -> dict[str, dict]:
+        """The knobs that each --preset sets; an experiment has its own."""
+        return {}
+
+    @classmethod
+    def names(cls) -> set[str]:
+        return {field.name for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def preset_knobs(cls, preset: str) -> dict:
+        """The knobs that a preset sets, of those that this Config has."""
+        return {knob: value for knob, value in cls.presets().get(preset, {}).items() if knob in cls.names()}
+
+    def with_budget(self, epoch_tokens: int) -> "RunConfig":
+        """The Config with the budget that this much data allows; an experiment has the rule."""
+        return self
+
+    def require_machine(self, device: "torch.device", dtype: "torch.dtype") -> None:
+        """raises  UserError if to train by these knobs needs another machine; an experiment's own check"""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The head has some more columns, which are never predicted: products of round sizes are faster."""
+        return 64 * math.ceil(self.vocab_size / 64)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_tokens // self.seq_len
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
+    """Defaults, then the preset's knobs, then the flags.
+
+    With --sample or --resume, the knobs of that run stand in the preset's place.
+    """
+    flags = vars(parser_of(config).parse_args(argv))
+    # another number of tokens decides steps and batch anew; steps that are given count more than tokens
+    dropped = {"num_steps", "batch_tokens"} - {*flags} if "train_tokens" in flags else set()
+    preset = config.preset_knobs(flags.get("preset", ""))
+    knobs = {knob: value for knob, value in preset.items() if knob not in dropped} | flags
+    if "sample" in knobs:
+        # of the run's own knobs those count that its weights need; a CPU decodes fastest in float32
+        folder = Path(knobs["sample"])
+        require_script(folder, script_of(config).name)
+        own = known_knobs(folder, config)
+        here = {"device": "auto", "dtype": "float32", "compile": "off", "resume": "",
+                "num_samples": 1, "sample_tokens": 256, "seed": 0}
+        return config(**own | here | knobs)
+    if "resume" not in knobs:
+        return config(**knobs)
+    folder = find_run(knobs["resume"], knobs.get("model_name", config.model_name))
+    saved = known_knobs(folder, config) if folder else {}
+    saved = {knob: value for knob, value in saved.items() if knob not in dropped}
+    return config(**{**saved, **knobs, "resume": str(folder or "")})
+
+
+def script_of(config: type[RunConfig]) -> Path:
+    """The script whose Config this is."""
+    return Path(sys.modules[config.__module__].__file__)
+
+
+def known_knobs(folder: Path, config: type[RunConfig]) -> dict:
+    """The knobs of a run that its Config still has."""
+    return {knob: value for knob, value in saved_knobs(folder).items() if knob in config.names()}
+
+
+def parser_of(config: type[RunConfig]) -> argparse.ArgumentParser:
+    """A flag for each field of a Config, under the headings of its source; the experiment's come first."""
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=31, width=110)
+    parser = Parser("Each knob below is a field of Config, with its default in [].",
+                    usage="%(prog)s [--KNOB VALUE ...]", add_help=False, formatter_class=layout)
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d)[\d._]*([eE][-+]?\d+)?$")     # -1e-3 is no flag
+    kinds = typing.get_type_hints(config)
+    headings, helps = comments_of(config)
+    groups = {}
+    for field in sorted(dataclasses.fields(config), key=lambda field: (field.name in RunConfig.names())):
+        heading = headings.get(field.name, "other knobs")
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        default = f" [{field.default}]" if field.default not in ("", False) else ""
+        values = f"{', '.join(config.presets())}: " if field.name == "preset" and config.presets() else ""
+        text = (values + helps.get(field.name, "") + default).strip().replace("%", "%%")
+        groups[heading].add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text,
+                                     **flag_of(field, kinds[field.name]))
+    parser.add_argument("-h", "--help", action="help", help="show this help")
+    return parser
+
+
+def flag_of(field: dataclasses.Field, kind: type) -> dict:
+    """How argparse reads a field.
+
+    raises  TypeError if it is of no kind that a flag can have
+    """
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+    if kind not in (int, float, str):
+        raise TypeError(f"the knob {field.name} is of type {kind}; it must be int, float, str or bool")
+    return {"type": whole_number if kind is int else kind, "metavar": kind.__name__.upper()}
+
+
+def comments_of(config: type[RunConfig]) -> tuple[dict[str, str], dict[str, str]]:
+    """The heading over each field in the source of its class, and the comment behind it, if any."""
+    headings, helps = {}, {}
+    for part in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(part):
+            continue
+        source = ""
+        with contextlib.suppress(OSError, TypeError):       # its file is gone: flags without help
+            source = textwrap.dedent(inspect.getsource(part))
+        heading, field = "", ""
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            alone = token.line.lstrip().startswith("#")
+            if token.type == tokenize.COMMENT and alone:
+                heading = heading if token.string.startswith("# EDIT") else token.string.lstrip("# ")
+            elif token.type == tokenize.COMMENT and field:
+                helps[field] = token.string.lstrip("# ")
+            elif token.type == tokenize.NAME and (name := re.match(r" {4}(\w+):", token.line)):
+                if field != name[1]:
+                    field = name[1]
+                    headings[field] = heading or headings.get(field, "other knobs")
+                    helps.pop(field, None)
+            elif token.type == tokenize.NAME and re.match(r" {4}(def|@|class)\b", token.line):
+                break
+    return headings, helps

@@ -1,0 +1,68 @@
+"""loss.png: the losses of one run, drawn while it goes on and at its end."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchtop.files import whole_file
+
+if TYPE_CHECKING:       # matplotlib takes a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HELD_OUT, TRAINING, BAR = "#1f4e79", "#9bb7d4", "#b5532a"
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.25, "axes.titleweight": "bold", "axes.titlelocation": "left",
+         "legend.fontsize": 9, "legend.frameon": False, "lines.markersize": 4}
+
+
+def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) -> None:
+    """Losses in nats per token on the left, bits per byte of the held-out text on the right, over tokens.
+
+    rows    of metrics.csv; those without val_loss were not validated, and no loss that is not finite is drawn
+    xz_bpb  what xz needs for the held-out text after the training text, a bar to pass; None: not known
+    """
+    from matplotlib import rc_context
+    with rc_context(STYLE):
+        figure = loss_figure(rows, title, xz_bpb)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=150, format="png")
+
+
+def loss_figure(rows: list[dict], title: str, xz_bpb: float | None) -> "Figure":
+    from matplotlib.figure import Figure
+    validated = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw(left, rows, "train_loss", "training batches", color=TRAINING, linewidth=1)
+    draw(left, validated, "val_loss", "held-out text", color=HELD_OUT, marker="o")
+    left.set(title=f"{title}: loss", ylabel="nats per token")
+    shown = draw(right, validated, "val_bpb", "this model", color=HELD_OUT, marker="o")
+    if shown:
+        best = min(shown, key=lambda row: row["val_loss"])
+        right.plot(best["tokens"] / 1e6, best["val_bpb"], "o", markersize=9, markerfacecolor="none",
+                   color=HELD_OUT, linestyle="none",
+                   label=f"best: {best['val_bpb']:.3f} at step {best['step']:,}")
+        last = shown[-1]
+        rises = len(shown) > 1 and last["val_bpb"] > shown[-2]["val_bpb"]
+        right.annotate(f"{last['val_bpb']:.3f}", (last["tokens"] / 1e6, last["val_bpb"]),
+                       textcoords="offset points", xytext=(0, 8 if rises else -14), ha="right",
+                       color=HELD_OUT, weight="bold")
+        right.set_ylim(0, 1.1 * max([row["val_bpb"] for row in shown] + [xz_bpb or 0]))
+    if xz_bpb:
+        right.axhline(xz_bpb, color=BAR, linestyle="--", linewidth=1,
+                      label=f"xz -9e after the training text: {xz_bpb:.3f}")
+    right.set(title="held-out text", ylabel="bits per byte")
+    for axes, place in ((left, "upper right"), (right, "best")):
+        axes.set_xlim(left=0)
+        axes.set_xlabel("million tokens trained on")
+        if axes.lines:
+            axes.legend(loc=place)
+    return figure
+
+
+def draw(axes: "Axes", rows: list[dict], column: str, label: str, **style) -> list[dict]:
+    """A column over tokens, as far as it is finite; returns the rows that are drawn."""
+    shown = [row for row in rows if math.isfinite(row[column])]
+    axes.plot([row["tokens"] / 1e6 for row in shown], [row[column] for row in shown], label=label, **style)
+    return shown

@@ -1,0 +1,425 @@
+"""Documents become token shards, in a way that survives anything.
+
+A dataset is made in the folder .NAME.partial, unit by unit of its source and shard by shard; a start after a
+kill goes on behind the last finished shard and ends with the same bytes. The folder data/NAME appears when
+all of it is there.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from benchtop import files, places
+from benchtop.documents import Document, Source, Unit, batched
+from benchtop.errors import UserError
+from benchtop.held_out import Rule, documents_to_validate_on, rule_for
+from benchtop.shards import FORMAT_VERSION, Dataset, ShardWriter, read_manifest, shard_format
+from benchtop.tokenizer import CannotEncode, encode, load_tokenizer, token_bytes, tokenizer_sha256
+from benchtop.workers import in_parallel
+from benchtop.xz import TRAINING_BYTES, xz_bar
+
+NAMED_TROUBLES = 100            # documents that were split or skipped and that the manifest names
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenize
+# ------------------------------------------------------------------------------------------------
+
+_tokenizer: tiktoken.Encoding
+
+
+def _set_tokenizer(name: str) -> None:
+    global _tokenizer
+    _tokenizer = load_tokenizer(name)
+
+
+class Encoded(NamedTuple):
+    """A document in tokens."""
+    name: str
+    tokens: np.ndarray | None   # <|endoftext|> first; none if tiktoken cannot encode the document
+    num_bytes: int              # of its UTF-8
+    was_split: bool             # cut where a token might have gone across
+
+
+def tokenize(batch: list[Document]) -> list[Encoded]:
+    """The tokens of each document. Needs _set_tokenizer first."""
+    dtype = shard_format(_tokenizer.n_vocab)[2]
+    encoded = []
+    for name, text in batch:
+        try:
+            ids, was_split = encode(_tokenizer, text)
+            tokens = np.array([_tokenizer.eot_token, *ids], dtype=dtype)
+        except CannotEncode:
+            tokens, was_split = None, False
+        encoded.append(Encoded(name, tokens, len(text.encode()), was_split))
+    return encoded
+
+
+def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int) -> Iterator[Encoded]:
+    batches = batched(stream)
+    for batch in in_parallel(tokenize, batches, num_workers, _set_tokenizer, (tokenizer,)):
+        yield from batch
+
+
+# ------------------------------------------------------------------------------------------------
+# Units to shards, so that a kill loses one shard at most
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """What of a unit is in shards; kept in its folder, so that a later start goes on behind the last one.
+
+    done      whether all of it is in shards
+    entries   what the manifest will say of its shards; `read` is how many of its documents they end behind
+    split, skipped  number and name of each document that made trouble
+    """
+    name: str
+    done: bool = False
+    entries: list[dict] = field(default_factory=list)
+    split: list[list] = field(default_factory=list)
+    skipped: list[list] = field(default_factory=list)
+
+    @property
+    def documents(self) -> int:
+        return self.entries[-1]["read"] if self.entries else 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry["tokens"] for entry in self.entries)
+
+    def cut_back(self, shards: int) -> "Progress":
+        """As it was when it had no more shards than that."""
+        if shards >= len(self.entries):
+            return self
+        cut = replace(self, entries=self.entries[:shards], done=False)
+        return replace(cut, split=[item for item in self.split if item[0] < cut.documents],
+                       skipped=[item for item in self.skipped if item[0] < cut.documents])
+
+
+class Preparation:
+    """A dataset while it is made, in the folder .NAME.partial, where a later start goes on.
+
+    units  all parts of the text
+    facts  what decides the content of all shards; with others the work begins anew
+    goal   shards to train on; 0 takes all text
+    """
+
+    def __init__(self, folder: Path, units: list[Unit], tokenizer: tiktoken.Encoding, facts: dict,
+                 args: argparse.Namespace):
+        self.folder, self.units, self.tokenizer, self.facts = folder, units, tokenizer, facts
+        self.args = args
+        self.goal = args.num_shards
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.bar = tqdm(unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False,
+                        total=self.goal * args.shard_size or None)
+        self.begun, self.tokens_now = time.perf_counter(), 0
+
+    def begin(self) -> None:
+        """Take up what an earlier start left, or clear away what another command left."""
+        places.DATA.mkdir(exist_ok=True)
+        with files.locked(self.partial.with_suffix(".lock"), wait=True):
+            made_by = self.partial / "made_by.json"
+            if made_by.is_file() and read_json(made_by) == self.facts:
+                return
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            # text that was here before stays
+            was_here = [unit.name for unit in self.units if unit.is_here()]
+            files.write_json(self.partial / "was_here.json", was_here)
+            files.write_json(made_by, self.facts)
+            if self.folder.exists():
+                self._take_over(read_manifest(self.folder / "manifest.json"))
+
+    def _take_over(self, manifest: dict) -> None:
+        """Begin with the shards of a finished dataset, which is to grow."""
+        val, *train = manifest["shards"]
+        files.link(self.folder / val["file"], self.partial / val["file"])
+        files.write_json(self.partial / "val.json", manifest["held_out"] | {"entry": val})
+        for number, unit in enumerate(manifest["units"]):
+            progress = Progress(**{key: unit[key] for key in ("name", "done", "split", "skipped")})
+            while train and len(progress.entries) < unit["shards"]:
+                entry = train.pop(0)
+                name = f"{len(progress.entries) + 1:06d}.bin"
+                progress.entries.append(entry | {"file": name})
+                self._unit_folder(number).mkdir(parents=True, exist_ok=True)
+                files.link(self.folder / entry["file"], self._unit_folder(number) / name)
+            self._save(number, progress)
+
+    def held_out(self, source: Source) -> dict:
+        """Write the shard to validate on, unless it is there; how documents are held out, for the manifest.
+
+        raises  UserError if the source has too little text
+        """
+        path = self.partial / "val.json"
+        if path.is_file():
+            return read_json(path)
+        try:
+            rule = rule_or_complaint(source)
+            chosen = documents_to_validate_on(source, rule, self.args.val_tokens)
+        except UserError:
+            self.clear()
+            raise
+        if rule.part:
+            print(f"note: {source.label} has too few documents to hold some out; it is cut into parts "
+                  f"of about {rule.part:,} characters, and some of those are held out")
+        writer, trouble = self._writer(self.partial), Progress("")
+        for number, document in enumerate(self._tokenized(chosen)):
+            self._take(document, number, writer, trouble)
+        if not writer.pending:
+            raise UserError(f"tiktoken can encode none of the held-out documents of {source.label}")
+        entry = writer.write("val_000000.bin", "val")
+        files.write_json(path, {"documents": entry["documents"], "bytes": entry["bytes"], **rule.facts(),
+                                "split": trouble.split, "skipped": trouble.skipped, "entry": entry})
+        return read_json(path)
+
+    def write_units(self, numbers: Iterable[int], rule: Rule, goal: int) -> list[Progress]:
+        """Write the shards of these units, in their order, until there are `goal` of them (0: all).
+
+        rule     how documents are held out
+        returns  the progress of the units that were needed
+        """
+        all_progress, numbers = [], list(numbers)
+        for place, number in enumerate(numbers):
+            left = goal - sum(len(progress.entries) for progress in all_progress) if goal else sys.maxsize
+            if left <= 0:
+                break
+            progress = self._progress_of(number)
+            self.bar.update(progress.tokens)
+            all_progress.append(progress)
+            if not progress.done and len(progress.entries) < left:
+                self._write_unit(number, progress, rule, left, numbers[place + 1:][:1])
+            self.give_back([number])
+        self.bar.close()
+        return all_progress
+
+    def _write_unit(self, number: int, progress: Progress, rule: Rule, limit: int,
+                    following: list[int]) -> None:
+        """Write the unit's further shards, up to `limit` in all; meanwhile the following unit's text comes.
+        """
+        unit = self.units[number]
+        trainable = (document for document in unit.read() if not rule.holds_out(document[1]))
+        self._unit_folder(number).mkdir(exist_ok=True)
+        writer, seen = self._writer(self._unit_folder(number)), progress.documents
+        progress.split, progress.skipped = ([item for item in items if item[0] < seen]
+                                            for items in (progress.split, progress.skipped))
+        for document in self._tokenized(islice(trainable, seen, None)):
+            if document.tokens is not None and not writer.has_room_for(document.tokens):
+                self._close_shard(number, progress, writer, seen)
+                if len(progress.entries) == limit:
+                    return
+            self._take(document, seen, writer, progress)
+            seen += 1
+            if following and self._needs_more(unit, seen, progress.tokens + writer.tokens, limit):
+                self.units[following.pop()].begin()
+        progress.done = True
+        if writer.pending:
+            self._close_shard(number, progress, writer, seen)
+        self._save(number, progress)
+
+    def _needs_more(self, unit: Unit, seen: int, tokens: int, limit: int) -> bool:
+        """Whether this unit seems too small for all shards, to judge by a twentieth of its documents."""
+        if limit == sys.maxsize or not unit.documents:
+            return limit == sys.maxsize
+        return seen >= unit.documents / 20 and tokens / seen * unit.documents < limit * self.args.shard_size
+
+    def _take(self, document: Encoded, number: int, writer: ShardWriter, progress: Progress) -> None:
+        if document.was_split:
+            progress.split.append([number, document.name])
+        if document.tokens is None:
+            progress.skipped.append([number, document.name])
+        else:
+            writer.add(document.tokens, document.num_bytes)
+            self.bar.update(len(document.tokens))
+
+    def _close_shard(self, number: int, progress: Progress, writer: ShardWriter, seen: int) -> None:
+        entry = writer.write(f"{len(progress.entries) + 1:06d}.bin", "train")
+        progress.entries.append(entry | {"unit": progress.name, "read": seen})
+        self._save(number, progress)
+        self.tokens_now += entry["tokens"]
+        if self.bar.disable and entry["tokens"] >= 10**7:
+            rate = self.tokens_now / (time.perf_counter() - self.begun)
+            print(f"a shard of {entry['tokens']:,} tokens; {rate:,.0f} tokens/s so far", flush=True)
+
+    def give_back(self, numbers: Iterable[int]) -> None:
+        """Remove the text of these units, unless it was here before or is to be kept."""
+        was_here = set(read_json(self.partial / "was_here.json"))
+        for number in numbers:
+            unit = self.units[number]
+            if not self.args.keep_text and unit.name not in was_here and unit.is_here():
+                unit.remove()
+
+    def _tokenized(self, stream: Iterable[Document]) -> Iterator[Encoded]:
+        return tokenized(stream, self.tokenizer.name, self.args.num_workers)
+
+    def _writer(self, folder: Path) -> ShardWriter:
+        return ShardWriter(folder, self.tokenizer.n_vocab, self.args.shard_size)
+
+    def _unit_folder(self, number: int) -> Path:
+        return self.partial / f"unit_{number:06d}"
+
+    def _progress_of(self, number: int) -> Progress:
+        path = self._unit_folder(number) / "progress.json"
+        return Progress(**read_json(path)) if path.is_file() else Progress(self.units[number].name)
+
+    def _save(self, number: int, progress: Progress) -> None:
+        self._unit_folder(number).mkdir(exist_ok=True)
+        files.write_json(self._unit_folder(number) / "progress.json", asdict(progress))
+
+    def finish(self, all_progress: list[Progress], held_out: dict) -> dict:
+        """Give all shards their final names, write the manifest last, and return it."""
+        whole = self.folder.with_name(f".{self.folder.name}.whole.partial")
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir()
+        files.link(self.partial / "val_000000.bin", whole / "val_000000.bin")
+        left, entries, units = self.goal or sys.maxsize, [held_out["entry"]], []
+        for number, progress in enumerate(all_progress):
+            progress = progress.cut_back(left)
+            left -= len(progress.entries)
+            for entry in progress.entries:
+                name = f"train_{len(entries):06d}.bin"
+                files.link(self._unit_folder(number) / entry["file"], whole / name)
+                entries.append(entry | {"file": name})
+            units.append(asdict(progress) | {"shards": len(progress.entries)})
+            del units[-1]["entries"]
+        trouble = {kind: [name for part in [held_out, *units] for _, name in part[kind]]
+                   for kind in ("split", "skipped")}
+        del held_out["entry"]
+        manifest = {"format_version": FORMAT_VERSION, **self.facts, "num_shards": self.goal,
+                    "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+                    "vocab_size": self.tokenizer.n_vocab, "eot_id": self.tokenizer.eot_token,
+                    **{kind: {"count": len(names), "first": names[:NAMED_TROUBLES]}
+                       for kind, names in trouble.items()},
+                    "held_out": held_out, "units": units, "shards": entries}
+        manifest |= self._xz_bar(Dataset(whole, manifest))
+        self.give_back(range(len(self.units)))
+        publish(whole, self.folder, manifest)
+        self.clear()
+        return manifest
+
+    def _xz_bar(self, dataset: Dataset) -> dict:
+        if len(dataset.manifest["shards"]) == 1:
+            return {}       # tiktoken could encode no document to train on
+        train, val = dataset.tokens("train"), dataset.tokens("val")
+        if sum(map(len, train)) >= TRAINING_BYTES / 8:
+            print("compressing the text with xz -9e, the bar for models; this takes some seconds", flush=True)
+        return xz_bar(train, val, token_bytes(self.tokenizer))
+
+    def clear(self) -> None:
+        """Remove what only an unfinished dataset needs."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def rule_or_complaint(source: Source) -> Rule:
+    """How documents of the source are held out.
+
+    raises  UserError if it has too little text for that
+    """
+    rule = rule_for(source)
+    if rule:
+        return rule
+    characters = sum(len(text) for _, text in source)
+    if not characters:
+        raise UserError(f"the source {source.label} is empty: no text to tokenize")
+    raise UserError(f"the source {source.label} has only {characters:,} characters, too few to train on one "
+                    "part and validate on another; give it more text")
+
+
+def publish(whole: Path, folder: Path, manifest: dict) -> None:
+    """Give a finished folder its name; a dataset that has it grows: its files stay, the manifest is last."""
+    if not folder.exists():
+        files.write_json(whole / "manifest.json", manifest)
+        os.replace(whole, folder)
+        return
+    for entry in manifest["shards"]:
+        files.link(whole / entry["file"], folder / entry["file"])
+    files.write_json(folder / "manifest.json", manifest)
+    shutil.rmtree(whole)
+
+
+def data_folder(typed: str) -> Path:
+    name = places.name_in(places.DATA, typed)
+    if not re.fullmatch(places.FOLDER_NAME, name):
+        raise UserError("--name must have only letters, digits, '.', '_' and '-', since it becomes a folder; "
+                        f"it is {typed!r}")
+    return places.DATA / name
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Datasets that are there, and parts of one
+# ------------------------------------------------------------------------------------------------
+
+def grows(folder: Path, facts: dict, num_shards: int) -> bool:
+    """Whether more shards are wanted than the dataset has; if it is there as wanted, that is said.
+
+    raises  UserError if it was made from something else
+    """
+    remove = f"rm -r {shlex.quote(str(folder))}"
+    try:
+        manifest = read_manifest(folder / "manifest.json")
+        Dataset(folder, manifest).verify()
+    except UserError as error:
+        raise UserError(f"{error}; first remove the old with: {remove}") from error
+    wanted = num_shards or sys.maxsize
+    ended = all(unit["done"] for unit in manifest.get("units", ()))
+    had = manifest.get("num_shards") or sys.maxsize
+    differing = [key for key, value in facts.items() if manifest.get(key) != value]
+    if wanted < had or ("units" not in manifest and wanted != had):
+        differing.append("num_shards")
+    if "source" in differing:
+        differing = [key for key in differing if key not in ("source_fingerprint", "revision")]
+    if differing:
+        raise UserError(f"{folder.relative_to(places.ROOT)} exists and was made with another "
+                        f"{', '.join(differing)}; choose another --name or remove it with: {remove}")
+    if wanted > had and not (ended and "units" in manifest and not manifest["num_shards"]):
+        return True
+    print(f"reusing {describe(folder, manifest)}")
+    return False
+
+
+def prepare_part(preparation: Preparation, rule: Rule, part: int, parts: int) -> None:
+    """Write the shards of every parts-th unit; too many or too few are mended when all are put together."""
+    name = f"part_{part + 1}_of_{parts}"
+    with files.locked(preparation.partial / f"{name}.lock", wait=False):
+        goal = -(-preparation.goal // parts)
+        found = preparation.write_units(range(part, len(preparation.units), parts), rule, goal)
+        (preparation.partial / f"{name}.done").touch()
+    print(f"part {part + 1} of {parts}: {sum(len(progress.entries) for progress in found):,} shards in "
+          f"{preparation.partial.relative_to(places.ROOT)}; when all parts are there, put them together with "
+          "the same command without --part (machines that share no disk: copy these folders into one first)",
+          flush=True)
+
+
+def wait_for_parts(preparation: Preparation, parts: int) -> None:
+    """Under torchrun the first process puts together what all made; torchrun ends it if another one fails."""
+    while missing := [part for part in range(1, parts + 1)
+                      if not (preparation.partial / f"part_{part}_of_{parts}.done").exists()]:
+        time.sleep(min(1.0, 0.1 * len(missing)))
+
+
+def describe(folder: Path, manifest: dict) -> str:
+    def total(split: str, what: str) -> str:
+        return f"{sum(shard[what] for shard in manifest['shards'] if shard['split'] == split):,}"
+    bar = manifest.get("xz_bpb")
+    xz = f"; xz -9e after the training text: {bar:.3f} bits per byte of the held-out text" if bar else ""
+    return (f"{folder.relative_to(places.ROOT)}: "
+            f"{total('train', 'tokens')} tokens of {total('train', 'documents')} documents to train on, "
+            f"{total('val', 'tokens')} of {total('val', 'documents')} to validate on{xz}")

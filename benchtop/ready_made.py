@@ -1,0 +1,74 @@
+"""Token shards of GPT-2's vocabulary that others have put on the Hugging Face Hub, fetched as they are."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from benchtop import files, hub
+from benchtop.errors import UserError
+from benchtop.prepare import data_folder, describe, publish
+from benchtop.shards import FORMAT_VERSION, read_shard
+from benchtop.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
+
+
+def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
+    """Bring token shards of GPT-2's vocabulary from the Hub, and write the manifest that they lack."""
+    tokenizer = load_tokenizer("gpt2")
+    folder = data_folder(args.name or version)
+    shards = hub.list_files(hub.READY_MADE[version], "", ".bin")
+    val = [file for file in shards if "_val_" in file.path][:1]
+    train = [file for file in shards if "_train_" in file.path]
+    train = train[:args.num_shards or len(train)]
+    if not val or not train:
+        raise UserError(f"{hub.READY_MADE[version]} has no shards to train or to validate on")
+    if args.dry_run:
+        size = sum(file.size for file in val + train)
+        print(f"{len(val + train)} files, {size / 1e6:,.1f} MB to download and on disk, about "
+              f"{(size - 1024 * len(val + train)) / 2e6:,.1f} million tokens")
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, file in enumerate(tqdm(val + train, unit=" shards", disable=not sys.stderr.isatty(),
+                                       leave=False)):
+        name = f"{'train' if number else 'val'}_{number:06d}.bin"
+        finished = next((path for path in (folder / name, partial / name)
+                         if path.is_file() and not hub.problem_of(path, file)), None)
+        if finished:
+            files.link(finished, partial / name)
+        else:
+            bring(file, partial / name, args.keep_text)
+        entries.append(entry_of(partial / name, "train" if number else "val", tokenizer))
+    manifest = {"format_version": FORMAT_VERSION, "source": hub.READY_MADE[version],
+                "revision": val[0].revision, "tokenizer": tokenizer.name,
+                "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
+                "eot_id": tokenizer.eot_token, "shards": entries}
+    publish(partial, folder, manifest)
+    print(f"wrote {describe(folder, manifest)}")
+
+
+def bring(file: hub.HubFile, path: Path, keep: bool) -> None:
+    """Copy a file of the Hub to `path`; what was not in the cache before is not there afterwards."""
+    keep = keep or hub.in_cache(file)
+    copy = hub.fetch(file)
+    with open(copy, "rb") as source, files.whole_file(path) as file:
+        shutil.copyfileobj(source, file)
+    if not keep:
+        hub.forget(copy)
+
+
+def entry_of(path: Path, split: str, tokenizer: tiktoken.Encoding) -> dict:
+    """What a manifest says of a shard that somebody else made."""
+    tokens = read_shard(path, None)
+    lengths = np.array([len(token) for token in token_bytes(tokenizer)])
+    if len(tokens) and int(tokens.max()) >= tokenizer.n_vocab:
+        raise UserError(f"{path.name} is not of tokenizer {tokenizer.name}: it has token {int(tokens.max())}")
+    counts = np.bincount(tokens, minlength=tokenizer.n_vocab)
+    return {"file": path.name, "split": split, "tokens": len(tokens),
+            "documents": int(counts[tokenizer.eot_token]), "bytes": int(counts @ lengths),
+            "sha256": files.sha256_of(path)}

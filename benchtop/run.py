@@ -1,0 +1,563 @@
+"""A run: from knobs to a folder that holds all of it. An experiment's script ends with
+
+    EXPERIMENT = Experiment(Config, GPT, Optimizer, train)
+    EXPERIMENT.main()
+
+and its `train` takes the steps that Run.batches() gives it. Everything between two steps happens here: the
+budget is counted, held-out text validated, checkpoints saved, signals heard, rows logged.
+
+What an experiment hands over:
+    Config     a frozen dataclass that inherits from benchtop.knobs.RunConfig and has the budget: seq_len,
+               batch_tokens, max_doc_len, num_steps, train_tokens, train_minutes, target_loss, with_budget()
+    Model      Model(cfg, eot_id, dtype, flex): an nn.Module that gives the summed loss of (inputs, targets),
+               and has hidden, logits, flops_per_token, compile_parts, remarks; `progress` is set from here
+    Optimizer  Optimizer(model, cfg, world, dtype) with step, state, load, gradient_norms, warm_up, ...
+    train      train(run), the loop
+"""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tiktoken import Encoding
+from torch import Tensor, nn
+
+from benchtop import memory, places
+from benchtop.batches import Batch, Rows, micro_batch_shape
+from benchtop.briefing import (
+    conclusion,
+    describe_data,
+    describe_tasks,
+    introduction,
+    num_parameters,
+    target_in_words,
+    time_estimate,
+)
+from benchtop.budget import Clock, budget_used, is_multiple, validates
+from benchtop.checkpoints import read_checkpoint, remove_checkpoints
+from benchtop.command_line import command
+from benchtop.conclusions import baseline
+from benchtop.errors import SharedError, UserError, exit_quietly_on_other_ranks
+from benchtop.evaluation import HeldOut, TokenLosses
+from benchtop.folder import locked_log
+from benchtop.identity import changes_since, identity_of
+from benchtop.initial import draw_weights, drawn_in_one_stream
+from benchtop.knobs import RunConfig, parse_config, script_of
+from benchtop.log import RunLog, last_lines
+from benchtop.machine import Kernels, World, choose_kernels
+from benchtop.sampling import sample_held_out
+from benchtop.saved import check_shapes, sample_run, score, scored_on
+from benchtop.shards import Dataset, open_dataset
+from benchtop.signals import Stopped, StopSignals
+from benchtop.smoke import smoke
+from benchtop.steps import LossScale, NonFinite, Report, collector_at_rest, prepared_batches
+from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
+
+COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
+           "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib", "flops")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a script hands over; see the top of this file."""
+    Config: type[RunConfig]
+    Model: Callable[..., nn.Module]
+    Optimizer: type
+    train: Callable[["Run"], None]
+
+    @property
+    def script(self) -> Path:
+        return script_of(self.Config)
+
+    @command
+    def main(self) -> None:
+        """Do what the command line asks for."""
+        world = None
+        try:
+            try:
+                cfg = parse_config(sys.argv[1:], self.Config)
+            except UserError as error:
+                raise SharedError(str(error)) from error
+            world = World(cfg)
+            if cfg.sample:
+                sample_run(self, cfg, world)
+            elif cfg.smoke:
+                if world.is_main:
+                    smoke(self, cfg, start)
+            elif not cfg.check:
+                start(self, cfg, world)
+            elif not check(self, cfg, world):
+                sys.exit(1)
+        except SharedError:
+            exit_quietly_on_other_ranks()
+            raise
+        finally:
+            if world:
+                world.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# While it goes on
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """All that a run consists of, and how far it is. `batches`, `backward`, `check_step` are the loop's."""
+    experiment: Experiment
+    cfg: RunConfig
+    world: World
+    model: nn.Module
+    optimizer: object
+    data: "Data"
+    losses_of: TokenLosses
+    log: RunLog
+    clock: Clock
+    loss_scale: LossScale
+    step: int = 0                       # optimizer steps done
+    progress: float = 0.0               # share of the budget that is used, 0 to 1
+    progress_before: float = 0.0        # the same, one step earlier
+    values: dict = dataclasses.field(default_factory=dict)      # of the last step, as metrics.csv has them
+    flops: float = 0.0                  # floating-point operations so far
+    logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops of metrics.csv's last row
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    reports: list[Report] = dataclasses.field(default_factory=list)     # of steps that were not read yet
+    target: dict | None = None          # when val_loss first was as low as --target_loss
+    save_seconds: float = 0.0           # time that went into checkpoints
+    compile_seconds: float = 0.0        # time that went into compiling, over all sessions
+    last_save: float = dataclasses.field(default_factory=time.perf_counter)
+    signals: StopSignals = dataclasses.field(default_factory=StopSignals)
+
+    # ---- what the training loop uses
+
+    def batches(self) -> Iterator[Batch]:
+        """The batch of each step, until the budget is used up or the target reached.
+
+        raises  Stopped, saved, on all processes when one of them was told to stop
+        """
+        if self.step:
+            self.validate_and_log()     # checkpoints are made before what belongs to their step
+        with prepared_batches(self.data.rows, self.cfg, self.world, self.step) as batches:
+            self.clock.start()
+            while self.progress < 1 and not self.target:
+                self.model.progress = self.progress
+                self.flops += self.cfg.batch_tokens * self.model.flops_per_token()
+                yield next(batches)
+                self.step += 1
+                self.progress_before = self.progress
+                self.progress = budget_used(self.cfg, self.world, self.step, self.clock)
+                self.model.progress = self.progress
+                self.between_steps()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the step's loss."""
+        self.loss_scale.backward(loss)
+
+    def check_step(self, loss: Tensor, norms: Tensor, lr_scale: float) -> bool:
+        """Whether to use the gradients of a step; False where float16 overflowed, and then they are cleared.
+
+        loss      () this process's part of the step's mean loss
+        norms     (P) of the gradients of each parameter, over all processes; brought to their true size
+        lr_scale  what the schedule multiplies all learning rates by, for the log
+        raises    NonFinite, before weights are touched, where the numbers can be read at once
+        """
+        # all processes learn the loss, whether one was told to stop, whether the first wants to save
+        told = torch.tensor([float(self.signals.received), float(self.is_time_to_save)])
+        told = told.to(self.world.device, non_blocking=True)                                # (2)
+        shared = self.world.sum(torch.cat([loss[None], told]))                              # (3)
+        fits = self.loss_scale.unscale(self.optimizer, norms)
+        report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits)
+        if not self.world.reports_behind:
+            report.read(self.optimizer)
+        self.reports.append(report)
+        return fits
+
+    # ---- between two steps
+
+    def between_steps(self) -> None:
+        """Read what steps found; save, stop, validate and log where it is time for that."""
+        stops, saves = self.read_reports(behind=0 if self.logs else self.world.reports_behind)
+        saves = saves or stops or self.validates or is_multiple(self.step, self.cfg.save_every_steps)
+        if saves or self.logs:
+            self.read_reports(behind=0)
+            self.clock.stop()
+            if saves:
+                self.save()
+            if stops:
+                raise Stopped(self.signals.received or signal.SIGTERM)
+            self.validate_and_log()
+            self.clock.start()
+
+    def read_reports(self, behind: int) -> tuple[bool, bool]:
+        """Read the reports of all steps but the last `behind`: whether to stop, and whether to save."""
+        stops = saves = False
+        while len(self.reports) > behind:
+            report = self.reports.pop(0)
+            report.read(self.optimizer)
+            self.values, stops, saves = report.values, stops or report.stops, saves or report.saves
+        return stops, saves
+
+    @property
+    def validates(self) -> bool:
+        return validates(self.cfg, self.step, self.progress, self.progress_before)
+
+    @property
+    def logs(self) -> bool:
+        return self.validates or self.step == 1 or is_multiple(self.step, self.cfg.log_every)
+
+    @property
+    def is_time_to_save(self) -> bool:
+        """Whether the first process finds the last checkpoint old."""
+        age = time.perf_counter() - self.last_save
+        return self.world.is_main and 0 < 60 * self.cfg.save_every_minutes < age
+
+    def validate_and_log(self) -> None:
+        """Validate and write a row of metrics.csv, where the step is one for that."""
+        if not self.logs:
+            return
+        gc.collect()
+        self.values |= self.pace()
+        self.logged = (self.step, self.clock.seconds, self.flops)
+        if self.validates:
+            self.validate()
+        self.log.row(self.values, self.progress)
+        if self.validates:
+            self.log.picture(self.data.dataset.xz_bpb, at_end=False)
+        if self.target:
+            self.log.note(target_in_words(self.target))
+
+    def validate(self) -> None:
+        _, rows_at_once = micro_batch_shape(self.cfg, self.world.size)
+        with self.world.memory_of("validation"):
+            result = self.data.held_out.evaluate(self.losses_of, rows_at_once, self.world)
+        self.values |= dataclasses.asdict(result)
+        if result.val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step = result.val_loss, self.step
+            self.log.keep_best(self.step)
+        if result.val_loss <= self.cfg.target_loss:
+            self.target = {"target_loss": self.cfg.target_loss, "step": self.step,
+                           "tokens": self.step * self.cfg.batch_tokens,
+                           "train_seconds": round(self.clock.seconds, 2)}
+
+    def pace(self) -> dict[str, float]:
+        """How far the run is, and how fast since the last row."""
+        cfg, seconds = self.cfg, self.clock.seconds
+        step, second, flops = self.logged
+        speed = cfg.batch_tokens * (self.step - step) / (seconds - second)
+        values = {"step": self.step, "tokens": self.step * cfg.batch_tokens,
+                  "epoch": self.step * cfg.rows_per_step / self.data.rows.num_rows, "train_seconds": seconds,
+                  "tokens_per_second": speed, "peak_memory_mib": self.world.peak_memory_mib("training"),
+                  "flops": self.flops}
+        peak = self.world.peak_flops(cfg)
+        return values | ({"mfu": (self.flops - flops) / (seconds - second) / peak} if peak else {})
+
+    # ---- stopping and resuming
+
+    def save(self) -> None:
+        """Write a checkpoint: all a run needs to go on, on any number of processes."""
+        begun = time.perf_counter()
+        self.world.synchronize()
+        weights = self.model.state_dict().items() if self.world.is_main else ()
+        state = {
+            "step": self.step, "tokens": self.step * self.cfg.batch_tokens,
+            "model": {name: value.cpu() for name, value in weights},
+            "optimizer": self.optimizer.state(),
+            "loss_scale": self.loss_scale.state(),
+            "random_states": self.world.gather(random_state(self.world)),
+            "values": self.values, "logged": self.logged, "flops": self.flops,
+            "best": {"val_loss": self.best_val_loss, "step": self.best_step},
+            "progress_before": self.progress_before,
+            "train_seconds": self.clock.seconds, "save_seconds": self.save_seconds,
+            "compile_seconds": self.compile_seconds,
+            "peak_memory_mib": {phase: self.world.peak_memory_mib(phase) for phase in self.world.peaks},
+            "micro_batch_tokens": self.cfg.micro_batch_tokens}
+        self.log.checkpoint(state)
+        self.last_save = time.perf_counter()
+        self.save_seconds += self.last_save - begun
+
+    def load(self, saved: dict | None) -> None:
+        """Go on where the first process's checkpoint was made; the other processes pass None."""
+        if saved:
+            self.model.load_state_dict(saved["model"])
+        self.world.share_weights(self.model)
+        self.optimizer.load(saved and saved["optimizer"])
+        large = ("model", "optimizer", "rows")
+        small = self.world.same(saved and {key: saved[key] for key in saved if key not in large})
+        self.step, self.values, self.logged = small["step"], small["values"], small["logged"]
+        self.flops = small["flops"]
+        self.clock.stopped_at = small["train_seconds"]
+        self.progress = self.model.progress = budget_used(self.cfg, self.world, self.step, self.clock)
+        self.progress_before = small.get("progress_before", 0.0)
+        self.best_val_loss, self.best_step = small["best"]["val_loss"], small["best"]["step"]
+        self.save_seconds = small["save_seconds"]
+        self.compile_seconds += small.get("compile_seconds", 0.0)
+        self.loss_scale.load(small["loss_scale"])
+        self.world.peaks |= small["peak_memory_mib"]
+        states = small["random_states"]
+        if len(states) == self.world.size:      # another number of processes draws other random numbers
+            set_random_state(self.world, states[self.world.rank])
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    gpu = {"cuda": torch.cuda.get_rng_state()} if world.device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | gpu
+
+
+def set_random_state(world: World, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if world.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Beginning and end
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and validated on."""
+    dataset: Dataset
+    tokenizer: Encoding
+    rows: Rows
+    held_out: HeldOut
+
+
+def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
+    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them."""
+    dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
+    if cfg.vocab_size not in (0, tokenizer.n_vocab):
+        raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
+                        f"<|endoftext|>; it is {cfg.vocab_size}")
+    dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
+    rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
+    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
+    return cfg, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer))
+
+
+def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, dict | None]:
+    """The first process's knobs for all; on it alone, the log and checkpoint of the run that is resumed."""
+    cfg = world.same(cfg)
+
+    def hold_and_read() -> tuple[TextIO | None, dict | None]:
+        if not cfg.resume or not world.is_main:
+            return None, None
+        folder = Path(cfg.resume)
+        return locked_log(folder), read_checkpoint(folder)
+    return cfg, *world.raise_on_all_ranks(hold_and_read)
+
+
+def tasks_of(cfg: RunConfig) -> dict[str, Task | None]:
+    """What --benchmarks names; None for one that is not downloaded."""
+    names = BENCHMARKS if cfg.benchmarks == "all" else map(str.strip, cfg.benchmarks.split(","))
+    names = [name for name in names if name]
+    cfg.require("benchmarks", set(names) <= set(BENCHMARKS),
+                f"all, or some of {', '.join(BENCHMARKS)}, with commas between")
+    return {name: benchmark_if_here(name, cfg.hellaswag_rows if name == "hellaswag" else 0) for name in names}
+
+
+def make_model(experiment: Experiment, cfg: RunConfig, eot_id: int, world: World, kernels: Kernels,
+               ) -> tuple[nn.Module, object]:
+    torch.manual_seed(cfg.seed)
+    model = experiment.Model(cfg, eot_id, world.dtype, kernels.flex)
+    draw_weights(model, cfg.seed)
+    model.to(world.device)
+    world.share_weights(model)
+    products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+    optimizer = experiment.Optimizer(model, cfg, world, products)
+    if kernels.compiled:
+        model.compile_parts()
+        optimizer.compile_parts()
+    return model, optimizer
+
+
+def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
+    """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
+    model = losses_of.model
+    _, rows = micro_batch_shape(cfg, world.size)
+    inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
+    targets = torch.full_like(inputs, -1)
+    model.progress = 0.0
+    model(inputs, targets).backward()
+    optimizer.gradient_norms()      # names a parameter without a gradient now
+    losses_of(inputs, targets)
+    optimizer.clear_gradients()
+    optimizer.warm_up()
+    world.synchronize()
+
+
+def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
+    """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
+    together = world.raise_on_all_ranks
+    cfg, text, saved = open_run(cfg, world)
+    together(lambda: cfg.require_machine(world.device, world.dtype))
+    cfg, data = together(lambda: open_data(cfg, world))
+    tasks = together(lambda: tasks_of(cfg) if world.is_main else None)
+    tasks = world.same(tasks)   # other machines need not have the files
+    identity = identity_of(experiment.script, cfg, world, data.tokenizer, data.dataset)
+    require_equal_machines(identity, world)
+    changes = world.same(saved and changes_since(saved, cfg, identity)) or []
+    if changes and not cfg.resume_changed:
+        raise SharedError(f"{cfg.resume} cannot simply be resumed: {'; '.join(changes)}. "
+                          "Undo that, or resume all the same with --resume_changed")
+    together(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
+    kernels = choose_kernels(cfg, world)
+    model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
+    losses_of = TokenLosses(model, kernels.compiled)
+    together(lambda: saved and check_shapes(saved["model"], model))
+    log = together(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
+    with log, last_words(log):
+        # sizes that are found here stay out of config.json, which has the knobs as they were given
+        sized = world.same(memory.choose_micro_batch(experiment, cfg, world, kernels.flex, saved))
+        needs = memory.memory_estimate_mib(experiment, sized, world, kernels.flex)
+        log.say("\n".join([*introduction(sized, world, model, kernels, needs),
+                           *describe_data(cfg, data.dataset, data.rows, data.held_out),
+                           *describe_tasks(tasks), *model.remarks(), *optimizer.remarks(),
+                           *drawn_in_one_stream(model)]))
+        begun = time.perf_counter()
+        sized = memory.fit_micro_batch(
+            sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients,
+            log.say, lambda: memory.memory_advice(experiment, sized, world, kernels.flex))
+        compile_seconds = time.perf_counter() - begun
+        run = Run(experiment, sized, world, model, optimizer, data, losses_of, log, Clock(world),
+                  LossScale(enabled=world.dtype == torch.float16), compile_seconds=compile_seconds)
+        torch.manual_seed(cfg.seed + 1 + world.rank)
+        if cfg.resume:
+            run.load(saved)
+        for change in changes:
+            log.say(f"resumed although {change}")
+        log.say(f"kernels ready after {compile_seconds:.1f} s; training "
+                + (f"resumes after step {run.step}" if cfg.resume else "begins"))
+        saved = None    # its memory is needed
+        with StopSignals() as run.signals, collector_at_rest():
+            experiment.train(run)
+        with StopSignals(at_once=True):
+            finish(run, [task for task in tasks.values() if task])
+
+
+def require_equal_machines(identity: dict, world: World) -> None:
+    """raises  SharedError if processes have other code, data or tokenizer than the first one"""
+    facts = world.gather(identity)
+    for fact in ("data_sha256", "tokenizer_sha256", "bench_sha256", "sources"):
+        if any(other[fact] != identity[fact] for other in facts):
+            raise SharedError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
+
+
+@contextlib.contextmanager
+def last_words(log: RunLog) -> Iterator[None]:
+    """Let whatever ends a run early say in one line how to go on."""
+    try:
+        yield
+    except NonFinite as error:
+        log.note(str(error))
+        log.summary(f"failed: {error}", {})
+        raise SharedError(f"{error}; {log.last_good()}") from error
+    except Stopped as stop:
+        log.say(f"stopped by {signal.Signals(stop.args[0]).name}; {log.last_good()}")
+        sys.exit(128 + stop.args[0])
+    except KeyboardInterrupt:
+        log.say(f"interrupted; {log.last_good()}")
+        raise
+    except OSError as error:
+        raise UserError(f"{error.strerror}: {error.filename or log.folder}; {log.last_good()}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise UserError("the memory does not suffice; a smaller --micro_batch_tokens needs less and changes "
+                        f"no result; {log.last_good()}") from error
+
+
+def finish(run: Run, tasks: list[Task]) -> None:
+    """Weights, benchmarks, samples, picture, summary, and last what a newcomer wants to know."""
+    cfg, model, held_out, log, tokenizer = run.cfg, run.model, run.data.held_out, run.log, run.data.tokenizer
+    results = run.values | {"compile_seconds": round(run.compile_seconds, 1)}
+    model.progress = 1.0
+    if cfg.save_model:
+        log.weights(model)
+    with run.world.memory_of("evaluation"):
+        for task in tasks:
+            log.say(f"scoring {len(task.questions):,} rows of {BENCHMARKS[task.name].title}")
+            _, rows_at_once = micro_batch_shape(cfg, run.world.size)
+            scores = score(run.losses_of, tokenizer, task.questions, rows_at_once, run.world)
+            log.benchmark(task.name, scores.items)
+            for line in scores.lines():
+                log.note(line)
+            result = task.facts() | scores.summary() | scored_on(run.experiment, run.world)
+            results.setdefault("benchmarks", {})[task.name] = result
+        if not run.world.is_main:
+            return
+        model.eval()
+        model.flex = None       # texts have many lengths, and none is worth compiling for
+        # the compiler takes a second to import; only a model that is compiled has loaded it
+        compiled = run.losses_of.compiled
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            samples = sample_held_out(model, tokenizer, held_out, cfg)
+    log.samples(samples)
+    text = held_out.text()
+    results["xz_bpb"] = run.data.dataset.xz_bpb
+    log.picture(run.data.dataset.xz_bpb)
+    results["parameters"] = num_parameters(model)
+    results["tokens_per_second"] = results["tokens"] / results["train_seconds"]
+    results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
+    results["held_out_documents"] = held_out.num_documents
+    results["held_out_sha256"] = hashlib.sha256(text).hexdigest()
+    results["train_tokens"], results["num_steps"] = cfg.train_tokens, cfg.num_steps
+    results["target"] = run.target
+    results["checkpoint_seconds"] = round(run.save_seconds, 2)
+    for phase in ("validation", "evaluation"):
+        results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)
+    summary = log.summary("finished", results)
+    remove_checkpoints(log.folder, keep_best=cfg.save_model and run.best_step < run.step)
+    for line in [*conclusion(cfg, log.folder, summary, samples), *last_lines(summary)]:
+        log.say(line)
+
+
+def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:
+    """Say what a run would do; False if it could not train."""
+    problems = []
+    kernels = choose_kernels(cfg, world)
+    try:
+        cfg.require_machine(world.device, world.dtype)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        cfg, data = open_data(cfg, world)
+        about_data = [*describe_data(cfg, data.dataset, data.rows, data.held_out),
+                      f"tokenizer   {data.tokenizer.name}"]
+    except UserError as error:
+        problems.append(str(error))
+        cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 50257).with_budget(2**53)
+        about_data = [f"data        not usable; a vocabulary of {cfg.vocab_size:,} is assumed"]
+    try:
+        about_data += describe_tasks(tasks_of(cfg))
+    except UserError as error:
+        problems.append(str(error))
+    with torch.device("meta"):
+        model = experiment.Model(cfg, 0, world.dtype, kernels.flex)
+    cfg = memory.choose_micro_batch(experiment, cfg, world, kernels.flex)
+    needs = memory.memory_estimate_mib(experiment, cfg, world, kernels.flex)
+    free_memory, free_disk = memory.free_memory_mib(world), shutil.disk_usage(places.ROOT).free / 2**20
+    lines = [*introduction(cfg, world, model, kernels, needs), *about_data,
+             f"free        {free_memory:,.0f} MiB of memory for each process, {free_disk:,.0f} MiB of disk"]
+    lines += time_estimate(cfg, model, world)
+    if needs > free_memory:
+        problems.append("the run needs more memory than is free; use "
+                        + memory.memory_advice(experiment, cfg, world, kernels.flex))
+    weights = 4 * num_parameters(model) / 2**20
+    if free_disk < 100 + (weights if cfg.save_model else 0):
+        problems.append(f"only {free_disk:,.0f} MiB of disk are free")
+    if world.is_main:
+        print("\n".join([*lines, *(f"problem     {problem}" for problem in problems),
+                         "cannot train" if problems else "ready to train"]), flush=True)
+    world.barrier()     # torchrun ends all processes when the first one fails, so the word comes first
+    return not problems

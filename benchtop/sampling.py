@@ -1,0 +1,84 @@
+"""Text from a model, token by token.
+
+Every token is decoded by a plain forward pass over the whole text, many texts at a time. There is no cache of
+keys and values, so a new layer needs no code for decoding and samples exactly what it was trained to do.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+from tiktoken import Encoding
+from torch import Tensor, nn
+
+from benchtop.evaluation import HeldOut
+
+TOKENS_AT_ONCE = 2**14      # of all texts that are decoded together, at most
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int] | None = None,
+             ) -> list[list[int]]:
+    """Continue texts by at most sample_tokens tokens, each the same whichever others are beside it.
+
+    prompts  token ids, at least one each, of any lengths
+    seeds    of each text; None: cfg.seed and those after it
+    returns  the new tokens of each, without the <|endoftext|> that ends a text
+    """
+    seeds = seeds or [cfg.seed + number for number in range(len(prompts))]
+    longest = max(map(len, prompts), default=1) + cfg.sample_tokens
+    together = max(1, TOKENS_AT_ONCE // longest)
+    made = []
+    for start in range(0, len(prompts), together):
+        made += _continue(model, prompts[start:start + together], cfg, seeds[start:start + together])
+    return made
+
+
+def _continue(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int]) -> list[list[int]]:
+    device = next(model.parameters()).device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts = [list(prompt) for prompt in prompts]
+    open_texts = list(range(len(texts)))        # numbers of those that have not ended
+    for _ in range(cfg.sample_tokens):
+        # a model that cannot read all of a text reads its end
+        read = [texts[number][-(model.longest or len(texts[number])):] for number in open_texts]
+        lengths = list(map(len, read))
+        # what is behind a text's end is not seen from before it
+        inputs = torch.full((len(read), max(lengths)), model.eot_id)                        # (B, T)
+        for row, text in enumerate(read):
+            inputs[row, :lengths[row]] = torch.tensor(text)
+        x = model.hidden(inputs.to(device))                                                 # (B, T, D)
+        last = x[torch.arange(len(open_texts)), torch.tensor(lengths) - 1]                  # (B, D)
+        logits = model.logits(last)[:, :model.cfg.vocab_size].cpu()                         # (B, V)
+        for row, number in enumerate(open_texts):
+            texts[number].append(choose(logits[row], cfg, generators[number]))
+        open_texts = [number for number in open_texts if texts[number][-1] != model.eot_id]
+        if not open_texts:
+            break
+    return [list(itertools.takewhile(lambda token: token != model.eot_id, text[len(prompt):]))
+            for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def choose(logits: Tensor, cfg, generator: torch.Generator) -> int:
+    """One token for (V) logits."""
+    if cfg.temperature == 0:
+        return int(logits.argmax())
+    if cfg.top_k:
+        kth = logits.topk(min(cfg.top_k, len(logits))).values[-1]                           # ()
+        logits = logits.masked_fill(logits < kth, -math.inf)                                # (V)
+    probabilities = torch.softmax(logits / cfg.temperature, dim=-1)                         # (V)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def sample_held_out(model: nn.Module, tokenizer: Encoding, held_out: HeldOut, cfg) -> list[dict]:
+    """Continue the beginnings of held-out documents, which the model has never seen."""
+    begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
+    begins = begins[np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)]
+    prompts = [held_out.tokens[begin:begin + 17].tolist() for begin in begins]
+    if not prompts:
+        return []
+    texts = generate(model, prompts, cfg, [cfg.seed] * len(prompts))
+    return [{"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(text),
+             "temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+            for prompt, text in zip(prompts, texts, strict=True)]

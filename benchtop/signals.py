@@ -1,0 +1,33 @@
+"""Stop signals: a run that is told to stop saves first."""
+
+import signal
+
+
+class StopSignals:
+    """SIGTERM and SIGINT (Ctrl-C) let a run save and stop after its step; a second Ctrl-C ends it at once.
+
+    at_once  raise Stopped wherever the run is, as when all is saved
+    """
+
+    def __init__(self, at_once: bool = False):
+        self.at_once, self.received = at_once, 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._receive)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.at_once:
+            raise Stopped(number)
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class Stopped(Exception):
+    """The run was told to stop by the signal of this number, and is saved."""

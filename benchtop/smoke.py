@@ -1,0 +1,253 @@
+"""--smoke: is a changed script sound? Ten seconds on random text, on the CPU, in a folder that is removed.
+
+Each check is a line. They do not find that a model is good, but that a result of it would mean something.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchtop import places
+from benchtop.errors import UserError, first_line
+from benchtop.files import write_json
+from benchtop.initial import draw_weights
+from benchtop.machine import World
+from benchtop.sampling import generate
+from benchtop.saved import load_trained
+from benchtop.shards import FORMAT_VERSION, ShardWriter
+from benchtop.tokenizer import PATTERNS, load_tokenizer, save_tokenizer, tokenizer_sha256
+
+SMALL = dict(num_layers=4, num_heads=2, model_dim=64, seq_len=64, batch_tokens=256, micro_batch_tokens=128,
+             num_steps=3, train_tokens=0, train_minutes=0.0, target_loss=0.0, max_doc_len=0, vocab_size=0,
+             data="smoke", tokenizer="smoke", preset="", model_name="smoke", smoke=False, resume="",
+             device="cpu", dtype="float32", compile="off", fp8=False, save_model=True, save_every_steps=0,
+             val_every=0, log_every=1, val_tokens=0, num_samples=1, sample_tokens=4, benchmarks="",
+             wandb="", tensorboard=False, compare_to="")
+STEP_TO_STOP = 2        # after which the second run is told to stop, to be resumed
+
+
+class Unsound(UserError):
+    """What a check finds wrong with a script."""
+
+
+def smoke(experiment, cfg, start: Callable) -> None:
+    """Check a script; `start` is the bench's own way to run it.
+
+    raises  Unsound, after the line of the check that failed
+    """
+    begun = time.perf_counter()
+    torch.set_num_threads(1)        # more are slower on tensors as small as these
+    cfg = dataclasses.replace(cfg, **{knob: value for knob, value in SMALL.items() if knob in cfg.names()})
+    with empty_bench():
+        make_data()
+        tokenizer = load_tokenizer("smoke")
+        cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(10**6)
+        checks = Checks()
+        model = checks.passes("the model is made and gives a loss", lambda: fresh_model(experiment, cfg))
+        checks.passes("every parameter is in one group of the optimizer",
+                      lambda: experiment.Optimizer(model, cfg, World(cfg)))
+        whole = checks.passes("three steps are trained", lambda: trained(experiment, cfg, start, "whole"))
+        checks.passes("stopped by SIGTERM and resumed, it ends with the same weights, to the bit",
+                      lambda: require_equal(whole, stopped_and_resumed(experiment, cfg, start)))
+        model.load_state_dict(whole)
+        checks.passes("every parameter has a gradient that is not zero",
+                      lambda: require_gradients(model, cfg))
+        checks.passes("gradients are those of the loss (by finite differences)",
+                      lambda: require_slope(model, cfg))
+        checks.passes("no token sees the future", lambda: require_causal(model, cfg))
+        checks.passes("no document sees another one", lambda: require_apart(model, cfg))
+        checks.passes("text is sampled from the saved model", lambda: sample(experiment, cfg))
+    print(f"{experiment.script.name} is sound: {checks.count} checks passed in "
+          f"{time.perf_counter() - begun:.0f} s")
+
+
+class Checks:
+    """Runs checks and says how each went; what they print themselves is shown only where one fails."""
+
+    def __init__(self):
+        self.count = 0
+
+    def passes(self, claim: str, check: Callable):
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                result = check()
+        except (Unsound, UserError) as error:
+            print(f"FAILED  {claim}")
+            raise Unsound(f"{claim}: not so; {error}") from error
+        except Exception as error:
+            print(f"FAILED  {claim}\n{said.getvalue()}")
+            raise Unsound(f"{claim}: not so; {type(error).__name__}: {first_line(error)}") from error
+        self.count += 1
+        print(f"ok      {claim}", flush=True)
+        return result
+
+
+@contextlib.contextmanager
+def empty_bench() -> Iterator[None]:
+    """Let data, tokenizers and runs be below a folder that is removed afterwards."""
+    names = ("DATA", "TOKENIZERS", "EXPERIMENTS")
+    before = {name: getattr(places, name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in names:
+                setattr(places, name, Path(folder) / name.lower())
+                getattr(places, name).mkdir()
+            yield
+        finally:
+            for name, place in before.items():
+                setattr(places, name, place)
+
+
+def make_data() -> None:
+    """A tokenizer of single bytes, and shards of 200 documents of random words."""
+    save_tokenizer("smoke", [], [bytes([byte]) for byte in range(256)], PATTERNS["gpt4"], {}, "")
+    tokenizer, folder, entries = load_tokenizer("smoke"), places.DATA / "smoke", []
+    folder.mkdir()
+    draw = random.Random(0)
+    words = ["bench", "model", "token", "loss", "seed", "step", "text", "run"]
+    for name, split, count in (("train_000001.bin", "train", 180), ("val_000000.bin", "val", 20)):
+        writer = ShardWriter(folder, tokenizer.n_vocab, 10**6)
+        for _ in range(count):
+            text = " ".join(draw.choices(words, k=draw.randint(3, 40)))
+            writer.add(np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)]), len(text))
+        entries.append(writer.write(name, split))
+    write_json(folder / "manifest.json", {
+        "format_version": FORMAT_VERSION, "source": "smoke", "tokenizer": "smoke",
+        "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
+        "eot_id": tokenizer.eot_token, "shards": entries})
+
+
+def fresh_model(experiment, cfg) -> nn.Module:
+    torch.manual_seed(cfg.seed)
+    model = experiment.Model(cfg, cfg.vocab_size - 1, torch.float32)
+    draw_weights(model, cfg.seed)
+    loss = model(*rows_of(cfg))
+    if loss.shape or not loss.isfinite():
+        raise Unsound(f"its loss is {loss}, where one finite number is needed")
+    return model
+
+
+def rows_of(cfg) -> tuple[Tensor, Tensor]:
+    """(2, T) inputs of two documents each, and their targets."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, cfg.vocab_size - 1, (2, cfg.seq_len + 1), generator=generator)
+    tokens[:, [0, cfg.seq_len // 2]] = cfg.vocab_size - 1
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def trained(experiment, cfg, start: Callable, name: str, **knobs) -> dict[str, Tensor]:
+    """The weights that a run ends with."""
+    cfg = dataclasses.replace(cfg, model_name=name, **knobs)
+    start(experiment, cfg, World(cfg))
+    return weights_of(folder_of(name))
+
+
+def folder_of(name: str) -> Path:
+    return next(places.EXPERIMENTS.glob(f"*_{name}"))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def stopped_and_resumed(experiment, cfg, start: Callable) -> dict[str, Tensor]:
+    def train_and_stop(run) -> None:
+        batches = run.batches
+
+        def counted() -> Iterator:
+            for batch in batches():
+                if run.step == STEP_TO_STOP - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+        run.batches = counted
+        experiment.train(run)
+    try:
+        trained(dataclasses.replace(experiment, train=train_and_stop), cfg, start, "stopped")
+        raise Unsound("it did not stop")
+    except SystemExit:
+        return trained(experiment, cfg, start, "stopped", resume=str(folder_of("stopped")))
+
+
+def require_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, weight in first.items():
+        if not torch.equal(weight, second[name]):
+            raise Unsound(f"{name} differs by up to {(weight - second[name]).abs().max():.2g}; is there "
+                          "state that is neither a parameter nor in Optimizer.state()?")
+
+
+def require_gradients(model: nn.Module, cfg) -> None:
+    model.zero_grad()
+    model(*rows_of(cfg)).backward()
+    missing = [name for name, parameter in model.named_parameters()
+               if parameter.grad is None or not parameter.grad.any()]
+    if missing:
+        raise Unsound(f"{', '.join(missing)} has none: the loss does not depend on it")
+
+
+def require_slope(model: nn.Module, cfg) -> None:
+    """A small step against each parameter's gradient lowers the loss by as much as the gradient says.
+
+    In float64, but for what a model computes in float32 whatever its dtype, as the loss.
+    """
+    inputs, targets = rows_of(cfg)
+    model = copy.deepcopy(model).double()
+    model.dtype = torch.float64
+    model.zero_grad()
+    model(inputs, targets).backward()
+    for name, parameter in model.named_parameters():
+        size = float(parameter.grad.norm())
+        step = parameter.grad * (1e-3 * max(1.0, float(parameter.detach().norm())) / size)
+        with torch.no_grad():
+            losses = []
+            for sign in (1, -2):        # forth, and from there back to the other side
+                parameter.add_(step, alpha=sign)
+                losses.append(float(model(inputs, targets)))
+            parameter.add_(step)
+        change, expected = (losses[0] - losses[1]) / 2, size * float(step.norm())
+        if abs(change - expected) > 0.03 * expected + 1e-5 * abs(losses[0]):
+            raise Unsound(f"along the gradient of {name} the loss changes by {change:.4g}, and the gradient "
+                          f"says {expected:.4g}; is it written by hand?")
+
+
+@torch.no_grad()
+def require_causal(model: nn.Module, cfg) -> None:
+    inputs, _ = rows_of(cfg)
+    place, changed = cfg.seq_len // 4, inputs.clone()
+    changed[:, place] = (inputs[:, place] + 1) % (cfg.vocab_size - 1)
+    difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax((0, 2))
+    if difference[:place].max() > 0:
+        raise Unsound(f"a token changes what stands {place - int(difference.nonzero()[0])} places before it")
+    if not difference[place:].max() > 0:
+        raise Unsound("a token changes nothing")
+
+
+@torch.no_grad()
+def require_apart(model: nn.Module, cfg) -> None:
+    inputs, _ = rows_of(cfg)
+    border, changed = cfg.seq_len // 2, inputs.clone()
+    changed[:, 1:border] = (inputs[:, 1:border] + 1) % (cfg.vocab_size - 1)
+    difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax((0, 2))[border:]
+    if difference.max() > 0:
+        raise Unsound("the first document changes the second one, from its token "
+                      f"{int(difference.nonzero()[0])} on")
+
+
+def sample(experiment, cfg) -> None:
+    model, tokenizer = load_trained(experiment, folder_of("whole"), cfg, World(cfg))
+    texts = generate(model, [[tokenizer.eot_token, 104, 105]], cfg)
+    if any(not 0 <= token < cfg.vocab_size for text in texts for token in text):
+        raise Unsound("it samples what is no token")

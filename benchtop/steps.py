@@ -1,0 +1,140 @@
+"""What surrounds a step: its batch, made while the step before runs; what it found, read when the device is
+done; the scale of float16's losses.
+"""
+
+import contextlib
+import gc
+import itertools
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from benchtop.batches import Batch, Rows, batch_of
+from benchtop.errors import SharedError
+from benchtop.machine import World
+
+
+class NonFinite(SharedError):
+    """A loss or gradient that is not a number; the run cannot go on."""
+
+
+@contextlib.contextmanager
+def prepared_batches(rows: Rows, cfg, world: World, first_step: int) -> Iterator[Iterator[Batch]]:
+    """The batch of each step from `first_step` on, on the device; made while the step before runs."""
+    def make(step: int) -> Batch:
+        batch = batch_of(rows, cfg, step, world.rank, world.size)
+        return batch.each(Tensor.pin_memory) if world.device.type == "cuda" else batch
+
+    def batches() -> Iterator[Batch]:
+        following = helper.submit(make, first_step)
+        for step in itertools.count(first_step + 1):
+            batch, following = following.result(), helper.submit(make, step)
+            yield batch.each(lambda tensor: tensor.to(world.device, non_blocking=True))
+
+    with ThreadPoolExecutor(1) as helper:
+        yield batches()
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keep Python's garbage collector from stopping a step to walk through all modules."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+class Report:
+    """What a step found: loss, whether to stop and to save, norms of gradients. On its way from the device
+    while later steps are queued; reading it waits for it.
+
+    numbers  (3 + P) on the device
+    fits     whether the gradients fitted into their dtype
+    """
+
+    def __init__(self, step: int, scale: float, numbers: Tensor, fits: bool):
+        self.step, self.scale, self.fits = step, scale, fits
+        self.arrival = torch.cuda.Event() if numbers.is_cuda else None
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.values: dict[str, float] = {}      # for metrics.csv, once read
+        self.stops = self.saves = False
+        if self.arrival:
+            self.arrival.record()
+
+    def read(self, optimizer) -> None:
+        """Wait for the numbers and fill in what they say, the first time.
+
+        raises  NonFinite that names the step and what is not finite
+        """
+        if self.values:
+            return
+        if self.arrival:
+            self.arrival.synchronize()
+        loss, stops, saves = self.numbers[:3].tolist()
+        self.stops, self.saves = stops > 0, saves > 0
+        self.values = {"train_loss": loss, "lr_scale": self.scale}
+        if self.fits:
+            self.values["grad_norm"] = check_norms(optimizer, self.numbers[3:], loss, self.step)
+
+
+def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:
+    """The norm of all gradients together, from the norms of each parameter's, (P).
+
+    raises  NonFinite that names the step and what is not finite
+    """
+    total = torch.linalg.vector_norm(norms).item()
+    if not math.isfinite(loss):
+        raise NonFinite(f"the loss of step {step} is {loss}; try a lower learning rate, or --dtype float32")
+    if not math.isfinite(total):
+        culprit = next(name for name, norm in zip(optimizer.parameters, norms.tolist(), strict=True)
+                       if not math.isfinite(norm))
+        raise NonFinite(f"the gradient of {culprit} is not finite in step {step}; try a lower learning rate, "
+                        "or --dtype float32")
+    return total
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740); 1 where not enabled.
+
+    float16 has few small numbers: losses are scaled up before backward, gradients down after. The scale
+    doubles after 1,000 steps without overflow; after one with, it halves and the step is left out.
+    """
+
+    def __init__(self, enabled: bool):
+        self.enabled, self.value, self.good_steps = enabled, 2.0**16 if enabled else 1.0, 0
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.value).backward()
+
+    def unscale(self, optimizer, norms: Tensor) -> bool:
+        """Bring gradients and their norms (P) to their true size; False if they overflowed and were cleared.
+
+        raises  NonFinite if even a scale of 1 overflows
+        """
+        if not self.enabled:
+            return True
+        if norms.isfinite().all():
+            optimizer.divide_gradients(self.value)
+            norms /= self.value
+            self.good_steps += 1
+            if self.good_steps % 1000 == 0:
+                self.value *= 2
+            return True
+        if self.value <= 1:
+            raise NonFinite("gradients overflow float16 at any scale; try --dtype float32")
+        self.value, self.good_steps = self.value / 2, 0
+        optimizer.clear_gradients()
+        return False
+
+    def state(self) -> dict:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load(self, state: dict) -> None:
+        self.value, self.good_steps = state["value"], state["good_steps"]

@@ -1,0 +1,72 @@
+"""The bar for a model: what `xz -9e` needs for the held-out text after the training text.
+
+A compressor that has just read the training text may refer back to it, as a model may. So its score is the
+size of both texts together, less that of the training text alone, in bits per byte of the held-out text:
+
+    8 * (xz(training + held-out) - xz(training)) / len(held-out)
+
+with a window that spans them both. It is computed once, when data are made, and kept in the manifest.
+"""
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+TRAINING_BYTES = 12 * 2**20     # of the training text's end, and
+HELD_OUT_BYTES = 2 * 2**20      # of the held-out text's beginning; together some 20 seconds on one core
+TOKENS_AT_ONCE = 2**18
+
+
+def xz_bar(train: list[np.ndarray], val: list[np.ndarray], table: list[bytes]) -> dict:
+    """What a manifest says of xz; nothing where this Python has no lzma or the texts are empty.
+
+    train, val  tokens of each shard
+    table       the bytes of each token
+    """
+    training = text_from_end(train, table, TRAINING_BYTES)
+    held_out = text_from_start(val, table, HELD_OUT_BYTES)
+    if not training or not held_out or not importlib.util.find_spec("_lzma"):
+        return {}
+    return {"xz_bpb": xz_bits_per_byte(held_out, after=training), "xz_training_bytes": len(training),
+            "xz_held_out_bytes": len(held_out)}
+
+
+def xz_bits_per_byte(text: bytes, after: bytes) -> float:
+    """Bits that xz -9e needs for each byte of a text that follows another one."""
+    with ThreadPoolExecutor(2) as pool:         # lzma works without the interpreter's lock
+        both, alone = pool.map(_packed_size, (after + text, after))
+    return 8 * (both - alone) / len(text)
+
+
+def _packed_size(text: bytes) -> int:
+    import lzma
+    window = max(4096, len(text))       # xz's own is 64 MiB, which takes 674 MiB of memory and finds no more
+    how = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": window}
+    return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=[how]))
+
+
+def text_from_start(shards: list[np.ndarray], table: list[bytes], most: int) -> bytes:
+    """The first `most` bytes of the text in some shards."""
+    pieces = (tokens[start:start + TOKENS_AT_ONCE] for tokens in shards
+              for start in range(0, len(tokens), TOKENS_AT_ONCE))
+    return b"".join(_up_to(most, pieces, table))[:most]
+
+
+def text_from_end(shards: list[np.ndarray], table: list[bytes], most: int) -> bytes:
+    """The last `most` bytes of the text in some shards."""
+    pieces = (tokens[max(0, end - TOKENS_AT_ONCE):end] for tokens in reversed(shards)
+              for end in range(len(tokens), 0, -TOKENS_AT_ONCE))
+    return b"".join([*_up_to(most, pieces, table)][::-1])[-most:]
+
+
+def _up_to(most: int, pieces: Iterable[np.ndarray], table: list[bytes]) -> Iterator[bytes]:
+    """The bytes of pieces of tokens, until there are enough."""
+    size = 0
+    for piece in pieces:
+        text = b"".join([table[token] for token in piece.tolist()])
+        size += len(text)
+        yield text
+        if size >= most:
+            return

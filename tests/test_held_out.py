@@ -1,0 +1,224 @@
+"""Which documents are held out, of large sources and of small ones.
+
+Run: ./run.sh test tests/test_held_out.py
+"""
+
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchtop import held_out
+from benchtop.documents import Document, Source, hash_of
+from benchtop.held_out import Parts, Rule, choose_held_out, documents_to_validate_on, rule_for
+from benchtop.hub import FineWeb
+from benchtop.sources import open_source
+
+
+class Texts:
+    """A source of these texts."""
+    label, is_large = "texts", False
+    units = Source.units
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def __iter__(self) -> Iterator[Document]:
+        yield from ((str(number), text) for number, text in enumerate(self.texts))
+
+
+def sides(source: Texts, rule: Rule) -> tuple[set[str], set[str]]:
+    """Held-out texts and the others; the empty one is on no side."""
+    texts = {text for _, text in rule.documents(source) if text}
+    held_out = set(filter(rule.holds_out, texts))
+    return held_out, texts - held_out
+
+
+def num_bytes(texts: set[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+# ------------------------------------------------------------------------------------------------
+# Large sources
+# ------------------------------------------------------------------------------------------------
+
+@given(st.text())
+def test_of_a_large_source_the_text_alone_decides(text):
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert Rule().holds_out(text) == (int(digest[:16], 16) % 64 == 0)
+
+
+def test_one_document_in_64_is_held_out():
+    number, share = 64_000, 1 / 64
+    held_out = sum(Rule().holds_out(f"document {index}") for index in range(number))
+    assert abs(held_out - number * share) < 4 * math.sqrt(number * share * (1 - share))
+
+
+def test_a_large_source_is_read_no_further_than_it_takes_to_know_that():
+    read = 0
+
+    class Endless(Texts):
+        def __iter__(self):
+            nonlocal read
+            while True:
+                read += 1
+                yield "", f"document {read}"
+    assert rule_for(Endless([])) == Rule()
+    assert sum(Rule().holds_out(f"document {number}") for number in range(1, read + 1)) == 64
+
+
+def test_fineweb_is_large_without_a_look_at_it(monkeypatch):
+    monkeypatch.setattr(FineWeb, "__init__", lambda source: None)
+    assert rule_for(FineWeb()) == Rule()
+
+
+def test_what_is_held_out_of_a_few_thousand_documents_goes_on_from_what_one_in_64_gives():
+    texts = [f"document {number}" for number in range(20_000)]
+    places = [place for place, text in enumerate(texts) if Rule().holds_out(text)]
+    assert rule_for(Texts(texts[:places[63] + 1])) == Rule()
+    small = rule_for(Texts(texts[:places[63]]))
+    kept_out, _ = sides(Texts(texts[:places[63]]), small)
+    assert len(kept_out) == 64 and {texts[place] for place in places[:63]} < kept_out
+
+
+# ------------------------------------------------------------------------------------------------
+# Small sources
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("documents, held_out", [(3500, 64), (1280, 64), (400, 20), (60, 3), (20, 1)])
+def test_a_small_source_holds_out_64_documents_or_5_percent(documents, held_out):
+    source = Texts([f"document {number:9}" for number in range(documents)])
+    assert len(sides(source, rule_for(source))[0]) == held_out
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(0, 400) | st.integers(0, 4000), max_size=40), st.integers(0, 300),
+       st.randoms(use_true_random=False))
+def test_what_a_small_source_holds_out_is_enough_and_not_too_much(sizes, many, rng):
+    texts = [f"{number} é" + random.Random(number).randbytes(size).hex()
+             for number, size in enumerate([*sizes, *[30] * many])] + [""]
+    source, rule = Texts(texts), rule_for(Texts(texts))
+    if not rule:
+        assert sum(map(len, texts)) < 2000
+        return
+    kept_out, trainable = sides(source, rule)
+    total, size = num_bytes(kept_out | trainable), num_bytes(kept_out)
+    assert kept_out and trainable and rule.one_in == 0
+    assert len(kept_out) <= 64 and size <= total / 20
+    assert len(kept_out) == 64 or size >= total / 64
+    if len(kept_out) < 64 and size < 0.045 * total:
+        assert all(size + num_bytes({text}) > total / 20 for text in trainable), "the others are too large"
+    if not rule.part:
+        again = rng.sample(texts, len(texts)) + rng.choices(texts, k=9)
+        assert rule_for(Texts(again)) == rule, "neither order nor duplicates matter"
+
+
+def test_copies_of_a_document_do_not_make_a_source_large():
+    texts = [f"document {number}" for number in range(400)]
+    again = next(text for text in texts if Rule().holds_out(text))
+    assert rule_for(Texts([*texts, *[again] * 99])) == rule_for(Texts(texts))
+
+
+def test_a_document_too_large_to_hold_out_is_passed_over():
+    texts = [f"document {number}" for number in range(400)]
+    first = min(texts, key=lambda text: (not Rule().holds_out(text), hash_of(text)))
+    large = next(text for text in ("x" * 400 + str(number) for number in range(10**6))
+                 if Rule().holds_out(text) and hash_of(text) < hash_of(first))
+    source = Texts([*texts, large])
+    kept_out, _ = sides(source, rule_for(source))
+    assert first in kept_out and large not in kept_out and len(kept_out) > 15
+
+
+@pytest.mark.parametrize("books, notes", [(1, 0), (10, 1), (19, 0)])
+def test_a_few_books_are_cut_into_parts(books, notes):
+    rng = random.Random(0)
+    texts = ["\n".join(str(rng.random()) for _ in range(9000)) for _ in range(books)]
+    source = Texts(texts + ["a note"] * notes)
+    rule = rule_for(source)
+    kept_out, trainable = sides(source, rule)
+    assert rule.part and 16 < len(kept_out) <= 64
+    assert num_bytes(kept_out) / num_bytes(kept_out | trainable) == pytest.approx(0.05, abs=0.005)
+
+
+def test_a_book_of_many_parts_holds_out_one_in_64(monkeypatch):
+    monkeypatch.setattr(held_out, "LONGEST_PART", 200)
+    rng = random.Random(0)
+    source = Texts(["\n".join(str(rng.random()) for _ in range(10**5))])
+    assert rule_for(source) == Rule(part=200)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a few words"], ["the same line\n" * 999], ["two", "words"]])
+def test_a_source_without_enough_text_has_no_rule(texts):
+    assert rule_for(Texts(texts)) is None
+
+
+def test_the_library_holds_out_enough_to_measure_on():
+    source = open_source("stdlib")
+    kept_out, trainable = sides(source, rule_for(source))
+    assert 16 < len(kept_out) <= 64
+    assert len(kept_out) == 64 or 0.045 <= num_bytes(kept_out) / num_bytes(kept_out | trainable) <= 0.05
+
+
+@pytest.mark.parametrize("texts", [[f"document {number}" for number in range(400)],
+                                   [f"document {number}" for number in range(9000)],
+                                   ["\n".join(map(str, range(9000)))]])
+def test_a_manifest_tells_the_rule(texts):
+    rule = rule_for(Texts(texts))
+    assert Rule.of_facts(json.loads(json.dumps(rule.facts()))) == rule
+
+
+def test_the_rules_of_earlier_manifests_still_hold():
+    assert Rule.of_facts({"one_in": 16, "cut_characters": 200, "split": []}) == Rule(16, frozenset(), 200)
+    texts = [f"document {number}" for number in range(999)]
+    assert [text for text in texts if Rule(16).holds_out(text)] == [
+        text for text in texts if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 16 == 0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Documents to validate on, and parts
+# ------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.text(max_size=3), max_size=40), st.integers(1, 20))
+def test_the_held_out_documents_of_smallest_hash_are_chosen(given_texts, budget):
+    rule = Rule(2)
+    held_out = sorted({text for text in given_texts if text and rule.holds_out(text)},
+                      key=lambda text: hashlib.sha256(text.encode()).digest())
+    expected = []
+    while held_out and num_bytes(expected) < budget:
+        expected.append(held_out.pop(0))
+    chosen = choose_held_out([(text, text) for text in given_texts], budget, rule)
+    assert chosen == [(text, text) for text in expected]
+
+
+def test_all_that_a_small_source_holds_out_is_validated_on():
+    source = Texts([f"document {number}" for number in range(400)])
+    rule = rule_for(source)
+    chosen = [text for _, text in documents_to_validate_on(source, rule, 10**6)]
+    assert set(chosen) == sides(source, rule)[0] and chosen == sorted(chosen, key=hash_of)
+
+
+@given(st.lists(st.text("ab\n\r\u2028", max_size=30)), st.integers(1, 12))
+def test_parts_are_cut_at_line_ends_and_lose_nothing(given_texts, characters):
+    source = [(str(number), text) for number, text in enumerate(given_texts)]
+    parts = list(Parts(source, characters))
+    for number, text in enumerate(given_texts):
+        mine = [part for name, part in parts if name.split("#")[0] == str(number)]
+        assert "".join(mine) == text
+        assert all(characters <= len(part) < 2 * characters for part in mine[:-1])
+        lines = text.splitlines(keepends=True)
+        if all(len(line) <= characters for line in lines):
+            ends = {sum(map(len, lines[:count])) for count in range(len(lines) + 1)}
+            assert all(sum(map(len, mine[:count])) in ends for count in range(len(mine)))
+    assert len({name for name, _ in parts}) == len(parts)
+
+
+def test_a_line_as_long_as_a_book_is_cut_quickly():
+    started = time.perf_counter()
+    parts = sum(1 for _ in Parts([("", "word " * 4_000_000)], 20_000))
+    assert parts == 1000 and time.perf_counter() - started < 0.5

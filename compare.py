@@ -9,8 +9,8 @@
 
 A group is NAME=GLOB, or a folder of run folders, such as the committed experiments/demo. The first group is
 the baseline; each other one is compared with it. Runs that differ in data, held-out text, tokenizer or
-tokens, or in the bench's code for data order, budget or evaluation, are not compared, unless --although names
-what may differ. Where the held-out text is the same, bits per byte can be compared even between tokenizers.
+tokens, or in files of the bench that decide a run's numbers, are not compared, unless --although names what
+may differ. Where the held-out text is the same, bits per byte can be compared even between tokenizers.
 """
 
 import os

@@ -151,9 +151,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a run of train_nanogpt.py or train_llama3.py; or a GPT-2 "
                         "in config.json and model.safetensors")
     parser.add_argument("--tokenizer", default="gpt2",
-                        help="from_transformers: folder in tokenizers/, or gpt2 (default: gpt2)")
+                        help="from_transformers: folder in tokenizers/, or gpt2")
     parser.add_argument("--name", default="gpt2",
-                        help="from_transformers: last part of the run folder's name (default: gpt2)")
+                        help="from_transformers: last part of the run folder's name")
     args = parser.parse_args()
     if args.direction == "to_transformers":
         print(f"wrote {to_transformers(args.folder)}")

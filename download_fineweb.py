@@ -26,7 +26,7 @@ import time
 import tiktoken
 
 from benchtop import files, host, hub, places
-from benchtop.command_line import Parser, command, positive
+from benchtop.command_line import Parser, command, counted, positive
 from benchtop.documents import Source
 from benchtop.errors import UserError
 from benchtop.held_out import BYTES_PER_TOKEN, Rule
@@ -59,13 +59,13 @@ def part_of(text: str) -> tuple[int, int]:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("Turn documents into token shards.")
     parser.add_argument("-v", "--version", "--source", nargs="+", default=["stdlib"],
-                        help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` behind; ready-made GPT-2 "
+                        help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` appended; ready-made GPT-2 "
                              "shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and globs "
                              "(.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
     parser.add_argument("-ss", "--shard_size", type=positive, default=10**8,
                         help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
-                        help="shards to train on; 0 takes all text; more than last time adds some")
+                        help="shards to train on; 0 takes all text; a larger number adds shards")
     parser.add_argument("-t", "--tokenizer",
                         help="a folder in tokenizers/, or gpt2 (default: the only one that is there)")
     parser.add_argument("--val_tokens", type=positive, default=10_485_760,
@@ -128,7 +128,8 @@ def main() -> None:
                          ("skipped", "that tiktoken cannot encode")):
         count, first = manifest[trouble]["count"], manifest[trouble]["first"]
         if count:
-            print(f"{trouble} {count:,} documents {why}: {', '.join(first[:5])}{' ...' if count > 5 else ''}")
+            print(f"{trouble} {counted(count, 'document')} {why}: {', '.join(first[:5])}"
+                  + (" ..." if count > 5 else ""))
     if few := few_held_out(manifest):
         print(f"note: {few}")
     print(f"wrote {describe(folder, manifest)}")

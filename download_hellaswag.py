@@ -31,7 +31,7 @@ import re
 from pathlib import Path
 
 from benchtop import places
-from benchtop.command_line import Parser, command, positive
+from benchtop.command_line import Parser, command, counted, positive
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
 from benchtop.folder import load_script, summary_of, write_benchmark
 from benchtop.processes import is_first_process
@@ -53,13 +53,14 @@ def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
                         f"only letters, digits, '.', '_' and '-', but not {' or '.join(taken)}")
     before = summary_of(folder).get("benchmarks", {}).get(task.name)
     if before and (before["sha256"] != task.sha256 or before["rows"] > len(task.questions)):
-        raise UserError(f"{folder} has a score on {before['rows']:,} rows of {task.name}, which this one on "
-                        f"{len(task.questions):,} would replace; rename the task, or score all rows")
+        raise UserError(f"{folder} has a score on {counted(before['rows'], 'row')} of {task.name}, which "
+                        f"this one on {len(task.questions):,} would replace; rename the task, or score all "
+                        "rows")
     from benchtop.saved import score_saved  # which imports torch
     scores, facts, is_main = score_saved(load_script(folder).EXPERIMENT, folder, task)
     if is_main:
         write_benchmark(folder, task.name, task.facts() | scores.summary() | facts, scores.items)
-        print(f"{task.name}: {scores.rows:,} rows{task.note}", *scores.lines(),
+        print(f"{task.name}: {counted(scores.rows, 'row')}{task.note}", *scores.lines(),
               f"wrote {folder / task.name}.jsonl", sep="\n")
 
 

@@ -30,9 +30,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from benchtop import hub
-from benchtop.command_line import Help, Parser, command, positive
-from benchtop.conclusions import counted
-from benchtop.endpoint import JSON, KEY_VARIABLE, Answer, Endpoint, Question
+from benchtop.command_line import Help, Parser, command, counted, positive
+from benchtop.endpoint import JSON, KEY_VARIABLE, Answer, Asked, Endpoint
 from benchtop.errors import UserError
 from benchtop.judging import (
     Judgement,
@@ -58,7 +57,7 @@ def price(text: str) -> float:
     return value
 
 
-def plan(judgement: Judgement, missing: list[Question], prices: tuple[float, float]) -> list[str]:
+def plan(judgement: Judgement, missing: list[Asked], prices: tuple[float, float]) -> list[str]:
     """What there is to ask, and what that may cost."""
     a, b, path, questions = judgement.a, judgement.b, judgement.path, judgement.questions
     lines = [f"A is {a.name}, B is {b.name}; {counted(len(judgement.pairs), 'prompt')} of "
@@ -79,14 +78,14 @@ def plan(judgement: Judgement, missing: list[Question], prices: tuple[float, flo
     return lines
 
 
-def example(endpoint: Endpoint, question: Question) -> str:
+def example(endpoint: Endpoint, question: Asked) -> str:
     """A request in full, with the name of the key in its place."""
     headers = JSON | ({"Authorization": f"Bearer [{endpoint.key_variable}]"} if endpoint.key else {})
     return "\n".join([f"POST {endpoint.url}", *(f"{name}: {value}" for name, value in headers.items()), "",
                       json.dumps(json.loads(question.body), indent=2)])
 
 
-def ask_all(judgement: Judgement, endpoint: Endpoint, missing: list[Question],
+def ask_all(judgement: Judgement, endpoint: Endpoint, missing: list[Asked],
             answers: dict[tuple[int, str], Answer], file: BinaryIO) -> None:
     """Add what is missing to the answers and to their file; whatever stops it, those that came are kept."""
     def kept() -> str:

@@ -16,7 +16,7 @@ import shlex
 import sys
 
 from benchtop import places
-from benchtop.command_line import Parser, command, positive
+from benchtop.command_line import Parser, command, counted, positive
 from benchtop.errors import UserError
 from benchtop.groups import Group, check_comparable
 from benchtop.repeats import check_room, ended_run, keep, run_seed, script_place, verdict
@@ -64,7 +64,7 @@ def main() -> None:
     if args.keep:
         keep(runs, kept_in)
     if not group.finished:
-        raise UserError(f"none of the {len(runs)} runs finished")
+        raise UserError(f"none of {counted(len(runs), 'run')} finished")
     check_comparable([group], "val_bpb")        # data may have been made anew meanwhile
     print(f"{as_text(groups_table([group]))}\n\n{verdict(group)}")
 

@@ -40,7 +40,7 @@ class Config(CommonConfig):
     # the model
     mlp_ratio: int = 4                # hidden width of an MLP, in model widths
     # the optimizer
-    learning_rate: float = 6e-4       # for width 768; others have it by the root of the width
+    learning_rate: float = 6e-4       # for width 768; scaled by 1/sqrt(width) for other widths
     weight_decay: float = 0.1         # of what has two dimensions, times the learning rate
     warmup_frac: float = 0.02         # first fraction of training, in which the learning rate climbs from 0
     final_lr_frac: float = 0.1        # learning rate at the end of the cosine, as a fraction of its peak
@@ -134,7 +134,7 @@ class AdamW(train_gpt.Optimizer):
     """
 
     betas, eps = (0.9, 0.95), 1e-8
-    kinds = dict.fromkeys(("decayed", "kept"), ("mean", "square"))
+    rules = dict.fromkeys(("decayed", "kept"), "adam")
 
     @staticmethod
     def group_of(name: str, parameter: Tensor) -> str:

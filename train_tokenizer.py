@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchtop import bpe, files, host, places, processes
 from benchtop.bpe import MIN_COUNT, MOST_SAMPLES, MOST_TOKENS, Forecast, Sample
-from benchtop.command_line import Parser, command, positive
+from benchtop.command_line import Parser, command, counted, positive
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
 from benchtop.held_out import rule_for
 from benchtop.processes import Processes
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
                         help=f"characters of text to learn from (default: {MOST_SAMPLES}, or the smaller "
                              "power of two that memory allows)")
     parser.add_argument("-v", "--vocabsize", type=positive, default=50256,
-                        help="tokens, the 256 bytes included and <|endoftext|> not")
+                        help="tokens, including the 256 bytes, without <|endoftext|>")
     parser.add_argument("-f", "--name",
                         help="folder in tokenizers/ (default: gpt4regex_v50256_n1073741824, with the numbers "
                              "of --vocabsize and --samples)")
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="where the merging runs; no GPU has been measured yet")
     parser.add_argument("--convert", metavar="FILE.pkl", type=Path,
-                        help="make a folder of a pickled tokenizer of older days, and learn nothing")
+                        help="make a folder of a pickled tokenizer made by gpt-lab, and learn nothing")
     return parser.parse_args()
 
 
@@ -143,7 +143,7 @@ def say_what_it_takes(growth: Forecast, samples: int, args: argparse.Namespace, 
 def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict, held_out: list[str],
                    args: argparse.Namespace) -> None:
     """From the counts to the folder."""
-    print(f"counted {facts['unique_pieces']:,} distinct pieces in {facts['documents']:,} documents, "
+    print(f"counted {facts['unique_pieces']:,} distinct pieces in {counted(facts['documents'], 'document')}, "
           f"{facts['characters']:,} characters")
     if facts["invalid_utf8_replaced"]:
         print(f"replaced {facts['invalid_utf8_replaced']:,} invalid UTF-8 sequences by U+FFFD")

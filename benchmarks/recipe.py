@@ -11,7 +11,6 @@ Differences are paired by seed, with 95 % intervals of Student's t. --train lear
 first and validates on all of --val.
 """
 
-import argparse
 import json
 import shlex
 import shutil
@@ -129,8 +128,7 @@ def difference(values: list[float], base: list[float]) -> str:
 
 @command
 def main() -> None:
-    parser = Parser("Compare variants of the recipe at equal time or steps.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Compare variants of the recipe at equal time or steps.")
     parser.add_argument("--variant", action="append", metavar="NAME=FLAGS",
                         help="a variant: flags of train_gpt.py, and patches *.diff")
     parser.add_argument("--data", default="", help="a folder in data/")

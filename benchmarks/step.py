@@ -8,7 +8,6 @@ timed in its parts. The floor is the time of the step's matrix products one afte
 between them: three for each weight, and six for attention where it is made of products.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -86,7 +85,7 @@ def measure(cfg: Config, times: int) -> str:
 
     def by_muon() -> None:
         with torch.no_grad():
-            optimizer.muon_step(optimizer.groups["matrices"], 0.0, 0.95)
+            optimizer.muon_step(optimizer.groups["matrices"], 0.0)
 
     def by_adam() -> None:
         optimizer.steps_done = 1
@@ -111,10 +110,9 @@ def measure(cfg: Config, times: int) -> str:
 @command
 def main() -> None:
     parser = Parser("Time a training step of presets, its floor, and Muon's share.",
-                    epilog="Further flags are train_gpt.py's.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    epilog="Further flags are train_gpt.py's.")
     parser.add_argument("presets", nargs="+", choices=PRESETS, help="a row of the table each")
-    parser.add_argument("--times", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--times", type=int, default=3, help="repetitions; the median is reported")
     args, flags = parser.parse_known_args()
     print("| preset | tokens of a step | tokens/s | floor / step | MFU | peak MiB | Muon's time | "
           "Muon's memory, MiB |\n|---|---|---|---|---|---|---|---|")

@@ -7,7 +7,6 @@ experiments/transfer.csv and transfer.png; where the rules for width hold, the c
 above one another.
 """
 
-import argparse
 import csv
 import math
 import shlex
@@ -46,8 +45,7 @@ def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> Non
 
 @command
 def main() -> None:
-    parser = Parser("Sweep the learning rate over widths.", epilog="Further flags are train_gpt.py's.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Sweep the learning rate over widths.", epilog="Further flags are train_gpt.py's.")
     parser.add_argument("--data", required=True, help="a folder in data/")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="widths of the model")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4],

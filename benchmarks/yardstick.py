@@ -8,7 +8,6 @@ Each ends its schedule with its minutes. What stands at a quarter and at half of
 between the validations before and after: a schedule cut short there would have done better.
 """
 
-import argparse
 import itertools
 import math
 import shlex
@@ -79,8 +78,7 @@ def table(groups: list[Group], minutes: float) -> list[list[str]]:
 
 @command
 def main() -> None:
-    parser = Parser("Train the yardsticks beside train_gpt.py.", epilog="Further flags go to all three.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Train the yardsticks beside train_gpt.py.", epilog="Further flags go to all three.")
     parser.add_argument("--minutes", type=float, default=2, help="minutes of training per run")
     parser.add_argument("--seeds", type=positive, default=3, help="number of runs per script")
     parser.add_argument("--preset", default="demo", help="preset of train_gpt.py, for data and size")

@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from benchtop.batches import Rows, micro_batch_shape
-from benchtop.command_line import minutes, program
-from benchtop.conclusions import counted, standing
+from benchtop.budget import MOST_EPOCHS
+from benchtop.command_line import counted, minutes, program
+from benchtop.conclusions import standing
 from benchtop.errors import UserError
 from benchtop.evaluation import HeldOut
 from benchtop.groups import read_run
 from benchtop.machine import Kernels, World
 from benchtop.shards import Dataset
 from benchtop.tasks import Task, command_to_fetch
-
-BAR = "xz -9e after the training text"      # how good a compressor is that has read what the model has read
-REPEATS = 4             # epochs, beyond which repeated text teaches little (arXiv:2305.16264)
-
+from benchtop.xz import bar_in_words
 
 # ------------------------------------------------------------------------------------------------
 # Before
@@ -33,8 +31,9 @@ def introduction(cfg, world: World, model: nn.Module, kernels: Kernels, memory_m
         f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
         f"compile     {'on' if kernels.compiled else 'off'}: {kernels.compile_reason}",
         f"attention   by {kernels.attention}",
-        f"model       {num_parameters(model):,} parameters: {cfg.num_layers} layers, width {cfg.model_dim}, "
-        f"{cfg.num_heads} heads of {cfg.head_dim}, {cfg.vocab_size:,} tokens",
+        f"model       {num_parameters(model):,} parameters: {counted(cfg.num_layers, 'layer')}, "
+        f"width {cfg.model_dim}, {counted(cfg.num_heads, 'head')} of {cfg.head_dim}, "
+        f"{cfg.vocab_size:,} tokens",
         f"budget      {budget_in_words(cfg)}; {world.size} x {count} micro-batches of {rows} x {cfg.seq_len}",
         f"memory      about {memory_mib:,.0f} MiB for each process",
     ]
@@ -45,15 +44,27 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def budget_in_words(cfg) -> str:
-    steps = f"{cfg.num_steps:,} steps of {cfg.batch_tokens:,} tokens ({cfg.train_tokens:,} in all)"
+    clock = f"{counted(cfg.train_minutes, 'minute')} of training"
     if not cfg.num_steps:
-        return f"{cfg.train_minutes:g} minutes of training in steps of {cfg.batch_tokens:,} tokens"
-    by_clock = f", or {cfg.train_minutes:g} minutes of training if that ends first"
-    return steps + (by_clock if cfg.train_minutes else "")
+        return f"{clock} in steps of {cfg.batch_tokens:,} tokens"
+    steps = f"{steps_in_words(cfg)} ({cfg.train_tokens:,} in all)"
+    return steps + (f", or {clock} if that ends first" if cfg.train_minutes else "")
+
+
+def steps_in_words(cfg) -> str:
+    return f"{counted(cfg.num_steps, 'step')} of {cfg.batch_tokens:,} tokens"
+
+
+def what_ended(cfg, step: int, target: dict | None) -> str:
+    """The budget that a run ended with: its steps, its minutes, or the loss that it was to reach."""
+    if target:
+        return f"val_loss {target['target_loss']:g}"
+    return (steps_in_words(cfg) if step == cfg.num_steps else
+            f"{counted(cfg.train_minutes, 'minute')} of training")
 
 
 def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
-    return [f"{name:<12}" + (f"{len(task.questions):,} rows at the end{task.note}" if task else
+    return [f"{name:<12}" + (f"{counted(len(task.questions), 'row')} at the end{task.note}" if task else
                              f"not downloaded; {command_to_fetch(name)} does it")
             for name, task in tasks.items()]
 
@@ -64,9 +75,9 @@ def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[
              f"held out    {len(held_out.tokens):,} tokens of {counted(held_out.num_documents, 'document')}"]
     if cfg.num_steps:
         epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
-        advice = f" (beyond {REPEATS}, repeated text teaches little: take more text or fewer steps)"
-        lines.append(f"epochs      {cfg.num_steps:,} steps are {epochs:.2f} epochs"
-                     + (advice if epochs > REPEATS else ""))
+        advice = f" (beyond {MOST_EPOCHS}, repeated text teaches little: take more text or fewer steps)"
+        lines.append(f"epochs      {counted(cfg.num_steps, 'step')}: {epochs:.2f} epochs"
+                     + (advice if epochs > MOST_EPOCHS else ""))
     return lines
 
 
@@ -113,7 +124,7 @@ def conclusion(cfg, folder: Path, summary: dict, samples: list[dict]) -> list[st
              f"run         {os.path.relpath(folder)}  (loss.png, summary.json, samples, the code that ran)",
              f"val_loss    {summary['val_loss']:.4f} nats per token on {summary['held_out_tokens']:,} tokens "
              f"of {counted(summary['held_out_documents'], 'held-out document')}",
-             f"val_bpb     {summary['val_bpb']:.4f} bits per byte{bar_in_words(summary)}"]
+             f"val_bpb     {summary['val_bpb']:.4f} bits per byte{verdict_in_words(summary)}"]
     if summary["best_step"] < summary["step"]:
         lines.append(f"best        val_bpb {summary['best_val_bpb']:.4f} at step {summary['best_step']:,}")
     lines.append(f"time        {minutes(summary['train_seconds'])} of training "
@@ -142,12 +153,12 @@ def conclusion(cfg, folder: Path, summary: dict, samples: list[dict]) -> list[st
     return lines
 
 
-def bar_in_words(summary: dict) -> str:
+def verdict_in_words(summary: dict) -> str:
     """How the model stands beside a compressor that has read the same text."""
     if not summary.get("xz_bpb"):
         return ""
     verdict = "better" if summary["val_bpb"] < summary["xz_bpb"] else "worse"
-    return f" ({BAR}: {summary['xz_bpb']:.4f}; the model is {verdict})"
+    return f" ({bar_in_words(summary)}: {summary['xz_bpb']:.4f}; the model is {verdict})"
 
 
 def next_command(cfg, summary: dict) -> str:
@@ -166,7 +177,8 @@ def next_command(cfg, summary: dict) -> str:
 
 
 def target_in_words(target: dict) -> str:
-    return (f"target      val_loss {target['target_loss']:g} is reached after {target['step']:,} steps, "
+    steps = counted(target["step"], "step")
+    return (f"target      val_loss {target['target_loss']:g} is reached after {steps}, "
             f"{target['tokens']:,} tokens and {minutes(target['train_seconds'])} of training")
 
 
@@ -175,4 +187,4 @@ def task_in_words(result: dict) -> str:
     other = (f"perplexity {result['perplexity']:.2f}" if "perplexity" in result else
              f"{result['acc_norm_bytes']['value']:.4f} by bytes")
     return (f"{acc['value']:.4f} right ({acc['low']:.4f} to {acc['high']:.4f}), {other}; "
-            f"chance {result['chance']:.4f}; {result['rows']:,} rows")
+            f"chance {result['chance']:.4f}; {counted(result['rows'], 'row')}")

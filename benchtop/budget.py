@@ -8,6 +8,7 @@ import time
 from benchtop.machine import World
 
 VALIDATIONS = 10        # over a run, where --val_every is 0
+MOST_EPOCHS = 4         # beyond which repeated text teaches little (arXiv:2305.16264)
 
 
 class Clock:

@@ -19,9 +19,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default in (None, False, ""):
             return action.help
-        shown = " ".join(action.default) if isinstance(action.default, list) else action.default
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
 
 
@@ -103,3 +103,8 @@ def program() -> list[str]:
 def minutes(seconds: float) -> str:
     """A duration as minutes and seconds: 247.3 is 4:07."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def counted(number: float, thing: str) -> str:
+    """A number of things: 1 run, 2,000 runs, 0.5 minutes."""
+    return f"{number:,.12g} {thing}{'' if number == 1 else 's'}"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from benchtop import significance
+from benchtop.command_line import counted
 from benchtop.errors import UserError
 from benchtop.groups import (
     Group,
     NotComparable,
-    Run,
+    SavedRun,
     benchmarks_of,
     check_comparable,
     differences_of,
@@ -107,10 +108,6 @@ def compare(a: Group, b: Group, metric: str, effect: float = 0.0) -> Comparison:
     return Comparison(a, b, metric, seeds, welch, paired, effect)
 
 
-def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def p_in_words(p: float) -> str:
     return f"p = {p:.2g}" if p >= 0.001 else "p below 0.001"
 
@@ -169,7 +166,7 @@ def baseline(spec: str) -> Group:
     return Group(groups[0].name if len(groups) == 1 else spec, runs)
 
 
-def standing(run: Run, spec: str, metric: str = "val_bpb") -> str:
+def standing(run: SavedRun, spec: str, metric: str = "val_bpb") -> str:
     """How far a finished run is from a group, in its standard deviations; or why that cannot be said."""
     group = baseline(spec)
     others = [other for other in group.runs if other.folder.resolve() != run.folder.resolve()]

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from benchtop.errors import UserError
-from benchtop.groups import Group, Run
+from benchtop.groups import Group, SavedRun
 
 
-def _price(run: Run) -> float:
+def _price(run: SavedRun) -> float:
     return run.knobs.get("gpu_cost_per_hour", 0)
 
 
 # how far a run was at a row of metrics.csv: what the axis says, and the value or None
-AXES: dict[str, tuple[str, Callable[[Run, dict], float | None]]] = {
+AXES: dict[str, tuple[str, Callable[[SavedRun, dict], float | None]]] = {
     "step": ("steps", lambda run, row: row.get("step")),
     "tokens": ("million tokens", lambda run, row: row["tokens"] / 1e6),
     "time": ("minutes of training", lambda run, row: row["train_seconds"] / 60),
@@ -32,7 +32,7 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
          "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "benchtop"}
 
 
-def curve(run: Run, axis: str, metric: str) -> tuple[list[float], list[float]]:
+def curve(run: SavedRun, axis: str, metric: str) -> tuple[list[float], list[float]]:
     """Where a run was validated, and the metric there; empty if the run does not know the axis."""
     place = AXES[axis][1]
     points = [(place(run, row), row[metric]) for row in run.rows if metric in row]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from benchtop import hub
-from benchtop.conclusions import counted
+from benchtop.command_line import counted
 from benchtop.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -29,7 +29,7 @@ VERDICT = re.compile(r"[\W_]*(?:(?:the|final|answer|verdict|winner|continuation|
 
 
 @dataclass(frozen=True)
-class Question:
+class Asked:
     """A pair in one order: the run whose text is shown as continuation A, and the request."""
     number: int
     first: str
@@ -106,7 +106,7 @@ class Endpoint:
         self.client = httpx2.Client(headers=JSON | authorization, timeout=timeout, trust_env=not is_here,
                                     follow_redirects=False, limits=httpx2.Limits(max_connections=at_once))
 
-    def answers(self, questions: list[Question]) -> Iterator[Answer]:
+    def answers(self, questions: list[Asked]) -> Iterator[Answer]:
         """As they come, `at_once` under way. The first is asked alone: what fails it would fail them all.
 
         raises  UserError where no further try helps, or the tries are used up
@@ -133,7 +133,7 @@ class Endpoint:
                 raise answer
             yield answer
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: Asked) -> Answer:
         """One verdict; nonsense and what may pass are asked again, `attempts` requests in all."""
         said, nonsense, model = None, "", ""
         requests = with_usage = tokens_in = tokens_out = 0

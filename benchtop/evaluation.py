@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor, nn
 
+from benchtop.errors import UserError
 from benchtop.machine import World
 from benchtop.memory import chunk_rows
 from benchtop.tokenizer import token_bytes
@@ -68,15 +69,20 @@ class HeldOut:
     """The held-out tokens in fixed windows of seq_len, one after the other; each token is predicted once.
 
     A window begins with an <|endoftext|>, as rows do in training, and predicts its seq_len tokens.
+    raises  UserError if there is no text in them
     """
 
     def __init__(self, shards: list[np.ndarray], cfg, tokenizer: Encoding):
         stream = np.concatenate(shards)
         self.tokens = stream[:cfg.val_tokens or len(stream)].astype(np.int64)
+        self.is_whole = len(self.tokens) == len(stream)
         self.seq_len, self.eot_id = cfg.seq_len, tokenizer.eot_token
         self.token_bytes = token_bytes(tokenizer)
         self.num_bytes = torch.tensor([len(token) for token in self.token_bytes])           # (V)
         self.num_windows = math.ceil(len(self.tokens) / self.seq_len)
+        if not self.num_bytes[self.tokens].any():
+            raise UserError(f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
+                            "for all")
 
     def text(self) -> bytes:
         """The bytes that the windows hold, special tokens left out."""

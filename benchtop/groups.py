@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchtop import places
+from benchtop.command_line import counted
 from benchtop.errors import UserError
 from benchtop.folder import read_object
-from benchtop.identity import NEUTRAL_KNOBS
+from benchtop.identity import NEUTRAL_KNOBS, name_some
+from benchtop.shards import FEW_DOCUMENTS
 
 # ------------------------------------------------------------------------------------------------
 # Runs and groups
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Run:
+class SavedRun:
     """What a run folder says. `summary` is empty while the run is unfinished."""
     folder: Path
     knobs: dict
@@ -96,25 +98,25 @@ def lines_of(path: Path) -> list[dict]:
         raise UserError(f"{path} is not what a run writes ({error})") from error
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> SavedRun:
     """raises  UserError if the folder's files are not what a run writes"""
     summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     if summary.get("status") == "finished":
         for fact in ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second"):
             if not isinstance(summary.get(fact), int | float):
                 raise UserError(f"{folder / 'summary.json'} is not what a run writes: it lacks {fact}")
-    return Run(folder, read_object(folder / "config.json"), summary)
+    return SavedRun(folder, read_object(folder / "config.json"), summary)
 
 
 @dataclass(frozen=True)
 class Group:
     """Runs of one configuration with several seeds; or a single run that was named alone."""
     name: str
-    runs: list[Run]
+    runs: list[SavedRun]
     is_alone: bool = False
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[SavedRun]:
         return [run for run in self.runs if run.is_finished]
 
     @property
@@ -177,9 +179,9 @@ def open_groups(specs: list[str]) -> list[Group]:
     return groups
 
 
-def without_copies(runs: Iterable[Run]) -> list[Run]:
+def without_copies(runs: Iterable[SavedRun]) -> list[SavedRun]:
     """Each run once, also where links or --keep made it appear under two names."""
-    kept: list[Run] = []
+    kept: list[SavedRun] = []
     for run in runs:
         twin = next((other for other in kept if other.folder.resolve() == run.folder.resolve()
                      or (run.summary and other.summary == run.summary)), None)
@@ -198,7 +200,7 @@ def matches(pattern: str) -> list[Path]:
     return there if not any(map(holds_runs, here)) and there else here
 
 
-def runs_in(path: Path) -> list[Run]:
+def runs_in(path: Path) -> list[SavedRun]:
     """The run that a folder is, or those that lie in it; a damaged one is left out with a word."""
     runs = []
     for folder in [path] if is_run(path) else sorted(path.iterdir()):
@@ -221,12 +223,12 @@ def holds_runs(path: Path) -> bool:
 # What may be compared
 # ------------------------------------------------------------------------------------------------
 
-# what --although may name, and where a run's summary has it; of the bench only those files count that measure
-# or decide what is trained on, in which order and for how long
+# what --although may name, and where a run's summary has it; of the bench only those files count that decide
+# a run's numbers: what it trains on, in which order, for how long, how it computes, and how it is measured
 CONDITIONS = {"data": "data_sha256", "tokenizer": "tokenizer_sha256", "tokens": "tokens", "bench": "bench"}
-MEASURING = ("batches.py", "budget.py", "evaluation.py")
-ENOUGH_DOCUMENTS = 16   # to validate on; fewer are warned of
-NAMED_FILES = 8         # of a bench that differs; further ones are counted
+DECISIVE = tuple(f"{name}.py" for name in (
+    "processes", "documents", "held_out", "tokenizer", "shards", "batches", "machine", "memory", "initial",
+    "steps", "evaluation", "tasks", "scoring", "knobs", "budget", "saved", "run"))
 # knobs that say where and when a run was, not what it trained
 PERSONAL_KNOBS = ("model_name", "seed", "save_model", *NEUTRAL_KNOBS)
 
@@ -269,19 +271,19 @@ def check_comparable(groups: list[Group], metric: str, although: Iterable[str] =
                                 "use --metric val_bpb")
 
 
-def describe_difference(first: Run, second: Run, condition: str) -> str:
+def describe_difference(first: SavedRun, second: SavedRun, condition: str) -> str:
     """How two runs differ in their data, tokenizer, tokens or bench; empty where they do not."""
     if condition == "bench":
         unhashed = [run.name for run in (first, second) if not run.bench]
         if len(unhashed) == 1:
             return f"{unhashed[0]} was made before the bench was hashed"
-        return ", ".join(name for name in differing_files([first, second]) if name in MEASURING)
+        return ", ".join(name for name in differing_files([first, second]) if name in DECISIVE)
     if first.summary.get(CONDITIONS[condition]) == second.summary.get(CONDITIONS[condition]):
         return ""
     return f"{describe_condition(first, condition)} against {describe_condition(second, condition)}"
 
 
-def describe_condition(run: Run, condition: str) -> str:
+def describe_condition(run: SavedRun, condition: str) -> str:
     """A run's data, tokenizer or tokens, as people tell them apart."""
     value, sha256 = run.summary.get(condition), str(run.summary.get(CONDITIONS[condition]))
     return f"{value:,}" if condition == "tokens" else f"{value} {sha256[:8]}"
@@ -296,13 +298,13 @@ def how_to_allow(conditions: list[str]) -> str:
             f"bits per byte of the same held-out text can still be compared: {allow}")
 
 
-def differing_files(runs: list[Run]) -> list[str]:
+def differing_files(runs: list[SavedRun]) -> list[str]:
     """The files of the bench that are not the same for all of these runs."""
     names = sorted({name for run in runs for name in run.bench})
     return [name for name in names if len({run.bench.get(name) for run in runs}) > 1]
 
 
-def describe_bench(runs: list[Run]) -> str:
+def describe_bench(runs: list[SavedRun]) -> str:
     """Whether runs stood on the same bench, in one line."""
     unhashed = [run.name for run in runs if not run.bench]
     if len(unhashed) == len(runs):
@@ -313,16 +315,14 @@ def describe_bench(runs: list[Run]) -> str:
     files = differing_files(runs)
     if not files:
         return f"all runs stood on the same bench ({runs[0].summary.get('bench_sha256', '')[:8]})"
-    more = f" and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
-    measuring = [name for name in files if name in MEASURING]
-    return (f"the runs stood on different benches: {', '.join(files[:NAMED_FILES])}{more} "
+    decisive = [name for name in files if name in DECISIVE]
+    return (f"the runs stood on different benches: {name_some(files)} "
             f"{'differ' if len(files) > 1 else 'differs'}; "
-            + (f"{' and '.join(measuring)} can change the numbers" if measuring else
-               "none of these measures or orders anything" if len(files) > 1 else
-               "it neither measures nor orders anything"))
+            + (f"{' and '.join(decisive)} can change the numbers" if decisive else
+               "none of these can change the numbers" if len(files) > 1 else "it cannot change the numbers"))
 
 
-def validated_on_one_text(a: Run, b: Run) -> bool:
+def validated_on_one_text(a: SavedRun, b: SavedRun) -> bool:
     hashes = [run.summary.get("held_out_sha256") for run in (a, b)]
     if all(hashes):
         return hashes[0] == hashes[1]
@@ -331,16 +331,16 @@ def validated_on_one_text(a: Run, b: Run) -> bool:
     return facts[0] == facts[1]
 
 
-def few_documents(runs: list[Run]) -> list[str]:
+def few_documents(runs: list[SavedRun]) -> list[str]:
     """A line if runs were validated on so few documents that other ones could change the result."""
     counts = [count for run in runs if (count := run.summary.get("held_out_documents")) is not None]
-    if not counts or min(counts) >= ENOUGH_DOCUMENTS:
+    if not counts or min(counts) >= FEW_DOCUMENTS:
         return []
-    return [f"warning: the held-out text has only {min(counts)} document{'s' if min(counts) > 1 else ''}; "
+    return [f"warning: the held-out text has only {counted(min(counts), 'document')}; "
             "intervals cover the choice of seeds, not of text, so other text may rank these runs otherwise"]
 
 
-def differences_of(first: Run, second: Run) -> list[str]:
+def differences_of(first: SavedRun, second: SavedRun) -> list[str]:
     """What two runs did differently: knobs, scripts, and the machine; describe_bench has the bench."""
     found = [f"--{knob} {first.knobs.get(knob)!r} against {second.knobs.get(knob)!r}"
              for knob in {**first.knobs, **second.knobs}

@@ -2,9 +2,9 @@
 
 Of a large source about one document in 64 is held out, chosen by a hash of its own text: the same ones for
 everybody, with any tokenizer, seed or number of shards. Where that gives fewer than 64 documents, those with
-the smallest hashes join them, until there are 64 or 5 % of the text, whichever is less. Where even that is
-little, since a document is a book or the source a single file, all documents are cut into parts first, and
-parts are held out in the same way.
+the smallest hashes join them, until there are 64 or 5 % of the text, whichever is less. Where documents are
+too large for that, since they are books or the source is a single file, all of them are cut into parts first,
+and parts are held out in the same way.
 
 What is decided here depends on the texts of the source and on nothing else.
 """
@@ -17,8 +17,9 @@ from benchtop.errors import UserError
 
 ENOUGH_DOCUMENTS = 64       # as many are held out of a small source,
 MOST_OF_TEXT = 0.05         # unless they were more than this share of its bytes;
-NEARLY_MOST = 0.045         # a document that would be too much is passed over until this share is reached
-LEAST_OF_TEXT = 1 / HELD_OUT_ONE_IN     # with fewer documents and less of the text, it is cut into parts
+NEARLY_MOST = 0.045         # a document that would be too much is passed over until this share is reached;
+                            # with fewer documents and less of the text, it is cut into parts,
+LEAST_OF_TEXT = 1 / HELD_OUT_ONE_IN     # which must give this much, since parts are not as small as one likes
 PARTS = 512                 # that a source is cut into, so that 5 % of them are some 25,
 LONGEST_PART, SHORTEST_PART, SHORTEST_AT_FIRST = 20_000, 50, 200     # within these numbers of characters
 BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the same one for every tokenizer
@@ -91,18 +92,20 @@ def rule_for(source: Source) -> Rule | None:
     """
     if source.is_large:
         return Rule()
-    part = 0
+    part, best, best_share = 0, None, LEAST_OF_TEXT
     while True:
-        rule, characters = _rule_for_whole(Parts(source, part) if part else source, part)
-        if rule:
-            return rule
+        rule, share, characters = _rule_for_whole(Parts(source, part) if part else source, part)
+        if share >= best_share:
+            best, best_share = rule, share
         part = part // 2 or min(LONGEST_PART, max(SHORTEST_AT_FIRST, characters // PARTS))
-        if part < SHORTEST_PART or not characters:
-            return None
+        if best_share >= NEARLY_MOST or part < SHORTEST_PART or not characters:
+            return best
 
 
-def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule | None, int]:
-    """The rule for documents that are not cut any more, if enough can be held out; characters that were read.
+def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule, float, int]:
+    """The rule for documents that are not cut any more, what it is worth, and how many characters were read.
+
+    It is worth the share of the text that is held out, or 1 if that is as many documents as are wanted.
     """
     sizes: dict[int, int] = {}      # hash -> bytes, of each text once
     characters = held_out = 0
@@ -113,7 +116,7 @@ def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule | None,
             sizes[number] = len(text.encode())
             held_out += number % HELD_OUT_ONE_IN == 0
             if held_out >= ENOUGH_DOCUMENTS and len(sizes) > held_out:
-                return Rule(part=part), characters
+                return Rule(part=part), 1.0, characters
     total = sum(sizes.values())
     chosen, size = [], 0
     for number in sorted(sizes, key=lambda number: (number % HELD_OUT_ONE_IN > 0, number)):
@@ -124,8 +127,8 @@ def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule | None,
             break
         if len(chosen) == ENOUGH_DOCUMENTS:
             break
-    is_enough = chosen and (len(chosen) == ENOUGH_DOCUMENTS or size >= LEAST_OF_TEXT * total)
-    return Rule(0, frozenset(chosen), part) if is_enough else None, characters
+    share = 1.0 if len(chosen) == ENOUGH_DOCUMENTS else size / max(1, total)
+    return Rule(0, frozenset(chosen), part), share, characters
 
 
 def _name(number: int) -> str:

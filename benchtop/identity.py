@@ -35,7 +35,7 @@ BENCH = Path(__file__).parent
 NEUTRAL_KNOBS = ("check", "smoke", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
                  "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
                  "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "tensorboard")
-NAMED_FILES = 5         # of a bench that changed; further ones are counted
+NAMED_FILES = 5         # of a bench that differs; further ones are counted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,9 +140,14 @@ def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
     # a run of an earlier version kept no hashes of a bench
     names = list(differing(then.get("bench", {}), identity["bench"]))
     if names:
-        more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
-        changes.append(f"the bench changed ({', '.join(names[:NAMED_FILES])}{more})")
+        changes.append(f"the bench changed ({name_some(names)})")
     return changes
+
+
+def name_some(names: list[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+    return ", ".join(names[:NAMED_FILES]) + more
 
 
 def differing(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:

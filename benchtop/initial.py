@@ -51,10 +51,10 @@ def draw_weights(model: nn.Module, seed: int) -> None:
 
 
 def drawn_in_one_stream(model: nn.Module) -> list[str]:
-    """A line for the log, where matrices were made otherwise and are not constant: a change elsewhere in the
-    model changes those, too."""
+    """A line for the log, where parameters were made otherwise and are not constant: a change elsewhere in
+    the model changes those, too."""
     others = {name: weight.detach() for name, weight in model.named_parameters()
-              if weight.ndim > 1 and not hasattr(weight, "draw")}
+              if not hasattr(weight, "draw")}
     names = [name for name, weight in others.items() if weight.min() != weight.max()]
     if not names:
         return []

@@ -20,12 +20,12 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from benchtop import places
-from benchtop.conclusions import counted
-from benchtop.endpoint import Answer, Question
+from benchtop.command_line import counted
+from benchtop.endpoint import Answer, Asked
 from benchtop.errors import UserError, first_line
 from benchtop.files import write_text
 from benchtop.folder import load_script
-from benchtop.groups import Run, lines_of, open_groups
+from benchtop.groups import SavedRun, lines_of, open_groups
 from benchtop.redaction import without_secrets
 from benchtop.significance import wilson_interval
 
@@ -53,7 +53,7 @@ class Pair:
     b: str
 
 
-def only_run(word: str) -> Run:
+def only_run(word: str) -> SavedRun:
     """The run that a word of the command line means, here or in experiments/."""
     runs = [run for group in open_groups([word]) for run in group.runs]
     if len(runs) != 1:
@@ -62,7 +62,7 @@ def only_run(word: str) -> Run:
     return runs[0]
 
 
-def pairs_of(a: Run, b: Run) -> tuple[list[Pair], str]:
+def pairs_of(a: SavedRun, b: SavedRun) -> tuple[list[Pair], str]:
     """What both runs wrote, and the file that it is from.
 
     raises  UserError if they have no texts of the same beginnings
@@ -78,11 +78,11 @@ def pairs_of(a: Run, b: Run) -> tuple[list[Pair], str]:
     return sampled_pairs(a, b), "samples.jsonl"
 
 
-def can_write(run: Run) -> bool:
+def can_write(run: SavedRun) -> bool:
     return (run.folder / "model.safetensors").is_file() and bool(importlib.util.find_spec("torch"))
 
 
-def kept_texts(run: Run, prompts: list[str]) -> list[str]:
+def kept_texts(run: SavedRun, prompts: list[str]) -> list[str]:
     """What prompts.jsonl has, if it is of these prompts and of this way of sampling; else nothing."""
     rows = rows_of(run.folder / "prompts.jsonl")
     fit = ([row["prompt"] for row in rows] == prompts
@@ -90,7 +90,7 @@ def kept_texts(run: Run, prompts: list[str]) -> list[str]:
     return [row["text"] for row in rows] if fit else []
 
 
-def write_texts(run: Run, prompts: list[str]) -> list[str]:
+def write_texts(run: SavedRun, prompts: list[str]) -> list[str]:
     """Go on with the prompts by the script and the weights of a run, and keep the texts in prompts.jsonl."""
     from benchtop.saved import continue_prompts  # late, since it needs torch
     experiment = load_script(run.folder).EXPERIMENT
@@ -104,7 +104,7 @@ def write_texts(run: Run, prompts: list[str]) -> list[str]:
     return texts
 
 
-def sampled_pairs(a: Run, b: Run) -> list[Pair]:
+def sampled_pairs(a: SavedRun, b: SavedRun) -> list[Pair]:
     """The texts of both samples.jsonl, each beginning once. Their seeds may differ: they only draw."""
     rows = [rows_of(run.folder / "samples.jsonl") for run in (a, b)]
     for run, mine in zip((a, b), rows, strict=True):
@@ -138,8 +138,8 @@ def rows_of(path: Path) -> list[dict]:
 @dataclass(frozen=True)
 class Judgement:
     """All that decides which requests go where."""
-    a: Run
-    b: Run
+    a: SavedRun
+    b: SavedRun
     source: str
     pairs: list[Pair]
     url: str
@@ -147,8 +147,8 @@ class Judgement:
     max_tokens: int
 
     @cached_property
-    def questions(self) -> list[Question]:
-        return [Question(number, first, self._request(pair.prompt, *texts))
+    def questions(self) -> list[Asked]:
+        return [Asked(number, first, self._request(pair.prompt, *texts))
                 for number, pair in enumerate(self.pairs)
                 for first, texts in (("A", (pair.a, pair.b)), ("B", (pair.b, pair.a)))]
 
@@ -169,7 +169,7 @@ class Judgement:
         return hashlib.sha256(b"\n".join([self.url.encode(), *(question.body for question in self.questions)])
                               ).hexdigest()
 
-    def name(self, other: Run) -> str:
+    def name(self, other: SavedRun) -> str:
         """Of the files in a run's folder, where it is judged beside the other one."""
         return f"judge_{re.sub(r'[^A-Za-z0-9_.-]+', '-', other.name)}_{self.sha256[:8]}"
 
@@ -320,7 +320,7 @@ def conclusion(judgement: Judgement, found: Tally, answers: list[Answer], used: 
         lines.append(f"no verdict on {counted(found.no_verdict, 'prompt')}, {about_nonsense(answers)}")
     lengths = judgement.mean_lengths
     return [*lines, f"a text of A has {lengths[0]:.0f} characters on average, one of B {lengths[1]:.0f}",
-            f"used {used['requests']} answered requests, {used['tokens_in']:,} tokens in and "
+            f"used {counted(used['requests'], 'answered request')}, {used['tokens_in']:,} tokens in and "
             f"{used['tokens_out']:,} out, as reported for {used['with_usage']} of them; "
             + cost_in_words(used["dollars"])]
 

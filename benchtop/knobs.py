@@ -6,7 +6,7 @@ A field is a flag, the comment behind it is its help, a comment on a line of its
     class Config(RunConfig):
         # the model
         num_layers: int = 6           # transformer layers
-        bias: bool = True             # --no-bias switches it off
+        bias: bool = True             # --no_bias switches it off
 
 RunConfig has the knobs of the run, the data and the machine. An experiment's Config inherits from it, adds
 the knobs of its model and optimizer, and has the budget (seq_len, batch_tokens, num_steps, ...).
@@ -52,7 +52,7 @@ class RunConfig:
     # stopping and resuming
     resume: str = ""                  # folder of a run to resume; auto: the newest unfinished one of the name
     resume_changed: bool = False      # resume although code, data or knobs have changed since the run began
-    save_every_steps: int = 0         # steps between checkpoints; 0: by minutes and at the end of a signal
+    save_every_steps: int = 0         # steps between checkpoints; 0: by minutes, and when stopped by a signal
     save_every_minutes: float = 10    # minutes between checkpoints; 0: by steps only
     # watching the run
     log_every: int = 10               # steps between rows of metrics.csv
@@ -65,7 +65,7 @@ class RunConfig:
     temperature: float = 0.8          # sampling temperature; 0 takes the likeliest token
     top_k: int = 50                   # sample from this many of the likeliest tokens; 0: from all
     save_model: bool = False          # keep the weights as model.safetensors
-    compare_to: str = ""              # folder or glob of runs to measure the result against, in their sigmas
+    compare_to: str = ""              # folder or glob of runs to compare with, in their standard deviations
     wandb: str = ""                   # project of Weights & Biases to log to; WANDB_MODE=offline works
     tensorboard: bool = False         # write event files for TensorBoard into the run folder
     gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
@@ -160,7 +160,10 @@ def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
     With --sample or --resume, the knobs of that run stand in the preset's place.
     """
     flags = vars(parser_of(config).parse_args(argv))
-    # another number of tokens decides steps and batch anew; steps that are given count more than tokens
+    if flags.get("train_tokens") and flags.get("num_steps"):
+        raise UserError(f"--train_tokens {flags['train_tokens']} and --num_steps {flags['num_steps']} "
+                        "are two budgets; give one of them")
+    # --train_tokens replaces the steps and the batch of a preset or of the run that is resumed, but no flags
     dropped = {"num_steps", "batch_tokens"} - {*flags} if "train_tokens" in flags else set()
     preset = config.preset_knobs(flags.get("preset", ""))
     knobs = {knob: value for knob, value in preset.items() if knob not in dropped} | flags
@@ -207,22 +210,35 @@ def parser_of(config: type[RunConfig]) -> argparse.ArgumentParser:
         default = f" [{field.default}]" if field.default not in ("", False) else ""
         values = f"{', '.join(config.presets())}: " if field.name == "preset" and config.presets() else ""
         text = (values + helps.get(field.name, "") + default).strip().replace("%", "%%")
-        groups[heading].add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text,
-                                     **flag_of(field, kinds[field.name]))
+        add_flag(groups[heading], field, kinds[field.name], text)
     parser.add_argument("-h", "--help", action="help", help="show this help")
     return parser
 
 
-def flag_of(field: dataclasses.Field, kind: type) -> dict:
-    """How argparse reads a field.
+class Switch(argparse.Action):
+    """A flag without a value: --x is True, --no_x and --no-x are False."""
 
-    raises  TypeError if it is of no kind that a flag can have
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, option_string == f"--{self.dest}")
+
+
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type, text: str) -> None:
+    """Let argparse read a field; how to switch it off is shown where it is on.
+
+    raises  UserError if it is of no kind that a flag can have
     """
+    name, common = f"--{field.name}", {"dest": field.name, "default": argparse.SUPPRESS}
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
-    if kind not in (int, float, str):
-        raise TypeError(f"the knob {field.name} is of type {kind}; it must be int, float, str or bool")
-    return {"type": whole_number if kind is int else kind, "metavar": kind.__name__.upper()}
+        off = [f"--no_{field.name}", f"--no-{field.name}"]
+        shown, hidden = ([name, *off], []) if field.default else ([name], off)
+        group.add_argument(*shown, action=Switch, nargs=0, help=text, **common)
+        if hidden:
+            group.add_argument(*hidden, action=Switch, nargs=0, help=argparse.SUPPRESS, **common)
+    elif kind in (int, float, str):
+        group.add_argument(name, type=whole_number if kind is int else kind, metavar=kind.__name__.upper(),
+                           help=text, **common)
+    else:
+        raise UserError(f"the knob {field.name} is of type {kind}; it must be int, float, str or bool")
 
 
 def comments_of(config: type[RunConfig]) -> tuple[dict[str, str], dict[str, str]]:

@@ -134,10 +134,10 @@ class RunLog:
         cells = (values.get(column, "") for column in self.columns)
         return ",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
 
-    def picture(self, xz_bpb: float | None = None, at_end: bool = True) -> None:
+    def picture(self, documents: int, bar: dict, at_end: bool = True) -> None:
         """Draw loss.png; before the end only if the last drawing, which takes a moment, is some time ago."""
         if self.active and (at_end or time.perf_counter() - self.last_picture > PICTURE_SECONDS):
-            draw_loss(self.folder / "loss.png", self.rows, self.cfg.model_name, xz_bpb)
+            draw_loss(self.folder / "loss.png", self.rows, self.cfg.model_name, documents, bar)
             self.last_picture = time.perf_counter()
 
     def samples(self, samples: list[dict]) -> None:
@@ -250,4 +250,5 @@ def last_lines(summary: dict) -> list[str]:
             f"tokens: {summary['tokens']}",
             f"steps: {summary['step']}",
             f"parameters: {summary['parameters']}",
+            f"held_out_documents: {summary['held_out_documents']}",
             f"run: {places.EXPERIMENTS.name}/{summary['run']}"]

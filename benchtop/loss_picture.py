@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchtop.command_line import counted
 from benchtop.files import whole_file
+from benchtop.xz import bar_in_words
 
 if TYPE_CHECKING:       # matplotlib takes a second to import
     from matplotlib.axes import Axes
@@ -16,21 +18,23 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
          "legend.fontsize": 9, "legend.frameon": False, "lines.markersize": 4}
 
 
-def draw_loss(path: Path, rows: list[dict], title: str, xz_bpb: float | None) -> None:
+def draw_loss(path: Path, rows: list[dict], title: str, documents: int, bar: dict) -> None:
     """Losses in nats per token on the left, bits per byte of the held-out text on the right, over tokens.
 
-    rows    of metrics.csv; those without val_loss were not validated, and no loss that is not finite is drawn
-    xz_bpb  what xz needs for the held-out text after the training text, a bar to pass; None: not known
+    rows       of metrics.csv; without val_loss where there was no validation; only finite losses are drawn
+    documents  that are held out
+    bar        xz_bpb and xz_training_bytes of a summary: what xz needs for the held-out text, if it is known
     """
     from matplotlib import rc_context
     with rc_context(STYLE):
-        figure = loss_figure(rows, title, xz_bpb)
+        figure = loss_figure(rows, title, documents, bar)
         with whole_file(path) as file:
             figure.savefig(file, dpi=150, format="png")
 
 
-def loss_figure(rows: list[dict], title: str, xz_bpb: float | None) -> "Figure":
+def loss_figure(rows: list[dict], title: str, documents: int, bar: dict) -> "Figure":
     from matplotlib.figure import Figure
+    xz_bpb = bar.get("xz_bpb")
     validated = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -51,8 +55,8 @@ def loss_figure(rows: list[dict], title: str, xz_bpb: float | None) -> "Figure":
         right.set_ylim(0, 1.1 * max([row["val_bpb"] for row in shown] + [xz_bpb or 0]))
     if xz_bpb:
         right.axhline(xz_bpb, color=BAR, linestyle="--", linewidth=1,
-                      label=f"xz -9e after the training text: {xz_bpb:.3f}")
-    right.set(title="held-out text", ylabel="bits per byte")
+                      label=f"{bar_in_words(bar)}: {xz_bpb:.3f}")
+    right.set(title=f"held-out text ({counted(documents, 'document')})", ylabel="bits per byte")
     for axes, place in ((left, "upper right"), (right, "best")):
         axes.set_xlim(left=0)
         axes.set_xlabel("million tokens trained on")

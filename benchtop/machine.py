@@ -215,9 +215,11 @@ def choose_dtype(cfg, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, f"{name} multiplies it natively"
         return torch.float16, f"{name} has no bfloat16; losses are scaled"
     native = {"amx_bf16", "avx512_bf16"}.intersection(cpu_facts().get("flags", "").split())
-    if native:
-        return torch.bfloat16, f"the CPU multiplies it natively ({', '.join(sorted(native))})"
-    return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
+    if not native:
+        return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return torch.float32, "torch is kept from AMX and AVX512 (ATEN_CPU_CAPABILITY)"
+    return torch.bfloat16, f"the CPU multiplies it natively ({', '.join(sorted(native))})"
 
 
 def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:

@@ -22,10 +22,14 @@ BACKWARD = 1.3          # times what is kept for backward is what backward takes
 LARGEST_CPU_MICRO_BATCH = 2**14     # tokens; more are not faster on a CPU
 
 
+def largest_chunk(device: torch.device) -> int:
+    """Bytes that a chunk's logits may take as float32; a GPU multiplies in fewer and larger products."""
+    return 2**27 if device.type == "cpu" else 2**28
+
+
 def chunk_rows(x: Tensor, columns: int) -> int:
-    """Rows of a chunk of x, so that its logits would take at most 128 MiB on a CPU and 256 MiB on a GPU as
-    float32; it multiplies in fewer and larger products."""
-    limit = (2**27 if x.device.type == "cpu" else 2**28) // (4 * columns)
+    """Rows of a chunk of x, a power of 2."""
+    limit = largest_chunk(x.device) // (4 * columns)
     return 2 ** int(math.log2(max(1, min(limit, x.size(0)))))
 
 
@@ -62,14 +66,14 @@ def memory_estimate_mib(experiment, cfg, world: World, flex: dict | None = None)
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype)
     named, optimizer = dict(model.named_parameters()), experiment.Optimizer
-    kept = sum(p.numel() * len(optimizer.kinds[optimizer.group_of(name, p)]) for name, p in named.items())
+    kept = sum(p.numel() * len(optimizer.state_names[optimizer.rules[optimizer.group_of(name, p)]])
+               for name, p in named.items())
     states = 4 * (2 * sum(p.numel() for p in named.values()) + kept / world.size)
     largest = max(p.numel() for p in named.values())
     _, rows = micro_batch_shape(cfg, world.size)
-    on_cpu = world.device.type == "cpu"
-    chunk = 4 * min(2**25 if on_cpu else 2**26, rows * cfg.seq_len * cfg.padded_vocab_size)
+    chunk = min(largest_chunk(world.device), 4 * rows * cfg.seq_len * cfg.padded_vocab_size)
     loss = 8 * largest + LOSS_COPIES * chunk
-    torch_itself = 450 * 2**20 if on_cpu else 0
+    torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
     activations = rows * activation_mib(experiment.Model, cfg, world.dtype, flex is not None)
     return (torch_itself + states + loss) / 2**20 + BACKWARD * activations
 

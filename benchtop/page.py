@@ -7,8 +7,9 @@ runs say (names, samples) is text and never markup.
 from html import escape
 from statistics import fmean
 
+from benchtop.command_line import counted
 from benchtop.curves import AXES, as_bytes
-from benchtop.groups import Group, Run
+from benchtop.groups import Group, SavedRun
 from benchtop.tables import groups_table, used_columns
 
 STYLE = """
@@ -75,7 +76,7 @@ def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool 
     title = " and ".join(group.name for group in groups[:3]) + (" and others" if len(groups) > 3 else "")
     runs = [run for group in groups for run in group.runs]
     finished = [run for run in runs if run.is_finished]
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{len(finished)} of {len(runs)} runs finished</p>"]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{len(finished)} of {counted(len(runs), 'run')} finished</p>"]
     if is_comparable and any(len(group.runs) > 1 for group in groups):
         parts += ["<h2>Groups</h2>", _groups_table(groups)]
     parts += ["<h2>Runs</h2>", _runs_table(groups)]
@@ -145,7 +146,7 @@ def _samples(groups: list[Group]) -> str:
     return f"<h2>Samples of {which}</h2>\n" + "\n".join(parts) if parts else ""
 
 
-def _sampled_runs(groups: list[Group]) -> tuple[list[tuple[str, Run]], str]:
+def _sampled_runs(groups: list[Group]) -> tuple[list[tuple[str, SavedRun]], str]:
     """A run of each group that has samples, of one seed where they all have one; and which runs these are."""
     sampled = [(group, {run.summary["seed"]: run for run in reversed(group.finished) if run.samples})
                for group in groups]
@@ -157,7 +158,7 @@ def _sampled_runs(groups: list[Group]) -> tuple[list[tuple[str, Run]], str]:
             "the run nearest to each group's mean, since no seed is in all groups")
 
 
-def _nearest_to_mean(group: Group) -> Run:
+def _nearest_to_mean(group: Group) -> SavedRun:
     mean = fmean(group.values("val_bpb"))
     with_samples = [run for run in group.finished if run.samples]
     return min(with_samples, key=lambda run: abs(run.summary["val_bpb"] - mean))

@@ -3,6 +3,7 @@
 Read them through the module (places.DATA), so that a test can move all of them at once.
 """
 
+import difflib
 import os
 from pathlib import Path
 
@@ -24,3 +25,15 @@ def name_in(folder: Path, typed: str) -> str:
     parent, name = os.path.split(path)
     is_inside = os.path.normpath(parent) == folder.name or os.path.abspath(parent) == str(folder)
     return name if not parent or is_inside else path
+
+
+def what_is_there(name: str, there: dict[str, str]) -> str:
+    """For a complaint that there is no such folder: the nearest ones that are, or all. "To make ..." follows.
+
+    there  names to compare with, and the folders that they stand for
+    """
+    near = [other for other in there if other.startswith(name) or name.startswith(other)]
+    near = near or difflib.get_close_matches(name, there, n=1)
+    if near:
+        return f"; did you mean {' or '.join(there[other] for other in near)}? To"
+    return f", only {', '.join(there.values())}; to" if there else "; to"

@@ -24,13 +24,14 @@ import tiktoken
 from tqdm import tqdm
 
 from benchtop import files, places
+from benchtop.command_line import counted
 from benchtop.documents import Document, Source, Unit, batched
 from benchtop.errors import UserError
 from benchtop.held_out import Rule, documents_to_validate_on, rule_for
 from benchtop.shards import FORMAT_VERSION, Dataset, ShardWriter, read_manifest, shard_format
 from benchtop.tokenizer import CannotEncode, encode, load_tokenizer, token_bytes, tokenizer_sha256
 from benchtop.workers import in_parallel
-from benchtop.xz import TRAINING_BYTES, xz_bar
+from benchtop.xz import TRAINING_BYTES, bar_in_words, xz_bar
 
 NAMED_TROUBLES = 100            # documents that were split or skipped and that the manifest names
 
@@ -174,8 +175,8 @@ class Preparation:
             self.clear()
             raise
         if rule.part:
-            print(f"note: {source.label} has too few documents to hold some out; it is cut into parts "
-                  f"of about {rule.part:,} characters, and some of those are held out")
+            print(f"note: the documents of {source.label} are too large to hold some out; they are cut into "
+                  f"parts of about {rule.part:,} characters, and some of those are held out")
         writer, trouble = self._writer(self.partial), Progress("")
         for number, document in enumerate(self._tokenized(chosen)):
             self._take(document, number, writer, trouble)
@@ -402,7 +403,8 @@ def prepare_part(preparation: Preparation, rule: Rule, part: int, parts: int) ->
         goal = -(-preparation.goal // parts)
         found = preparation.write_units(range(part, len(preparation.units), parts), rule, goal)
         (preparation.partial / f"{name}.done").touch()
-    print(f"part {part + 1} of {parts}: {sum(len(progress.entries) for progress in found):,} shards in "
+    shards = sum(len(progress.entries) for progress in found)
+    print(f"part {part + 1} of {parts}: {counted(shards, 'shard')} in "
           f"{preparation.partial.relative_to(places.ROOT)}; when all parts are there, put them together with "
           "the same command without --part (machines that share no disk: copy these folders into one first)",
           flush=True)
@@ -416,10 +418,11 @@ def wait_for_parts(preparation: Preparation, parts: int) -> None:
 
 
 def describe(folder: Path, manifest: dict) -> str:
-    def total(split: str, what: str) -> str:
-        return f"{sum(shard[what] for shard in manifest['shards'] if shard['split'] == split):,}"
+    def total(split: str, what: str) -> int:
+        return sum(shard[what] for shard in manifest["shards"] if shard["split"] == split)
     bar = manifest.get("xz_bpb")
-    xz = f"; xz -9e after the training text: {bar:.3f} bits per byte of the held-out text" if bar else ""
+    xz = f"; {bar_in_words(manifest)}: {bar:.3f} bits per byte of the held-out text" if bar else ""
+    documents = counted(total("train", "documents"), "document")
     return (f"{folder.relative_to(places.ROOT)}: "
-            f"{total('train', 'tokens')} tokens of {total('train', 'documents')} documents to train on, "
-            f"{total('val', 'tokens')} of {total('val', 'documents')} to validate on{xz}")
+            f"{total('train', 'tokens'):,} tokens of {documents} to train on, "
+            f"{total('val', 'tokens'):,} of {total('val', 'documents'):,} to validate on{xz}")

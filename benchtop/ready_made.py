@@ -10,6 +10,7 @@ import tiktoken
 from tqdm import tqdm
 
 from benchtop import files, hub
+from benchtop.command_line import counted
 from benchtop.errors import UserError
 from benchtop.prepare import data_folder, describe, publish
 from benchtop.shards import FORMAT_VERSION, read_shard
@@ -28,7 +29,7 @@ def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
         raise UserError(f"{hub.READY_MADE[version]} has no shards to train or to validate on")
     if args.dry_run:
         size = sum(file.size for file in val + train)
-        print(f"{len(val + train)} files, {size / 1e6:,.1f} MB to download and on disk, about "
+        print(f"{counted(len(val + train), 'file')}, {size / 1e6:,.1f} MB to download and on disk, about "
               f"{(size - 1024 * len(val + train)) / 2e6:,.1f} million tokens")
         return
     partial = folder.with_name(f".{folder.name}.partial")

@@ -9,15 +9,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from benchtop import places, significance
+from benchtop.command_line import counted
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
-from benchtop.groups import Group, Run, read_run, runs_in
+from benchtop.groups import Group, SavedRun, read_run, runs_in
 from benchtop.identity import bench_files, differing
 
 KEPT = ("config.json", "summary.json", "metrics.csv", "samples.jsonl")
 
 
-def ended_run(name: str, words: list[str]) -> Run | None:
+def ended_run(name: str, words: list[str]) -> SavedRun | None:
     """The newest run of this --model_name, if it finished or failed.
 
     raises  UserError if another command or other code made it
@@ -39,7 +40,7 @@ def ended_run(name: str, words: list[str]) -> Run | None:
     return run
 
 
-def changed_code(run: Run) -> list[str]:
+def changed_code(run: SavedRun) -> list[str]:
     """The files that are no longer as they were when a run was made: its scripts, and the bench."""
     sources = run.summary.get("sources", {})
     changed = [source for source, sha256 in sources.items()
@@ -73,7 +74,7 @@ def run_seed(words: list[str]) -> int:
         signal.signal(signal.SIGINT, before[1])
 
 
-def check_room(runs: list[Run], folder: Path) -> None:
+def check_room(runs: list[SavedRun], folder: Path) -> None:
     """raises  UserError if the folder to keep these runs in, and those yet to come, holds other runs"""
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is a run itself; take another name for --keep")
@@ -85,7 +86,7 @@ def check_room(runs: list[Run], folder: Path) -> None:
                         "another name for --keep")
 
 
-def keep(runs: list[Run], folder: Path) -> None:
+def keep(runs: list[SavedRun], folder: Path) -> None:
     """Copy what is small of these runs to seed0, seed1, ..., and what their script changes in train_gpt.py,
     if it is a copy of that.
 
@@ -109,8 +110,8 @@ def verdict(group: Group) -> str:
     """Mean and spread of a group, and what they are good for."""
     values = group.values("val_bpb")
     if len(values) < 2:
-        return (f"{group.name}: {len(values)} of {len(group.runs)} runs finished; a standard deviation needs "
-                "at least two")
+        return (f"{group.name}: {len(values)} of {counted(len(group.runs), 'run')} finished; a standard "
+                "deviation needs at least two")
     low, high = significance.interval(values)
     smallest = significance.detectable_effect(stdev(values), len(values), len(values))
     return (f"{group.name}: mean val_bpb {fmean(values):.4f} of {len(values)} runs (95 % interval {low:.4f} "

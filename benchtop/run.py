@@ -9,10 +9,14 @@ budget is counted, held-out text validated, checkpoints saved, signals heard, ro
 What an experiment hands over:
     Config     a frozen dataclass that inherits from benchtop.knobs.RunConfig and has the budget: seq_len,
                batch_tokens, max_doc_len, num_steps, train_tokens, train_minutes, target_loss, with_budget()
-    Model      Model(cfg, eot_id, dtype, flex): an nn.Module that gives the summed loss of (inputs, targets),
-               and has hidden, logits, flops_per_token, compile_parts, remarks; `progress` is set from here
-    Optimizer  Optimizer(model, cfg, world, dtype) with step, state, load, gradient_norms, warm_up, ...
+    Model      Model(cfg, eot_id, dtype, flex): an nn.Module that returns the summed loss of inputs and
+               targets. It has hidden, logits, head, layers, cfg, eot_id, longest, flops_per_token,
+               compile_parts and remarks; `progress` is set from here
+    Optimizer  Optimizer(model, cfg, world, dtype) with parameters, sum_gradients, divide_gradients,
+               clear_gradients, compile_parts, compile_kernels, state, load, remarks and, for the estimate of
+               memory, group_of, rules, state_names
     train      train(run), the loop
+train_gpt.Model and train_gpt.Optimizer have all of this; a script need only change what differs.
 """
 
 import contextlib
@@ -43,10 +47,11 @@ from benchtop.briefing import (
     num_parameters,
     target_in_words,
     time_estimate,
+    what_ended,
 )
 from benchtop.budget import Clock, budget_used, is_multiple, validates
 from benchtop.checkpoints import read_checkpoint, remove_checkpoints
-from benchtop.command_line import command
+from benchtop.command_line import command, counted
 from benchtop.conclusions import baseline
 from benchtop.errors import SharedError, UserError, exit_quietly_on_other_ranks
 from benchtop.evaluation import HeldOut, TokenLosses
@@ -93,8 +98,9 @@ class Experiment:
             if cfg.sample:
                 sample_run(self, cfg, world)
             elif cfg.smoke:
-                if world.is_main:
-                    smoke(self, cfg, start)
+                if world.size > 1:
+                    raise SharedError("--smoke runs in one process; start it without torchrun")
+                smoke(self, cfg, start)
             elif not cfg.check:
                 start(self, cfg, world)
             elif not check(self, cfg, world):
@@ -113,7 +119,7 @@ class Experiment:
 
 @dataclass
 class Run:
-    """All that a run consists of, and how far it is. `batches`, `backward`, `check_step` are the loop's."""
+    """All that a run consists of, and how far it is; the loop calls `batches`, `backward`, `accepts_step`."""
     experiment: Experiment
     cfg: RunConfig
     world: World
@@ -144,6 +150,8 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """The batch of each step, until the budget is used up or the target reached.
 
+        What follows `yield` is done when the loop asks for the next batch: the step is counted, and where
+        it is time for that the run validates, saves and logs.
         raises  Stopped, saved, on all processes when one of them was told to stop
         """
         if self.step:
@@ -164,18 +172,20 @@ class Run:
         """Add the gradients of a part of the step's loss."""
         self.loss_scale.backward(loss)
 
-    def check_step(self, loss: Tensor, norms: Tensor, lr_scale: float) -> bool:
+    def accepts_step(self, loss: Tensor, norms: Tensor, lr_scale: float) -> bool:
         """Whether to use the gradients of a step; False where float16 overflowed, and then they are cleared.
 
+        Scaling for float16 is undone here, in gradients and norms alike, and the step is noted for the log.
         loss      () this process's part of the step's mean loss
-        norms     (P) of the gradients of each parameter, over all processes; brought to their true size
+        norms     (P) of the gradients of each parameter, over all processes
         lr_scale  what the schedule multiplies all learning rates by, for the log
-        raises    NonFinite, before weights are touched, where the numbers can be read at once
+        raises    NonFinite if loss or gradients are not finite: on a CPU here, before weights are touched;
+                  on a GPU, which is not waited for, one step later, and nothing is saved until then
         """
         # all processes learn the loss, whether one was told to stop, whether the first wants to save
-        told = torch.tensor([float(self.signals.received), float(self.is_time_to_save)])
-        told = told.to(self.world.device, non_blocking=True)                                # (2)
-        shared = self.world.sum(torch.cat([loss[None], told]))                              # (3)
+        flags = torch.tensor([float(self.signals.received), float(self.is_time_to_save)])
+        flags = flags.to(self.world.device, non_blocking=True)                              # (2)
+        shared = self.world.sum(torch.cat([loss[None], flags]))                             # (3)
         fits = self.loss_scale.unscale(self.optimizer, norms)
         report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits)
         if not self.world.reports_behind:
@@ -233,7 +243,7 @@ class Run:
             self.validate()
         self.log.row(self.values, self.progress)
         if self.validates:
-            self.log.picture(self.data.dataset.xz_bpb, at_end=False)
+            self.log.picture(self.data.held_out.num_documents, self.data.bar, at_end=False)
         if self.target:
             self.log.note(target_in_words(self.target))
 
@@ -332,6 +342,12 @@ class Data:
     rows: Rows
     held_out: HeldOut
 
+    @property
+    def bar(self) -> dict:
+        """What the manifest says of xz, where all the text is validated that it says it of."""
+        facts = self.dataset.manifest if self.held_out.is_whole else {}
+        return {fact: facts.get(fact) for fact in ("xz_bpb", "xz_training_bytes")}
+
 
 def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
     """The verified data of a run, and its Config with the vocabulary and the budget that follow from them."""
@@ -389,20 +405,20 @@ def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> 
     targets = torch.full_like(inputs, -1)
     model.progress = 0.0
     model(inputs, targets).backward()
-    optimizer.gradient_norms()      # names a parameter without a gradient now
+    optimizer.sum_gradients()       # names a parameter without a gradient now
     losses_of(inputs, targets)
     optimizer.clear_gradients()
-    optimizer.warm_up()
+    optimizer.compile_kernels()
     world.synchronize()
 
 
 def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
-    together = world.raise_on_all_ranks
+    on_all = world.raise_on_all_ranks
     cfg, text, saved = open_run(cfg, world)
-    together(lambda: cfg.require_machine(world.device, world.dtype))
-    cfg, data = together(lambda: open_data(cfg, world))
-    tasks = together(lambda: tasks_of(cfg) if world.is_main else None)
+    on_all(lambda: cfg.require_machine(world.device, world.dtype))
+    cfg, data = on_all(lambda: open_data(cfg, world))
+    tasks = on_all(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(experiment.script, cfg, world, data.tokenizer, data.dataset)
     require_equal_machines(identity, world)
@@ -410,13 +426,13 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     if changes and not cfg.resume_changed:
         raise SharedError(f"{cfg.resume} cannot simply be resumed: {'; '.join(changes)}. "
                           "Undo that, or resume all the same with --resume_changed")
-    together(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
+    on_all(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
     kernels = choose_kernels(cfg, world)
     model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
     losses_of = TokenLosses(model, kernels.compiled)
-    together(lambda: saved and check_shapes(saved["model"], model))
-    log = together(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
-    with log, last_words(log):
+    on_all(lambda: saved and check_shapes(saved["model"], model))
+    log = on_all(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
+    with log, say_how_to_resume(log):
         # sizes that are found here stay out of config.json, which has the knobs as they were given
         sized = world.same(memory.choose_micro_batch(experiment, cfg, world, kernels.flex, saved))
         needs = memory.memory_estimate_mib(experiment, sized, world, kernels.flex)
@@ -441,7 +457,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         saved = None    # its memory is needed
         with StopSignals() as run.signals, collector_at_rest():
             experiment.train(run)
-        with StopSignals(at_once=True):
+        with StopSignals(at_once=True):     # everything is saved, so there is no step to wait for
             finish(run, [task for task in tasks.values() if task])
 
 
@@ -454,8 +470,8 @@ def require_equal_machines(identity: dict, world: World) -> None:
 
 
 @contextlib.contextmanager
-def last_words(log: RunLog) -> Iterator[None]:
-    """Let whatever ends a run early say in one line how to go on."""
+def say_how_to_resume(log: RunLog) -> Iterator[None]:
+    """Let whatever ends a run early say in one line how to resume it."""
     try:
         yield
     except NonFinite as error:
@@ -486,7 +502,7 @@ def finish(run: Run, tasks: list[Task]) -> None:
         log.weights(model)
     with run.world.memory_of("evaluation"):
         for task in tasks:
-            log.say(f"scoring {len(task.questions):,} rows of {BENCHMARKS[task.name].title}")
+            log.say(f"scoring {counted(len(task.questions), 'row')} of {BENCHMARKS[task.name].title}")
             _, rows_at_once = micro_batch_shape(cfg, run.world.size)
             scores = score(run.losses_of, tokenizer, task.questions, rows_at_once, run.world)
             log.benchmark(task.name, scores.items)
@@ -504,14 +520,14 @@ def finish(run: Run, tasks: list[Task]) -> None:
             samples = sample_held_out(model, tokenizer, held_out, cfg)
     log.samples(samples)
     text = held_out.text()
-    results["xz_bpb"] = run.data.dataset.xz_bpb
-    log.picture(run.data.dataset.xz_bpb)
+    results |= run.data.bar
+    log.picture(held_out.num_documents, run.data.bar)
     results["parameters"] = num_parameters(model)
     results["tokens_per_second"] = results["tokens"] / results["train_seconds"]
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
     results["held_out_documents"] = held_out.num_documents
     results["held_out_sha256"] = hashlib.sha256(text).hexdigest()
-    results["train_tokens"], results["num_steps"] = cfg.train_tokens, cfg.num_steps
+    results["budget"] = what_ended(cfg, run.step, run.target)
     results["target"] = run.target
     results["checkpoint_seconds"] = round(run.save_seconds, 2)
     for phase in ("validation", "evaluation"):

@@ -10,10 +10,10 @@ each document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's o
 uint32 tokens). Shards of llm.c or Modded-NanoGPT are read without a manifest, too.
 """
 
-import difflib
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,16 @@ import numpy as np
 import tiktoken
 
 from benchtop import files, places
+from benchtop.command_line import counted
 from benchtop.errors import UserError
 from benchtop.places import FOLDER_NAME
+from benchtop.sources import is_text, word_for
 from benchtop.tokenizer import (
     find_tokenizer,
     how_to_make,
     known_tokenizers,
     load_tokenizer,
+    source_of,
     tokenizer_sha256,
 )
 
@@ -94,12 +97,6 @@ class Dataset:
         shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
         return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
 
-    @property
-    def xz_bpb(self) -> float | None:
-        """Bits per byte that `xz -9e` needs for the held-out text after the training text, if that is known.
-        """
-        return self.manifest.get("xz_bpb")
-
     def verify(self, part: int = 0, num_parts: int = 1) -> None:
         """Read every num_parts-th shard, and raise UserError if one is not what the manifest says."""
         for shard in self.manifest["shards"][part::num_parts]:
@@ -126,8 +123,8 @@ def few_held_out(manifest: dict) -> str:
     documents, tokens = (sum(shard[what] for shard in val) for what in ("documents", "tokens"))
     if (documents >= FEW_DOCUMENTS or not documents) and tokens >= FEW_TOKENS:    # 0: nobody counted them
         return ""
-    counted = f"{documents:,} documents with " if documents else ""
-    return (f"only {counted}{tokens:,} tokens are held out; on fewer than {FEW_DOCUMENTS} documents or "
+    those = f"{counted(documents, 'document')} with " if documents else ""
+    return (f"only {those}{tokens:,} tokens are held out; on fewer than {FEW_DOCUMENTS} documents or "
             f"{FEW_TOKENS:,} tokens, similar models cannot be told apart")
 
 
@@ -151,7 +148,7 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
     if made_for != (tokenizer_sha256(tokenizer), tokenizer.n_vocab, tokenizer.eot_token):
         raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']} as it was then, "
                         f"and {tokenizer.name} is another; use --tokenizer {manifest['tokenizer']}, or make "
-                        f"the shards again: python download_fineweb.py --tokenizer {tokenizer.name}")
+                        f"the shards again: {how_to_make_data(tokenizer.name)}")
     return Dataset(folder, manifest), tokenizer
 
 
@@ -160,15 +157,18 @@ def find_dataset(typed: str, tokenizer: str) -> Path:
     """
     if typed:
         name = places.name_in(places.DATA, typed)
-        if not re.fullmatch(FOLDER_NAME, name):
+        is_name = re.fullmatch(FOLDER_NAME, name)
+        if is_name and (places.DATA / name).is_dir():
+            return places.DATA / name
+        if is_text(typed):
+            new = name if is_name else word_for([typed])
+            raise UserError(f"{typed} is text and no folder in {places.DATA}; to make one of it: "
+                            f"{how_to_make_data(tokenizer, typed)} --name {new}")
+        if not is_name:
             raise UserError(f"--data must be the name of a folder in {places.DATA}; it is {typed!r}")
-        if not (places.DATA / name).is_dir():
-            there = [path.name for path in places.DATA.glob("[!.]*") if path.is_dir()]
-            near = difflib.get_close_matches(name, there, n=1)
-            raise UserError(f"there is no {name} in {places.DATA}; "
-                            + (f"did you mean {near[0]}? To make {name}: " if near else "make it with: ")
-                            + f"{how_to_make_data(tokenizer)} --name {name}")
-        return places.DATA / name
+        there = {path.name: path.name for path in sorted(places.DATA.glob("[!.]*")) if path.is_dir()}
+        raise UserError(f"there is no {name} in {places.DATA}{places.what_is_there(name, there)} make "
+                        f"{name}: {how_to_make_data(tokenizer)} --name {name}")
     made_with = {path.parent: read_manifest(path)["tokenizer"]
                  for path in sorted(places.DATA.glob("[!.]*/manifest.json"))}
     fitting = [folder for folder, name in made_with.items() if tokenizer in ("", name)]
@@ -181,12 +181,14 @@ def find_dataset(typed: str, tokenizer: str) -> Path:
     return fitting[0]
 
 
-def how_to_make_data(tokenizer: str) -> str:
-    """The command that makes data of a tokenizer; without one, of one that is there or is made first."""
+def how_to_make_data(tokenizer: str, text: str = "") -> str:
+    """The command that makes data of a text, or of the tokenizer's own; without a tokenizer, with one that is
+    there or is made first."""
     known = known_tokenizers()
     name = tokenizer or (known[0] if known else "mine")
-    first = "" if tokenizer or known else f"{how_to_make(name)} && "
-    return f"{first}python download_fineweb.py --version stdlib --tokenizer {name}"
+    first = "" if tokenizer or known else f"{how_to_make(name, text)} && "
+    version = shlex.quote(text) if text else source_of(name)
+    return f"{first}python download_fineweb.py --version {version} --tokenizer {name}"
 
 
 def read_manifest(path: Path) -> dict:
@@ -199,7 +201,8 @@ def read_manifest(path: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         expect(manifest, {"format_version": int, "tokenizer": str, "tokenizer_sha256": str, "vocab_size": int,
                           "eot_id": int, "shards": list})
-        expect({"xz_bpb": 0.0} | manifest, {"xz_bpb": float})
+        expect({"xz_bpb": 0.0, "xz_training_bytes": 0} | manifest,
+               {"xz_bpb": float, "xz_training_bytes": int})
         if manifest["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version is {manifest['format_version']}, "
                              f"this program reads {FORMAT_VERSION}")

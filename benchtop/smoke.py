@@ -12,6 +12,7 @@ import random
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def smoke(experiment, cfg, start: Callable) -> None:
         make_data()
         tokenizer = load_tokenizer("smoke")
         cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(10**6)
-        checks = Checks()
+        checks = Checks(experiment.script)
         model = checks.passes("the model is made and gives a loss", lambda: fresh_model(experiment, cfg))
         checks.passes("every parameter is in one group of the optimizer",
                       lambda: experiment.Optimizer(model, cfg, World(cfg)))
@@ -62,6 +63,8 @@ def smoke(experiment, cfg, start: Callable) -> None:
         checks.passes("stopped by SIGTERM and resumed, it ends with the same weights, to the bit",
                       lambda: require_equal(whole, stopped_and_resumed(experiment, cfg, start)))
         model.load_state_dict(whole)
+        model.eval()
+        stir(model)
         checks.passes("every parameter has a gradient that is not zero",
                       lambda: require_gradients(model, cfg))
         checks.passes("gradients are those of the loss (by finite differences)",
@@ -76,23 +79,32 @@ def smoke(experiment, cfg, start: Callable) -> None:
 class Checks:
     """Runs checks and says how each went; what they print themselves is shown only where one fails."""
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, script: Path):
+        self.script, self.count = script, 0
 
     def passes(self, claim: str, check: Callable):
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 result = check()
-        except (Unsound, UserError) as error:
+        except UserError as error:
             print(f"FAILED  {claim}")
-            raise Unsound(f"{claim}: not so; {error}") from error
+            raise Unsound(f"a check failed ({claim}): {error}") from error
         except Exception as error:
             print(f"FAILED  {claim}\n{said.getvalue()}")
-            raise Unsound(f"{claim}: not so; {type(error).__name__}: {first_line(error)}") from error
+            raise Unsound(f"a check failed ({claim}): {type(error).__name__}: {first_line(error)} "
+                          f"({place_of(error, self.script)})") from error
         self.count += 1
         print(f"ok      {claim}", flush=True)
         return result
+
+
+def place_of(error: Exception, script: Path) -> str:
+    """FILE:LINE where an error arose, in the script if it passed there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename) == script]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 @contextlib.contextmanager
@@ -189,6 +201,15 @@ def require_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
                           "state that is neither a parameter nor in Optimizer.state()?")
 
 
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Move weights that are still zero, as of layers that three steps did not reach, so that all matters."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(0, 0.02)
+
+
 def require_gradients(model: nn.Module, cfg) -> None:
     model.zero_grad()
     model(*rows_of(cfg)).backward()
@@ -226,24 +247,29 @@ def require_slope(model: nn.Module, cfg) -> None:
 @torch.no_grad()
 def require_causal(model: nn.Module, cfg) -> None:
     inputs, _ = rows_of(cfg)
-    place, changed = cfg.seq_len // 4, inputs.clone()
-    changed[:, place] = (inputs[:, place] + 1) % (cfg.vocab_size - 1)
-    difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax((0, 2))
-    if difference[:place].max() > 0:
-        raise Unsound(f"a token changes what stands {place - int(difference.nonzero()[0])} places before it")
-    if not difference[place:].max() > 0:
-        raise Unsound("a token changes nothing")
+    for place in (cfg.seq_len // 4, 3 * cfg.seq_len // 4, cfg.seq_len - 1):
+        changed = inputs.clone()
+        changed[:, place] = (inputs[:, place] + 1) % (cfg.vocab_size - 1)
+        difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax((0, 2))      # (T)
+        if difference[:place].max() > 0:
+            raise Unsound("a token changes what stands "
+                          f"{place - int(difference.nonzero()[0])} places before it")
+        if not difference[place:].max() > 0:
+            raise Unsound("a token changes nothing")
 
 
 @torch.no_grad()
 def require_apart(model: nn.Module, cfg) -> None:
+    """Neither documents of one row nor rows of one batch."""
     inputs, _ = rows_of(cfg)
     border, changed = cfg.seq_len // 2, inputs.clone()
-    changed[:, 1:border] = (inputs[:, 1:border] + 1) % (cfg.vocab_size - 1)
-    difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax((0, 2))[border:]
-    if difference.max() > 0:
-        raise Unsound("the first document changes the second one, from its token "
-                      f"{int(difference.nonzero()[0])} on")
+    changed[0, 1:border] = (inputs[0, 1:border] + 1) % (cfg.vocab_size - 1)
+    difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax(2)               # (B, T)
+    if difference[0, border:].max() > 0:
+        raise Unsound("the first document of a row changes the second one, from its token "
+                      f"{int(difference[0, border:].nonzero()[0])} on")
+    if difference[1:].max() > 0:
+        raise Unsound("a row of the batch changes another one")
 
 
 def sample(experiment, cfg) -> None:

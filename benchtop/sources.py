@@ -1,7 +1,7 @@
 """Where text comes from: Python's own library, your files, or FineWeb.
 
     stdlib                       every module of this Python's library, outside its tests and site-packages
-    10B  100B  350B  full        FineWeb on the Hugging Face Hub, with `edu` behind FineWeb-Edu (hub.py)
+    10B  100B  350B  full        FineWeb on the Hugging Face Hub, with `edu` appended FineWeb-Edu (hub.py)
     notes.txt  book.md  code.py  one file is one document
     rows.jsonl  rows.parquet     one row is one document, in the column `text`
     corpus/  'corpus/*.jsonl'    a folder (searched to its depths) or a glob of such files
@@ -20,8 +20,8 @@ import re
 import sysconfig
 from pathlib import Path
 
-from benchtop import hub
-from benchtop.command_line import Parser, command
+from benchtop import hub, places
+from benchtop.command_line import Parser, command, counted
 from benchtop.documents import FILE_IS_DOCUMENT, ROW_IS_DOCUMENT, Source, kind_of
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
@@ -91,6 +91,13 @@ def is_known(path: Path) -> bool:
     return kind_of(path) in FILE_IS_DOCUMENT + ROW_IS_DOCUMENT
 
 
+def is_text(typed: str) -> bool:
+    """Whether a source can be made of a file or folder, to judge by its name; not of what holds data/."""
+    if os.path.isdir(typed):
+        return not places.DATA.is_relative_to(Path(typed).resolve())
+    return os.path.isfile(typed) and is_known(Path(typed))
+
+
 def word_for(specs: list[str]) -> str:
     """What people would call these files: the file's name, or its folder's."""
     first = Path(specs[0])
@@ -115,8 +122,8 @@ def main() -> None:
         characters += len(text)
     if not characters:
         raise UserError("the source is empty")
-    print(f"{documents:,} documents, {characters:,} characters, {source.replaced:,} invalid UTF-8 sequences "
-          f"replaced; label {source.label}")
+    print(f"{counted(documents, 'document')}, {characters:,} characters, {source.replaced:,} invalid UTF-8 "
+          f"sequences replaced; label {source.label}")
     rule = rule_for(source)
     if not rule:
         print("held out: too little text to hold some out")

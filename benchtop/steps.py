@@ -91,7 +91,9 @@ def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:
     """
     total = torch.linalg.vector_norm(norms).item()
     if not math.isfinite(loss):
-        raise NonFinite(f"the loss of step {step} is {loss}; try a lower learning rate, or --dtype float32")
+        cause = ("check the script's loss and initial values" if step == 1
+                 else "try a lower learning rate, or --dtype float32")
+        raise NonFinite(f"the loss of step {step} is {loss}; {cause}")
     if not math.isfinite(total):
         culprit = next(name for name, norm in zip(optimizer.parameters, norms.tolist(), strict=True)
                        if not math.isfinite(norm))

@@ -10,14 +10,14 @@ from statistics import fmean, median, stdev
 
 from benchtop import significance
 from benchtop.command_line import minutes
-from benchtop.groups import Group, Run, benchmarks_of, runs_in
+from benchtop.groups import Group, SavedRun, benchmarks_of, runs_in
 
 
 @dataclass(frozen=True)
 class Column:
     """A column of the table of runs: its title, a run's value or None, and how people read it."""
     title: str
-    value: Callable[[Run], object]
+    value: Callable[[SavedRun], object]
     text: Callable[[object], str] = str
 
 
@@ -30,7 +30,7 @@ def short(number: float) -> str:
     return f"{number / 1e6:,.1f}M"
 
 
-def _last(run: Run, column: str) -> float | None:
+def _last(run: SavedRun, column: str) -> float | None:
     """What a run ended with; of one that did not, the last that was measured."""
     if column in run.summary:
         return run.summary[column]
@@ -55,7 +55,7 @@ COLUMNS = (
 
 def benchmark_columns(name: str) -> list[Column]:
     """Accuracy with its interval, and the perplexity where there is one."""
-    def score(run: Run, key: str) -> object:
+    def score(run: SavedRun, key: str) -> object:
         return run.benchmarks.get(name, {}).get(key)
     return [Column(name, functools.partial(score, key="acc"),
                    lambda acc: f"{acc['value']:.3f} ({acc['low']:.3f}-{acc['high']:.3f})"),
@@ -148,8 +148,8 @@ def index(experiments: Path) -> str:
     lines = ["# Experiments", "",
              "Written by `python compare.py --index` from the summaries of the runs; do not edit.",
              "",
-             "| | runs | preset | tokens | val_loss | val_bpb | tokens/s | device |",
-             "|---|--:|---|--:|--:|--:|--:|---|"]
+             "| | runs | preset | tokens | held-out documents | val_loss | val_bpb | tokens/s | device |",
+             "|---|--:|---|--:|--:|--:|--:|--:|---|"]
     failures = []
     for folder in folders:
         group = Group(folder.name, runs_in(folder))
@@ -161,6 +161,7 @@ def index(experiments: Path) -> str:
         cells = [f"[{folder.name}]({folder.name}/)",
                  group.count,
                  facts.get("preset", ""), short(median(group.values("tokens"))),
+                 f"{facts['held_out_documents']:,}" if "held_out_documents" in facts else "",
                  mean_and_spread(group.values("val_loss")), mean_and_spread(group.values("val_bpb")),
                  f"{median(group.values('tokens_per_second')):,.0f}",
                  f"{facts.get('processes', 1)} x {facts.get('device', '')}"]

@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from benchtop import hub, places
+from benchtop.command_line import counted
 from benchtop.errors import UserError, first_line
 from benchtop.files import locked, sha256_of, write_text
 
@@ -146,7 +147,7 @@ def fetch(name: str, split: str) -> Path:
         if path.exists():
             try:
                 check_rows(lines_of(path), path.name, benchmark, split)
-                print(f"{path.relative_to(places.ROOT)} is there: {rows:,} rows")
+                print(f"{path.relative_to(places.ROOT)} is there: {counted(rows, 'row')}")
                 return path
             except UserError as error:
                 print(f"{error}; it is fetched again", file=sys.stderr)
@@ -157,7 +158,8 @@ def fetch(name: str, split: str) -> Path:
                 raise
             print(f"{error}; asking the authors' repository", file=sys.stderr)
             source = fetch_from_authors(benchmark, path.name, split, path)
-    print(f"wrote {path.relative_to(places.ROOT)}: {rows:,} rows from {source}, SHA-256 {sha256_of(path)}")
+    print(f"wrote {path.relative_to(places.ROOT)}: {counted(rows, 'row')} from {source}, "
+          f"SHA-256 {sha256_of(path)}")
     return path
 
 
@@ -217,7 +219,7 @@ def check_rows(lines: list[str], name: str, benchmark: Benchmark, split: str) ->
     expected, labelled = benchmark.splits[split].rows, benchmark.splits[split].labelled
     questions = questions_of(lines, name, labelled, fewest=min(2, *benchmark.endings))
     if len(questions) != expected:
-        raise UserError(f"{name} has {len(questions):,} rows instead of {expected:,}")
+        raise UserError(f"{name} has {counted(len(questions), 'row')} instead of {expected:,}")
     odd = next((question for question in questions if len(question.endings) not in benchmark.endings), None)
     if odd:
         raise UserError(f"{name} has {len(odd.endings)} endings instead of "

@@ -10,28 +10,38 @@
 
 import base64
 import contextlib
-import difflib
 import hashlib
 import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
-import threading
+import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 
-from benchtop import files, places
+from benchtop import files, hub, places
+from benchtop.command_line import counted
 from benchtop.errors import UserError
+from benchtop.sources import is_text
 
 FORMAT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
 ENCODE_CHARACTERS = 500_000     # a longer text is counted and encoded in parts of this length
 SMALLEST_PART = 1000        # characters; where tiktoken panics even then, a text has no tokens
+
+# where tiktoken gets GPT-2's encoding, and what it expects there
+GPT2_FILES = {
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json":
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 
 PATTERNS = {
     "gpt4": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -110,12 +120,9 @@ def find_tokenizer(typed: str) -> str:
         return meant[0]
     if meant:
         raise UserError(f"{name} may be any of these tokenizers, so name one whole: {', '.join(meant)}")
-    without = {without_sizes(other)[0]: other for other in known}
-    near = difflib.get_close_matches(first, without, n=1)
-    others = f", only {', '.join(known)}" if known else ""
-    raise UserError(f"there is no tokenizer {name}"
-                    + (f"; did you mean {without[near[0]]}? To" if near else f"{others}; to")
-                    + f" make {name}: {how_to_make(name)}")
+    there = places.what_is_there(first, {without_sizes(other)[0]: other for other in known})
+    text = typed if is_text(typed) else ""
+    raise UserError(f"there is no tokenizer {name}{there} make {name}: {how_to_make(name, text)}")
 
 
 def without_sizes(name: str) -> tuple[str, tuple[int, int] | None]:
@@ -147,12 +154,23 @@ def only_tokenizer() -> str:
     return known[0]
 
 
-def how_to_make(name: str) -> str:
-    return f"python train_tokenizer.py --vocabsize 4096 --name {name}"
+def how_to_make(name: str, text: str = "") -> str:
+    """The command that makes a tokenizer, of a text or of Python's library."""
+    source = f" --source {shlex.quote(text)}" if text else ""
+    return f"python train_tokenizer.py --vocabsize 4096 --name {name}{source}"
+
+
+def source_of(name: str) -> str:
+    """The --version of the text that a tokenizer was made of; a word to replace where that was files."""
+    try:
+        source = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # none, or one that does not tell
+        return "stdlib"
+    return source if source in ("stdlib", *hub.FINEWEB) else "YOUR_TEXTS"
 
 
 def clean_name(typed: str) -> str:
-    """A tokenizer's name, without the folder it is in and the `.pkl` of older days.
+    """A tokenizer's name, without the folder it is in and the `.pkl` of gpt-lab's.
 
     raises  UserError if it is no name
     """
@@ -284,11 +302,11 @@ def save_tokenizer(name: str, merges: list[tuple[int, int, int | None]], tokens:
 
 def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes], facts: dict) -> str:
     """The merges in the order of learning, with a head that says what they come from and what they give."""
-    lines = [f"{len(tokens):,} tokens: the 256 bytes, and {len(merges):,} merges of two tokens that stood "
-             "side by side, the most frequent first.", "␣ is a space."]
+    lines = [f"{len(tokens):,} tokens: the 256 bytes, and {counted(len(merges), 'merge')} of two tokens that "
+             "stood side by side, the most frequent first.", "␣ is a space."]
     if facts.get("documents"):
-        lines.append(f"Learned from {facts['characters']:,} characters in {facts['documents']:,} documents "
-                     f"of {facts['source']}.")
+        documents = counted(facts["documents"], "document")
+        lines.append(f"Learned from {facts['characters']:,} characters in {documents} of {facts['source']}.")
     statistics = facts.get("statistics", {})
     if "bytes_per_token" in statistics:
         gpt2 = statistics["gpt2_bytes_per_token"]
@@ -337,16 +355,14 @@ def encoding_of(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encodi
 
 
 def gpt2_if_at_hand() -> tiktoken.Encoding | None:
-    """GPT-2's encoding, unless it is neither in tiktoken's cache nor fetched within five seconds."""
-    found = []
-
-    def fetch() -> None:
-        with contextlib.suppress(UserError):
-            found.append(load_gpt2())
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(5)
-    return found[0] if found else None
+    """GPT-2's encoding, if its files are in tiktoken's cache; nothing is fetched."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    for url, sha256 in GPT2_FILES.items():
+        path = Path(cache, hashlib.sha1(url.encode()).hexdigest())
+        if not cache or not path.is_file() or files.sha256_of(path) != sha256:  # tiktoken would fetch it anew
+            return None
+    return load_gpt2()
 
 
 def visible(token: bytes) -> str:
@@ -391,7 +407,7 @@ def byte_letters() -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizers of older days
+# Tokenizers made by gpt-lab
 # ------------------------------------------------------------------------------------------------
 
 class PlainUnpickler(pickle.Unpickler):
@@ -430,7 +446,7 @@ def convert(path: Path, name: str | None = None) -> Path:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:      # a pickle that is not one can raise anything
         reason = f"{type(error).__name__}: {error}"[:150]
-        raise UserError(f"{path} is no tokenizer of older days ({reason})") from error
+        raise UserError(f"{path} is no tokenizer made by gpt-lab ({reason})") from error
     facts = {"converted_from": path.name, "converted_from_sha256": files.sha256_of(path),
              "statistics": statistics_of(tokens, pattern, [])}
     return save_tokenizer(name, merges, tokens, pattern, facts, script)

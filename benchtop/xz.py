@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-TRAINING_BYTES = 12 * 2**20     # of the training text's end, and
-HELD_OUT_BYTES = 2 * 2**20      # of the held-out text's beginning; together some 20 seconds on one core
+MIB = 2**20
+TRAINING_BYTES = 12 * MIB       # of the training text's end, and
+HELD_OUT_BYTES = 2 * MIB        # of the held-out text's beginning; together some 20 seconds on one core
 TOKENS_AT_ONCE = 2**18
 
 
@@ -31,6 +32,12 @@ def xz_bar(train: list[np.ndarray], val: list[np.ndarray], table: list[bytes]) -
         return {}
     return {"xz_bpb": xz_bits_per_byte(held_out, after=training), "xz_training_bytes": len(training),
             "xz_held_out_bytes": len(held_out)}
+
+
+def bar_in_words(facts: dict) -> str:
+    """What the model is measured against; facts are a manifest's or a summary's."""
+    whole = (facts.get("xz_training_bytes") or 0) < TRAINING_BYTES
+    return f"xz -9e after the {'' if whole else f'last {TRAINING_BYTES // MIB} MiB of the '}training text"
 
 
 def xz_bits_per_byte(text: bytes, after: bytes) -> float:

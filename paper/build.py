@@ -31,7 +31,7 @@ from benchtop.conclusions import compare, p_in_words
 from benchtop.curves import as_bytes
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
-from benchtop.groups import PERSONAL_KNOBS, Group, Run, check_comparable, open_groups
+from benchtop.groups import PERSONAL_KNOBS, Group, SavedRun, check_comparable, open_groups
 from benchtop.knobs import parser_of
 from benchtop.tables import as_latex, groups_table
 from train_gpt import PRESETS, Config
@@ -72,11 +72,11 @@ def tables() -> dict[str, str]:
     return made
 
 
-def runs_of(script: str, groups: list[Group]) -> list[Run]:
+def runs_of(script: str, groups: list[Group]) -> list[SavedRun]:
     return [run for group in groups for run in group.finished if run.summary.get("script") == script]
 
 
-def require_described(run: Run) -> None:
+def require_described(run: SavedRun) -> None:
     """raises  UserError if a run was made by a program with other knobs, or other values of those that the
     appendix states, than train_gpt.py would take for the same command now"""
     remedy = "run it again, or take it out of TABLES in paper/build.py"
@@ -188,7 +188,7 @@ def facts_of_optimizer() -> dict[str, str]:
     optimizer, iterations = train_gpt.Optimizer, train_gpt.newton_schulz
     a, b, c = constants(iterations, r"a, b, c = ([-\d.]+), ([-\d.]+), ([-\d.]+)\n")
     first, climb, steps = constants(
-        optimizer.step, r"momentum = ([\d.]+) \+ ([\d.]+) \* min\(1, self.steps_done / (\d+)\)")
+        optimizer.muon_step, r"momentum = ([\d.]+) \+ ([\d.]+) \* min\(1, \(self.steps_done - 1\) / (\d+)\)")
     beta1, beta2 = optimizer.betas
     return {"muon.a": a, "muon.b": b, "muon.c": c,
             "muon.steps": number(inspect.signature(iterations).parameters["steps"].default),

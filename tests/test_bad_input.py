@@ -82,7 +82,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats
                            max_leaves=6)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.sampled_from(["config.json", "summary.json"]), json_values | st.binary(max_size=30))
 def test_no_json_of_a_run_gives_a_traceback(stopped_run, monkeypatch, capsys, name, content):
     path, whole = stopped_run / name, (stopped_run / "config.json").read_bytes()

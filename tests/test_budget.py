@@ -114,25 +114,25 @@ def test_a_run_without_a_budget_ends_after_four_epochs_and_names_that_one_budget
     folder = train_here(here, num_steps=0, batch_tokens=0, val_every=0)
     config, summary, rows = config_of(folder), summary_of(folder), rows_of(folder)
     steps, batch, tokens = (config[knob] for knob in ("num_steps", "batch_tokens", "train_tokens"))
-    assert tokens == steps * batch == summary["train_tokens"] == summary["tokens"] == int(rows[-1]["tokens"])
-    assert steps == summary["num_steps"] == summary["step"] == int(rows[-1]["step"]) > 1
+    assert tokens == steps * batch == summary["tokens"] == int(rows[-1]["tokens"])
+    assert steps == summary["step"] == int(rows[-1]["step"]) > 1
     # one step more would be more than four epochs
     assert float(rows[-1]["epoch"]) <= 4 < float(rows[-1]["epoch"]) * (steps + 1) / steps
     assert f"budget      {steps:,} steps of {batch:,} tokens ({tokens:,} in all); " in log_of(folder)
-    assert f"epochs      {steps:,} steps are {float(rows[-1]['epoch']):.2f} epochs\n" in log_of(folder)
+    assert f"epochs      {steps:,} steps: {float(rows[-1]['epoch']):.2f} epochs\n" in log_of(folder)
+    assert summary["budget"] == f"{steps:,} steps of {batch:,} tokens"
 
 
 def test_tokens_that_make_no_whole_steps_are_rounded_up_in_every_place(here):
     folder = train_here(here, num_steps=0, train_tokens=300)
     config, summary = config_of(folder), summary_of(folder)
     assert (config["train_tokens"], config["num_steps"]) == (384, 3)
-    assert (summary["train_tokens"], summary["num_steps"]) == (384, 3)
     assert (summary["tokens"], summary["step"]) == (384, 3)
 
 
 def test_many_epochs_are_advised_against(here):
     said = log_of(train_here(here, num_steps=1000, train_minutes=1e-9))
-    assert re.search(r"epochs      1,000 steps are \d\.\d\d epochs \(beyond 4, repeated text teaches l", said)
+    assert re.search(r"epochs      1,000 steps: \d\.\d\d epochs \(beyond 4, repeated text teaches l", said)
 
 
 def test_minutes_end_a_run_and_its_schedule(here):
@@ -141,6 +141,9 @@ def test_minutes_end_a_run_and_its_schedule(here):
     folder = train_here(here, num_steps=10**6, train_minutes=budget / 60, val_every=10**6)
     check_clock(rows_of(folder), budget)
     assert config_of(folder)["num_steps"] == 10**6
+    summary = summary_of(folder)
+    assert summary["budget"] == "0.02 minutes of training" and summary["tokens"] == 128 * summary["step"]
+    assert not {"train_tokens", "num_steps"} & {*summary}, "of a schedule that it did not reach"
 
 
 def check_clock(rows: list[dict], budget: float) -> None:
@@ -162,7 +165,7 @@ def test_minutes_alone_train_as_many_steps_as_fit(here):
     config, summary, rows, log = config_of(folder), summary_of(folder), rows_of(folder), log_of(folder)
     check_clock(rows, budget)
     assert (config["num_steps"], config["train_tokens"], config["train_minutes"]) == (0, 0, budget / 60)
-    assert (summary["num_steps"], summary["train_tokens"]) == (0, 0)
+    assert summary["budget"] == "0.02 minutes of training"
     assert summary["step"] == len(rows) and summary["tokens"] == 128 * len(rows)
     assert 1 <= len([row for row in rows if row["val_loss"]]) <= VALIDATIONS
     assert f"budget      {budget / 60:g} minutes of training in steps of 128 tokens; " in log

@@ -13,11 +13,11 @@ from statistics import fmean
 import pytest
 
 import compare
-from benchtop import curves, places, significance
+from benchtop import ORDER, curves, places, significance
 from benchtop.conclusions import benchmark_lines, standing
 from benchtop.conclusions import compare as compare_groups
 from benchtop.errors import UserError
-from benchtop.groups import Group, check_comparable, differences_of, open_groups, read_run
+from benchtop.groups import DECISIVE, Group, check_comparable, differences_of, open_groups, read_run
 from benchtop.page import page
 from benchtop.places import ROOT
 from benchtop.tables import groups_table, index, runs_table, short
@@ -130,7 +130,7 @@ def test_runs_that_may_differ_are_compared(two_groups, changes, although):
     check_comparable(open_groups(["demo", "other"]), "val_bpb", although)
 
 
-BENCH = {"batches.py": "1", "budget.py": "1", "evaluation.py": "1", "identity.py": "1", "page.py": "1"}
+BENCH = {name: "1" for name in (*DECISIVE, "identity.py", "page.py")}
 
 
 def bench(**changes: str | None) -> dict:
@@ -151,21 +151,24 @@ def on_benches(folder: Path, **groups: dict) -> None:
 @pytest.mark.parametrize(("other", "line"), [
     (bench(), "all runs stood on the same bench (cafe1234)"),
     (bench(identity="2", page="2"), "the runs stood on different benches: identity.py, page.py differ; "
-                                    "none of these measures or orders anything"),
-    (bench(page="2"),
-     "the runs stood on different benches: page.py differs; it neither measures nor orders anything"),
+                                    "none of these can change the numbers"),
+    (bench(page="2"), "the runs stood on different benches: page.py differs; it cannot change the numbers"),
     (bench(tables="1"),
-     "the runs stood on different benches: tables.py differs; it neither measures nor orders anything")])
-def test_runs_on_benches_that_measure_alike_are_compared(two_groups, monkeypatch, capsys, other, line):
+     "the runs stood on different benches: tables.py differs; it cannot change the numbers")])
+def test_runs_on_benches_of_equal_numbers_are_compared(two_groups, monkeypatch, capsys, other, line):
     on_benches(two_groups, mine=bench(), other=other)
     out, _, code = say(monkeypatch, capsys, "mine", "other")
     assert code == 0 and out.splitlines().count(line) == 1 and "other against mine" in out
     assert "is mixed" not in out and "the code of" not in out
 
 
-@pytest.mark.parametrize("name", ["batches", "budget", "evaluation"])
+def test_files_that_decide_numbers_are_files_of_the_bench():
+    assert {Path(name).stem for name in DECISIVE} < {*ORDER}
+
+
+@pytest.mark.parametrize("name", ["batches", "budget", "evaluation", "run", "saved", "scoring"])
 @pytest.mark.parametrize("change", ["2", None])
-def test_runs_measured_or_ordered_by_other_code_are_refused(two_groups, monkeypatch, capsys, name, change):
+def test_runs_of_other_code_that_decides_numbers_are_refused(two_groups, monkeypatch, capsys, name, change):
     on_benches(two_groups, mine=bench(), other=bench(page="2", **{name: change}))
     out, err, code = say(monkeypatch, capsys, "mine", "other")
     assert code == 1 and "against" not in out
@@ -634,11 +637,13 @@ def test_standing_says_why_it_cannot_be_told(two_groups):
     assert "so no standard deviation" in standing(lonely, "demo/seed0")
 
 
-def test_the_index_names_failures(two_groups):
+def test_the_index_names_failures_and_numbers_of_held_out_documents(two_groups):
     write_run(two_groups / "demo/seed3", 3, summary={"status": "failed: the loss of step 7 is nan"})
     write_run(two_groups / "20260101_000000_private", 0)
+    write_run(two_groups / "new", 0, summary={"held_out_documents": 44})
     text = index(two_groups)
-    assert "| [demo](demo/) | 3 of 4 | demo | 4.9M | 2.1936 ± 0.0096 | 0.9140 ± 0.0040 |" in text
+    assert "| [new](new/) | 1 | demo | 4.9M | 44 | 2." in text
+    assert "| [demo](demo/) | 3 of 4 | demo | 4.9M |  | 2.1936 ± 0.0096 | 0.9140 ± 0.0040 |" in text
     assert "- `demo/seed3`: failed: the loss of step 7 is nan" in text
     assert "private" not in text
 

@@ -268,7 +268,7 @@ def test_val_tokens_limits_what_is_validated_on(bench, command, small, pages):
 def test_a_single_file_is_cut_into_parts_with_a_note(bench, command, small, pages, capsys):
     (bench / "book.txt").write_text("\n".join(pages))
     command(f"{SHARD} --version book.txt")
-    assert "is cut into parts of about" in capsys.readouterr().out
+    assert "are cut into parts of about" in capsys.readouterr().out
     cut = json.loads((bench / "data/set/manifest.json").read_text())["held_out"]["cut_characters"]
     parts = [text for _, text in Parts(open_source("book.txt"), cut)]
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
@@ -335,7 +335,7 @@ def test_documents_that_make_trouble_are_named(bench, command, write_rows, pages
     assert manifest["split"] == {"count": 1, "first": ["pages.jsonl:108"]}
     said = capsys.readouterr().out
     assert re.search(r"skipped 7 documents that tiktoken cannot encode: (\S+jsonl:10\d,? ){5}\.\.\.\n", said)
-    assert "split 1 documents too long or odd to encode whole: pages.jsonl:108\n" in said
+    assert "split 1 document too long or odd to encode whole: pages.jsonl:108\n" in said
     everything = texts(bench / "data" / "set", "train") + texts(bench / "data" / "set", "val")
     assert Counter(everything) == Counter([*pages[:100], long])
 
@@ -364,12 +364,12 @@ def test_a_dataset_of_an_earlier_version_grows_by_the_rule_of_then(bench, comman
     for key in ("xz_bpb", "xz_training_bytes", "xz_held_out_bytes"):
         del manifest[key]
     path.write_text(json.dumps(manifest))
-    assert open_dataset("set", "")[0].xz_bpb is None
+    assert "xz_bpb" not in open_dataset("set", "")[0].manifest
     command(f"{SHARD} --shard_size 2000")
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
     assert Counter(train) == Counter(text for text in pages if not Rule(16).holds_out(text))
     assert Counter(val) == Counter(text for text in pages if Rule(16).holds_out(text))
-    assert open_dataset("set", "")[0].xz_bpb > 0
+    assert open_dataset("set", "")[0].manifest["xz_bpb"] > 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,20 +381,21 @@ def test_the_bar_is_that_of_xz_on_the_texts(bench, command, small, capsys):
     command(f"{SHARD} --shard_size 2e3")
     train, val = ("".join(texts(bench / "data/set", split)).encode() for split in ("train", "val"))
     dataset, _ = open_dataset("set", "")
-    assert dataset.xz_bpb == xz_bits_per_byte(val, after=train) > 0
+    bar = dataset.manifest["xz_bpb"]
+    assert bar == xz_bits_per_byte(val, after=train) > 0
     assert dataset.manifest["xz_training_bytes"] == len(train)
     assert dataset.manifest["xz_held_out_bytes"] == len(val) == dataset.manifest["held_out"]["bytes"]
     entry = dataset.manifest["shards"][0]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"{entry['tokens']:,} of {entry['documents']:,} to validate on; xz -9e after the "
-                         f"training text: {dataset.xz_bpb:.3f} bits per byte of the held-out text")
+                         f"training text: {bar:.3f} bits per byte of the held-out text")
 
 
 def test_more_shards_have_another_bar(command, small):
     command(f"{SHARD} --shard_size 2000 --num_shards 1")
-    before = open_dataset("set", "")[0].xz_bpb
+    before = open_dataset("set", "")[0].manifest["xz_bpb"]
     command(f"{SHARD} --shard_size 2000")
-    assert open_dataset("set", "")[0].xz_bpb < before
+    assert open_dataset("set", "")[0].manifest["xz_bpb"] < before
 
 
 def test_too_little_to_validate_on_is_said(bench, command, small, pages, write_rows, monkeypatch, capsys):
@@ -579,7 +580,13 @@ def test_no_data_or_too_much_is_told(bench, command, made):
         open_dataset("other", TOKENIZER)
     with pytest.raises(UserError, match=r"there is no sett in .*; did you mean set\? To make sett: python "):
         open_dataset("sett", TOKENIZER)
+    with pytest.raises(UserError, match=r"there is no nosuch in .*, only set; to make nosuch: python "):
+        open_dataset("nosuch", TOKENIZER)
     command(f"{SHARD} --name second")
+    with pytest.raises(UserError, match=r"there is no se in .*; did you mean second or set\? To make se: "):
+        open_dataset("se", TOKENIZER)
+    with pytest.raises(UserError, match=r"there is no set-py3.11.7 in .*; did you mean set\? To make "):
+        open_dataset("set-py3.11.7", TOKENIZER)
     with pytest.raises(UserError, match="choose one with --data: second, set"):
         open_dataset("", TOKENIZER)
     shutil.rmtree(bench / "data")
@@ -589,6 +596,25 @@ def test_no_data_or_too_much_is_told(bench, command, made):
     with pytest.raises(UserError, match=r"python train_tokenizer.py .* --name mine && "
                                         r"python download_fineweb.py .* --tokenizer mine$"):
         open_dataset("", "")
+
+
+@pytest.mark.parametrize("typed", ["my_texts", "my texts/", "one.txt"])
+def test_text_that_is_named_as_data_is_answered_with_the_command_for_it(bench, command, made, typed):
+    for path in ("my_texts/a.txt", "my texts/b.txt", "one.txt"):
+        (bench / path).parent.mkdir(exist_ok=True)
+        (bench / path).write_text("".join(f"line {number} of {path}\n" for number in range(2000)))
+    with pytest.raises(UserError, match=r"is text and no folder in .* to make one of it: python") as refused:
+        open_dataset(typed, TOKENIZER)
+    command(str(refused.value).split(": python ")[1] + " --num_workers 1")
+    assert open_dataset(typed.strip("/").replace(" ", "-"), TOKENIZER)[0].manifest["shards"]
+
+
+def test_advice_names_the_text_that_the_tokenizer_was_made_of(bench, command, made):
+    path = bench / "tokenizers" / TOKENIZER / "meta.json"
+    for source, version in (("stdlib", "stdlib"), ("10Bedu", "10Bedu"), ("pages", "YOUR_TEXTS")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"source": source}))
+        with pytest.raises(UserError, match=f"make other: .* --version {version} --tokenizer small --name o"):
+            open_dataset("other", TOKENIZER)
 
 
 @pytest.mark.parametrize("data", ["../set", "/tmp", ".", "..", "set\n", "a b", "x" * 300, "\0", "/",

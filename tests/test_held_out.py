@@ -98,7 +98,7 @@ def test_a_small_source_holds_out_64_documents_or_5_percent(documents, held_out)
 
 
 @settings(max_examples=150)
-@given(st.lists(st.integers(0, 400) | st.integers(0, 4000), max_size=40), st.integers(0, 300),
+@given(st.lists(st.integers(0, 400) | st.integers(0, 4000), max_size=60), st.integers(0, 300),
        st.randoms(use_true_random=False))
 def test_what_a_small_source_holds_out_is_enough_and_not_too_much(sizes, many, rng):
     texts = [f"{number} é" + random.Random(number).randbytes(size).hex()
@@ -111,7 +111,7 @@ def test_what_a_small_source_holds_out_is_enough_and_not_too_much(sizes, many, r
     total, size = num_bytes(kept_out | trainable), num_bytes(kept_out)
     assert kept_out and trainable and rule.one_in == 0
     assert len(kept_out) <= 64 and size <= total / 20
-    assert len(kept_out) == 64 or size >= total / 64
+    assert len(kept_out) == 64 or size >= (0.045 if total >= 20_000 else 1 / 64) * total
     if len(kept_out) < 64 and size < 0.045 * total:
         assert all(size + num_bytes({text}) > total / 20 for text in trainable), "the others are too large"
     if not rule.part:
@@ -143,6 +143,15 @@ def test_a_few_books_are_cut_into_parts(books, notes):
     rule = rule_for(source)
     kept_out, trainable = sides(source, rule)
     assert rule.part and 16 < len(kept_out) <= 64
+    assert num_bytes(kept_out) / num_bytes(kept_out | trainable) == pytest.approx(0.05, abs=0.005)
+
+
+@pytest.mark.parametrize("sizes", [[100_000] * 9 + [18_000], [30_000] * 39, [9_000] * 25])
+def test_documents_too_large_to_hold_out_5_percent_are_cut_into_parts(sizes):
+    rng = random.Random(0)
+    texts = ["\n".join(str(rng.random()) for _ in range(size // 20)) for size in sizes]
+    kept_out, trainable = sides(Texts(texts), rule_for(Texts(texts)))
+    assert 16 < len(kept_out) <= 64
     assert num_bytes(kept_out) / num_bytes(kept_out | trainable) == pytest.approx(0.05, abs=0.005)
 
 

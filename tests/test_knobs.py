@@ -107,9 +107,10 @@ def test_the_comment_behind_a_field_is_its_help_and_one_alone_is_a_heading(edite
     assert headings["under"] == headings["far"] == headings["word"] == "100 % of a comment above"
     said = help_of(edited, capsys)
     for line in ("--bare INT  [5]", "--close INT one space before the sign [6]", "100 % of a comment above:",
-                 "--under FLOAT [-0.5]", "--bias, --no-bias whether to add it [True]",
+                 "--under FLOAT [-0.5]", "--bias, --no_bias, --no-bias whether to add it [True]",
                  "--norm whether to divide by it", "--last INT [8]"):
         assert " ".join(line.split()) in " ".join(said.split())
+    assert "no_norm" not in said and "no-norm" not in said
     assert "--told_apart" not in said and "--silent" not in said and "--later" not in said
 
 
@@ -132,12 +133,20 @@ def test_fields_are_knobs_where_there_is_no_source(capsys):
     (["--under", "-1E+3"], -1000.0), (["--under=-1e-3"], -0.001), (["--under", "1e-3"], 0.001),
     (["--bare", "-4"], -4), (["--bare", "-1e3"], -1000), (["--bare=-4"], -4),
     (["--bare", "1e6"], 10**6), (["--bare", "4_000_000"], 4_000_000), (["--bare", "-1_000"], -1000),
-    (["--bare", "2.0"], 2), (["--bias"], True), (["--no-bias"], False), (["--norm"], True),
-    (["--no-bias", "--bias"], True)])
-def test_numbers_and_switches_are_taken_as_people_write_them(edited, words, wanted):
-    value = getattr(parse_config(words, edited), words[-1].split("=")[0].removeprefix("--no-").strip("-")
-                    if len(words) == 1 or wanted is True else words[0].strip("-"))
+    (["--bare", "2.0"], 2)])
+def test_numbers_are_taken_as_people_write_them(edited, words, wanted):
+    value = getattr(parse_config(words, edited), words[0].split("=")[0].strip("-"))
     assert value == wanted and type(value) is type(wanted)
+
+
+@pytest.mark.parametrize("knob", ["bias", "norm"])
+def test_a_switch_goes_on_and_off_and_the_last_word_counts(edited, knob):
+    for off in (f"--no_{knob}", f"--no-{knob}"):
+        for words, wanted in (([f"--{knob}"], True), ([off], False), ([f"--{knob}", off], False),
+                              ([off, f"--{knob}"], True)):
+            assert getattr(parse_config(words, edited), knob) is wanted
+    assert "save_model" in PRESETS["demo"] and not parse_config(["--preset", "demo", "--no_save_model"],
+                                                                Config).save_model
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -163,7 +172,7 @@ def test_what_is_no_value_is_said_in_one_line(edited, capsys, words, message):
 def test_a_field_of_another_type_is_refused_by_its_name(tmp_path, monkeypatch, line, kind):
     config = config_of(SOURCE.replace("bare: int = 5", line), tmp_path, monkeypatch)
     name = line.split(":")[0]
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(UserError) as error:
         parse_config([], config)
     assert str(error.value) == f"the knob {name} is of type {kind}; it must be int, float, str or bool"
 
@@ -201,7 +210,7 @@ def test_every_knob_is_a_flag_with_help(script, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_help_shows_the_knobs_of_the_experiment_first(script, capsys):
-    shown = re.findall(r"^  --(?:no-)?(\w+)", help_of(script.Config, capsys), re.MULTILINE)
+    shown = re.findall(r"^  --(\w+)", help_of(script.Config, capsys), re.MULTILINE)
     assert sorted(shown) == sorted(script.Config.names())
     of_the_run = [knob in RunConfig.names() for knob in shown]
     assert of_the_run == sorted(of_the_run) and 20 < sum(of_the_run) < len(shown)
@@ -217,6 +226,13 @@ def test_the_help_names_the_presets(capsys):
 def test_flags_win_over_a_preset_and_a_preset_over_defaults():
     cfg = parse_config(["--num_layers", "9", "--preset", "xs", "--save_model"], Config)
     assert (cfg.num_layers, cfg.seq_len, cfg.save_model) == (9, 1024, True)
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "xs"]])
+def test_two_budgets_are_refused_by_their_names(preset):
+    with pytest.raises(UserError, match="--train_tokens 1000000 and --num_steps 2 are two budgets; give one"):
+        parse_config([*preset, "--train_tokens", "1e6", "--num_steps", "2"], Config)
+    assert parse_config(["--train_tokens", "0", "--num_steps", "2"], Config).num_steps == 2
 
 
 def test_a_run_goes_on_with_its_own_knobs_and_flags_win_over_them(tmp_path):
@@ -240,5 +256,5 @@ def test_a_copy_of_the_script_has_its_own_knobs(tmp_path):
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(r"mine:\n  --slope FLOAT +steepness, 50% or more \[-1\]\n"
-                     r"  --gate, --no-gate +\[True\]\n", done.stdout)
+                     r"  --gate, --no_gate, --no-gate\n +\[True\]\n", done.stdout)
     assert done.stdout.index("mine:") < done.stdout.index("the run:")

@@ -156,15 +156,15 @@ def test_a_run_that_failed_is_not_called_over_fitted(new_log, capsys):
 def test_the_end_can_be_read_by_a_program():
     summary = {"val_bpb": 0.8719528, "val_loss": 2.05, "train_seconds": 240.04, "total_seconds": 301.0,
                "peak_memory_mib": 1316.25, "tokens": 2048000, "step": 250, "parameters": 9_000_000,
-               "run": "20261121_011504_demo", "mfu": 0.31234, "device": "a CPU"}
+               "held_out_documents": 44, "run": "20261121_011504_demo", "mfu": 0.31234, "device": "a CPU"}
     assert last_lines(summary) == [
         "---", "val_bpb: 0.871953", "val_loss: 2.050000", "train_seconds: 240.0", "total_seconds: 301.0",
         "peak_memory_mib: 1316.2", "mfu_percent: 31.23", "tokens: 2048000", "steps: 250",
-        "parameters: 9000000", "run: experiments/20261121_011504_demo"]
+        "parameters: 9000000", "held_out_documents: 44", "run: experiments/20261121_011504_demo"]
     del summary["mfu"]
     facts = dict(line.split(": ") for line in last_lines(summary)[1:])
     assert list(facts) == ["val_bpb", "val_loss", "train_seconds", "total_seconds", "peak_memory_mib",
-                           "tokens", "steps", "parameters", "run"]
+                           "tokens", "steps", "parameters", "held_out_documents", "run"]
 
 
 def test_a_summary_names_its_run_as_the_folder_is_called(new_log):
@@ -194,7 +194,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     with RunLog(Knobs(), COLUMNS, IDENTITY, BYTES, None, None, active=False) as run:
         run.row(row(1, 2.0), progress=0.1)
         run.say("something")
-        run.picture()
+        run.picture(1, {})
         run.weights(torch.nn.Linear(3, 2))
         assert run.summary("finished", {}) == {}
     assert not list(tmp_path.iterdir())
@@ -207,11 +207,11 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 ROWS = [row(1), row(10, 2.5), row(20, 2.0), row(25), row(30, 2.25)]
 
 
-def drawn(rows: list[dict], xz_bpb: float | None = None):
+def drawn(rows: list[dict], xz_bpb: float | None = None, documents: int = 44, **bar):
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     with rc_context(STYLE):
-        figure = loss_figure(rows, "a_name_of_some_length", xz_bpb)
+        figure = loss_figure(rows, "a_name_of_some_length", documents, {"xz_bpb": xz_bpb, **bar})
         FigureCanvasAgg(figure).draw()
     return figure
 
@@ -226,7 +226,14 @@ def test_the_bar_says_that_xz_has_seen_the_training_text():
     assert labels(left) == ["training batches", "held-out text"]
     assert right.get_ylim()[1] > 1.25 and right.get_ylim()[0] == 0
     assert "xz" not in " ".join(labels(drawn(ROWS).axes[1]))
+    capped = drawn(ROWS, 1.19, xz_training_bytes=12 * 2**20).axes[1]
+    assert labels(capped)[-1] == "xz -9e after the last 12 MiB of the training text: 1.190"
     assert drawn(ROWS, 9.0).axes[1].get_ylim()[1] > 9
+
+
+def test_the_picture_says_how_many_documents_are_held_out():
+    assert drawn(ROWS).axes[1].get_title("left") == "held-out text (44 documents)"
+    assert drawn(ROWS, documents=1).axes[1].get_title("left") == "held-out text (1 document)"
 
 
 def test_the_best_validation_is_marked():
@@ -252,7 +259,7 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(tmp_path):
     assert list(right.lines[0].get_xdata()) == [0.01, 0.02, 0.03, 0.05]
     assert list(left.lines[0].get_xdata()) == [0.001, 0.01, 0.02, 0.025, 0.03, 0.04]
     for number, some in enumerate(([], [row(1)], [row(1, math.nan, **bad)])):
-        draw_loss(tmp_path / f"{number}.png", some, "name", None)
+        draw_loss(tmp_path / f"{number}.png", some, "name", 1, {})
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"0.png", "1.png", "2.png"}
 

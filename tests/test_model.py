@@ -23,7 +23,7 @@ from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.machine import World
 from benchtop.run import Experiment
 from benchtop.saved import continue_prompts
-from train_gpt import GPT, Config, Context, DenseMask, Optimizer, attend, block_mask
+from train_gpt import GPT, Config, Context, Optimizer, block_mask, evaluated_blocks, seen_blocks
 
 EOT = 100
 
@@ -148,7 +148,7 @@ def test_what_layers_share_depends_on_documents_alone(flex):
 
 
 class FullRotary(GPT):
-    """No pair of dimensions stands still."""
+    """Every pair of dimensions rotates."""
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
         return 1024.0 ** -torch.linspace(0, 1, self.cfg.head_dim // 2, device=device)
@@ -156,7 +156,7 @@ class FullRotary(GPT):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "still"), [(GPT, [2, 3, 6, 7]), (FullRotary, [])])
-def test_the_dimensions_of_a_key_that_stand_still_are_those_of_the_token_before(kind, still, monkeypatch):
+def test_the_dimensions_of_a_key_that_do_not_rotate_are_those_of_the_token_before(kind, still, monkeypatch):
     """As a layer attends with them; where all rotate, a key is wholly its token's own."""
     rotated, attended, plain = [], [], []
 
@@ -165,11 +165,11 @@ def test_the_dimensions_of_a_key_that_stand_still_are_those_of_the_token_before(
         rotated.append(really(self, x))
         return rotated[-1]
 
-    def attend(q, k, *others, really=train_gpt.attend) -> torch.Tensor:
+    def attend(self, q, k, *others, really=Context.attend) -> torch.Tensor:
         attended.append((q, k))
-        return really(q, k, *others)
+        return really(self, q, k, *others)
     monkeypatch.setattr(Context, "rotate", rotate)
-    monkeypatch.setattr(train_gpt, "attend", attend)
+    monkeypatch.setattr(Context, "attend", attend)
     tokens = some_tokens(2, 32)
     awake_model(small_config(num_layers=1, value_embeddings=0), kind=kind).hidden(tokens)
     assert len(rotated) == 2 and len(attended) == 1
@@ -223,9 +223,9 @@ def test_windows_grow_over_training():
     def reach(progress: float, warmup: float) -> list[int]:
         model = GPT(small_config(seq_len=512, batch_tokens=512, long_window=400, short_window=200,
                                  window_warmup_frac=warmup), EOT)
-        assert [int(ctx.mask.window) for ctx in model.contexts(tokens)] == [200, 200, 200, 400]     # trained
+        assert [int(ctx.window) for ctx in model.contexts(tokens)] == [200, 200, 200, 400]      # trained
         model.progress = progress
-        windows = [int(ctx.mask.window) for ctx in model.contexts(tokens)]
+        windows = [int(ctx.window) for ctx in model.contexts(tokens)]
         assert windows == model.windows(512)
         return windows
     assert reach(0, 1) == [128] * 4
@@ -239,12 +239,21 @@ def test_layers_with_equal_windows_share_one_mask():
     assert first is second is third and last is not first
 
 
+def context_of(docs: torch.Tensor, window: int, flex: bool = False, blocks=seen_blocks) -> Context:
+    """All that attention needs of a Context."""
+    window = torch.tensor(window, device=docs.device)
+    mask = block_mask(docs, window, blocks) if flex else None
+    return Context(docs, None, window, None, None, None, mask)
+
+
 @pytest.mark.parametrize("window", [1, 7, 64])
 def test_mask_is_causal_and_document_and_window(window):
     docs = documents_of(some_tokens(3, 33))
     # equal keys share the weight, and a value for each place tells who had a share
     same, places = torch.zeros(3, 1, 33, 33), torch.eye(33).expand(3, 1, 33, 33)
-    weights = attend(same, same, places, DenseMask(docs, torch.tensor(window)), 1.0)
+    ctx = context_of(docs, window)
+    weights = ctx.attend(same, same, places, 1.0)
+    assert torch.equal(ctx.mask(), weights > 0)
     for batch in range(3):
         for query in range(33):
             for key in range(33):
@@ -257,12 +266,11 @@ def test_dense_attention_is_that_of_torch_with_its_gradients(queries_at_once, mo
     monkeypatch.setattr(train_gpt, "QUERIES_AT_ONCE", queries_at_once)
     torch.manual_seed(0)
     docs = documents_of(some_tokens(2, 40))
-    place = torch.arange(40)
-    seen = train_gpt.sees(place[:, None], place, docs[:, :, None], docs[:, None], torch.tensor(9))[:, None]
+    ctx = context_of(docs, 9)
     q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     weight = torch.randn(2, 3, 40, 8, dtype=torch.float64)
-    ours = attend(q, k, v, DenseMask(docs, torch.tensor(9)), 0.7)
-    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.7)
+    ours = ctx.attend(q, k, v, 0.7)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask(), scale=0.7)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
                                torch.autograd.grad((theirs * weight).sum(), (q, k, v)))
@@ -271,13 +279,14 @@ def test_dense_attention_is_that_of_torch_with_its_gradients(queries_at_once, mo
 @pytest.mark.parametrize("length", [128, 512, 700])
 @pytest.mark.parametrize("window", [1, 100, 128, 300, 10**6])
 @pytest.mark.parametrize("documents", [1, 4, 60])
-def test_block_masks_from_documents_are_those_of_the_whole_mask(length, window, documents):
+@pytest.mark.parametrize("blocks", [seen_blocks, evaluated_blocks])
+def test_block_masks_are_those_of_the_whole_mask(length, window, documents, blocks):
     """Every block that torch finds by evaluating T x T is there, and the full ones are exactly torch's."""
     begins = torch.zeros(2, length, dtype=torch.int32)
     begins[:, :: max(1, length // documents)] = 1
     begins[1] = begins[1].roll(37)
     docs, window = begins.cumsum(1, dtype=torch.int32), torch.tensor(window)
-    mask = block_mask(docs, window)
+    mask = block_mask(docs, window, blocks)
 
     def mask_mod(batch, head, query, key):
         return train_gpt.sees(query, key, docs[batch, query], docs[batch, key], window)
@@ -302,9 +311,38 @@ def test_flex_attention_equals_dense_attention():
     docs = documents_of(some_tokens(2, 256))
     q, k, v = torch.randn(3, 2, 2, 256, 16)
     with torch.no_grad():
-        dense = attend(q, k, v, DenseMask(docs, torch.tensor(50)), 0.7)
-        flex = attend(q, k, v, block_mask(docs, torch.tensor(50)), 0.7)
+        dense, flex = (context_of(docs, 50, flex).attend(q, k, v, 0.7) for flex in (False, True))
     torch.testing.assert_close(dense, flex)
+
+
+EDITED_MASKS = {
+    "dilated": lambda query, key, query_doc, key_doc, window:
+        (key <= query) & ((query - key) % 3 == 0) & (query_doc == key_doc),
+    "documents may see those before": lambda query, key, query_doc, key_doc, window:
+        (key <= query) & (query - key < window),
+    "a first token that all see": lambda query, key, query_doc, key_doc, window:
+        (key <= query) & ((query - key < window) & (query_doc == key_doc) | (key == 0)),
+    "the future": lambda query, key, query_doc, key_doc, window:
+        (key - query < window) & (query_doc == key_doc)}
+
+
+@pytest.mark.parametrize("mask", EDITED_MASKS)
+def test_an_edited_mask_is_that_of_every_kernel(mask, monkeypatch):
+    """Blocks that follow from documents are not used when sees() says something else."""
+    assert train_gpt.choose_blocks() is seen_blocks
+    monkeypatch.setattr(train_gpt, "sees", EDITED_MASKS[mask])
+    docs = documents_of(some_tokens(2, 400))
+    models = [GPT(small_config(seq_len=400, batch_tokens=400, long_window=250), EOT, flex=flex)
+              for flex in (None, {})]
+    assert [len(model.remarks()) for model in models] == [0, 1] and "mask" in models[1].remarks()[0]
+    assert {model.blocks for model in models} == {evaluated_blocks}
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 400, 16)
+    with torch.no_grad():
+        dense, flex = (model.contexts(some_tokens(2, 400))[0].attend(q, k, v, 0.7) for model in models)
+    torch.testing.assert_close(dense, flex)
+    ctx = context_of(docs, 250)
+    torch.testing.assert_close(dense, F.scaled_dot_product_attention(q, k, v, ctx.mask(), scale=0.7))
 
 
 @pytest.mark.gpu
@@ -314,10 +352,9 @@ def test_flex_attention_has_the_gradients_of_dense_attention():
     docs = documents_of(some_tokens(2, 256)).cuda()
     q, k, v = torch.randn(3, 2, 2, 256, 64, device="cuda").unbind()
     gradients = []
-    for make in (lambda: DenseMask(docs, torch.tensor(50).cuda()),
-                 lambda: block_mask(docs, torch.tensor(50).cuda())):
+    for flex in (False, True):
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-        torch.compile(attend)(*leaves, make(), 0.7).square().sum().backward()
+        torch.compile(context_of(docs, 50, flex).attend)(*leaves, 0.7).square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
@@ -349,8 +386,8 @@ class HeadAlone(train_gpt.Model):
     """Nothing but a head, over hidden states that it is given."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, fp8: bool = False):
-        super().__init__(small_config(vocab_size=vocab_size, logit_cap=cap), EOT, x.dtype)
-        self.x, self.fp8 = x, fp8
+        super().__init__(small_config(vocab_size=vocab_size, logit_cap=cap, fp8=fp8), EOT, x.dtype)
+        self.x = x
         self.head = torch.nn.Parameter(weight.clone())
 
     def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -388,8 +425,8 @@ def test_a_loss_is_the_sum_of_its_rows():
 
 def edited(monkeypatch) -> None:
     """Add what somebody may add where "EDIT: loss" stands: a z-loss."""
-    def token_losses(z, targets, plain=train_gpt.token_losses):
-        return plain(z, targets) + 0.1 * z.logsumexp(-1).square() * (targets >= 0)
+    def token_losses(z, targets, cfg, plain=train_gpt.token_losses):
+        return plain(z, targets, cfg) + 0.1 * z.logsumexp(-1).square() * (targets >= 0)
     monkeypatch.setattr(train_gpt, "token_losses", token_losses)
 
 
@@ -417,20 +454,46 @@ def test_the_fast_loss_is_the_plain_one_and_serves_where_it_is(cap):
     torch.manual_seed(0)
     logits, targets = 20 * torch.randn(40, 128), torch.randint(0, 101, (40,))
     targets[::4] = -1
-    padding = torch.where(torch.arange(128) < 101, 0.0, -math.inf)
-    torch.testing.assert_close(train_gpt.fast_losses_and_slope(logits, targets, padding, cap),
-                               train_gpt.losses_and_slope(logits, targets, padding, cap))
-    model = GPT(small_config(logit_cap=cap), EOT)
-    assert model.loss_kernel is train_gpt.fast_losses_and_slope and model.remarks() == []
+    cfg = small_config(logit_cap=cap)
+    torch.testing.assert_close(train_gpt.fast_losses_and_gradient(logits, targets, cfg),
+                               train_gpt.losses_and_gradient(logits, targets, cfg))
+    model = GPT(cfg, EOT)
+    assert model.loss_kernel is train_gpt.fast_losses_and_gradient and model.remarks() == []
+
+
+def z_loss(z, targets, share):
+    return share * z.logsumexp(-1).square() * (targets >= 0)
+
+
+EDITED_LOSSES = {
+    "a small z-loss": lambda z, targets, plain: plain + z_loss(z, targets, 1e-6),
+    "one token weighs less": lambda z, targets, plain: torch.where(targets == 77, 0.5, 1) * plain,
+    "weights of torch's": lambda z, targets, plain: F.cross_entropy(
+        z, targets, torch.linspace(0.5, 1.5, z.size(1)), ignore_index=-1, reduction="none"),
+    "label smoothing": lambda z, targets, plain: F.cross_entropy(
+        z, targets, ignore_index=-1, reduction="none", label_smoothing=0.1)}
+
+
+@pytest.mark.parametrize("edit", EDITED_LOSSES)
+def test_an_edited_loss_is_not_overlooked_and_is_finite(edit, monkeypatch):
+    def token_losses(z, targets, cfg, plain=train_gpt.token_losses):
+        return EDITED_LOSSES[edit](z, targets, plain(z, targets, cfg))
+    monkeypatch.setattr(train_gpt, "token_losses", token_losses)
+    model = GPT(small_config(), EOT)
+    assert model.loss_kernel is train_gpt.losses_and_gradient and "edited" in model.remarks()[0]
+    tokens = some_tokens(2, 32)
+    loss = model(tokens, tokens.roll(-1, 1))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_gradient_that_is_not_that_of_its_losses_is_refused(monkeypatch):
     """As when somebody edits the fast losses and not their slope."""
-    def half_edited(logits, targets, padding, cap, plain=train_gpt.fast_losses_and_slope):
-        losses, slope = plain(logits, targets, padding, cap)
-        return losses + 0.1 * logits.logsumexp(-1).square(), slope
-    monkeypatch.setattr(train_gpt, "fast_losses_and_slope", half_edited)
-    with pytest.raises(UserError, match="edit token_losses instead"):
+    def half_edited(logits, targets, cfg, plain=train_gpt.fast_losses_and_gradient):
+        losses, gradient = plain(logits, targets, cfg)
+        return losses + 0.1 * logits.logsumexp(-1).square(), gradient
+    monkeypatch.setattr(train_gpt, "fast_losses_and_gradient", half_edited)
+    with pytest.raises(UserError, match="edit token_losses alone"):
         GPT(small_config(), EOT)
 
 
@@ -668,9 +731,11 @@ def test_another_layer_trains_samples_and_is_counted_with_nothing_else_touched(k
 # Shape comments
 # ------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "L": 4, "Q": 5, "J": 1, "N": 20}
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "Q": 5, "J": 1, "N": 20}
 OWN = {
-    "newton_schulz": lambda here: dict(zip("MN", here["G"].shape[-2:], strict=True)),
+    # also for rows that are padded to whole blocks, and for all queries
+    "dense_mask": lambda here: {"T": here["docs"].size(1),
+                                "Q": len(range(here["docs"].size(1))[here["queries"]])},
     "_continue": lambda here: {"B": len(here["read"]), "T": max(map(len, here["read"]))}}
 
 
@@ -689,8 +754,9 @@ def test_shape_comments_are_true(monkeypatch):
                        special_tokens={"<|endoftext|>": 191})
 
     models = [awake_model(cfg, eot_id=191), awake_model(dataclasses.replace(cfg, logit_cap=0), eot_id=191),
-              awake_model(cfg, eot_id=191, dtype=torch.bfloat16)]
-    models[2].fp8, models[2].loss_kernel = True, train_gpt.losses_and_slope
+              awake_model(dataclasses.replace(cfg), eot_id=191, dtype=torch.bfloat16)]
+    object.__setattr__(models[2].cfg, "fp8", True)      # sizes that FP8 cannot have, which do not matter here
+    models[2].loss_kernel = train_gpt.losses_and_gradient
     flex = GPT(cfg, 191, flex={})
 
     def work() -> None:
@@ -699,7 +765,8 @@ def test_shape_comments_are_true(monkeypatch):
             held_out.evaluate(TokenLosses(model), 2, World(cfg))
             TokenLosses(model)(tokens, tokens, likeliest=True)
             train_gpt.train(one_step(model, tokens))
-        flex.contexts(tokens)
+        for flex.blocks in (seen_blocks, evaluated_blocks):
+            flex.contexts(tokens)[0].mask()
     sizes = {**SIZES, "P": len(list(GPT(cfg, 191).parameters()))}
     assert len({*sizes.values()}) == len(sizes)
     assert wrong_shapes([train_gpt, evaluation], sizes, work, OWN) == []
@@ -714,4 +781,4 @@ def one_step(model: GPT, tokens: torch.Tensor) -> SimpleNamespace:
     return SimpleNamespace(
         cfg=model.cfg, model=model, optimizer=Optimizer(model, model.cfg, world), world=world, step=0,
         progress=0.0, batches=lambda: [Batch(tokens.numel(), [(tokens, tokens)])],
-        backward=torch.Tensor.backward, check_step=lambda loss, norms, scale: True)
+        backward=torch.Tensor.backward, accepts_step=lambda loss, norms, scale: True)

@@ -83,15 +83,15 @@ train_gpt.GPT.forward = forward
 def test_a_gradient_gone_wrong_is_named_on_all(lab):
     poison = """
 import math
-real = train_gpt.Optimizer.gradient_norms
-def gradient_norms(optimizer):
+real = train_gpt.Optimizer.sum_gradients
+def sum_gradients(optimizer):
     if optimizer.steps_done == 2 and optimizer.world.rank == 1:
         optimizer.world.wait()
         for piece in optimizer.pieces:
             if piece.name == "embed" and piece.owner == 1:
                 piece.grad[0] = math.nan
     return real(optimizer)
-train_gpt.Optimizer.gradient_norms = gradient_norms
+train_gpt.Optimizer.sum_gradients = sum_gradients
 """
     done = drive(lab, poison, *flags(num_steps=10, model_name="poisoned2"), processes=2)
     assert done.returncode

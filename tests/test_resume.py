@@ -326,15 +326,15 @@ def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
 def test_a_second_ctrl_c_ends_a_run_at_once(lab):
     twice = SIGNAL_AFTER_3.format(rank=0, signal=int(signal.SIGINT)) + """
 import signal
-real_check_step = benchtop.run.Run.check_step
-def check_step(run, *arguments):
+real_accepts_step = benchtop.run.Run.accepts_step
+def accepts_step(run, *arguments):
     if run.step == 3:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(10**6):      # Python hears of a signal within a few of these
             pass
         print("not reached")
-    return real_check_step(run, *arguments)
-benchtop.run.Run.check_step = check_step
+    return real_accepts_step(run, *arguments)
+benchtop.run.Run.accepts_step = accepts_step
 """
     stopped = drive(lab, twice, *flags(num_steps=20, val_every=2, model_name="twice"))
     assert stopped.returncode == 130 and "not reached" not in stopped.stdout

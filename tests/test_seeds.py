@@ -13,7 +13,7 @@ from tiny_runs import flags, summary_of
 
 from benchtop import places
 from benchtop.files import sha256_of
-from benchtop.groups import Run
+from benchtop.groups import SavedRun
 from benchtop.identity import bench_files
 from benchtop.repeats import changed_code
 
@@ -90,9 +90,9 @@ def test_a_run_that_diverged_is_counted(lab):
     train = ["--", sys.executable, "wild.py", *flags(num_samples=0, data="tiny")]
     done = seeds(lab, "2", "--name", "wild", words=train)
     assert done.stdout.count("failed: the ") == 2, done.stdout + done.stderr
-    assert done.returncode and "none of the 2 runs finished" in done.stderr.splitlines()[-1]
+    assert done.returncode and "none of 2 runs finished" in done.stderr.splitlines()[-1]
     assert len(folders(lab, "wild")) == 2
-    assert "none of the 2 runs finished" in seeds(lab, "2", "--name", "wild", words=train).stderr
+    assert "none of 2 runs finished" in seeds(lab, "2", "--name", "wild", words=train).stderr
     assert len(folders(lab, "wild")) == 2
 
 
@@ -120,8 +120,8 @@ def test_seeds_of_other_flags_or_code_do_not_mix(lab):
     assert len(folders(lab, "mixed")) == 1
 
 
-def made_by(folder: Path, **facts) -> Run:
-    return Run(folder, {}, facts)
+def made_by(folder: Path, **facts) -> SavedRun:
+    return SavedRun(folder, {}, facts)
 
 
 def test_code_that_changed_is_found_in_scripts_and_bench(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -16,14 +17,16 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import regex
+import requests
 import rustbpe
 import tiktoken
 import tokenizers
@@ -31,6 +34,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import run, torchrun
+from tiktoken.load import read_file_cached
+from tiktoken_ext import openai_public
 
 import benchtop.tokenizer
 import train_tokenizer
@@ -525,13 +530,35 @@ def test_a_tokenizer_without_held_out_text_has_no_made_up_numbers(bench, command
     assert set(statistics) == {"longest_tokens"}
 
 
-def test_gpt2_is_left_out_where_it_does_not_come(monkeypatch):
-    def never(name):
-        time.sleep(60)
-    monkeypatch.setattr(threading.Thread, "join", lambda thread, seconds, real=threading.Thread.join:
-                        real(thread, 0.1))
-    monkeypatch.setattr(tiktoken, "get_encoding", never)
+@pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "TMPDIR"])
+def test_gpt2_comes_from_tiktokens_cache_and_never_from_the_network(tmp_path, monkeypatch, variable):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+    monkeypatch.setattr(requests, "get", refuse)
+    for other in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)      # so that TMPDIR is read again
+    # files that stand in for GPT-2's, where tiktoken itself looks for them
+    contents = {url: url.encode() for url in benchtop.tokenizer.GPT2_FILES}
+    hashes = {url: hashlib.sha256(content).hexdigest() for url, content in contents.items()}
+    monkeypatch.setattr(benchtop.tokenizer, "GPT2_FILES", hashes)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: [
+        read_file_cached(url, sha256) for url, sha256 in hashes.items()])
     assert benchtop.tokenizer.gpt2_if_at_hand() is None
+    monkeypatch.setattr(requests, "get", lambda url: SimpleNamespace(
+        content=contents[url], raise_for_status=lambda: None))
+    tiktoken.get_encoding("gpt2")       # fills the cache
+    monkeypatch.setattr(requests, "get", refuse)
+    assert benchtop.tokenizer.gpt2_if_at_hand() == list(contents.values())
+    damaged = next(path for path in tmp_path.rglob("*") if path.is_file())
+    damaged.write_bytes(b"cut")
+    assert benchtop.tokenizer.gpt2_if_at_hand() is None
+
+
+def test_gpt2s_files_are_those_that_tiktoken_wants():
+    source = inspect.getsource(openai_public.gpt2)
+    assert all(url in source and sha256 in source for url, sha256 in benchtop.tokenizer.GPT2_FILES.items())
 
 
 def test_samples_are_what_memory_allows(bench, command, pages, monkeypatch, capsys):
@@ -709,11 +736,11 @@ def test_the_demo_shows_the_text_in_coloured_tokens(command, capsys, pages):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizers of older days
+# Tokenizers made by gpt-lab
 # ------------------------------------------------------------------------------------------------
 
 def pickled(path: Path, **changes) -> Path:
-    """A tokenizer as it was pickled in older days."""
+    """A tokenizer as gpt-lab pickled it."""
     merges = learn_merges({b"hello": 5, b"help": 3, b"hell": 2}, 10)
     ranks = {token: rank for rank, token in enumerate(tokens_of(merges))}
     path.write_bytes(pickle.dumps({"pat_str": PATTERNS["gpt4"], "mergeable_ranks": ranks,
@@ -751,7 +778,8 @@ class Evil:
 ], ids=itertools.count())
 def test_a_pickle_that_is_something_else_is_one_line(bench, refusal, changes):
     pickled(bench / "old.pkl", **changes)
-    assert "old.pkl is no tokenizer of older days" in refusal("train_tokenizer.py --convert old.pkl --name x")
+    said = refusal("train_tokenizer.py --convert old.pkl --name x")
+    assert "old.pkl is no tokenizer made by gpt-lab" in said
     assert not (bench / "executed").exists() and not (bench / "tokenizers").exists()
 
 
@@ -845,6 +873,13 @@ def test_a_wrong_name_is_answered_with_the_nearest_and_a_command(saved, monkeypa
     advice = str(refused.value).split(": python ")[1]
     monkeypatch.setattr(sys, "argv", advice.split())
     assert train_tokenizer.parse_arguments().name == typed
+
+
+def test_text_that_is_named_as_a_tokenizer_is_answered_with_the_command_for_it(saved, bench):
+    (bench / "notes.txt").write_text("some text")
+    with pytest.raises(UserError, match=r"there is no tokenizer notes.txt.* make notes.txt: python train_"
+                                        r"tokenizer.py .* --name notes.txt --source notes.txt$"):
+        load_tokenizer("notes.txt")
 
 
 def test_the_only_tokenizer_needs_no_name(saved):

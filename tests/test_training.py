@@ -28,6 +28,7 @@ from benchtop.briefing import num_parameters
 from benchtop.checkpoints import read_checkpoint
 from benchtop.errors import UserError
 from benchtop.evaluation import HeldOut, TokenLosses, Validation
+from benchtop.initial import drawn, drawn_in_one_stream, normal_law
 from benchtop.knobs import parse_config
 from benchtop.machine import World
 from benchtop.redaction import without_secrets
@@ -191,7 +192,7 @@ def test_a_run_ends_at_its_target_and_says_when(lab, here):
     assert int(reached["step"]) == step and rows[-1] == reached
     assert summary["target"] == {"target_loss": target, "step": step, "tokens": int(reached["tokens"]),
                                  "train_seconds": pytest.approx(float(reached["train_seconds"]), abs=0.01)}
-    assert summary["status"] == "finished"
+    assert summary["status"] == "finished" and summary["budget"] == f"val_loss {target:g}"
     assert (folder / "training_log.txt").read_text().count(f"val_loss {target:g} is reached after") == 2
     missed = train_here(here, target_loss=0.1, model_name="missed")
     assert summary_of(missed)["target"] is None and summary_of(missed)["step"] == 4
@@ -374,13 +375,13 @@ def test_the_losses_of_the_bench_are_those_that_training_reports(lab, here):
 # ------------------------------------------------------------------------------------------------
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_name(lab, here, monkeypatch):
-    real = Optimizer.gradient_norms
+    real = Optimizer.sum_gradients
 
     def poisoned(optimizer):
         if optimizer.steps_done == 2:
             optimizer.parameters["layers.1.up"].grad[0, 0] = math.nan
         return real(optimizer)
-    monkeypatch.setattr(Optimizer, "gradient_norms", poisoned)
+    monkeypatch.setattr(Optimizer, "sum_gradients", poisoned)
     with pytest.raises(UserError, match=r"layers\.1\.up .* step 3"):
         train_here(here)
     folder = next((here / "experiments").iterdir())
@@ -393,7 +394,7 @@ def test_a_parameter_without_gradient_is_named(lab, here):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.forgotten = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(RuntimeError, match="forgotten has no gradient"):
+    with pytest.raises(UserError, match="forgotten has no gradient"):
         train_here(here, with_model(Forgetful))
 
 
@@ -447,10 +448,17 @@ def test_the_bar_is_the_manifests_and_the_verdict_is_said(lab, here, capsys, mon
         assert summary_of(train_here(here))["xz_bpb"] == bar
         said = f"(xz -9e after the training text: {bar:.4f}; the model is {verdict})"
         assert said in capsys.readouterr().out
+    path.write_text(json.dumps(manifest | {"xz_bpb": 0.5, "xz_training_bytes": 12 * 2**20}))
+    tokens = next(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
+    train_here(here, val_tokens=tokens)
+    assert "(xz -9e after the last 12 MiB of the training text: 0.5000; " in capsys.readouterr().out
+    assert summary_of(train_here(here, val_tokens=tokens - 1))["xz_bpb"] is None
+    assert "xz -9e" not in capsys.readouterr().out, "it is a bar for all held-out text only"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--num_layers", "0"], "--num_layers must be 1 or more; it is 0"),
+    (["--val_tokens", "1"], "--val_tokens 1 leaves no text to validate on; use more, or 0 for all"),
     (["--num_layers", "two"], "argument --num_layers: must be a whole number, is 'two'"),
     (["--num_layers", "2.5"], "argument --num_layers: must be a whole number, is '2.5'"),
     (["--muon_lr", "fast"], "argument --muon_lr: invalid float value: 'fast'"),
@@ -478,6 +486,15 @@ def test_each_mistake_is_one_line_that_says_what_to_do(lab, here, capsys, monkey
     said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) == 1
     assert not (here / "experiments").exists()
+
+
+def test_parameters_that_draw_from_the_common_stream_are_named_whatever_their_shape():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    drawn(model[0].weight, normal_law(1.0))
+    line, = drawn_in_one_stream(model)
+    assert line.startswith("weights     0.bias draw from one stream, ")
+    drawn(model[0].bias, normal_law(1.0))
+    assert drawn_in_one_stream(model) == []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -533,7 +550,7 @@ def test_importing_has_no_side_effects(lab):
 
 def test_the_marks_for_editing_are_those_that_the_file_announces():
     source = Path(train_gpt.__file__).read_text(encoding="utf-8")
-    announced = re.search(r'search for "EDIT": ([\w |]+)\.', source)[1].split(" | ")
+    announced = re.search(r'where it says EDIT: ([\w |]+)\.', source)[1].split(" | ")
     assert re.findall(r"# EDIT: (\w+)$", source, re.MULTILINE) == announced
 
 
@@ -545,9 +562,11 @@ def test_only_the_machine_names_torch_distributed():
 
 
 def test_the_dtype_is_what_the_hardware_multiplies(monkeypatch):
-    for words, wanted in (("fma amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16),
-                          ("avx2", torch.float32)):
+    for words, torchs, wanted in (("fma amx_bf16", "AVX512", torch.bfloat16),
+                                  ("avx512_bf16", "AVX512", torch.bfloat16), ("avx2", "AVX2", torch.float32),
+                                  ("fma amx_bf16", "AVX2", torch.float32)):
         monkeypatch.setattr(machine, "cpu_facts", lambda words=words: {"flags": words})
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda torchs=torchs: torchs)
         assert machine.choose_dtype(Config(), torch.device("cpu"))[0] == wanted
     for capability, wanted in (((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability",
@@ -835,7 +854,7 @@ def test_sample_answers_what_is_typed(lab, saved_run):
 
 def test_sample_says_in_a_line_what_is_missing(lab, saved_run):
     def complaint(*words: str) -> str:
-        done = run(lab, "train_gpt.py", "--sample", *words, expect=1, stdin=subprocess.DEVNULL)
+        done = run(lab, "train_gpt.py", "--sample", *words, expect=1)
         assert len(done.stderr.splitlines()) == 1
         return done.stderr
     assert "--sample needs a --prompt" in complaint(str(saved_run))

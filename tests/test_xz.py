@@ -61,6 +61,15 @@ def test_long_texts_are_measured_in_part(monkeypatch):
                    "xz_training_bytes": 50, "xz_held_out_bytes": 20}
 
 
+@pytest.mark.parametrize(("size", "words"), [
+    ({}, "xz -9e after the training text"),
+    ({"xz_training_bytes": None}, "xz -9e after the training text"),
+    ({"xz_training_bytes": 12 * 2**20 - 1}, "xz -9e after the training text"),
+    ({"xz_training_bytes": 12 * 2**20}, "xz -9e after the last 12 MiB of the training text")])
+def test_the_bar_is_named_by_what_xz_has_read(size, words):
+    assert xz.bar_in_words(size) == words
+
+
 @pytest.mark.parametrize("training, held_out", [(b"", b"text"), (b"text", b"")])
 def test_without_text_there_is_no_bar(training, held_out):
     assert xz.xz_bar(shards_of(training), shards_of(held_out), TABLE) == {}

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +59,5 @@ def newest(folder: Path, name: str) -> Path:
 def drive(lab: Path, lines: str, *arguments: str, processes: int = 1, **options,
           ) -> subprocess.CompletedProcess:
     """Run the lab's train_gpt.py after these lines of Python have tampered with it or its bench."""
-    launcher = [sys.executable] if processes == 1 else torchrun(processes)
-    return subprocess.run([*launcher, DRIVE, str(lab), lines, *arguments], cwd=lab, capture_output=True,
-                          text=True, timeout=400, **options)
+    launcher = [] if processes == 1 else torchrun(processes)[1:]
+    return run(lab, *launcher, DRIVE, str(lab), lines, *arguments, expect=None, **options)

@@ -57,10 +57,11 @@ def bench_sha256(bench: dict[str, str]) -> str:
 
 def own_sources() -> list[Path]:
     """The scripts of the repository that this process runs: its own, and those it imports."""
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
-             if getattr(module, "__file__", None)}
-    return sorted(path for path in files
-                  if path.parent == places.ROOT and path.suffix == ".py" and path.is_file())
+    scripts = {path.name: path for path in places.ROOT.glob("*.py")}
+    files = [Path(module.__file__) for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)]
+    return sorted({scripts[path.name] for path in files
+                   if path.name in scripts and path.resolve() == scripts[path.name].resolve()})
 
 
 def facts_about_code(script: str) -> dict:

@@ -53,8 +53,10 @@ def draw_weights(model: nn.Module, seed: int) -> None:
 def drawn_in_one_stream(model: nn.Module) -> list[str]:
     """A line for the log, where parameters were made otherwise and are not constant: a change elsewhere in
     the model changes those, too."""
+    # vectors that a script makes are constants, such as (1, 0); those of torch's modules are random
+    biases = {id(module.bias) for module in model.modules() if hasattr(module, "bias")}
     others = {name: weight.detach() for name, weight in model.named_parameters()
-              if not hasattr(weight, "draw")}
+              if not hasattr(weight, "draw") and (weight.ndim > 1 or id(weight) in biases)}
     names = [name for name, weight in others.items() if weight.min() != weight.max()]
     if not names:
         return []

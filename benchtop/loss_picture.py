@@ -36,8 +36,10 @@ def loss_figure(rows: list[dict], title: str, documents: int, bar: dict) -> "Fig
     from matplotlib.figure import Figure
     xz_bpb = bar.get("xz_bpb")
     validated = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
+    # fixed, since matplotlib's own layouts draw everything twice
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.13, top=0.91, wspace=0.16)
     draw(left, rows, "train_loss", "training batches", color=TRAINING, linewidth=1)
     draw(left, validated, "val_loss", "held-out text", color=HELD_OUT, marker="o")
     left.set(title=f"{title}: loss", ylabel="nats per token")

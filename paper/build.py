@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from benchtop import documents, held_out, places
+from benchtop.budget import MOST_EPOCHS
 from benchtop.command_line import Parser, command
 from benchtop.conclusions import compare, p_in_words
 from benchtop.curves import as_bytes
@@ -210,8 +211,8 @@ def facts_of_rules(cfg: Config) -> dict[str, str]:
                for millions in (1, 10, 100, 1000, 10_000)}
     made["batch.by_budget"] = ", ".join(f"{number(batch)} for {number(millions)} million"
                                         for millions, batch in batches.items())
-    most, epochs = constants(Config.with_budget, r"min\(([\d_]+), (\d+) \* epoch_tokens\)")
-    return made | {"budget.tokens": number(int(most)), "budget.epochs": epochs}
+    most, = constants(Config.with_budget, r"min\(([\d_]+), MOST_EPOCHS \* epoch_tokens\)")
+    return made | {"budget.tokens": number(int(most)), "budget.epochs": number(MOST_EPOCHS)}
 
 
 def facts_of_data(cfg: Config) -> dict[str, str]:

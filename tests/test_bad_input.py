@@ -42,7 +42,7 @@ def main_ends_well(monkeypatch, capsys, arguments: list[str]) -> str:
     return ""
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.dictionaries(st.sampled_from(KNOBS), values, max_size=4))
 @example({"model_name": "../../x"})
 @example({"resume": "/etc"})
@@ -82,7 +82,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats
                            max_leaves=6)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.sampled_from(["config.json", "summary.json"]), json_values | st.binary(max_size=30))
 def test_no_json_of_a_run_gives_a_traceback(stopped_run, monkeypatch, capsys, name, content):
     path, whole = stopped_run / name, (stopped_run / "config.json").read_bytes()

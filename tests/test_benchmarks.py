@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_resume import DIE_AFTER, KEEP, assert_same_run
-from tiny_runs import CALM, ROOT, drive, flags, newest, run
+from tiny_runs import CALM, ROOT, drive, flags, newest
 
 import train_gpt
+from benchtop import smoke
 from benchtop.errors import UserError
 from benchtop.initial import draw_weights
 from benchtop.machine import World
@@ -123,11 +124,13 @@ def test_a_kept_variant_fits_the_script_is_sound_and_says_what_it_is(variant, pa
     text = (ROOT / f"benchmarks/variants/{variant}.diff").read_text()
     assert re.match(r"[A-Z].{10,}\.\n--- a/train_gpt.py\n", text)
     assert f"| {variant} |" in (ROOT / "experiments/RECIPE.md").read_text()
-    # of three steps, the first is of the first part
-    knobs = [f"--{variant}_frac=0.3"] if variant in OVER_TIME else []
-    said = run(lab, f"{patched(variant)}.py", "--smoke", *knobs).stdout
-    assert f"{patched(variant)}.py is sound" in said
-    losses, plain = losses_of(script_of(lab / f"{patched(variant)}.py")), losses_of(train_gpt)
+    script = script_of(lab / f"{patched(variant)}.py")
+    cfg = script.Config(vocab_size=101, num_layers=4, num_heads=2, model_dim=32, seq_len=32, batch_tokens=64)
+    model = smoke.fresh_model(SimpleNamespace(Model=script.GPT), cfg).eval()
+    smoke.stir(model)
+    for check in (smoke.require_gradients, smoke.require_slope, smoke.require_causal, smoke.require_apart):
+        check(model, cfg)
+    losses, plain = losses_of(script), losses_of(train_gpt)
     assert losses[-1] < losses[0]
     assert (losses != plain) == (variant != "sampled_softmax")      # that is drawn by the training loop
 

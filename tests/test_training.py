@@ -160,7 +160,7 @@ def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(here, ca
     _, end = said.split("\n---\n")
     block = dict(line.split(": ") for line in end.splitlines())
     assert list(block) == ["val_bpb", "val_loss", "train_seconds", "total_seconds", "peak_memory_mib",
-                           "mfu_percent", "tokens", "steps", "parameters", "run"]
+                           "mfu_percent", "tokens", "steps", "parameters", "held_out_documents", "run"]
     wanted = {**summary, "steps": summary["step"], "mfu_percent": 100 * summary["mfu"]}
     for key, digits in (("val_bpb", 6), ("val_loss", 6), ("train_seconds", 1), ("total_seconds", 1),
                         ("peak_memory_mib", 1), ("mfu_percent", 2)):
@@ -495,6 +495,7 @@ def test_parameters_that_draw_from_the_common_stream_are_named_whatever_their_sh
     assert line.startswith("weights     0.bias draw from one stream, ")
     drawn(model[0].bias, normal_law(1.0))
     assert drawn_in_one_stream(model) == []
+    assert drawn_in_one_stream(GPT(Config(vocab_size=101, num_layers=2, model_dim=16), 100)) == []
 
 
 # ------------------------------------------------------------------------------------------------

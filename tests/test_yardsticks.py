@@ -78,7 +78,7 @@ def test_a_run_is_like_every_other(lab, script):
     assert spoken.stdout.startswith("the cat")
     (lab / "quiz.jsonl").write_text(json.dumps({"ctx": "the cat", "endings": ["sat", "tree"], "label": 0}))
     scored = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "quiz.jsonl")
-    assert "quiz: 1 rows" in scored.stdout
+    assert "quiz: 1 row\n" in scored.stdout
     run(lab, "compare.py", str(folder), "--plot", "curves.png")
 
 

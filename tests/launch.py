@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ def copy_scripts(folder: Path) -> None:
 
 
 def start_script(script: str, arguments: tuple[str, ...], folder: str, env: dict, said: list[str]) -> None:
-    """What `python script arguments` does, or `python -m module arguments`, in the forked process."""
+    """Do what `python script arguments` does, or `python -m module arguments`, in the forked process."""
     for number, path in ((0, os.devnull), *enumerate(said, start=1)):
         file = os.open(path, os.O_RDWR)
         os.dup2(file, number)
@@ -37,18 +38,32 @@ def start_script(script: str, arguments: tuple[str, ...], folder: str, env: dict
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
-    path = Path(folder, script)
+    if script != "-m":
+        be_script(script, *arguments)
+    elif arguments[:2] == ("torch.distributed.run", "--standalone"):
+        be_torchrun(int(arguments[2].partition("=")[2]), *arguments[3:])
+    else:
+        module, *sys.argv[1:] = arguments
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def be_script(script: str, *arguments: str) -> None:
+    path = Path(script).resolve()
     sys.path = [str(path.parent), *(place for place in sys.path if place not in ("", str(ROOT)))]
+    sys.argv = [script, *arguments]
     try:
-        if script == "-m":
-            module, *sys.argv[1:] = arguments
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [script, *arguments]
-            runpy.run_path(str(path), run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
+
+
+def be_torchrun(processes: int, script: str, *arguments: str) -> None:
+    """As torchrun does it, but its processes are forked, too."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
+    elastic_launch(config, be_script)(script, *arguments)
 
 
 def run(folder: Path, script: str, *arguments: str, expect: int | None = 0, env: dict | None = None,

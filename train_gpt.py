@@ -177,9 +177,10 @@ def learning_rates(cfg: Config) -> dict[str, float]:
 
 
 PRESETS = {
-    # four minutes on two CPU cores; without AMX the clock ends it after some 200 steps
+    # four minutes on two CPU cores; without AMX the clock ends it after some 150 to 200 steps, and validating
+    # more often would take half as long as training
     "demo": dict(model_name="demo", num_layers=2, num_steps=600, batch_tokens=8192, train_minutes=4,
-                 log_every=5, save_model=True),
+                 val_every=40, log_every=5, save_model=True),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,
                train_tokens=98_304_000, val_every=125),

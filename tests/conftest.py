@@ -27,6 +27,14 @@ settings.register_profile("benchtop", deadline=None, derandomize=True, database=
 settings.load_profile("benchtop")
 
 
+FIRST = ("test_each_readme_command_runs", "test_fifty_kills_lose_nothing")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest, so that no process is busy with one of them when all else is done."""
+    items.sort(key=lambda item: item.name not in FIRST)
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Path:
     """An empty Benchtop: the scripts write below this folder, and relative paths start there."""

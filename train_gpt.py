@@ -892,11 +892,12 @@ class Optimizer:
         rows = [slice(start, stop) for start, stop in itertools.pairwise(cuts)] or [...]
         pieces = [Piece(name, parameter, part, number % size, {}) for number, part in enumerate(rows, first)]
         for piece in self._own(pieces):
-            piece.state = {kind: torch.zeros_like(piece.weights) for kind in self._state_of(group)}
+            piece.state = {kind: torch.zeros_like(piece.weights) for kind in self.state_of(group)}
         return pieces
 
-    def _state_of(self, group: str) -> tuple[str, ...]:
-        return self.state_names[self.rules[group]]
+    @classmethod
+    def state_of(cls, group: str) -> tuple[str, ...]:
+        return cls.state_names[cls.rules[group]]
 
     def _own(self, pieces: list[Piece]) -> list[Piece]:
         return [piece for piece in pieces if piece.owner == self.world.rank]
@@ -989,7 +990,7 @@ class Optimizer:
         """All state, as one process alone would have it; tensors are whole on the first process only."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for group, pieces in self.groups.items():
-            for piece, kind in itertools.product(pieces, self._state_of(group)):
+            for piece, kind in itertools.product(pieces, self.state_of(group)):
                 part = piece.state.get(kind, torch.empty_like(piece.weights))
                 self.world.begin_copy(part, piece.owner)
                 self.world.wait()
@@ -1004,7 +1005,7 @@ class Optimizer:
         """Take over what `state` gave, from the first process; the others pass None."""
         self.steps_done = self.world.same(state and state["steps_done"])
         for group, pieces in self.groups.items():
-            for piece, kind in itertools.product(pieces, self._state_of(group)):
+            for piece, kind in itertools.product(pieces, self.state_of(group)):
                 part = torch.empty_like(piece.weights)
                 if self.world.is_main:
                     part.copy_(state["tensors"][piece.name][kind][piece.rows])

@@ -66,8 +66,7 @@ def memory_estimate_mib(experiment, cfg, world: World, flex: dict | None = None)
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype)
     named, optimizer = dict(model.named_parameters()), experiment.Optimizer
-    kept = sum(p.numel() * len(optimizer.state_names[optimizer.rules[optimizer.group_of(name, p)]])
-               for name, p in named.items())
+    kept = sum(p.numel() * len(optimizer.state_of(optimizer.group_of(name, p))) for name, p in named.items())
     states = 4 * (2 * sum(p.numel() for p in named.values()) + kept / world.size)
     largest = max(p.numel() for p in named.values())
     _, rows = micro_batch_shape(cfg, world.size)

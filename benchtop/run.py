@@ -14,7 +14,7 @@ What an experiment hands over:
                compile_parts and remarks; `progress` is set from here
     Optimizer  Optimizer(model, cfg, world, dtype) with parameters, sum_gradients, divide_gradients,
                clear_gradients, compile_parts, compile_kernels, state, load, remarks and, for the estimate of
-               memory, group_of, rules, state_names
+               memory, group_of and state_of
     train      train(run), the loop
 train_gpt.Model and train_gpt.Optimizer have all of this; a script need only change what differs.
 """

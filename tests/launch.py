@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ["torch", "torch.distributed", "torch._dynamo", "numpy", "tiktoken", "matplotlib.pyplot",
              "pyarrow", "safetensors.torch", "huggingface_hub", "regex", "tqdm"]
 
-# Processes are forked from one that has imported the libraries, and nothing of Benchtop: a start then takes a
-# tenth of the time. What a script does to its process stays there.
+# Processes are forked from one that has imported the libraries, and nothing of Benchtop: a start and a tiny
+# run then take less than half of the time. What a script does to its process stays there.
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(LIBRARIES)
 

@@ -28,10 +28,20 @@ def copy_scripts(folder: Path) -> None:
     shutil.copytree(ROOT / "benchtop", folder / "benchtop", ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def start(folder: Path, script: str, *arguments: str, out: str, err: str, env: dict | None = None,
+          ) -> multiprocessing.Process:
+    """Start a script as the head of a session of its own, with its output at the end of these two files."""
+    process = forked.Process(target=start_script,
+                             args=(script, arguments, str(folder), env or {**os.environ}, [out, err]))
+    process.start()
+    return process
+
+
 def start_script(script: str, arguments: tuple[str, ...], folder: str, env: dict, said: list[str]) -> None:
     """Do what `python script arguments` does, or `python -m module arguments`, in the forked process."""
+    os.setsid()
     for number, path in ((0, os.devnull), *enumerate(said, start=1)):
-        file = os.open(path, os.O_RDWR)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         os.dup2(file, number)
         os.close(file)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)    # noqa: SIM115
@@ -73,9 +83,7 @@ def run(folder: Path, script: str, *arguments: str, expect: int | None = 0, env:
     expect  the exit code that it must have; None: any
     """
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        process = forked.Process(target=start_script, args=(
-            script, arguments, str(folder), env or {**os.environ}, [out.name, err.name]))
-        process.start()
+        process = start(folder, script, *arguments, out=out.name, err=err.name, env=env)
         process.join(timeout=400)
         if process.is_alive():
             process.kill()

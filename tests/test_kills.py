@@ -10,15 +10,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import copy_scripts
+from launch import copy_scripts, start
 from test_resume import tensors_of, timeless
 from tiny_runs import flags, rows_of, summary_of
 
@@ -32,8 +30,8 @@ TRAIN = flags(num_steps=200, val_every=100, save_every_steps=1, model_dim=64)
 MAKES = {"train_tokenizer": "tokenizers/tok", "download_fineweb": "data/cut"}
 
 
-class Server:
-    """A Benchtop whose scripts start quickly, and can be killed at any moment of their lives."""
+class Bench:
+    """A Benchtop whose scripts can be killed at any moment of their lives."""
 
     def __init__(self, folder: Path):
         copy_scripts(folder)
@@ -42,35 +40,22 @@ class Server:
         rows = [{"text": " ".join(rng.choices(words, k=rng.randint(50, 900)))} for _ in range(900)]
         (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
         self.folder = folder
-        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("fork_server.py"), folder],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, script: str, arguments: list[str], event: Callable[[], bool] | None = None) -> int:
         """Run a script to its end, or kill it with all its processes when an event comes; its exit code."""
-        self.process.stdin.write(json.dumps([script, *arguments]) + "\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
+        said = str(self.folder / "said.txt")
+        process = start(self.folder, f"{script}.py", *arguments, out=said, err=said)
         if event:
-            while is_alive(pid) and not event():
+            while process.is_alive() and not event():
                 time.sleep(0.001)
             for kill in (os.kill, os.killpg):       # it may not head its group yet, or have ended
                 with contextlib.suppress(ProcessLookupError):
-                    kill(pid, signal.SIGKILL)
-        return int(self.process.stdout.readline())
+                    kill(process.pid, signal.SIGKILL)
+        process.join()
+        return process.exitcode
 
     def said(self) -> str:
         return (self.folder / "said.txt").read_text()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
 
 
 def after(seconds: float) -> Callable[[], bool]:
@@ -95,13 +80,9 @@ def after_steps(folder: Path, steps: int, seconds: float) -> Callable[[], bool]:
 @pytest.fixture
 def two_benches(tmp_path):
     folders = [tmp_path / "undisturbed", tmp_path / "killed"]
-    servers = []
     for folder in folders:
         folder.mkdir()
-        servers.append(Server(folder))
-    yield servers
-    for server in servers:
-        server.close()
+    return [Bench(folder) for folder in folders]
 
 
 def hashes(folder: Path) -> dict[str, str]:

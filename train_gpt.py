@@ -237,8 +237,14 @@ def block_mask(docs: Tensor, window: Tensor, blocks: Callable) -> BlockMask:
     # places past the end belong to the last document; nobody reads what they see
     padded = F.pad(docs[:, None], (0, -length % BLOCK), mode="replicate")[:, 0]             # (B, 128J)
     seen, whole = blocks(padded, window)                                                    # (B, J, J)
-    return BlockMask.from_kv_blocks(*kv_block_lists(seen & ~whole), *kv_block_lists(whole), BLOCK, mask_mod,
-                                    (length, length))
+    # to evaluate or to take as a whole; for each block of queries its keys and, for gradients, the reverse.
+    # BlockMask.from_kv_blocks makes the same of them in 2.9 ms of Python instead of 0.2
+    kinds = torch.stack([seen & ~whole, whole.expand_as(seen)])                             # (2, B, J, J)
+    both = torch.stack([kinds, kinds.mT])[:, :, :, None]                                    # (2, 2, B, 1, J, J)
+    counts = both.sum(-1, dtype=torch.int32)                                                # (2, 2, B, 1, J)
+    orders = both.int().argsort(dim=-1, descending=True, stable=True).int()                 # (2, 2, B, 1, J, J)
+    lists = itertools.chain(*zip(counts.flatten(0, 1), orders.flatten(0, 1), strict=True))
+    return BlockMask((length, length), *lists, (BLOCK, BLOCK), mask_mod)
 
 
 def seen_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,12 +279,6 @@ def choose_blocks() -> Callable:
         if (some & ~seen).any() or (whole & ~every).any():
             return evaluated_blocks
     return seen_blocks
-
-
-def kv_block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, J, J) which key blocks each query block reads -> their number (B, 1, J) and order (B, 1, J, J)."""
-    order = blocks.int().argsort(dim=-1, descending=True, stable=True)                      # (B, J, J)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
 QUERIES_AT_ONCE = 512     # bounds the memory of longer rows
@@ -451,7 +451,7 @@ class Model(nn.Module):
         super().__init__()
         self.cfg, self.eot_id, self.dtype, self.flex, self.progress = cfg, eot_id, dtype, flex, 1.0
         self.blocks, self.loss_kernel = choose_blocks(), choose_loss_kernel(cfg)
-        self.loss_is_edited = self.loss_kernel is losses_and_gradient
+        self.fp8_kernel = to_fp8
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of all targets, in nats.
@@ -461,7 +461,7 @@ class Model(nn.Module):
         returns  () float32
         """
         x = self.hidden(inputs).flatten(0, 1)                                               # (BT, D)
-        return ChunkedLoss.apply(x, self.head, targets.flatten(), self.cfg, self.loss_kernel)
+        return ChunkedLoss.apply(x, self.head, targets.flatten(), self.cfg, self.loss_kernel, self.fp8_kernel)
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """What the head reads: (B, T) token ids -> (B, T, D)."""
@@ -501,11 +501,12 @@ class Model(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.loss_kernel = torch.compile(self.loss_kernel, dynamic=False)
+        self.fp8_kernel = torch.compile(to_fp8, dynamic=False)
 
     def remarks(self) -> list[str]:
         """What the log should say of this model."""
         edited = []
-        if self.loss_is_edited:
+        if not loss_is_plain():
             edited.append("loss        edited: its gradient is by autograd, which takes longer than the "
                           "built-in kernel")
         if self.flex is not None and self.blocks is evaluated_blocks:
@@ -538,17 +539,17 @@ class GPT(Model):
         self.smear = zeros(cfg.model_dim)       # share of the token before
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.head = zeros(cfg.padded_vocab_size, cfg.model_dim)
-        self.smear_kernel, self.norm_kernel = smeared, rms_norm
+        self.look_up, self.smear_kernel, self.norm_kernel = look_up, smeared, rms_norm
 
     def hidden(self, inputs: Tensor) -> Tensor:
         contexts = self.contexts(inputs)
-        x0 = self.smear_kernel(F.embedding(inputs, self.embed), contexts[0], self.smear)    # (B, T, D)
-        x0 = x0.to(self.dtype)                                                              # (B, T, D)
+        x0 = self.look_up(inputs, self.embed, self.dtype)                                   # (B, T, D)
+        x0 = self.smear_kernel(x0, contexts[0], self.smear)                                 # (B, T, D)
         # a second object, or the first layer would be compiled apart from the others
         x = x0.view_as(x0)                                                                  # (B, T, D)
         for number, (layer, ctx) in enumerate(zip(self.layers, contexts, strict=True)):
             table = self.value_table(number)
-            values = None if table is None else F.embedding(inputs, table)                  # (B, T, D)
+            values = None if table is None else self.look_up(inputs, table, self.dtype)     # (B, T, D)
             x = layer(x, x0, values, ctx)                                                   # (B, T, D)
         return self.norm_kernel(x)                                                          # (B, T, D)
 
@@ -580,11 +581,18 @@ class GPT(Model):
         super().compile_parts()
         self.smear_kernel = torch.compile(smeared, dynamic=False)
         self.norm_kernel = torch.compile(rms_norm, dynamic=False)
+        if self.flex is not None:       # a CPU adds up the gradients of rows faster uncompiled
+            self.look_up = torch.compile(look_up, dynamic=False)
+
+
+def look_up(inputs: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of a table (V, D) for token ids (B, T), in the dtype of the activations: (B, T, D)."""
+    return F.embedding(inputs, table).to(dtype)
 
 
 def smeared(x: Tensor, ctx: Context, share: Tensor) -> Tensor:
     """Embeddings (B, T, D), each with a share (D) of the one before it in its document; normed."""
-    return rms_norm(x + share * ctx.previous(x))                                            # (B, T, D)
+    return rms_norm(x + share.to(x.dtype) * ctx.previous(x))                                # (B, T, D)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -650,15 +658,20 @@ def plain_losses(z: Tensor, targets: Tensor, cfg: CommonConfig) -> Tensor:
     return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")
 
 
+def loss_is_plain() -> bool:
+    """Whether token_losses does what plain_losses does."""
+    ours, plain = token_losses.__code__, plain_losses.__code__      # the first constant is the docstring
+    return (ours.co_code, ours.co_names, ours.co_consts[1:]) == (
+        plain.co_code, plain.co_names, plain.co_consts[1:])
+
+
 def choose_loss_kernel(cfg: CommonConfig) -> Callable:
-    """fast_losses_and_gradient while token_losses is plain, or else losses_and_gradient.
+    """fast_losses_and_gradient while token_losses is plain, or else losses_and_gradient; for FP8 with more.
 
     raises  UserError if ChunkedLoss does not return token_losses and their gradient, as autograd alone does
     """
-    ours, plain = token_losses.__code__, plain_losses.__code__      # the first constant is the docstring
-    is_plain = (ours.co_code, ours.co_names, ours.co_consts[1:]) == (
-        plain.co_code, plain.co_names, plain.co_consts[1:])
-    kernel = fast_losses_and_gradient if is_plain else losses_and_gradient
+    kernel = fast_losses_and_gradient if loss_is_plain() else losses_and_gradient
+    in_fp8 = functools.partial(fp8_losses_and_gradients, kernel) if cfg.fp8 else kernel
     # FP8 rounds too much to compare, and a vocabulary that was mistyped must not fill the memory
     exact = {"fp8": False} if cfg.fp8 else {}
     cfg = replace(cfg, vocab_size=min(cfg.vocab_size, 2**16), **exact)
@@ -669,48 +682,45 @@ def choose_loss_kernel(cfg: CommonConfig) -> Callable:
         targets = torch.randint(cfg.vocab_size, (24,), generator=draw)
         targets[::8] = -1
         z = soft_cap((x @ weight.T)[:, :cfg.vocab_size], cfg.logit_cap)
-        both = token_losses(z, targets, cfg).sum(), ChunkedLoss.apply(x, weight, targets, cfg, kernel)
+        both = token_losses(z, targets, cfg).sum(), ChunkedLoss.apply(x, weight, targets, cfg, kernel, to_fp8)
         found = [(loss, *torch.autograd.grad(loss, (x, weight))) for loss in both]
     if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(*found, strict=True)):
         raise UserError("ChunkedLoss or its kernel returns another loss or gradient than token_losses; edit "
                         "token_losses alone, whose gradient follows by autograd")
-    return kernel
+    return in_fp8
 
 
 class ChunkedLoss(torch.autograd.Function):
     """The loss of a linear head, chunk by chunk, with its gradient made on the way forward.
 
-    Only one chunk's logits exist at a time: 256 MiB on a GPU instead of 6.6 GB for 32,768 tokens and 50,304
-    columns. With cfg.fp8, products are in FP8: logits from e4m3, gradients from e5m2.
-    x (BT, D), weight (V, D) float32, targets (BT), kernel as choose_loss_kernel gives it
+    Only one chunk's logits exist at a time: 0.8 GB on a GPU instead of 10 GB for 49,152 tokens and 50,304
+    columns. With cfg.fp8 two of the three products are in FP8: the logits and the gradient of x.
+    x (BT, D), weight (V, D) float32, targets (BT), kernel as choose_loss_kernel gives it; low is to_fp8
     returns  () float32, the summed loss
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cfg: CommonConfig, kernel: Callable,
-                ) -> Tensor:
+                low: Callable) -> Tensor:
         x, weight_low = x.detach(), weight.detach().to(x.dtype)                             # (BT, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (BT, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)                       # ()
         if cfg.fp8:
-            by_columns, by_rows = to_fp8(weight_low, E4M3), to_fp8(weight_low.T, E4M3)
+            by_columns, by_rows = low(weight_low, E4M3), low(weight_low.T, E4M3)
         start = 0
         rows = chunk_rows(x, weight.size(0))
         for chunk, wanted in zip(x.split(rows), targets.split(rows), strict=True):
+            chunk_grad = x_grad[start:start + len(chunk)]                                   # (N, D)
             if cfg.fp8:
-                logits = fp8_product(to_fp8(chunk, E4M3), by_columns)                       # (N, V)
+                logits = fp8_product(low(chunk, E4M3), by_columns, fast=True)               # (N, V)
+                losses, gradient, *in_fp8 = kernel(logits, wanted, cfg)                     # (N), (N, V)
+                chunk_grad.copy_(fp8_product(in_fp8, by_rows))                              # (N, D)
             else:
                 logits = chunk @ weight_low.T                                               # (N, V)
-            losses, gradient = kernel(logits, wanted, cfg)                                  # (N), (N, V)
+                losses, gradient = kernel(logits, wanted, cfg)                              # (N), (N, V)
+                torch.mm(gradient, weight_low, out=chunk_grad)                              # (N, D)
+            add_product(weight_grad, gradient.T, chunk)                                     # (V, D)
             total += losses.sum()
-            if cfg.fp8:
-                gradient, scale = to_fp8(gradient, E5M2)                                    # (N, V), ()
-                x_grad[start:start + len(chunk)] = fp8_product((gradient, scale), by_rows)  # (N, D)
-                transposed = (gradient.T.contiguous(), scale)
-                weight_grad += fp8_product(transposed, to_fp8(chunk.T, E4M3))               # (V, D)
-            else:
-                torch.mm(gradient, weight_low, out=x_grad[start:start + len(chunk)])        # (N, D)
-                weight_grad += gradient.T @ chunk                                           # (V, D)
             start += len(chunk)
         ctx.save_for_backward(x_grad, weight_grad)
         return total
@@ -718,30 +728,51 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, None, None, None
+        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, None, None, None, None
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with total in float32; on an NVIDIA GPU the product is added before it is rounded."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and torch.version.cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def fp8_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+def fp8_losses_and_gradients(kernel: Callable, logits: Tensor, targets: Tensor, cfg: CommonConfig,
+                             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel returns, and then the gradient in e5m2 with its scale."""
+    losses, gradient = kernel(logits, targets, cfg)                                         # (N), (N, V)
+    # softmax minus one-hot, times the slope of the cap, is at most 1, so nobody need look for the largest
+    bound = 1.0 if kernel is fast_losses_and_gradient else None
+    return losses, gradient, *to_fp8(gradient, E5M2, bound)
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype, bound: float | None = None) -> tuple[Tensor, Tensor]:
+    """x / scale in FP8, row by row in memory, and the scale, () float32.
+
+    The scale makes the largest magnitude of x, or a bound on it, the largest of the dtype. e4m3 has finer
+    steps, e5m2 the wider range that gradients need.
+    source  Micikevicius et al. 2022, arXiv:2209.05433
+    """
+    limit = torch.finfo(dtype).max
+    largest = x.abs().amax().float() if bound is None else torch.full((), bound, device=x.device)
+    scale = largest.clamp(min=1e-12) / limit                                                # ()
+    return (x.float() / scale).clamp(-limit, limit).to(dtype).contiguous(), scale
+
+
+def fp8_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], fast: bool = False) -> Tensor:
     """a @ b.T of two pairs as to_fp8 returns them, in bfloat16.
 
     All sizes must be multiples of 16, and at least one of the two in e4m3.
+    fast  add up less exactly, which is enough for logits and not for gradients
     """
-    return torch._scaled_mm(a[0], b[0].T, a[1], b[1], out_dtype=torch.bfloat16)
-
-
-def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in FP8, row by row in memory, and the scale, () float32.
-
-    The scale makes the largest magnitude of x the largest of the dtype. e4m3 has finer steps, e5m2 the wider
-    range that gradients need.
-    source  Micikevicius et al. 2022, arXiv:2209.05433
-    """
-    largest = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=1e-12) / largest                               # ()
-    return (x.float() / scale).clamp(-largest, largest).to(dtype).contiguous(), scale
+    return torch._scaled_mm(a[0], b[0].T, a[1], b[1], out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
@@ -796,13 +827,17 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32)
     return (X.mT if tall else X).view(G.shape)
 
 
-def adam_update(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: Tensor,
-                beta1: float, beta2: float, step: Tensor, eps: float) -> None:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) in place; all tensors of one shape, lr and step () float32."""
-    mean.lerp_(grad, 1 - beta1)
-    square.lerp_(grad.square(), 1 - beta2)
-    mean_hat, square_hat = mean / (1 - beta1**step), square / (1 - beta2**step)
-    parameter.sub_(lr * mean_hat / (square_hat.sqrt() + eps))
+def adam_update(parameters: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor],
+                lr: float, beta1: float, beta2: float, step: int, eps: float) -> None:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) in place, for all tensors of a group at once."""
+    torch._foreach_lerp_(means, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    # both averages begin at 0, which their divisors make up for
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, math.sqrt(1 - beta2**step))
+    torch._foreach_add_(roots, eps)
+    torch._foreach_addcdiv_(parameters, means, roots, -lr / (1 - beta1**step))
 
 
 @dataclass
@@ -869,7 +904,9 @@ class Optimizer:
             if world.size > 1:
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._send_gradient, pieces))
         self.pieces = [piece for group in self.groups.values() for piece in group]
-        self.adam_kernel = adam_update
+        places = {name: place for place, name in enumerate(self.parameters)}
+        self.own_places = torch.tensor([places[piece.name] for piece in self._own(self.pieces)],
+                                       dtype=torch.int64, device=world.device)
         self.steps_done = 0
         self.last_backward = False      # of a step: each gradient is sent to its owners once it is complete
 
@@ -906,9 +943,6 @@ class Optimizer:
         for piece in pieces if self.last_backward else ():
             self.world.begin_sum(piece.grad, piece.owner)
 
-    def compile_parts(self) -> None:
-        self.adam_kernel = torch.compile(adam_update, dynamic=True)
-
     def sum_gradients(self) -> Tensor:
         """Wait until the gradients of all processes are summed where they are owned; their norms, (P).
 
@@ -918,10 +952,10 @@ class Optimizer:
             if parameter.grad is None:
                 raise SharedError(f"parameter {name} has no gradient: the loss does not depend on it")
         self.world.wait()
-        places = {name: place for place, name in enumerate(self.parameters)}
-        squares = torch.zeros(len(places), device=self.world.device)                        # (P)
-        for piece in self._own(self.pieces):
-            squares[places[piece.name]] += torch.linalg.vector_norm(piece.grad).square()
+        squares = torch.zeros(len(self.parameters), device=self.world.device)               # (P)
+        grads = [piece.grad for piece in self._own(self.pieces)]
+        if grads:
+            squares.index_add_(0, self.own_places, torch.stack(torch._foreach_norm(grads)).square())
         return self.world.sum(squares).sqrt()                                               # (P)
 
     def divide_gradients(self, divisor: float | Tensor) -> None:
@@ -940,19 +974,18 @@ class Optimizer:
         """
         self.steps_done += 1
         for group, pieces in self.groups.items():
-            update = getattr(self, f"{self.rules[group]}_step")
-            update(self._own(pieces), self.lrs[group] * scale)
+            update, own = getattr(self, f"{self.rules[group]}_step"), self._own(pieces)
+            if own:
+                update(own, self.lrs[group] * scale)
             for piece in pieces:    # they are copied while the next group is computed
                 self.world.begin_copy(piece.weights, piece.owner)
         self.world.wait()
         self.clear_gradients()
 
     def adam_step(self, pieces: list[Piece], lr: float) -> None:
-        # tensors for what changes, since a float would be compiled in
-        for piece in pieces:
-            self.adam_kernel(piece.weights.view(-1), piece.grad.view(-1), piece.state["mean"].view(-1),
-                             piece.state["square"].view(-1), torch.tensor(lr), *self.betas,
-                             torch.tensor(float(self.steps_done)), self.eps)
+        means, squares = ([piece.state[kind] for piece in pieces] for kind in ("mean", "square"))
+        adam_update([piece.weights for piece in pieces], [piece.grad for piece in pieces], means, squares, lr,
+                    *self.betas, self.steps_done, self.eps)
 
     def muon_step(self, pieces: list[Piece], lr: float) -> None:
         """Muon with Nesterov momentum; matrices of one shape, some of them transposed, make one batch.
@@ -961,11 +994,10 @@ class Optimizer:
         ended worse.
         """
         momentum = 0.85 + 0.1 * min(1, (self.steps_done - 1) / 300)
+        grads, averages = [piece.grad for piece in pieces], [piece.state["momentum"] for piece in pieces]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
-        for piece in pieces:
-            average = piece.state["momentum"]
-            average.lerp_(piece.grad, 1 - momentum)
-            nesterov = piece.grad.lerp(average, momentum)
+        for piece, nesterov in zip(pieces, torch._foreach_lerp(grads, averages, momentum), strict=True):
             rows, columns = nesterov.shape[-2:]
             factor = math.sqrt(max(1, rows / columns))
             for weights, update in zip(piece.weights.view(-1, rows, columns),
@@ -977,14 +1009,6 @@ class Optimizer:
                                     dtype=self.product_dtype)
             for (_, weights, factor), update in zip(matrices, updates, strict=True):
                 weights.sub_(update, alpha=lr * factor)
-
-    @torch.no_grad()
-    def compile_kernels(self) -> None:
-        """Run the compiled kernels on tensors of their own, so that they are compiled and nothing changes."""
-        for group, pieces in self.groups.items():
-            for piece in self._own(pieces) if self.rules[group] == "adam" else ():
-                tensors = [torch.zeros_like(piece.weights).view(-1) for _ in range(4)]
-                self.adam_kernel(*tensors, torch.tensor(0.0), *self.betas, torch.tensor(1.0), self.eps)
 
     def state(self) -> dict:
         """All state, as one process alone would have it; tensors are whole on the first process only."""

@@ -13,8 +13,7 @@ What an experiment hands over:
                targets. It has hidden, logits, head, layers, cfg, eot_id, longest, flops_per_token,
                compile_parts and remarks; `progress` is set from here
     Optimizer  Optimizer(model, cfg, world, dtype) with parameters, sum_gradients, divide_gradients,
-               clear_gradients, compile_parts, compile_kernels, state, load, remarks and, for the estimate of
-               memory, group_of and state_of
+               clear_gradients, state, load, remarks and, for the estimate of memory, group_of and state_of
     train      train(run), the loop
 train_gpt.Model and train_gpt.Optimizer have all of this; a script need only change what differs.
 """
@@ -393,7 +392,6 @@ def make_model(experiment: Experiment, cfg: RunConfig, eot_id: int, world: World
     optimizer = experiment.Optimizer(model, cfg, world, products)
     if kernels.compiled:
         model.compile_parts()
-        optimizer.compile_parts()
     return model, optimizer
 
 
@@ -404,11 +402,11 @@ def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> 
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     targets = torch.full_like(inputs, -1)
     model.progress = 0.0
-    model(inputs, targets).backward()
+    for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
+        model(inputs, targets).backward()
     optimizer.sum_gradients()       # names a parameter without a gradient now
     losses_of(inputs, targets)
     optimizer.clear_gradients()
-    optimizer.compile_kernels()
     world.synchronize()
 
 

@@ -6,8 +6,8 @@ file here is one idea and imports only files before it in ORDER; none imports an
 
 ORDER = (
     # what all share
-    "errors", "places", "redaction", "files", "host", "driver", "workers", "processes", "apart", "command_line",
-    "significance",
+    "errors", "places", "redaction", "files", "host", "driver", "workers", "processes", "apart",
+    "command_line", "significance",
     # text -> tokenizer folder
     "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest
@@ -20,6 +20,7 @@ ORDER = (
     "identity", "checkpoints", "folder", "knobs", "trackers", "loss_picture", "log", "budget", "saved",
     # -> what can be concluded from runs; a run that ends with --compare_to asks it, too
     "groups", "conclusions", "briefing", "smoke", "compiled_check", "run", "synthetic",
+    "fitness", "throughput",
     # -> how it is shown
     "repeats", "tables", "curves", "page", "endpoint", "judging",
 )

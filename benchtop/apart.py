@@ -5,12 +5,13 @@ each finding. When the child crashes or is silent for too long, its parent notes
 for the parts that are left. A kernel that reads where it must not makes a GPU unusable for its whole process.
 """
 
+import contextlib
 import json
 import os
 import selectors
 import signal
 import subprocess
-import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from benchtop.errors import first_line
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "FAILED", "skipped"
+WIDTH = 88      # of what a finding says, on screen
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Finding:
     values: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.check:<12}{self.says:<86} {self.status}"
+        """A line, or some of the same width where there is much to say; the status is behind the last."""
+        *lines, last = textwrap.wrap(self.says, WIDTH) or [""]
+        lines.append(f"{last:<{WIDTH}} {self.status}")
+        return "\n".join(f"{'' if number else self.check:<12}{line}" for number, line in enumerate(lines))
 
 
 Part = Callable[[], Iterable[Finding]]
@@ -111,7 +116,7 @@ class Child:
     """A child process with all that it starts, and what it tells."""
 
     def __init__(self, command: list[str], said: Path):
-        self.said, self.silent_for = said, 0.0
+        self.said, self.problem = said, ""
         self.end, other = os.pipe()
         with open(said, "ab") as out:
             self.process = subprocess.Popen([*command, "--tell", str(other)], stdin=subprocess.DEVNULL,
@@ -127,10 +132,8 @@ class Child:
 
     def kill(self) -> None:
         """End it and its children, at once."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def messages(self, silence: float, ends: float) -> Iterator[dict]:
@@ -142,7 +145,8 @@ class Child:
             while True:
                 limit = max(0.0, min(silence, ends - time.monotonic()))
                 if not selector.select(limit):
-                    self.silent_for = limit
+                    self.problem = (f"hangs: nothing was heard of it for {silence:.0f} s" if limit == silence
+                                    else "was not done when the time for all parts was up (--seconds)")
                     return
                 more = os.read(self.end, 1 << 16)
                 if not more:
@@ -152,8 +156,8 @@ class Child:
 
     def cause(self) -> str:
         """Why it told no more."""
-        if self.silent_for:
-            return f"hangs: nothing was heard of it for {self.silent_for:.0f} s"
+        if self.problem:
+            return self.problem
         code = self.process.wait()
         lines = self.said.read_text(encoding="utf-8", errors="replace").splitlines()
         last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing")
@@ -165,7 +169,3 @@ class Child:
 def exit_code(findings: list[Finding]) -> int:
     """0 only where nothing failed; what was skipped or is no more than a warning does not count."""
     return int(any(finding.status == FAILED for finding in findings) or not findings)
-
-
-def this_script(*flags: str) -> list[str]:
-    return [sys.executable, sys.argv[0], *flags]

@@ -28,7 +28,7 @@ MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
 
 
 def avoid_known_faults(version: str = str(torch.__version__)) -> str:
-    """Switch off what this torch compiles wrongly, before its compiler is imported; what that was, if anything.
+    """Switch off what this torch compiles wrongly, before its compiler is imported; say what it was, if any.
 
     torch 2.10 fuses reductions of two orders (of a norm's input and of its weight, say) into kernels whose
     gradients are wrong.
@@ -62,8 +62,8 @@ def small_config(cfg):
     """Few layers, a small vocabulary and about 1,024 tokens; width, heads and rows as they are, since kernels
     are chosen by those. Three layers, so that one has no value embedding."""
     small = dict(num_layers=min(3, cfg.num_layers), vocab_size=min(cfg.vocab_size or 509, 509),
-                 seq_len=min(cfg.seq_len, 1024), long_window=min(cfg.seq_len, 500), short_window=300, fp8=False,
-                 batch_tokens=0, max_doc_len=0, micro_batch_tokens=0)
+                 seq_len=min(cfg.seq_len, 1024), long_window=min(cfg.seq_len, 500), short_window=300,
+                 batch_tokens=0, max_doc_len=0, micro_batch_tokens=0, fp8=False)
     return dataclasses.replace(cfg, **{knob: value for knob, value in small.items() if knob in cfg.names()})
 
 
@@ -164,6 +164,7 @@ def trusted_kernels(experiment, cfg, world: World, kernels: Kernels,
         return dataclasses.replace(
             kernels, compile_reason=f"{kernels.compile_reason}; its gradients are eager ones up to {said}")
     return dataclasses.replace(
-        kernels, compiled=False, flex=None, compile_reason=f"compiled gradients differ from eager ones by {said}",
-        attention="plain products" if kernels.flex is None else
-        "plain products: FlexAttention needs torch.compile")
+        kernels, compiled=False, flex=None,
+        compile_reason=f"compiled gradients differ from eager ones by {said}",
+        attention="plain products: FlexAttention needs torch.compile" if kernels.flex is not None
+        else kernels.attention)

@@ -20,7 +20,7 @@ MEAN_DOCUMENT = 700     # tokens
 
 def zipf_tokens(count: int, vocab_size: int, eot_id: int, mean: int = MEAN_DOCUMENT, seed: int = 0,
                 ) -> np.ndarray:
-    """Documents of some `mean` tokens, each behind its eot_id; token n is about 1 / n as frequent as the first."""
+    """Documents of some `mean` tokens, each behind its eot_id; token n is 1 / n as frequent as the first."""
     draw = np.random.default_rng(seed)
     # the logarithm of the rank is uniform
     tokens = np.exp(draw.random(count) * np.log(vocab_size - 1)).astype(np.int64) - 1

@@ -41,10 +41,10 @@ def cards(text: str) -> list[Card]:
     """The cards in what nvidia-smi printed for FIELDS as csv,noheader,nounits."""
     found = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        name, driver, *numbers = (cell.strip() for cell in line.split(","))
-        values = [float(cell) if re.fullmatch(r"[\d.]+", cell) else 0.0 for cell in numbers]
-        if len(values) == len(FIELDS) - 2:
-            found.append(Card(name, driver, *values))
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(FIELDS):
+            numbers = (float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else 0.0 for cell in cells[2:])
+            found.append(Card(*cells[:2], *numbers))
     return found
 
 
@@ -66,6 +66,7 @@ def bad_pair(driver: str, cuda: str | None) -> str:
     if not driver or not cuda:
         return ""
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0)
-    if int(driver.split(".")[0]) >= oldest:
+    major = re.match(r"\d+", driver)
+    if not major or int(major[0]) >= oldest:
         return ""
     return f"driver {driver} is older than {oldest}, which CUDA {cuda} needs; kernels may fail or be slow"

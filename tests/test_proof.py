@@ -141,7 +141,8 @@ def smi(monkeypatch):
             if error:
                 raise error
             return subprocess.CompletedProcess([], code, says, "")
-        monkeypatch.setattr(driver.subprocess, "run", ask)
+        monkeypatch.setattr(driver, "subprocess", SimpleNamespace(
+            run=ask, TimeoutExpired=subprocess.TimeoutExpired))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
     return smi
@@ -181,8 +182,8 @@ def test_torch_2_10_is_known_to_compile_wrong_gradients(monkeypatch):
 
 
 def test_the_setting_for_torch_2_10_is_one_that_its_compiler_reads():
-    from torch._inductor import config
-    assert compiled_check.MIX_ORDER in Path(config.__file__).read_text(encoding="utf-8")
+    config = Path(torch.__file__).parent / "_inductor" / "config.py"
+    assert compiled_check.MIX_ORDER in config.read_text(encoding="utf-8")
 
 
 def test_a_product_far_below_the_table_is_warned_of():
@@ -421,13 +422,13 @@ def test_a_step_that_would_take_a_cpu_long_is_made_smaller(monkeypatch):
 def test_proof_says_that_this_machine_is_fit_and_leaves_table_and_figures(tmp_path):
     copy_scripts(tmp_path)
     done = run(tmp_path, "proof.py", *TINY, "--preset", "demo", "--only",
-               "machine,losses,compiled,processes,speed", "--gpu_cost_per_hour", "3", "--num_steps", "100")
+               "machine,compiled,processes,speed", "--num_steps", "100")
     folder, = (tmp_path / "experiments").iterdir()
     assert folder.name.endswith("_proof") and "this machine is fit" in done.stdout
     content = json.loads((folder / "proof.json").read_text())
     status = {one["check"]: one["status"] for one in content["findings"]}
     assert content["status"] == "fit" and set(status.values()) <= {OK, SKIPPED, WARNING}, done.stdout
-    assert status["compiled"] == SKIPPED and status["losses"] == status["processes"] == status["speed"] == OK
+    assert status["compiled"] == SKIPPED and status["processes"] == status["speed"] == OK
     assert content["bench_sha256"] and "train_gpt.py" in content["sources"] and content["code_sha256"]
     table = (folder / "proof.md").read_text()
     assert table in done.stdout and len(table.splitlines()) == 2 + len(content["findings"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchtop.errors import first_line
 from benchtop.initial import draw_weights
@@ -136,8 +136,10 @@ def own_compilations() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def planned_seconds(cfg, model: nn.Module, world: World) -> float:
-    """Roughly what the budget takes at 40 % of the device's peak; an underestimate is of no harm."""
+def planned_seconds(experiment, cfg, world: World) -> float:
+    """Roughly what the budget takes at 40 % of the device's peak; one that no table has is guessed low."""
+    with torch.device("meta"):
+        model = experiment.Model(cfg, 0, world.dtype)
     known = world.peak_flops(cfg) or world.size * GUESSED_FLOPS.get(world.device.type, SLOW_GPU_FLOPS)
     by_clock = 60 * cfg.train_minutes or float("inf")
     by_tokens = cfg.num_steps * cfg.batch_tokens * model.flops_per_token() / (0.4 * known) or float("inf")
@@ -150,9 +152,7 @@ def trusted_kernels(experiment, cfg, world: World, kernels: Kernels,
 
     The reason, which the log's line "compile" gives, says what was found. All processes decide as one.
     """
-    with torch.device("meta"):
-        model = experiment.Model(cfg, 0, world.dtype)
-    if not kernels.compiled or planned_seconds(cfg, model, world) < LONG_RUN_SECONDS:
+    if not kernels.compiled or planned_seconds(experiment, cfg, world) < LONG_RUN_SECONDS:
         return kernels
     try:
         found = compare(experiment, cfg, world, kernels)

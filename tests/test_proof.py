@@ -42,7 +42,16 @@ class OnCuda(Proof):
 
 def proof_of(*flags: str, kind: type[Proof] = Proof) -> Proof:
     cfg = proof.config_of("demo", [*TINY, *flags])
-    return kind(EXPERIMENT, cfg, World(cfg))
+    return kind(EXPERIMENT, cfg.with_budget(10**12), World(cfg))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """More are slower on tensors as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def status_of(findings) -> list[str]:
@@ -421,8 +430,8 @@ def test_a_step_that_would_take_a_cpu_long_is_made_smaller(monkeypatch):
 
 def test_proof_says_that_this_machine_is_fit_and_leaves_table_and_figures(tmp_path):
     copy_scripts(tmp_path)
-    done = run(tmp_path, "proof.py", *TINY, "--preset", "demo", "--only",
-               "machine,compiled,processes,speed", "--num_steps", "100")
+    done = run(tmp_path, "proof.py", *TINY, "--preset", "demo", "--only", "machine,compiled,processes,speed",
+               "--num_steps", "100", env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder, = (tmp_path / "experiments").iterdir()
     assert folder.name.endswith("_proof") and "this machine is fit" in done.stdout
     content = json.loads((folder / "proof.json").read_text())

@@ -101,7 +101,7 @@ class Stopwatch:
         self.watch.__exit__(None, None, None)
         self.watch = None
         self.waits = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in self.heard
-                             if "synchronizing" in str(one.message)})
+                             if "called a synchronizing" in str(one.message)})
 
 
 def prepared(proof: Proof, say: Callable[[str], None]) -> tuple:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchtop import host
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding, exit_code, findings_of, run_parts, teller
@@ -53,10 +53,9 @@ from benchtop.throughput import speed
 from train_gpt import (
     EXPERIMENT,
     GPT,
-    ChunkedLoss,
     Config,
     Context,
-    choose_loss_kernel,
+    Model,
     dense_mask,
     fp8_problem,
     newton_schulz,
@@ -175,6 +174,17 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float,
     return [y, *torch.autograd.grad(y, leaves, weight.double())]
 
 
+class HeadAlone(Model):
+    """The head and the loss of any model, on hidden states that are given, (N, D)."""
+
+    def __init__(self, cfg: Config, states: Tensor, head: Tensor):
+        super().__init__(cfg, cfg.vocab_size - 1, states.dtype)
+        self.states, self.head, self.layers = states, nn.Parameter(head), nn.ModuleList()
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        return self.states[None]                                                            # (1, N, D)
+
+
 def loss(proof: Proof, fp8: bool = False, tokens: int = 992, vocab_size: int = 4097) -> Finding:
     """The loss of the head with its gradients: in chunks, with a padded vocabulary and targets of -1."""
     name, width = "loss FP8" if fp8 else "loss", 256
@@ -182,17 +192,17 @@ def loss(proof: Proof, fp8: bool = False, tokens: int = 992, vocab_size: int = 4
     if problem:
         return Finding(name, f"the FP8 head {problem}", SKIPPED)
     cfg = small(proof, vocab_size=vocab_size, logit_cap=proof.cfg.logit_cap, fp8=fp8)
-    kernel = choose_loss_kernel(cfg)
-    if proof.kernels.compiled:
-        kernel = torch.compile(kernel, dynamic=False)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, width, generator=draw).to(proof.dtype)
     head = 0.1 * torch.randn(cfg.padded_vocab_size, width, generator=draw)
     targets = torch.randint(-1, cfg.vocab_size, (tokens,), generator=draw)
     targets[::50] = -1
-    here = [t.to(proof.device).requires_grad_() for t in (x, head)]
-    total = ChunkedLoss.apply(*here, targets.to(proof.device), cfg, kernel)
-    found = [total, *torch.autograd.grad(total, here)]
+    model = HeadAlone(cfg, x.to(proof.device).requires_grad_(), head.to(proof.device))
+    if proof.kernels.compiled:
+        model.compile_parts()
+    here = targets[None].to(proof.device)
+    total = model(here, here)
+    found = [total, *torch.autograd.grad(total, (model.states, model.head))]
     leaves = [x.double().requires_grad_(), head.to(proof.dtype).double().requires_grad_()]
     z = soft_cap(leaves[0] @ leaves[1][:cfg.vocab_size].T, cfg.logit_cap)                   # (N, V)
     exact = token_losses(z, targets, cfg).sum()

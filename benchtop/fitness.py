@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchtop import host, memory, places
+from benchtop import host, places
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
 from benchtop.compiled_check import MIX_ORDER, avoid_known_faults
 from benchtop.driver import ask_nvidia_smi, bad_pair
@@ -71,9 +71,11 @@ def machine(proof: Proof) -> Iterator[Finding]:
                   values=facts)
     if proof.on_cuda:
         yield from cards()
-    free, own = memory.free_memory_mib(world), host.free_memory_mib()
-    yield Finding("memory", f"{free:,.0f} MiB are free for training, {own:,.0f} MiB of the machine's own",
-                  values={"free_mib": free, "host_mib": own})
+    free = {"machine_mib": host.free_memory_mib()}
+    if proof.on_cuda:
+        free["gpu_mib"] = torch.cuda.mem_get_info()[0] / 2**20
+    yield Finding("memory", " and ".join(f"{mib:,.0f} MiB of the {where.removesuffix('_mib')}'s memory"
+                                         for where, mib in free.items()) + " are free", values=free)
     disk = shutil.disk_usage(places.ROOT).free / 2**20
     yield Finding("disk", f"{disk:,.0f} MiB are free", OK if disk > LEAST_DISK_MIB else WARNING,
                   {"free_mib": disk})

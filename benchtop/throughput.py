@@ -167,8 +167,8 @@ def speed(proof: Proof) -> Iterator[Finding]:
         yield pace
         yield whole_run(proof, whole, model, pace.values["tokens_per_second"])
         if proof.on_cuda:
-            yield queue(watch)
-        yield peak_memory(proof, sized)
+            yield known(queue, watch)
+        yield known(peak_memory, proof, sized)
         for describe in (parts_of_step, *([kernels_of_step] if proof.on_cuda else [])):
             yield known(describe, proof, run, watch.step_seconds)
 

@@ -17,12 +17,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launch import copy_scripts, run
+from tiny_runs import train_here
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 import proof
 import train_gpt
 from benchtop import apart, compiled_check, driver, fitness, measure, throughput
+from benchtop import run as bench_run
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
 from benchtop.errors import UserError
 from benchtop.fitness import Proof
@@ -233,7 +235,7 @@ def test_a_loss_with_a_wrong_gradient_is_found(monkeypatch):
         losses, gradient = train_gpt.losses_and_gradient(logits, targets, cfg)
         return losses, 1.01 * gradient
     assert proof.loss(proof_of()).status == OK
-    monkeypatch.setattr(proof, "choose_loss_kernel", lambda cfg: kernel)
+    monkeypatch.setattr(train_gpt, "choose_loss_kernel", lambda cfg: kernel)
     found = proof.loss(proof_of())
     assert found.status == FAILED and found.values["errors"]["loss"] < 1e-4
 
@@ -337,6 +339,16 @@ def test_a_long_run_goes_on_eagerly_where_gradients_differ(agrees, compiled):
     assert compiled_check.trusted_kernels(EXPERIMENT, long, bench.world, eager, compare) == eager
 
 
+def test_a_run_says_that_it_goes_on_eagerly(here, monkeypatch):
+    """Where compiled gradients are wrong, the run's log says so in one line, and nothing is compiled."""
+    monkeypatch.setattr(compiled_check, "LONG_RUN_SECONDS", 0)
+    monkeypatch.setattr(bench_run, "choose_kernels", lambda *_: COMPILED)
+    experiment = dataclasses.replace(EXPERIMENT, Model=Unfaithful)
+    folder = train_here(here, experiment, data="tiny", tokenizer="tiny")
+    line, = (line for line in (folder / "training_log.txt").read_text().splitlines() if "compile " in line)
+    assert re.match(r"compile +off: compiled gradients differ from eager ones by [\d.]+% in \S+, where", line)
+
+
 def test_losses_that_differ_are_found():
     found = list(proof.losses(proof_of()))
     assert status_of(found) == [OK] and found[0].values["wanted"][-1] < found[0].values["wanted"][0] - 0.1
@@ -379,6 +391,7 @@ def warn_as_torch_does(mode: str) -> None:
 @pytest.fixture
 def pretended(monkeypatch):
     for name, value in (("max_memory_reserved", lambda: 2**30), ("empty_cache", lambda: None),
+                        ("mem_get_info", lambda: (2**33, 2**34)),
                         ("device_count", lambda: 8), ("get_device_capability", lambda *_: (9, 0)),
                         ("set_sync_debug_mode", warn_as_torch_does)):
         monkeypatch.setattr(torch.cuda, name, value)
@@ -449,6 +462,23 @@ def test_proof_says_that_this_machine_is_fit_and_leaves_table_and_figures(tmp_pa
     assert content["bench_sha256"] and "train_gpt.py" in content["sources"] and content["code_sha256"]
     table = (folder / "proof.md").read_text()
     assert table in done.stdout and len(table.splitlines()) == 2 + len(content["findings"])
+
+
+def test_run_sh_takes_a_preset_and_flags(tmp_path):
+    """With a Python that only says what it is asked for."""
+    for name in ("run.sh", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    ready = subprocess.run(["cksum", "requirements.txt"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / ".venv" / "ready").write_text(ready.stdout)
+    for words, asked in (([], ""), (["xs"], " --preset xs"), (["xs", "--fp8"], " --preset xs --fp8"),
+                         (["--only", "product"], " --only product")):
+        done = subprocess.run(["bash", "run.sh", "proof", *words], cwd=tmp_path, capture_output=True,
+                              text=True)
+        assert done.stdout == f"proof.py{asked}\n", done.stderr
 
 
 def test_an_unfit_machine_is_told_by_the_exit_code(tmp_path, monkeypatch, capsys):

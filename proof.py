@@ -416,11 +416,19 @@ def show(cfg: Config, names: list[str], seconds: float) -> int:
     write_json(folder / "proof.json", {
         "status": "unfit" if code else "fit", "run": folder.name, "total_seconds": round(took, 1),
         "findings": [dataclasses.asdict(finding) for finding in findings],
-        "config": dataclasses.asdict(cfg), **facts_about_session(Path(__file__).name)})
+        "config": dataclasses.asdict(cfg), **identity(cfg)})
     failed = [finding.check for finding in findings if finding.status == FAILED]
     verdict = f"not fit: {', '.join(failed)} failed" if failed else "fit"
     print(f"\n{table}\nthis machine is {verdict}; {took:.0f} s; {os.path.relpath(folder)}")
     return code
+
+
+def identity(cfg: Config) -> dict:
+    """Code and machine, as the summary of a run has them; of a device that broke, only what it was."""
+    try:
+        return facts_about_session(Path(__file__), World(cfg))
+    except Exception as error:
+        return {"identity_error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def as_table(findings: list[Finding]) -> str:

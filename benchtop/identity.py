@@ -113,18 +113,19 @@ def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
     return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
             "data": dataset.folder.name, "data_sha256": dataset.sha256,
             "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            **facts_about_session(script.name), **world.facts(), "dtype_reason": world.dtype_reason}
+            **facts_about_session(script, world)}
 
 
-def facts_about_session(script: str) -> dict:
-    """Code, versions and command of this process.
+def facts_about_session(script: Path, world) -> dict:
+    """Code, machine, versions and command of this process.
 
     git_commit, git_dirty  None where git cannot tell
     """
     import torch
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {**facts_about_code(script),
+    return {**facts_about_code(script.name),
             "git_commit": commit and commit.strip(), "git_dirty": None if changed is None else bool(changed),
+            **world.facts(), "dtype_reason": world.dtype_reason,
             "python": platform.python_version(), "torch": str(torch.__version__),
             "platform": platform.platform(),
             "command": without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))}

@@ -188,8 +188,9 @@ def pace_of(proof: Proof, run: SyntheticRun, watch: Stopwatch) -> Finding:
     tokens, peak = cfg.batch_tokens / seconds, proof.world.peak_flops(cfg)
     run.model.progress = 0.5
     mfu = tokens * run.model.flops_per_token() / peak if peak else None
-    says = (f"{tokens:,.0f} tokens/s{f', MFU {mfu:.1%}' if peak else ''}: {1000 * seconds:,.0f} ms for "
-            f"{cfg.batch_tokens:,} tokens, {count} x {rows} x {cfg.seq_len}")
+    used = f", MFU {mfu:.1%}" if peak else ""
+    says = (f"{tokens:,.0f} tokens/s{used}: {1000 * seconds:,.0f} ms for a step of {cfg.batch_tokens:,} tokens, "
+            f"{count} x {rows} x {cfg.seq_len}")
     return Finding("speed", says, values={
         "tokens_per_second": tokens, "mfu": mfu, "step_seconds": seconds, "batch_tokens": cfg.batch_tokens,
         "micro_batches": count, "rows": rows, "single_step_seconds": watch.done})

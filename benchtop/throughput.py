@@ -189,8 +189,8 @@ def pace_of(proof: Proof, run: SyntheticRun, watch: Stopwatch) -> Finding:
     run.model.progress = 0.5
     mfu = tokens * run.model.flops_per_token() / peak if peak else None
     used = f", MFU {mfu:.1%}" if peak else ""
-    says = (f"{tokens:,.0f} tokens/s{used}: {1000 * seconds:,.0f} ms for a step of {cfg.batch_tokens:,} tokens, "
-            f"{count} x {rows} x {cfg.seq_len}")
+    says = (f"{tokens:,.0f} tokens/s{used}: {1000 * seconds:,.0f} ms for a step of "
+            f"{cfg.batch_tokens:,} tokens, {count} x {rows} x {cfg.seq_len}")
     return Finding("speed", says, values={
         "tokens_per_second": tokens, "mfu": mfu, "step_seconds": seconds, "batch_tokens": cfg.batch_tokens,
         "micro_batches": count, "rows": rows, "single_step_seconds": watch.done})

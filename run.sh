@@ -5,6 +5,7 @@
 #     ./run.sh PRESET             xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on all GPUs here
 #     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
 #     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread; see seeds.py --help
+#     ./run.sh proof [PRESET]     is this machine fit for training, and how fast? Minutes, no data needed
 #     ./run.sh paper              paper/paper.pdf from the committed experiments and the code (needs latexmk)
 # The environment is .venv. An installed torch of 2.9 or later is used as it is; otherwise requirements.txt is installed.
 set -euo pipefail
@@ -177,6 +178,13 @@ case "${1:-demo}" in
         set_up requirements.txt
         seeds "${@:2}"
         ;;
+    proof)
+        set_up requirements.txt
+        shift
+        # a first word that is no flag is the preset
+        [[ ${1:--} == -* ]] || set -- --preset "$@"
+        exec .venv/bin/python proof.py "$@"
+        ;;
     paper)
         set_up requirements.txt
         exec .venv/bin/python paper/build.py "${@:2}"
@@ -185,7 +193,7 @@ case "${1:-demo}" in
         set_up requirements.txt
         ;;
     -h | --help | help)
-        sed -n '2,9s/^# //p' run.sh
+        sed -n '2,10s/^# //p' run.sh
         ;;
     *)
         fail "there is no '$1'; type ./run.sh for the demo, ./run.sh test for the tests, ./run.sh help for more"

@@ -6,19 +6,21 @@ file here is one idea and imports only files before it in ORDER; none imports an
 
 ORDER = (
     # what all share
-    "errors", "places", "redaction", "files", "host", "workers", "processes", "command_line", "significance",
+    "errors", "places", "redaction", "files", "host", "driver", "workers", "processes", "apart",
+    "command_line", "significance",
     # text -> tokenizer folder
     "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine
-    "batches", "machine", "memory", "initial", "signals", "steps",
+    "batches", "machine", "measure", "memory", "initial", "signals", "steps",
     # -> numbers of a model
     "evaluation", "tasks", "scoring", "sampling",
     # -> run folder
     "identity", "checkpoints", "folder", "knobs", "trackers", "loss_picture", "log", "budget", "saved",
     # -> what can be concluded from runs; a run that ends with --compare_to asks it, too
-    "groups", "conclusions", "briefing", "smoke", "run",
+    "groups", "conclusions", "briefing", "smoke", "compiled_check", "run", "synthetic",
+    "fitness", "throughput",
     # -> how it is shown
     "repeats", "tables", "curves", "page", "endpoint", "judging",
 )

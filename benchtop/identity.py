@@ -109,16 +109,21 @@ def tokenizer_meta(tokenizer: Encoding) -> str:
 # ------------------------------------------------------------------------------------------------
 
 def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
-    """What made a result, for its summary and for whoever resumes it.
+    """What made a result, for its summary and for whoever resumes it."""
+    return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
+            "data": dataset.folder.name, "data_sha256": dataset.sha256,
+            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            **facts_about_session(script, world)}
+
+
+def facts_about_session(script: Path, world) -> dict:
+    """Code, machine, versions and command of this process.
 
     git_commit, git_dirty  None where git cannot tell
     """
     import torch
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
-            "data": dataset.folder.name, "data_sha256": dataset.sha256,
-            "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            **facts_about_code(script.name),
+    return {**facts_about_code(script.name),
             "git_commit": commit and commit.strip(), "git_dirty": None if changed is None else bool(changed),
             **world.facts(), "dtype_reason": world.dtype_reason,
             "python": platform.python_version(), "torch": str(torch.__version__),

@@ -1,0 +1,158 @@
+"""What a machine is and what it can do, before a model is made: versions, driver, power, memory, products.
+
+`machine` and `product` are parts of ./run.sh proof; Proof is what all of its parts share.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from benchtop import host, places
+from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
+from benchtop.compiled_check import MIX_ORDER, avoid_known_faults
+from benchtop.driver import ask_nvidia_smi, bad_pair
+from benchtop.errors import first_line
+from benchtop.machine import Kernels, World, choose_kernels
+from benchtop.measure import copy_bytes, fp8_product_flops, product_flops, seconds_of
+from benchtop.run import Experiment
+
+LEAST_SHARE = 0.6       # of the peak that the maker states, for a large product
+LEAST_DISK_MIB = 10_000
+LARGE = 8192            # rows and columns of the matrices; a CPU takes a quarter
+LOAD_SECONDS = 1.5      # of products, while nvidia-smi is asked for the clock
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the parts share: an experiment, the Config whose speed is asked for, and this machine."""
+    experiment: Experiment
+    cfg: object
+    world: World
+
+    @functools.cached_property
+    def kernels(self) -> Kernels:
+        return choose_kernels(self.cfg, self.world)
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.world.dtype
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.world.device.type == "cuda"
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.world.device.type == "cpu"
+
+
+def short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------
+# What it is
+# ------------------------------------------------------------------------------------------------
+
+def machine(proof: Proof) -> Iterator[Finding]:
+    world = proof.world
+    yield versions(str(torch.__version__))
+    facts = world.facts() | {"dtype_reason": world.dtype_reason}
+    yield Finding("device", f"{world.device_name()}; {short_name(proof.dtype)}: {world.dtype_reason}",
+                  values=facts)
+    if proof.on_cuda:
+        yield from cards()
+    free = {"machine_mib": host.free_memory_mib()}
+    if proof.on_cuda:
+        free["gpu_mib"] = torch.cuda.mem_get_info()[0] / 2**20
+    yield Finding("memory", " and ".join(f"{mib:,.0f} MiB of the {where.removesuffix('_mib')}'s memory"
+                                         for where, mib in free.items()) + " are free", values=free)
+    disk = shutil.disk_usage(places.ROOT).free / 2**20
+    yield Finding("disk", f"{disk:,.0f} MiB are free", OK if disk > LEAST_DISK_MIB else WARNING,
+                  {"free_mib": disk})
+
+
+def versions(version: str) -> Finding:
+    """The versions of torch, CUDA and Python; it fails for a torch that compiles wrong gradients, unless what
+    is wrong is switched off."""
+    fault = avoid_known_faults(version)
+    status = OK if not fault else WARNING if os.environ[MIX_ORDER] == "0" else FAILED
+    built = next((f"{name} {built}" for name, built in (("CUDA", torch.version.cuda),
+                                                        ("HIP", torch.version.hip)) if built), "CPUs")
+    return Finding("torch", fault or f"{version} for {built}, Python {sys.version.split()[0]}", status,
+                   {"torch": version, "cuda": torch.version.cuda, "fault": fault})
+
+
+def cards() -> Iterator[Finding]:
+    """The driver, and a line for each GPU, by nvidia-smi."""
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    found, problem = ask_nvidia_smi()
+    if problem:
+        yield Finding("driver", f"not known: {problem}; capability {capability}", WARNING)
+        return
+    pair = bad_pair(found[0].driver, torch.version.cuda)
+    yield Finding("driver", pair or f"{found[0].driver}; capability {capability}", WARNING if pair else OK,
+                  {"driver": found[0].driver, "capability": capability})
+    for number, card in enumerate(found):
+        problems = card.problems()
+        says = (f"{card.name}: {card.power_limit:.0f} W of {card.usual_power_limit:.0f}, "
+                f"{card.clock:.0f} MHz of {card.most_clock:.0f}, {card.temperature:.0f} C")
+        yield Finding(f"GPU {number}", "; ".join([says, *problems]), WARNING if problems else OK,
+                      dataclasses.asdict(card))
+
+
+# ------------------------------------------------------------------------------------------------
+# What it can do
+# ------------------------------------------------------------------------------------------------
+
+def product(proof: Proof) -> Iterator[Finding]:
+    world = proof.world
+    size = LARGE // 4 if proof.on_cpu else LARGE
+    found = product_flops(world, proof.dtype, size) / 1e12
+    yield beside_the_table(proof, found)
+    if proof.on_cuda and torch.version.cuda and torch.cuda.get_device_capability() >= (8, 9):
+        try:
+            fp8 = fp8_product_flops(world, size) / 1e12
+            yield Finding("FP8", f"{fp8:,.3g} TFLOP/s, {fp8 / found:.2f} times that", values={"tflops": fp8})
+        except RuntimeError as error:
+            yield Finding("FP8", f"no products: {first_line(error)}", WARNING)
+    if proof.on_cuda:
+        yield clocks(proof)
+    copied = copy_bytes(world, 16 * size**2) / 1e9
+    yield Finding("copy", f"{copied:,.3g} GB/s, read and written", values={"gb_per_second": copied})
+
+
+def beside_the_table(proof: Proof, found: float) -> Finding:
+    """The speed of a product in TFLOP/s, as a share of the peak that the table has for this device."""
+    peak = proof.world.peak_flops(proof.cfg) / proof.world.size / 1e12
+    share = found / peak if peak else None
+    slow = share is not None and share < LEAST_SHARE
+    beside = f", {share:.0%} of the table's {peak:,.0f}" if peak else "; the table has no peak of this device"
+    return Finding("product", f"{found:,.3g} TFLOP/s {short_name(proof.dtype)}{beside}"
+                   + (": throttled, or in use by others" if slow else ""), WARNING if slow else OK,
+                   {"tflops": found, "peak_tflops": peak, "share": share})
+
+
+def clocks(proof: Proof) -> Finding:
+    """What nvidia-smi says while products are queued, for a second or two."""
+    a = torch.randn(LARGE, LARGE, device=proof.device).to(proof.dtype)
+    out = torch.empty_like(a)
+    each = seconds_of(lambda: torch.mm(a, a, out=out), proof.world)
+    for _ in range(max(10, min(2000, int(LOAD_SECONDS / each)))):
+        torch.mm(a, a, out=out)
+    found, problem = ask_nvidia_smi()
+    proof.world.synchronize()
+    if problem:
+        return Finding("clocks", f"not known: {problem}", SKIPPED)
+    card = found[0]
+    return Finding("clocks", f"{card.clock:.0f} MHz of {card.most_clock:.0f} while products run, "
+                             f"{card.temperature:.0f} C", values=dataclasses.asdict(card))

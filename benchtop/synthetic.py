@@ -1,0 +1,60 @@
+"""A run without data: tokens as frequent as in text, and the real loop over them, with nothing written.
+
+For measuring and comparing; a model learns nothing from it that text has.
+"""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from benchtop.batches import Batch, Rows
+from benchtop.budget import Clock
+from benchtop.evaluation import TokenLosses
+from benchtop.run import Experiment, Run
+from benchtop.steps import LossScale
+
+MEAN_DOCUMENT = 700     # tokens
+
+
+def zipf_tokens(count: int, vocab_size: int, eot_id: int, mean: int = MEAN_DOCUMENT, seed: int = 0,
+                ) -> np.ndarray:
+    """Documents of some `mean` tokens, each behind its eot_id; token n is 1 / n as frequent as the first."""
+    draw = np.random.default_rng(seed)
+    # the logarithm of the rank is uniform
+    tokens = np.exp(draw.random(count) * np.log(vocab_size - 1)).astype(np.int64) - 1
+    tokens[tokens == eot_id] = 0
+    tokens[draw.random(count) < 1 / mean] = eot_id
+    tokens[0] = eot_id
+    return tokens.astype(np.uint32)
+
+
+class SyntheticRun(Run):
+    """The real run, whose batches are made up, that is never validated, saved or logged.
+
+    Its metrics are in `rows`. `after_step(run)` is called when a step is queued; the run ends when it
+    returns True, or with the budget.
+    """
+
+    def __init__(self, experiment: Experiment, cfg, world, model, optimizer, compiled: bool,
+                 after_step: Callable[["SyntheticRun"], bool] = lambda run: False, mean: int = MEAN_DOCUMENT):
+        count = min(4_000_000, max(20 * cfg.seq_len, 8 * cfg.batch_tokens))
+        rows = Rows([zipf_tokens(count, cfg.vocab_size, model.eot_id, mean)], cfg, model.eot_id)
+        super().__init__(experiment, cfg, world, model, optimizer, SimpleNamespace(rows=rows),
+                         TokenLosses(model, compiled), None, Clock(world),
+                         LossScale(enabled=world.dtype == torch.float16))
+        self.after_step, self.rows = after_step, []
+
+    def batches(self) -> Iterator[Batch]:
+        for batch in super().batches():
+            yield batch
+            if self.after_step(self):
+                return
+
+    def validate_and_log(self) -> None:
+        if self.logs:
+            self.rows.append(dict(self.values))
+
+    def save(self) -> None:
+        pass

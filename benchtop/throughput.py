@@ -1,0 +1,275 @@
+"""How fast an experiment trains here, and where a step's time goes: the real loop on made-up tokens.
+
+`speed` is a part of ./run.sh proof.
+"""
+
+import dataclasses
+import functools
+import gc
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchtop import memory
+from benchtop.apart import OK, WARNING, Finding
+from benchtop.batches import Batch, batch_of, micro_batch_shape
+from benchtop.briefing import duration, operations_of
+from benchtop.command_line import counted
+from benchtop.compiled_check import own_compilations
+from benchtop.errors import first_line
+from benchtop.evaluation import TokenLosses
+from benchtop.fitness import Proof
+from benchtop.machine import World
+from benchtop.measure import by_kind, kernels_of, product_flops, seconds_of
+from benchtop.run import make_model, warm_up
+from benchtop.smoke import stir
+from benchtop.synthetic import SyntheticRun
+
+NEVER = 2**40               # steps between what a measurement must not meet
+SECONDS_OF_STEPS = 8        # that are measured
+SECONDS_OF_CPU_STEP = 3     # beyond which a CPU measures smaller steps
+LATE = 0.9                  # share of a step's time, after which a GPU waits for Python to queue it
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------
+
+class Stopwatch:
+    """Times the steps of a run: first some to warm up, then single ones, of which each is waited for; on a
+    GPU, in the last of them calls that wait for it are noted, and then many are queued one behind the other.
+
+    Called when a step is queued; True when that is enough.
+    queued, done  seconds of each single step until all of it was queued, and until it was done
+    waits         calls of a step that wait for the GPU, as FILE:LINE
+    """
+
+    def __init__(self, world: World, on_cuda: bool, seconds: float = SECONDS_OF_STEPS):
+        self.world, self.seconds, self.on_cuda = world, seconds, on_cuda
+        self.left_to_warm_up, self.many, self.left_of_many = (2 if on_cuda else 1), 0, 0
+        self.queued: list[float] = []
+        self.done: list[float] = []
+        self.waits: list[str] = []
+        self.step_seconds = 0.0
+        self.watch = None
+        self.last = time.perf_counter()
+
+    def __call__(self, run: SyntheticRun) -> bool:
+        queued = time.perf_counter() - self.last
+        if self.watch:
+            self._stop_watching()
+        if self.left_of_many > 1:
+            self.left_of_many -= 1
+            return False
+        self.world.synchronize()
+        done = time.perf_counter() - self.last
+        is_enough = self._note(queued, done)
+        self.last = time.perf_counter()
+        return is_enough
+
+    def _note(self, queued: float, done: float) -> bool:
+        if self.many:
+            self.step_seconds = done / self.many
+            return True
+        if self.left_to_warm_up:
+            self.left_to_warm_up -= 1
+            return False
+        self.queued.append(queued)
+        self.done.append(done)
+        self.step_seconds = statistics.median(self.done)
+        if not self.on_cuda:
+            return len(self.done) == 9 or (len(self.done) > 1 and sum(self.done) > self.seconds)
+        if len(self.done) == 3:
+            self._start_watching()
+        elif len(self.done) == 4:
+            self.many = self.left_of_many = max(4, min(40, int(self.seconds / self.step_seconds)))
+        return False
+
+    def _start_watching(self) -> None:
+        self.watch = warnings.catch_warnings(record=True)
+        self.heard = self.watch.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def _stop_watching(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self.watch.__exit__(None, None, None)
+        self.watch = None
+        self.waits = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in self.heard
+                             if "called a synchronizing" in str(one.message)})
+
+
+def prepared(proof: Proof, say: Callable[[str], None]) -> tuple:
+    """The Config with micro-batches that fit, model and optimizer, compiled and warm: as a run begins."""
+    cfg, world, flex, experiment = proof.cfg, proof.world, proof.kernels.flex, proof.experiment
+    sized = memory.choose_micro_batch(experiment, cfg, world, flex)
+    model, optimizer = make_model(experiment, cfg, cfg.vocab_size - 1, world, proof.kernels)
+    losses_of = TokenLosses(model, proof.kernels.compiled)
+    sized = memory.fit_micro_batch(
+        sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients, say,
+        lambda: memory.memory_advice(experiment, sized, world, flex))
+    stir(model)     # products of zeros take less power, and less time, than those of a run
+    return sized, model, optimizer
+
+
+def halfway(proof: Proof, cfg, model, optimizer, after_step: Callable[[SyntheticRun], bool]) -> SyntheticRun:
+    """A run in the middle of its budget, where windows that grow have their mean length."""
+    cfg = dataclasses.replace(cfg, num_steps=cfg.num_steps or 1000, train_minutes=0.0, target_loss=0.0,
+                              log_every=NEVER, val_every=NEVER)
+    run = SyntheticRun(proof.experiment, cfg, proof.world, model, optimizer, proof.kernels.compiled,
+                       after_step)
+    run.step, run.progress, run.progress_before = cfg.num_steps // 2, 0.5, 0.5
+    return run
+
+
+def within_reach(proof: Proof) -> tuple[Proof, str]:
+    """The same with fewer tokens a step, where a step would take a CPU long; and a word about it."""
+    cfg = proof.cfg
+    if not proof.on_cpu:
+        return proof, ""
+    with torch.device("meta"):
+        per_token = proof.experiment.Model(cfg, 0).flops_per_token()
+    able = SECONDS_OF_CPU_STEP * 0.3 * product_flops(proof.world, proof.dtype, 1024)
+    rows = max(1, int(able / (per_token * cfg.seq_len)))
+    if rows >= cfg.rows_per_step:
+        return proof, ""
+    fewer = dataclasses.replace(cfg, batch_tokens=rows * cfg.seq_len)
+    return dataclasses.replace(proof, cfg=fewer), (
+        f"measured with steps of {fewer.batch_tokens:,} tokens, since {cfg.batch_tokens:,} take a CPU long")
+
+
+# ------------------------------------------------------------------------------------------------
+# What was found
+# ------------------------------------------------------------------------------------------------
+
+def speed(proof: Proof) -> Iterator[Finding]:
+    whole = proof.cfg
+    proof, note = within_reach(proof)
+    said, begun = [note] if note else [], time.perf_counter()
+    gc.collect()
+    if proof.on_cuda:
+        torch.cuda.empty_cache()
+    chosen = proof.kernels      # before what is compiled for it is forgotten
+    with own_compilations(), proof.world.memory_of("speed"):
+        sized, model, optimizer = prepared(proof, said.append)
+        ready = time.perf_counter() - begun
+        yield Finding("ready", "; ".join([f"after {ready:.1f} s, by {chosen.attention}", *said]),
+                      values={"seconds": ready})
+        watch = Stopwatch(proof.world, proof.on_cuda)
+        run = halfway(proof, sized, model, optimizer, watch)
+        proof.experiment.train(run)
+        pace = pace_of(proof, run, watch)
+        yield pace
+        yield whole_run(proof, whole, model, pace.values["tokens_per_second"])
+        if proof.on_cuda:
+            yield known(queue, watch)
+        yield known(peak_memory, proof, sized)
+        for describe in (parts_of_step, *([kernels_of_step] if proof.on_cuda else [])):
+            yield known(describe, proof, run, watch.step_seconds)
+
+
+def known(describe: Callable[..., Finding], *arguments) -> Finding:
+    """A finding; where it is not to be had, the figures before it are no worse."""
+    try:
+        return describe(*arguments)
+    except Exception as error:
+        return Finding(describe.__name__.split("_")[0],
+                       f"not known: {type(error).__name__}: {first_line(error)}", WARNING)
+
+
+def pace_of(proof: Proof, run: SyntheticRun, watch: Stopwatch) -> Finding:
+    cfg, seconds = run.cfg, watch.step_seconds
+    count, rows = micro_batch_shape(cfg, 1)
+    tokens, peak = cfg.batch_tokens / seconds, proof.world.peak_flops(cfg)
+    run.model.progress = 0.5
+    mfu = tokens * run.model.flops_per_token() / peak if peak else None
+    used = f", MFU {mfu:.1%}" if peak else ""
+    says = (f"{tokens:,.0f} tokens/s{used}: {1000 * seconds:,.0f} ms for a step of "
+            f"{cfg.batch_tokens:,} tokens, {count} x {rows} x {cfg.seq_len}")
+    return Finding("speed", says, values={
+        "tokens_per_second": tokens, "mfu": mfu, "step_seconds": seconds, "batch_tokens": cfg.batch_tokens,
+        "micro_batches": count, "rows": rows, "single_step_seconds": watch.done})
+
+
+def queue(watch: Stopwatch) -> Finding:
+    """Whether Python tells the GPU what to do in time."""
+    queued, done = statistics.median(watch.queued), statistics.median(watch.done)
+    waits = f"it waits in {', '.join(watch.waits)}" if watch.waits else "no call waits for the GPU"
+    says = f"a step is queued after {1000 * queued:,.0f} ms and done after {1000 * done:,.0f}; {waits}"
+    return Finding("queue", says, WARNING if queued > LATE * done or watch.waits else OK,
+                   {"queued_seconds": queued, "done_seconds": done, "waits": watch.waits})
+
+
+def whole_run(proof: Proof, cfg, model, tokens_per_second: float) -> Finding:
+    """Time and cost of all of a run on all devices of this machine, as if they exchanged in no time."""
+    devices = torch.cuda.device_count() if proof.on_cuda else 1
+    model.progress = 0.5
+    in_the_middle = model.flops_per_token()
+    # tokens of the middle's arithmetic
+    work = operations_of(cfg, model) / in_the_middle if cfg.num_steps else math.inf
+    seconds = min(60 * cfg.train_minutes or math.inf, work / (tokens_per_second * devices))
+    tokens = min(cfg.train_tokens or math.inf, tokens_per_second * devices * seconds)
+    cost = cfg.gpu_cost_per_hour * seconds / 3600
+    says = (f"{cfg.preset}: {tokens:,.0f} tokens in {duration(seconds)} on {counted(devices, 'device')}"
+            + (f", for {cost:,.2f}" if cost else "") + "; validation not counted")
+    return Finding("whole run", says, values={"seconds": seconds, "tokens": tokens, "devices": devices,
+                                              "cost": cost or None})
+
+
+def peak_memory(proof: Proof, cfg) -> Finding:
+    peak = proof.world.peak_memory_mib("speed")
+    estimate = memory.memory_estimate_mib(proof.experiment, cfg, proof.world, proof.kernels.flex)
+    reserved = torch.cuda.max_memory_reserved() / 2**20 if proof.on_cuda else None
+    says = f"{peak:,.0f} MiB{f', reserved {reserved:,.0f}' if reserved else ''}; estimated {estimate:,.0f}"
+    return Finding("peak memory", says,
+                   values={"peak_mib": peak, "reserved_mib": reserved, "estimate_mib": estimate})
+
+
+def parts_of_step(proof: Proof, run: SyntheticRun, step_seconds: float) -> Finding:
+    """How long each part takes alone: on one micro-batch, times their number, and the optimizer's once."""
+    model, optimizer, batch = run.model, run.optimizer, first_batch(run)
+    inputs, targets = batch.micro_batches[0]
+    model.progress, count = 0.5, len(batch.micro_batches)
+    timed = functools.partial(seconds_of, world=proof.world, times=3 if proof.on_cpu else 5)
+    x = model.hidden(inputs)
+    slope = (torch.randn_like(x, dtype=torch.float32) / targets.numel()).to(x.dtype)
+    del x
+
+    def backward() -> None:
+        (model(inputs, targets) / batch.num_targets).backward()
+    masks = timed(lambda: model.contexts(inputs)) if hasattr(model, "contexts") else 0.0
+    hidden, whole = timed(lambda: model.hidden(inputs).backward(slope)), timed(backward)
+    norms, updates = [], []
+    for _ in range(3):
+        backward()
+        norms.append(seconds_of(optimizer.sum_gradients, proof.world, times=1, warm_ups=0))
+        updates.append(seconds_of(lambda: optimizer.step(0.0), proof.world, times=1, warm_ups=0))
+    found = {"layers": count * (hidden - masks), "head": count * (whole - hidden), "masks": count * masks,
+             "norms": statistics.median(norms), "optimizer": statistics.median(updates)}
+    found["other"] = max(0.0, step_seconds - sum(found.values()))
+    shares = ", ".join(f"{name} {1000 * seconds:,.3g} ms ({seconds / step_seconds:.0%})"
+                       for name, seconds in found.items())
+    return Finding("parts", shares, values={"seconds": found})
+
+
+def first_batch(run: SyntheticRun) -> Batch:
+    """A step's batch, on the device."""
+    batch = batch_of(run.data.rows, run.cfg, run.step)
+    return batch.each(lambda tensor: tensor.to(run.world.device))
+
+
+def kernels_of_step(proof: Proof, run: SyntheticRun, step_seconds: float) -> Finding:
+    """How many kernels a step starts, and how long those of each kind take."""
+    again = halfway(proof, run.cfg, run.model, run.optimizer, lambda run: True)
+    names = kernels_of(lambda: proof.experiment.train(again), proof.world)
+    count, busy = sum(n for n, _ in names.values()), sum(seconds for _, seconds in names.values())
+    kinds = by_kind(names)
+    says = ", ".join(f"{kind} {1000 * seconds:,.0f} ms" for kind, (_, seconds) in kinds.items())
+    longest = sorted(names.items(), key=lambda item: -item[1][1])[:40]
+    return Finding("kernels", f"{count:,} in a step, busy for {busy / step_seconds:.0%} of it: {says}",
+                   values={"count": count, "seconds": busy, "kinds": kinds, "longest": longest})

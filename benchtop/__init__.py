@@ -12,7 +12,7 @@ ORDER = (
     # -> shards and manifest
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine
-    "batches", "machine", "memory", "initial", "signals", "steps",
+    "batches", "machine", "speed", "memory", "initial", "signals", "steps",
     # -> numbers of a model
     "evaluation", "tasks", "scoring", "sampling",
     # -> run folder

@@ -99,7 +99,7 @@ preset() {
         if [ "$argument" = --dry_run ]; then dry_run=true; else flags+=("$argument"); fi
     done
     case "$preset" in
-        five-minutes) shards=1 ;;
+        five-minutes) shards=2 ;;
         xs) shards=2 ;;
         s) shards=6 ;;
         m) shards=14 ;;
@@ -121,15 +121,16 @@ preset() {
         | grep -v " there is no $data in ")" || true
     [ -n "$report" ] || fail "$(tail -n 1 .venv/check.txt)"
     if [ "$preset" = five-minutes ]; then
-        # as many tokens as the device has time for, but never fewer than are here already
+        # as many tokens as the device has time for, but never fewer than are here already; a shard is one file of
+        # about 60 million tokens
         tokens="$(sed -nE 's/^speed .* enough for ([0-9,]+) million tokens$/\1/p' <<< "$report" | tr -d ,)"
         there="$(find "data/$data" -name 'train_*.bin' 2> /dev/null | wc -l)" || true
-        shards=$((1 + ${tokens:-0} / 75))
+        shards=$((2 + ${tokens:-0} / 45))
         [ "$shards" -gt "$there" ] || shards="$there"
     fi
     gigabytes=$((shards * 2 / 10 + 1))
     case "$source" in
-        climbmix) download="about $((1 + (shards * 15 + 10) / 100)) GB of text" ;;
+        climbmix) download="about $((1 + (shards + 1) / 10)) GB of text" ;;
         10B) download="about $((2 * (1 + (shards + 5) / 6))) GB of text" ;;
         *) download="$gigabytes GB, already tokenized by GPT-2's tokenizer" ;;
     esac

@@ -83,7 +83,8 @@ def test_a_python_without_venv_is_answered_with_what_to_install(checkout, tmp_pa
 def test_a_preset_says_first_what_it_needs_and_costs(checkout):
     done = run_sh(checkout, "gpt2-xl", "--dry_run", "--peak_tflops", "989", "--gpu_cost_per_hour", "20")
     assert done.returncode == 0, done.stderr
-    assert "103 shards of FineWeb (21 GB" in done.stderr and "leave out --dry_run" in done.stderr
+    assert "103 shards of FineWeb (21 GB" in done.stderr
+    assert "leave out --dry_run" in done.stderr
     assert re.search(r"^model +1,5\d\d,\d{3},\d{3} parameters", done.stdout, re.MULTILINE)
     assert re.search(r"^memory .*MiB.*^time +about .* of training.*^cost +about [\d,]+\.\d\d", done.stdout,
                      re.MULTILINE | re.DOTALL)
@@ -139,7 +140,7 @@ echo "$*" >> asked.txt""")
                             "--regex nanochat --name climbmix")
         shards = int(re.fullmatch(r"download_fineweb.py --version climbmix --num_shards (\d+) --val_tokens "
                                   r"25000000 --tokenizer climbmix --name climbmix", preparing)[1])
-        assert shards == (there or shards) and 0.75 * 100 * shards >= tokens
+        assert shards == (there or shards) and 0.75 * 60 * shards >= tokens
         assert training == "train_gpt.py --preset five-minutes --data climbmix --seed 7"
         (checkout / "asked.txt").unlink()
     assert PRESETS["five-minutes"]["vocab_size"] == 8191 + 1     # with <|endoftext|>
@@ -154,8 +155,7 @@ def test_readme_and_help_name_every_preset(checkout):
     table = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     named = {name for cell in table for name in re.findall(r"`([\w-]+)`", cell)}
     for preset in set(PRESETS) - {"demo"}:
-        assert preset in named and re.search(rf"\b{preset}\b", told) and "no " not in run_sh(
-            checkout, "seeds", preset, "x").stderr
+        assert preset in named and re.search(rf"\b{preset}\b", told), preset
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ preset() {
     if [ "$preset" = five-minutes ]; then
         # as many tokens as the device has time for, but never fewer than are here already; a shard is one file of
         # about 60 million tokens
-        tokens="$(sed -nE 's/^speed .* enough for ([0-9,]+) million tokens$/\1/p' <<< "$report" | tr -d ,)"
+        tokens="$(sed -nE 's/^speed .* enough for ([0-9,]+)[.0-9]* million tokens$/\1/p' <<< "$report" | tr -d ,)"
         there="$(find "data/$data" -name 'train_*.bin' 2> /dev/null | wc -l)" || true
         shards=$((2 + ${tokens:-0} / 45))
         [ "$shards" -gt "$there" ] || shards="$there"

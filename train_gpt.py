@@ -113,7 +113,7 @@ class CommonConfig(RunConfig):
     def remarks(self) -> list[str]:
         """What --by_speed goes by; run.sh reads it."""
         return [f"speed       {self.measured_tflops:g} TFLOP/s in large products, which choose the size; "
-                f"enough for {self.tokens_by_speed / 1e6:,.0f} million tokens"] if self.by_speed else []
+                f"enough for {self.tokens_by_speed / 1e6:,.1f} million tokens"] if self.by_speed else []
 
     def with_budget(self, epoch_tokens: int) -> "CommonConfig":
         """The Config with its one budget: steps, tokens in them, and all tokens.

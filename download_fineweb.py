@@ -6,12 +6,13 @@
     python download_fineweb.py --version notes.txt --tokenizer mine -ns 1 -ss 1e5
 
 It leaves a folder data/SOURCE_TOKENIZER (benchtop/shards.py says what is in it), whole or not at all. The
-documents come in an order that --seed decides, over all files of FineWeb. About one in 64 is held out to
+documents come in an order that --seed decides, over all files of a corpus. About one in 64 is held out to
 validate on, chosen by a hash of its own text: the same ones for every tokenizer, seed and number of shards.
-Small sources hold out more, up to 64 documents or 5 % of the text (benchtop/held_out.py). The last line says
-what xz -9e needs for the held-out text after the training text, which a model should beat.
+Small sources hold out more, up to 64 documents or 5 % of the text; climbmix holds out its last file and
+nothing else (benchtop/held_out.py). The last line says what xz -9e needs for the held-out text after the
+training text, which a model should beat.
 
-FineWeb's next file downloads while workers tokenize this one. Killed at any time and started again, the
+The next file of a corpus downloads while workers tokenize this one. Killed at any time and started again, the
 script goes on behind the last finished shard and ends with the same bytes, with any number of workers. A
 larger --num_shards adds shards and leaves the old ones. Python's library of 12 MB gives 3.5 million tokens of
 a 4,096-token vocabulary in about five seconds on two cores, and its bar in about fifteen.
@@ -45,7 +46,7 @@ from benchtop.shards import few_held_out, shard_format
 from benchtop.sources import open_source
 from benchtop.tokenizer import load_tokenizer, only_tokenizer, tokenizer_sha256
 
-TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, with GPT-2's tokenizer; only --dry_run guesses with it
+TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, by GPT-2's tokenizer; only --dry_run guesses with it
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -59,9 +60,9 @@ def part_of(text: str) -> tuple[int, int]:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("Turn documents into token shards.")
     parser.add_argument("-v", "--version", "--source", nargs="+", default=["stdlib"],
-                        help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` appended; ready-made GPT-2 "
-                             "shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and globs "
-                             "(.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
+                        help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` appended; climbmix; "
+                             "ready-made GPT-2 shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and "
+                             "globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
     parser.add_argument("-ss", "--shard_size", type=positive, default=10**8,
                         help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
@@ -75,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=positive, default=host.available_cores(),
                         help="processes that tokenize")
     parser.add_argument("--part", type=part_of, metavar="I/N",
-                        help="prepare only the I-th of N parts of FineWeb's files, for many machines")
+                        help="prepare only the I-th of N parts of a corpus's files, for many machines")
     parser.add_argument("--keep_text", action="store_true", help="keep downloaded parquet files")
     parser.add_argument("--dry_run", action="store_true",
                         help="only say which files, how many bytes, how much disk and time it takes")
@@ -142,15 +143,17 @@ def say_what_it_takes(source: Source, tokenizer: tiktoken.Encoding, args: argpar
     rate = tokens_of_text / (time.perf_counter() - began) * args.num_workers
     units = [unit for unit in source.units(args.seed) if unit.size]
     if not units:
-        raise UserError("--dry_run is for FineWeb; local text needs no download, so just start")
-    tokens = sum(unit.size for unit in units) * TOKENS_PER_PARQUET_BYTE
+        raise UserError("--dry_run is for text on the Hub; local text needs no download, so just start")
+    size = sum(unit.size for unit in units)
+    per_byte = source.corpus.tokens / size or TOKENS_PER_PARQUET_BYTE
+    tokens = size * per_byte
     if args.num_shards:
         tokens = min(tokens, args.num_shards * args.shard_size)
     needed, expected = [], 0.0
     for unit in units:
         if expected < tokens:
             needed.append(unit)
-            expected += unit.size * TOKENS_PER_PARQUET_BYTE
+            expected += unit.size * per_byte
     for unit in needed:
         print(f"{unit.name:<60} {unit.size / 1e6:>10,.1f} MB")
     download = sum(unit.size for unit in needed)
@@ -160,7 +163,7 @@ def say_what_it_takes(source: Source, tokenizer: tiktoken.Encoding, args: argpar
     print(f"files       {len(needed):,} of {len(units):,} of {source.label}, and one for held-out documents "
           "if it is not among them")
     print(f"download    {download / 1e6:,.1f} MB")
-    print(f"tokens      about {tokens / 1e6:,.1f} million, if a byte of parquet is {TOKENS_PER_PARQUET_BYTE}")
+    print(f"tokens      about {tokens / 1e6:,.1f} million, if a byte of parquet is {per_byte:.2g}")
     free = shutil.disk_usage(places.ROOT).free
     print(f"disk        about {disk / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
     print(f"time        about {tokens / rate / 60:,.1f} minutes of tokenizing at {rate:,.0f} tokens/s, "

@@ -2,7 +2,8 @@
 # Set up what is missing, then:   ./run.sh        train a small GPT on Python's own library (minutes, no GPU needed)
 #                                 ./run.sh test   run the tests
 #                                 ./run.sh setup  no more than the set-up
-#     ./run.sh PRESET             xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on all GPUs here
+#     ./run.sh PRESET             five-minutes, xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on
+#                                 all GPUs here (five-minutes also on a CPU)
 #     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
 #     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread; see seeds.py --help
 #     ./run.sh proof [PRESET]     is this machine fit for training, and how fast? Minutes, no data needed
@@ -94,11 +95,12 @@ demo() {
 # `training` with the command that trains on all GPUs.
 preset() {
     local preset="$1" data="fineweb_$1" source=10B-gpt2 tokenizer=gpt2 shards gigabytes download gpus argument report
-    local dry_run=false flags=() launch=(.venv/bin/python)
+    local dry_run=false flags=() launch=(.venv/bin/python) pieces=(--vocabsize 50256) more=() tokens there
     for argument in "${@:2}"; do
         if [ "$argument" = --dry_run ]; then dry_run=true; else flags+=("$argument"); fi
     done
     case "$preset" in
+        five-minutes) shards=2 ;;
         xs) shards=2 ;;
         s) shards=6 ;;
         m) shards=14 ;;
@@ -106,23 +108,37 @@ preset() {
         gpt2-medium) shards=42 ;;
         gpt2-xl) shards=103 ;;
     esac
-    gigabytes=$((shards * 2 / 10 + 1))
-    download="$gigabytes GB, already tokenized by GPT-2's tokenizer"
-    if [[ $preset != gpt2-* ]]; then
+    if [ "$preset" = five-minutes ]; then
+        source=climbmix tokenizer=climbmix data=climbmix
+        pieces=(--vocabsize 8191 --regex nanochat) more=(--val_tokens 25000000)
+    elif [[ $preset != gpt2-* ]]; then
         source=10B tokenizer=web
-        download="about $((2 * (1 + (shards + 5) / 6))) GB of text, of which a tokenizer of its own is learned"
     fi
     gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
-    say "$preset trains on $shards shards of FineWeb ($download); they take $gigabytes GB in data/$data"
-    if [ "$gpus" = 0 ]; then
-        say "there is no GPU here, so all of this runs on the CPU, for days or more; the demo is made for CPUs"
-    else
-        launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
-    fi
+    [ "$gpus" = 0 ] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
     # without its data the preset cannot train yet, and says that too; what it needs is what counts here
     report="$("${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" "${flags[@]}" 2> .venv/check.txt \
-        | grep -E '^(device|model|budget|memory|free|time|cost|problem) ' | grep -v " there is no $data in ")" || true
+        | grep -E '^(device|speed|model|budget|memory|free|time|cost|problem) ' \
+        | grep -v " there is no $data in ")" || true
     [ -n "$report" ] || fail "$(tail -n 1 .venv/check.txt)"
+    if [ "$preset" = five-minutes ]; then
+        # as many tokens as the device has time for, but never fewer than are here already; a shard is one file of
+        # about 60 million tokens
+        tokens="$(sed -nE 's/^speed .* enough for ([0-9,]+)[.0-9]* million tokens$/\1/p' <<< "$report" | tr -d ,)"
+        there="$(find "data/$data" -name 'train_*.bin' 2> /dev/null | wc -l)" || true
+        shards=$((2 + ${tokens:-0} / 45))
+        [ "$shards" -gt "$there" ] || shards="$there"
+    fi
+    gigabytes=$((shards * 2 / 10 + 1))
+    case "$source" in
+        climbmix) download="about $((1 + (shards + 1) / 10)) GB of text" ;;
+        10B) download="about $((2 * (1 + (shards + 5) / 6))) GB of text" ;;
+        *) download="$gigabytes GB, already tokenized by GPT-2's tokenizer" ;;
+    esac
+    [ "$tokenizer" = gpt2 ] || download+=", of which a tokenizer of its own is learned"
+    say "$preset trains on $shards shards of ${source/10B*/FineWeb} ($download); they take $gigabytes GB in data/$data"
+    [ "$gpus" != 0 ] || [ "$preset" = five-minutes ] \
+        || say "there is no GPU here, so all of this runs on the CPU, for days or more; the demo is made for CPUs"
     printf '%s\n' "$report"
     if "$dry_run"; then
         say "nothing was done; leave out --dry_run to begin"
@@ -130,9 +146,10 @@ preset() {
     fi
     ! grep -q '^problem ' <<< "$report" || fail "this machine cannot train that preset; the problem is named above"
     if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
-        .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 --vocabsize 50256 --name web
+        .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 "${pieces[@]}" --name "$tokenizer"
     fi
-    .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" --tokenizer "$tokenizer" --name "$data"
+    .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" "${more[@]}" \
+        --tokenizer "$tokenizer" --name "$data"
     training=("${launch[@]}" train_gpt.py --preset "$preset" --data "$data" "${flags[@]}")
 }
 
@@ -150,8 +167,13 @@ seeds() {
     done
     case "$preset" in
         demo) demo "${flags[@]}" ;;
+        five-minutes)
+            [[ " ${flags[*]}" == *" --measured_tflops"* ]] || fail "add --measured_tflops X, with the X that" \
+                "./run.sh five-minutes --dry_run finds, so that all seeds have the same size"
+            preset "$preset" "${flags[@]}"
+            ;;
         xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" "${flags[@]}" ;;
-        *) fail "there is no preset '$preset'; they are demo, xs, s, m, gpt2-small, gpt2-medium and gpt2-xl" ;;
+        *) fail "there is no preset '$preset'; use demo, five-minutes, xs, s, m, gpt2-small, gpt2-medium, gpt2-xl" ;;
     esac
     exec .venv/bin/python seeds.py "$count" --name "$name" "${kept[@]}" -- "${training[@]}"
 }
@@ -169,7 +191,7 @@ case "${1:-demo}" in
         export OMP_WAIT_POLICY=passive
         exec .venv/bin/python -m pytest --numprocesses 3 --dist worksteal "${@:2}"
         ;;
-    xs | s | m | gpt2-small | gpt2-medium | gpt2-xl)
+    five-minutes | xs | s | m | gpt2-small | gpt2-medium | gpt2-xl)
         set_up requirements.txt
         preset "$@"
         exec "${training[@]}"

@@ -59,16 +59,17 @@ class CommonConfig(RunConfig):
     seq_len: int = 512                # tokens in a row
     max_doc_len: int = 0              # longer documents are split into parts of this many tokens; 0: of a row
     # the size
-    num_layers: int = 6               # transformer layers
+    num_layers: int = 6               # transformer layers; 0, with --by_speed: by rule
     num_heads: int = 0                # attention heads; 0: one per 128 of the width, roughly
-    model_dim: int = 256              # width of the model
+    model_dim: int = 256              # width of the model; 0, with --by_speed: by rule
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(0, "train_tokens", "num_steps", "train_minutes", "target_loss", "batch_tokens",
                               "max_doc_len", "num_heads")
-        self.require_at_least(1, "num_layers", "model_dim")
+        self.require_at_least(0 if self.by_speed else 1, "num_layers", "model_dim")
         self.require_at_least(2, "seq_len")
+        self.require("train_minutes", self.train_minutes > 0 or not self.by_speed, "above 0 for --by_speed")
         self.require("max_doc_len", self.max_doc_len != 1, "at least 2, or 0")
         self.fill(max_doc_len=self.seq_len + 1)     # a row's tokens, and the last one's target
         self.require("batch_tokens", self.batch_tokens % self.seq_len == 0,
@@ -78,7 +79,8 @@ class CommonConfig(RunConfig):
         if self.num_heads:
             self.require("num_heads", self.model_dim % (4 * self.num_heads) == 0,
                          f"such that --model_dim, {self.model_dim}, is a multiple of 4 x --num_heads")
-        self.fill(num_heads=self.heads_by_rule())
+        if self.model_dim:      # or else it is by rule, and this is asked again
+            self.fill(num_heads=self.heads_by_rule())
 
     def heads_by_rule(self) -> int:
         """As many heads as make them about head_width wide, and even enough to rotate by pairs."""
@@ -88,22 +90,52 @@ class CommonConfig(RunConfig):
         self.require("model_dim", heads > 0, "a multiple of 4")
         return heads
 
+    def with_size(self) -> "CommonConfig":
+        """With --by_speed, layers by the 0.17th power of the operations, and a width of 128 for every two.
+
+        In five minutes that is 8 x 512 on an H100 and 6 x 384 on an RTX 3090, near what others found best
+        there (issues 44 and 332 of autoresearch), 3 x 256 on two cores with AMX and 2 x 128 without.
+        """
+        layers = self.num_layers or max(1, round(8.2 * (self.operations / 6.8e16) ** 0.17))
+        return replace(self, num_layers=layers, model_dim=self.model_dim or 128 * math.ceil(layers / 2))
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations in train_minutes, at 35 % of the speed of large products."""
+        return 0.35e12 * self.measured_tflops * 60 * self.train_minutes
+
+    @property
+    def tokens_by_speed(self) -> int:
+        """About how many tokens that is; 0 without --by_speed."""
+        weights = 12 * self.num_layers * self.model_dim**2 + self.vocab_size * self.model_dim
+        return int(self.operations / (6 * weights)) if self.by_speed else 0
+
+    def remarks(self) -> list[str]:
+        """What --by_speed goes by; run.sh reads it."""
+        return [f"speed       {self.measured_tflops:g} TFLOP/s in large products, which choose the size; "
+                f"enough for {self.tokens_by_speed / 1e6:,.1f} million tokens"] if self.by_speed else []
+
     def with_budget(self, epoch_tokens: int) -> "CommonConfig":
         """The Config with its one budget: steps, tokens in them, and all tokens.
 
         epoch_tokens  how many the data hold
         batch         the power of two nearest to 8,192 (D / 1 million)^0.59 for D tokens: what was best of
                       2,048 to 16,384 on a CPU (experiments/RECIPE.md), and, for 700 million, the 524,288 of
-                      record 21 of Modded-NanoGPT
+                      record 21 of Modded-NanoGPT; with --by_speed the one below, since slow devices want more
+                      steps
         """
-        tokens = self.train_tokens or max(1, min(4_000_000, MOST_EPOCHS * epoch_tokens))
-        by_rule = 2 ** round(math.log2(8192 * (tokens / 1e6) ** 0.59))
+        tokens = (self.train_tokens or self.tokens_by_speed
+                  or max(1, min(4_000_000, MOST_EPOCHS * epoch_tokens)))
+        rounded = math.floor if self.by_speed else round
+        by_rule = 2 ** rounded(math.log2(8192 * (tokens / 1e6) ** 0.59))
         batch = self.batch_tokens or self.seq_len * max(1, round(by_rule / self.seq_len))
         asked_for = self.train_tokens or self.num_steps
         steps = self.num_steps or (math.ceil(tokens / batch) if asked_for else max(1, tokens // batch))
         if self.train_minutes and not asked_for:
             steps = 0       # the clock alone decides
-        return replace(self, batch_tokens=batch, num_steps=steps, train_tokens=steps * batch)
+        val_tokens = self.val_tokens or min(20_971_520, self.tokens_by_speed // 4)
+        return replace(self, batch_tokens=batch, num_steps=steps, train_tokens=steps * batch,
+                       val_tokens=val_tokens)
 
     @classmethod
     def presets(cls) -> dict[str, dict]:
@@ -181,6 +213,9 @@ PRESETS = {
     # more often would take half as long as training
     "demo": dict(model_name="demo", num_layers=2, num_steps=600, batch_tokens=8192, train_minutes=4,
                  val_every=40, log_every=5, save_model=True),
+    # what many compare by since karpathy/autoresearch: 300 seconds on whatever there is, validated at the end
+    "five-minutes": dict(model_name="five-minutes", by_speed=True, num_layers=0, model_dim=0, train_minutes=5,
+                         seq_len=2048, vocab_size=8192, val_every=10**6),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens
     "xs": dict(model_name="xs", num_layers=8, num_heads=4, model_dim=256, value_embeddings=2, seq_len=1024,
                train_tokens=98_304_000, val_every=125),

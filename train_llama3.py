@@ -49,6 +49,8 @@ class Config(train_nanogpt.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(0, "num_kv_heads")
+        if not self.num_heads:      # they are by the speed, and this is asked again
+            return
         fitting = (number for number in range(max(1, self.num_heads // 4), 0, -1)
                    if self.num_heads % number == 0)
         self.fill(num_kv_heads=next(fitting))

@@ -63,8 +63,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-f", "--name",
                         help="folder in tokenizers/ (default: gpt4regex_v50256_n1073741824, with the numbers "
                              "of --vocabsize and --samples)")
-    parser.add_argument("--regex", choices=PATTERNS, default="gpt4", help="how text is split into pieces")
-    parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")
+    parser.add_argument("--regex", choices=PATTERNS, default="gpt4",
+                        help="how text is split into pieces; nanochat: as gpt4, but two digits at a time")
+    parser.add_argument("--source", nargs="+", default=["stdlib"],
+                        help="stdlib, FineWeb (10B, 10Bedu, ...), climbmix, or files, folders and globs")
     parser.add_argument("--demo", action="store_true", help="show a text in coloured tokens while learning")
     parser.add_argument("--num_workers", type=positive, default=cores, help="processes that split and count")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",

@@ -25,6 +25,7 @@ from benchtop.knobs import parse_config
 from benchtop.machine import World, choose_kernels
 from benchtop.memory import choose_micro_batch, chunk_rows
 from benchtop.run import make_model
+from benchtop.speed import with_speed
 from train_gpt import EXPERIMENT, GPT, PRESETS, Config, group_of
 
 
@@ -118,6 +119,7 @@ def main() -> None:
           "Muon's memory, MiB |\n|---|---|---|---|---|---|---|---|")
     for preset in args.presets:
         cfg = parse_config(["--preset", preset, *flags], Config)
+        cfg = with_speed(cfg, World(cfg))
         vocabulary = cfg.vocab_size or (4097 if preset == "demo" else 50257)
         print(measure(replace(cfg, vocab_size=vocabulary).with_budget(2**53), args.times), flush=True)
 

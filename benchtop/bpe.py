@@ -65,7 +65,7 @@ def _set_pattern(pattern: str) -> None:
 def segments(text: str) -> list[str]:
     """The text, cut before each space that follows a character which is not white.
 
-    There both patterns begin a new piece, whatever stands around: no piece has a space behind such a
+    There every pattern begins a new piece, whatever stands around: no piece has a space behind such a
     character, and none looks back. So equal segments have equal pieces, and need be split only once.
     """
     if any([white in text for white in OTHER_WHITE]):
@@ -117,7 +117,7 @@ class Sample:
         self.held_out = []
         left, seen = self.characters, 0
         for name, text in self.rule.documents(self.source) if self.rule else self.source:
-            if self.rule and text and self.rule.holds_out(text):
+            if self.rule and text and self.rule.holds_out(text, name):
                 if seen < MOST_HELD_OUT:
                     self.held_out.append(text[:MOST_HELD_OUT])
                     seen += len(text)

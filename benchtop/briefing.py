@@ -31,6 +31,7 @@ def introduction(cfg, world: World, model: nn.Module, kernels: Kernels, memory_m
         f"dtype       {str(world.dtype).removeprefix('torch.')}: {world.dtype_reason}",
         f"compile     {'on' if kernels.compiled else 'off'}: {kernels.compile_reason}",
         f"attention   by {kernels.attention}",
+        *cfg.remarks(),
         f"model       {num_parameters(model):,} parameters: {counted(cfg.num_layers, 'layer')}, "
         f"width {cfg.model_dim}, {counted(cfg.num_heads, 'head')} of {cfg.head_dim}, "
         f"{cfg.vocab_size:,} tokens",

@@ -60,8 +60,10 @@ class Source:
     label        `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
     replaced     invalid UTF-8 sequences that were replaced by U+FFFD so far
     is_large     whether it surely has thousands of documents, so that nobody need count them
+    held_out_file  the unit that is held out, and nothing else is; empty: documents by a hash of their text
     """
     is_large = False
+    held_out_file = ""
 
     def __init__(self, word: str, files: list[tuple[str, Path]], stamp: list):
         self.files = files

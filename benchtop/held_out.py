@@ -4,7 +4,8 @@ Of a large source about one document in 64 is held out, chosen by a hash of its 
 everybody, with any tokenizer, seed or number of shards. Where that gives fewer than 64 documents, those with
 the smallest hashes join them, until there are 64 or 5 % of the text, whichever is less. Where documents are
 too large for that, since they are books or the source is a single file, all of them are cut into parts first,
-and parts are held out in the same way.
+and parts are held out in the same way. A corpus that names a file to validate on (hub.py) holds out that
+file as a whole, and nothing else.
 
 What is decided here depends on the texts of the source and on nothing else.
 """
@@ -32,18 +33,24 @@ class Rule:
     one_in   one document in so many, by a hash of its text; 0: only those chosen
     chosen   hashes of the texts that are held out
     part     characters of the parts that documents are cut into, at least; 0: they stay whole
+    file     the file whose documents are held out, and no others
     """
     one_in: int = HELD_OUT_ONE_IN
     chosen: frozenset[str] = frozenset()
     part: int = 0
+    file: str = ""
 
     @classmethod
     def of_facts(cls, facts: dict) -> "Rule":
         """The rule that a manifest tells; those of earlier versions name no documents."""
-        return cls(facts["one_in"], frozenset(facts.get("chosen", ())), facts["cut_characters"])
+        return cls(facts["one_in"], frozenset(facts.get("chosen", ())), facts["cut_characters"],
+                   facts.get("file", ""))
 
     def facts(self) -> dict:
         """For a manifest, and for its reader."""
+        if self.file:
+            return {"rule": f"the documents of {self.file}", "one_in": 0, "cut_characters": 0, "chosen": [],
+                    "file": self.file}
         what = "parts" if self.part else "documents"
         words = (f"one in {self.one_in} {what}, by a hash of its text" if self.one_in else
                  f"the {what} with the smallest hashes, up to {ENOUGH_DOCUMENTS} or {MOST_OF_TEXT:.0%} "
@@ -51,7 +58,10 @@ class Rule:
         return {"rule": words, "one_in": self.one_in, "cut_characters": self.part,
                 "chosen": sorted(self.chosen)}
 
-    def holds_out(self, text: str) -> bool:
+    def holds_out(self, text: str, name: str = "") -> bool:
+        """Whether a document is held out, by its text, or by its id where a file is."""
+        if self.file:
+            return name.startswith(f"{self.file}:")
         number = hash_of(text)
         return (self.one_in and number % self.one_in == 0) or _name(number) in self.chosen
 
@@ -90,6 +100,8 @@ def rule_for(source: Source) -> Rule | None:
 
     It reads until it has met 64 documents that are held out anyway: a few thousand, or a small source whole.
     """
+    if source.held_out_file:
+        return Rule(one_in=0, file=source.held_out_file)
     if source.is_large:
         return Rule()
     part, best, best_share = 0, None, LEAST_OF_TEXT
@@ -141,7 +153,7 @@ def _name(number: int) -> str:
 # ------------------------------------------------------------------------------------------------
 
 def documents_to_validate_on(source: Source, rule: Rule, val_tokens: int) -> list[Document]:
-    """About as many held-out documents as make that many tokens; of FineWeb, from the first files.
+    """About as many held-out documents as make that many tokens; of a large source, from the first files.
 
     raises  UserError if there are none
     """
@@ -160,7 +172,7 @@ def choose_held_out(stream: Iterable[Document], budget: int, rule: Rule) -> list
     held: dict[int, Document] = {}
     size = 0
     for name, text in stream:
-        if not text or not rule.holds_out(text):
+        if not text or not rule.holds_out(text, name):
             continue
         number = hash_of(text)
         size += 0 if number in held else len(text.encode())
@@ -185,8 +197,8 @@ def _enough_of(stream: Source | Parts, budget: int, rule: Rule) -> Iterator[Docu
     """The documents of as many units, in their fixed order, as hold `budget` bytes of held-out text."""
     size = 0
     for unit in stream.units(seed=None):
-        for document in unit.read():
-            size += len(document[1].encode()) if rule.holds_out(document[1]) else 0
-            yield document
-        if size >= budget:
+        for name, text in unit.read():
+            size += len(text.encode()) if rule.holds_out(text, name) else 0
+            yield name, text
+        if size >= budget or rule.file:     # no other file has more of them
             return

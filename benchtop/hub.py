@@ -234,28 +234,50 @@ def seconds_asked(response) -> float:
 # Documents
 # ------------------------------------------------------------------------------------------------
 
-FINEWEB = {f"{size}{kind}": (f"HuggingFaceFW/fineweb{'-edu' if kind else ''}", folder)
+@dataclass(frozen=True)
+class Corpus:
+    """Text on the Hub: the parquet files below a folder of a dataset.
+
+    word      what its data are called
+    held_out  the file that is held out as a whole; without one, documents are, by a hash of their text
+    tokens    how many it has, roughly, for estimates; 0: not known
+    """
+    word: str
+    repo: str
+    folder: str
+    held_out: str = ""
+    tokens: float = 0
+
+
+CORPORA = {f"{size}{kind}": Corpus(f"fineweb{size}{kind}", f"HuggingFaceFW/fineweb{'-edu' if kind else ''}",
+                                   folder)
            for kind in ("", "edu")
            for size, folder in (("10B", "sample/10BT"), ("100B", "sample/100BT"), ("350B", "sample/350BT"),
                                 ("full", "data"))}
+# what is trained and validated on for five minutes by all who compare by karpathy/autoresearch
+CORPORA["climbmix"] = Corpus("climbmix", "karpathy/climbmix-400b-shuffle", "", "shard_06542.parquet", 4e11)
 READY_MADE = {"10B-gpt2": "kjj0/fineweb10B-gpt2", "100B-gpt2": "kjj0/fineweb100B-gpt2",
               "10Bedu-gpt2": "kjj0/finewebedu10B-gpt2"}
 
 
-class FineWeb(Source):
+class HubText(Source):
     """Documents of parquet files on the Hub, one file at a time.
 
     revision  commit that the files are of
+    raises    UserError if the file to hold out is not among them
     """
     is_large = True
 
     def __init__(self, version: str):
-        repo, folder = FINEWEB[version]
-        self.hub_files = list_files(repo, folder, ".parquet")
+        self.corpus = CORPORA[version]
+        self.held_out_file = self.corpus.held_out
+        self.hub_files = list_files(self.corpus.repo, self.corpus.folder, ".parquet")
         self.revision = self.hub_files[0].revision
-        self.repo = repo
+        if self.held_out_file not in ("", *(file.path for file in self.hub_files)):
+            raise UserError(f"{self.corpus.repo} on {_endpoint()} has no {self.held_out_file}, the file to "
+                            "validate on")
         stamp = [[file.path, file.size, file.sha256] for file in self.hub_files]
-        super().__init__(f"fineweb{version}", [], stamp)
+        super().__init__(self.corpus.word, [], stamp)
         self._downloads: dict[str, Download] = {}
 
     def __iter__(self) -> Iterator[Document]:
@@ -265,10 +287,14 @@ class FineWeb(Source):
             yield from unit.read()
 
     def units(self, seed: int | None) -> list[Unit]:
-        """A unit for each file, in an order that the seed decides over all; without one, a fixed order."""
+        """A unit for each file, in an order that the seed decides over all; without one, a fixed order.
+
+        A file that is held out comes first in the fixed order, in which it is looked for, and else last.
+        """
         files = sorted(self.hub_files, key=lambda file: hashlib.sha256(file.path.encode()).digest())
         if seed is not None:
             random.Random(seed).shuffle(files)
+        files.sort(key=lambda file: (file.path == self.held_out_file) == (seed is not None))
         return [self._unit(file, seed) for file in files]
 
     def _unit(self, file: HubFile, seed: int | None) -> Unit:

@@ -75,6 +75,8 @@ class RunConfig:
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
     micro_batch_tokens: int = 0       # most tokens a process takes at once; 0: as many as fit into memory
     peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, or no MFU if not listed
+    by_speed: bool = False            # choose what is 0 of size, batch and val_tokens by measured_tflops
+    measured_tflops: float = 0        # of all devices in large products; 0: measured first, for --by_speed
     deterministic: bool = False       # only kernels that repeat to the bit, as on CPUs; slower on a GPU
     timeout_seconds: float = 600      # give up on another process that is silent for so long
 
@@ -95,7 +97,8 @@ class RunConfig:
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
         self.require_at_least(0, "seed", "save_every_steps", "save_every_minutes", "val_every", "val_tokens",
                               "vocab_size", "hellaswag_rows", "num_samples", "sample_tokens", "temperature",
-                              "top_k", "gpu_cost_per_hour", "micro_batch_tokens", "peak_tflops")
+                              "top_k", "gpu_cost_per_hour", "micro_batch_tokens", "peak_tflops",
+                              "measured_tflops")
         self.require_at_least(1, "log_every")
         self.require("timeout_seconds", 0 < self.timeout_seconds <= 10**7, "above 0, at most 10,000,000")
         self.require("sample_tokens", self.sample_tokens > 0 or not self.num_samples, "above 0 for samples")
@@ -133,12 +136,20 @@ class RunConfig:
         """The knobs that a preset sets, of those that this Config has."""
         return {knob: value for knob, value in cls.presets().get(preset, {}).items() if knob in cls.names()}
 
+    def with_size(self) -> "RunConfig":
+        """The Config with the size that --by_speed leaves to measured_tflops; an experiment has the rule."""
+        return self
+
     def with_budget(self, epoch_tokens: int) -> "RunConfig":
         """The Config with the budget that this much data allows; an experiment has the rule."""
         return self
 
     def require_machine(self, device: "torch.device", dtype: "torch.dtype") -> None:
         """raises  UserError if to train by these knobs needs another machine; an experiment's own check"""
+
+    def remarks(self) -> list[str]:
+        """What the log should say of the knobs."""
+        return []
 
     @property
     def padded_vocab_size(self) -> int:

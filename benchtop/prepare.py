@@ -212,7 +212,7 @@ class Preparation:
         """Write the unit's further shards, up to `limit` in all; meanwhile the following unit's text comes.
         """
         unit = self.units[number]
-        trainable = (document for document in unit.read() if not rule.holds_out(document[1]))
+        trainable = (document for document in unit.read() if not rule.holds_out(document[1], document[0]))
         self._unit_folder(number).mkdir(exist_ok=True)
         writer, seen = self._writer(self._unit_folder(number)), progress.documents
         progress.split, progress.skipped = ([item for item in items if item[0] < seen]

@@ -66,6 +66,7 @@ from benchtop.saved import check_shapes, sample_run, score, scored_on
 from benchtop.shards import Dataset, open_dataset
 from benchtop.signals import Stopped, StopSignals
 from benchtop.smoke import smoke
+from benchtop.speed import with_speed
 from benchtop.steps import LossScale, NonFinite, Report, collector_at_rest, prepared_batches
 from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
 
@@ -416,6 +417,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     on_all = world.raise_on_all_ranks
     cfg, text, saved = open_run(cfg, world)
     on_all(lambda: cfg.require_machine(world.device, world.dtype))
+    cfg = with_speed(cfg, world)
     cfg, data = on_all(lambda: open_data(cfg, world))
     tasks = on_all(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
@@ -541,6 +543,7 @@ def finish(run: Run, tasks: list[Task]) -> None:
 def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:
     """Say what a run would do; False if it could not train."""
     problems = []
+    cfg = with_speed(cfg, world)
     kernels = choose_kernels(cfg, world)
     try:
         cfg.require_machine(world.device, world.dtype)

@@ -1,7 +1,8 @@
-"""Where text comes from: Python's own library, your files, or FineWeb.
+"""Where text comes from: Python's own library, your files, or the Hugging Face Hub.
 
     stdlib                       every module of this Python's library, outside its tests and site-packages
-    10B  100B  350B  full        FineWeb on the Hugging Face Hub, with `edu` appended FineWeb-Edu (hub.py)
+    10B  100B  350B  full        FineWeb on the Hub, with `edu` appended FineWeb-Edu (hub.py)
+    climbmix                     ClimbMix, shuffled, on the Hub; its last file is held out
     notes.txt  book.md  code.py  one file is one document
     rows.jsonl  rows.parquet     one row is one document, in the column `text`
     corpus/  'corpus/*.jsonl'    a folder (searched to its depths) or a glob of such files
@@ -38,12 +39,12 @@ def open_source(spec: str | list[str]) -> Source:
         return python_library()
     if "stdlib" in specs:
         raise UserError("stdlib cannot be mixed with files; name one of them")
-    if len(specs) == 1 and specs[0] in hub.FINEWEB and not os.path.exists(specs[0]):
-        return hub.FineWeb(specs[0])
+    if len(specs) == 1 and specs[0] in hub.CORPORA and not os.path.exists(specs[0]):
+        return hub.HubText(specs[0])
     for name in specs:
-        if name in (*hub.FINEWEB, *hub.READY_MADE) and not os.path.exists(name):
+        if name in (*hub.CORPORA, *hub.READY_MADE) and not os.path.exists(name):
             raise UserError(f"{name} comes from the Hugging Face Hub and "
-                            + ("cannot be mixed with other sources" if name in hub.FINEWEB else
+                            + ("cannot be mixed with other sources" if name in hub.CORPORA else
                                "has tokens, no text; get it with: python download_fineweb.py --version "
                                f"{name}"))
     try:
@@ -112,7 +113,7 @@ def word_for(specs: list[str]) -> str:
 def main() -> None:
     parser = Parser("Count the documents of a source and show the first.")
     parser.add_argument("source", nargs="+",
-                        help="stdlib, FineWeb (10B, 10Bedu, ...), or files, folders and globs")
+                        help="stdlib, FineWeb (10B, 10Bedu, ...), climbmix, or files, folders and globs")
     source = open_source(parser.parse_args().source)
     documents = characters = 0
     for name, text in source:

@@ -43,9 +43,12 @@ GPT2_FILES = {
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 
+GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+")
 PATTERNS = {
-    "gpt4": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-             r"|\s*[\r\n]|\s+(?!\S)|\s+"),
+    "gpt4": GPT4,
+    # nanochat's and autoresearch's: three digits at a time would use up a small vocabulary
+    "nanochat": GPT4.replace("{1,3}", "{1,2}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 
@@ -166,7 +169,7 @@ def source_of(name: str) -> str:
         source = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))["source"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):      # none, or one that does not tell
         return "stdlib"
-    return source if source in ("stdlib", *hub.FINEWEB) else "YOUR_TEXTS"
+    return source if source in ("stdlib", *hub.CORPORA) else "YOUR_TEXTS"
 
 
 def clean_name(typed: str) -> str:

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from benchtop import held_out
 from benchtop.documents import Document, Source, hash_of
 from benchtop.held_out import Parts, Rule, choose_held_out, documents_to_validate_on, rule_for
-from benchtop.hub import FineWeb
+from benchtop.hub import HubText
 from benchtop.sources import open_source
 
 
 class Texts:
     """A source of these texts."""
-    label, is_large = "texts", False
+    label, is_large, held_out_file = "texts", False, ""
     units = Source.units
 
     def __init__(self, texts: list[str]):
@@ -74,8 +74,8 @@ def test_a_large_source_is_read_no_further_than_it_takes_to_know_that():
 
 
 def test_fineweb_is_large_without_a_look_at_it(monkeypatch):
-    monkeypatch.setattr(FineWeb, "__init__", lambda source: None)
-    assert rule_for(FineWeb()) == Rule()
+    monkeypatch.setattr(HubText, "__init__", lambda source: None)
+    assert rule_for(HubText()) == Rule()
 
 
 def test_what_is_held_out_of_a_few_thousand_documents_goes_on_from_what_one_in_64_gives():

@@ -26,6 +26,8 @@ from benchtop.tokenizer import load_tokenizer
 WORDS = ["the", "cat", "dog", "sat", "under", "a", "mat", "tree", "and", "saw", "Größe", "\n\n", "1234", "🙂"]
 REPO, FOLDER = "HuggingFaceFW/fineweb", "sample/10BT"
 FILES = [f"{FOLDER}/{number:03d}_00000.parquet" for number in range(6)]
+CLIMBMIX = "karpathy/climbmix-400b-shuffle"
+CLIMBMIX_FILES = [f"shard_{number:05d}.parquet" for number in (0, 1, 2, 6542)]
 
 
 def parquet(seed: int, rows: int = 200) -> bytes:
@@ -51,6 +53,8 @@ def kit(lab, tmp_path_factory):
     fake = FakeHub()
     for number, path in enumerate(FILES):
         fake.files[REPO][path] = parquet(number)
+    for number, path in enumerate(CLIMBMIX_FILES, start=10):
+        fake.files[CLIMBMIX][path] = parquet(number)
     yield folder, fake
     fake.close()
 
@@ -259,6 +263,97 @@ def test_the_tokenizer_learns_from_the_hub(bench_of_hub):
     assert done.returncode == 0, done.stderr
     assert (bench.folder / "tokenizers" / "web" / "meta.json").is_file()
     shutil.rmtree(bench.folder / "tokenizers" / "web")
+
+
+# ------------------------------------------------------------------------------------------------
+# A corpus that holds out a file
+# ------------------------------------------------------------------------------------------------
+
+def climbmix(bench: Bench, name: str, *flags: str) -> str:
+    return bench.run("--version", "climbmix", "--val_tokens", "1e6", "--name", name, *flags).stdout
+
+
+def texts_by_side(bench: Bench, name: str) -> list[list[str]]:
+    return [decoded(bench, name, split) for split in ("train", "val")]
+
+
+def test_climbmix_validates_on_its_last_file_and_trains_on_all_others(bench_of_hub):
+    bench = bench_of_hub
+    climbmix(bench, "whole")
+    *others, last = (texts_of(bench.hub.files[CLIMBMIX][path]) for path in CLIMBMIX_FILES)
+    train, val = texts_by_side(bench, "whole")
+    assert sorted(train) == sorted(itertools.chain(*others)) and sorted(val) == sorted(last)
+    assert any(Rule().holds_out(text) for text in train), "no hash holds out anything"
+    manifest = json.loads((bench.data("whole") / "manifest.json").read_text())
+    assert manifest["source"].startswith("climbmix-") and bench.cached() == []
+    assert manifest["held_out"]["rule"] == "the documents of shard_06542.parquet"
+    assert Rule.of_facts(manifest["held_out"]) == Rule(one_in=0, file="shard_06542.parquet")
+
+
+def test_what_climbmix_holds_out_depends_on_neither_seed_nor_size(bench_of_hub):
+    bench = bench_of_hub
+    climbmix(bench, "some", "--num_shards", "1", "--seed", "5")
+    assert {path for (method, path), _ in bench.hub.asked.items() if method == "GET"} > {CLIMBMIX_FILES[3]}
+    assert sum(method == "GET" for method, _ in bench.hub.asked) == 2, "one file of each side is enough"
+    climbmix(bench, "more")
+    climbmix(bench, "some", "--seed", "5")      # it grows
+    some, more = texts_by_side(bench, "some"), texts_by_side(bench, "more")
+    assert bench.hashes("some")[0] == bench.hashes("more")[0]
+    assert sorted(some[0]) == sorted(more[0]) and some[0] != more[0]
+    few = bench.run("--version", "climbmix", "--val_tokens", "100", "--name", "few").stdout
+    assert "wrote data/few" in few and set(decoded(bench, "few", "val")) < set(more[1])
+
+
+def test_climbmix_killed_and_started_again_ends_with_the_same_bytes(bench_of_hub):
+    bench = bench_of_hub
+    climbmix(bench, "calm")
+    bench.hub.wait = lambda path: time.sleep(0.2)
+    for written in (1, 3):      # once while it validates or begins to train, once in a later file
+        job = bench.start("--version", "climbmix", "--val_tokens", "1e6", "--name", "killed")
+        while len(list(bench.folder.glob("data/.killed.partial/**/*.bin"))) < written:
+            assert job.poll() is None, job.stderr.read()
+            time.sleep(0.005)
+        job.kill()
+        job.communicate()
+    bench.hub.faults[f"GET {CLIMBMIX_FILES[2]}"] = ["cut", "rubbish"]
+    climbmix(bench, "killed", "--num_workers", "2")
+    assert bench.hashes("killed") == bench.hashes("calm") and bench.cached() == []
+
+
+def test_parts_of_climbmix_make_the_same_as_one_machine(bench_of_hub):
+    bench = bench_of_hub
+    climbmix(bench, "one")
+    for part in ("2/2", "1/2"):
+        climbmix(bench, "parts", "--part", part)
+    climbmix(bench, "parts")
+    assert bench.hashes("parts") == bench.hashes("one")
+
+
+def test_a_tokenizer_of_climbmix_is_measured_on_the_held_out_file(bench_of_hub):
+    bench = bench_of_hub
+    done = subprocess.run([sys.executable, "train_tokenizer.py", "--source", "climbmix", "--samples",
+                           "1e5", "--vocabsize", "300", "--regex", "nanochat", "--name", "mix",
+                           "--num_workers", "1"],
+                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((bench.folder / "tokenizers/mix/meta.json").read_text())
+    shutil.rmtree(bench.folder / "tokenizers/mix")
+    others = [text for path in CLIMBMIX_FILES[:3] for text in texts_of(bench.hub.files[CLIMBMIX][path])]
+    last = texts_of(bench.hub.files[CLIMBMIX][CLIMBMIX_FILES[3]])
+    assert (meta["documents"], meta["characters"]) == (len(others), sum(map(len, others)))
+    assert meta["statistics"]["held_out_bytes"] == sum(len(text.encode()) for text in last)
+    assert r"\p{N}{1,2}" in meta["pattern"] and meta["regex"] == "nanochat"
+
+
+def test_climbmix_without_its_last_file_is_refused(bench_of_hub):
+    bench = bench_of_hub
+    last = bench.hub.files[CLIMBMIX].pop(CLIMBMIX_FILES[3])
+    try:
+        refused = bench.run("--version", "climbmix", "--name", "headless", code=1)
+    finally:
+        bench.hub.files[CLIMBMIX][CLIMBMIX_FILES[3]] = last
+    assert "has no shard_06542.parquet, the file to validate on" in refused.stderr
+    assert not bench.data("headless").exists()
 
 
 # ------------------------------------------------------------------------------------------------

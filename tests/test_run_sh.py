@@ -83,7 +83,8 @@ def test_a_python_without_venv_is_answered_with_what_to_install(checkout, tmp_pa
 def test_a_preset_says_first_what_it_needs_and_costs(checkout):
     done = run_sh(checkout, "gpt2-xl", "--dry_run", "--peak_tflops", "989", "--gpu_cost_per_hour", "20")
     assert done.returncode == 0, done.stderr
-    assert "103 shards of FineWeb (21 GB" in done.stderr and "leave out --dry_run" in done.stderr
+    assert "103 shards of FineWeb (21 GB" in done.stderr
+    assert "leave out --dry_run" in done.stderr
     assert re.search(r"^model +1,5\d\d,\d{3},\d{3} parameters", done.stdout, re.MULTILINE)
     assert re.search(r"^memory .*MiB.*^time +about .* of training.*^cost +about [\d,]+\.\d\d", done.stdout,
                      re.MULTILINE | re.DOTALL)
@@ -115,10 +116,46 @@ def test_a_preset_of_run_sh_gets_enough_tokens():
     shards = dict(re.findall(r"^ +([a-z0-9-]+)\) shards=(\d+) ;;$", script, re.MULTILINE))
     assert {"demo", *shards} == set(PRESETS)
     for preset, number in shards.items():
-        cfg = Config(**PRESETS[preset]).with_budget(10**12)
+        cfg = Config(**PRESETS[preset]).with_size().with_budget(10**12)
         tokens = cfg.batch_tokens * cfg.num_steps
         # rows are packed, which drops some; the largest takes all that there is
         assert tokens <= (0.98 if preset == "gpt2-xl" else 0.75) * int(number) * 10**8
+
+
+def test_five_minutes_gets_as_much_climbmix_as_the_device_has_time_for(checkout):
+    """With a Python that only writes down what it is asked for, and a --check that finds a speed."""
+    speed = f"echo '{Config(by_speed=True, train_minutes=5, measured_tflops=650).remarks()[0]}'"
+    (checkout / ".venv/bin/python").write_text(f"""#!/bin/sh
+case "$*" in *device_count*) echo 0; exit;; *--check*) {speed}; exit;; esac
+echo "$*" >> asked.txt""")
+    tokens = int(re.search(r"enough for ([\d,]+)\.\d million", speed)[1].replace(",", ""))
+    for there in (0, 3000):
+        (checkout / "data/climbmix").mkdir(parents=True, exist_ok=True)
+        for number in range(1, there + 1):
+            (checkout / f"data/climbmix/train_{number:06d}.bin").touch()
+        done = run_sh(checkout, "five-minutes", "--seed", "7")
+        assert done.returncode == 0 and "days" not in done.stderr, done.stderr
+        learning, preparing, training = (checkout / "asked.txt").read_text().splitlines()
+        assert learning == ("train_tokenizer.py --source climbmix --samples 1000000000 --vocabsize 8191 "
+                            "--regex nanochat --name climbmix")
+        shards = int(re.fullmatch(r"download_fineweb.py --version climbmix --num_shards (\d+) --val_tokens "
+                                  r"25000000 --tokenizer climbmix --name climbmix", preparing)[1])
+        assert shards == (there or shards) and 0.75 * 60 * shards >= tokens
+        assert training == "train_gpt.py --preset five-minutes --data climbmix --seed 7"
+        (checkout / "asked.txt").unlink()
+    assert PRESETS["five-minutes"]["vocab_size"] == 8191 + 1     # with <|endoftext|>
+    refused = run_sh(checkout, "seeds", "five-minutes", "3")
+    assert refused.returncode == 1 and "add --measured_tflops" in refused.stderr
+    done = run_sh(checkout, "seeds", "five-minutes", "3", "--measured_tflops", "65")
+    assert done.returncode == 0 and "seeds.py 3" in (checkout / "asked.txt").read_text()
+
+
+def test_readme_and_help_name_every_preset(checkout):
+    told = run_sh(checkout, "--help").stdout
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for cell in table for name in re.findall(r"`([\w-]+)`", cell)}
+    for preset in set(PRESETS) - {"demo"}:
+        assert preset in named and re.search(rf"\b{preset}\b", told), preset
 
 
 @pytest.mark.slow

@@ -213,6 +213,8 @@ PUBLISHED = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
              r"|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    "nanochat": (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
 }
 
 
@@ -220,6 +222,17 @@ PUBLISHED = {
 @given(st.lists(tricky | known_characters, max_size=12).map("".join), st.sampled_from(sorted(PATTERNS)))
 def test_text_is_split_as_gpt2_and_gpt4_split_it(text, pattern):
     assert regex.findall(PATTERNS[pattern], text) == regex.findall(PUBLISHED[pattern], text)
+
+
+@pytest.mark.parametrize(("pattern", "pieces"), [
+    ("gpt2", ["pi", " 31415", ",", " 7", " 12"]),
+    ("gpt4", ["pi", " ", "314", "15", ",", " ", "7", " ", "12"]),
+    ("nanochat", ["pi", " ", "31", "41", "5", ",", " ", "7", " ", "12"])])
+def test_numbers_are_split_by_as_many_digits_as_the_pattern_says(pattern, pieces):
+    """As a tokenizer without merges splits them, and as learning does."""
+    text = "pi 31415, 7 12"
+    assert split_by_tiktoken(text, PATTERNS[pattern]) == regex.findall(PATTERNS[pattern], text) == pieces
+    assert pieces_of(text, PATTERNS[pattern]) == Counter(piece.encode() for piece in pieces)
 
 
 @given(st.text() | st.text(" \n\r\ta1'."), st.sampled_from(sorted(PATTERNS)))

@@ -98,7 +98,8 @@ def test_a_knob_of_the_other_model_is_refused(script, capsys):
 @SCRIPTS
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_those_of_train_gpt(script, preset):
-    theirs, ours = (parse_config(["--preset", preset], each.Config) for each in (train_gpt, script))
+    theirs, ours = (parse_config(["--preset", preset, "--measured_tflops", "65"], each.Config).with_size()
+                    for each in (train_gpt, script))
     assert ours.model_name == f"{script.__name__.removeprefix('train_')}-{preset}"
     for knob in ("num_layers", "model_dim", "seq_len", "num_steps", "batch_tokens", "train_minutes"):
         assert getattr(ours, knob) == getattr(theirs, knob)

@@ -6,7 +6,8 @@ file here is one idea and imports only files before it in ORDER; none imports an
 
 ORDER = (
     # what all share
-    "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "command_line", "significance",
+    "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "command_line",
+    "significance",
     # text -> tokenizer folder
     "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest

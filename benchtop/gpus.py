@@ -11,9 +11,9 @@ ACCELERATORS = {"cuda": "an NVIDIA or AMD GPU", "mps": "an Apple GPU", "xpu": "a
 
 # Dense TFLOP/s in bfloat16, or in float16 for the T4 and V100, which have no bfloat16; sums in float32, which
 # halve the rate of GeForce cards. From the makers' data sheets and, for GeForce and RTX cards, the appendices
-# of NVIDIA's architecture papers (GA102, Ada, RTX Blackwell, RTX PRO Blackwell); half of what counts sparsity.
-# B200 and B300 are an eighth of their HGX boards. GB10 has a rate in sparse FP4 only: 1,000, an eighth of which
-# is dense bfloat16 on cards that sum in float32 at the full rate.
+# of NVIDIA's papers on GA102, Ada, RTX Blackwell and RTX PRO Blackwell; half of what counts sparsity. B200
+# and B300 are an eighth of their HGX boards. GB10 has a rate in sparse FP4 only: 1,000, an eighth of which is
+# dense bfloat16 on cards that sum in float32 at the full rate.
 # A name that another one begins with comes behind it.
 PEAK_TFLOPS = {
     "V100-PCIE": 112, "V100": 125, "T4": 65, "A100": 312, "A40": 149.7, "A10": 125, "L40S": 362, "L4": 121,

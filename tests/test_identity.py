@@ -23,7 +23,7 @@ from benchtop.identity import Origin, bench_sha256, changes_since, identity_of
 BENCH = Path(benchtop.__file__).parent
 BYTES = tiktoken.Encoding("bytes", pat_str="(?s).", special_tokens={"<|endoftext|>": 256},
                           mergeable_ranks={bytes([byte]): byte for byte in range(256)})
-WORLD = SimpleNamespace(dtype_reason="",
+WORLD = SimpleNamespace(dtype_reason="", is_main=True, device=SimpleNamespace(type="cpu"),
                         facts=lambda: {"device": "a CPU", "dtype": "float32", "processes": 1})
 DATASET = SimpleNamespace(folder=Path("data/tiny"), sha256="of the data")
 

@@ -575,21 +575,6 @@ def test_the_dtype_is_what_the_hardware_multiplies(monkeypatch):
         assert machine.choose_dtype(Config(), torch.device("cuda"))[0] == wanted
 
 
-def test_attention_falls_back_where_flex_attention_fails_and_says_why(monkeypatch):
-    world = World(Config(device="cpu"))
-    assert machine.choose_kernels(Config(compile="off"), world).attention == "plain products"
-    world.device = torch.device("cuda")     # there is none here, so the probe fails
-    monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (True, "pretended"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    kernels = machine.choose_kernels(Config(), world)
-    assert kernels.flex is None
-    assert kernels.attention.startswith("plain products: FlexAttention does not work here (")
-    monkeypatch.setattr(machine, "flex_problem", lambda cfg, world: "")
-    assert machine.choose_kernels(Config(), world).flex["BLOCK_M"] == 64
-    monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (False, "pretended"))
-    assert "needs torch.compile" in machine.choose_kernels(Config(), world).attention
-
-
 def test_a_machine_without_a_compiler_trains_without_one(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no g++\nand a long story")

@@ -199,7 +199,7 @@ class Run:
 
     def between_steps(self) -> None:
         """Read what steps found; save, stop, validate and log where it is time for that."""
-        stops, saves = self.read_reports(behind=self.world.reports_behind)
+        stops, saves = self.read_reports(behind=0 if self.is_log_step else self.world.reports_behind)
         self.progress_before = self.progress
         self.progress = self.model.progress = budget_used(self.cfg, self.step, self.clock_share)
         saves = saves or self.validates or is_multiple(self.step, self.cfg.save_every_steps)
@@ -229,8 +229,12 @@ class Run:
         return validates(self.cfg, self.step, self.progress, self.progress_before)
 
     @property
+    def is_log_step(self) -> bool:
+        return self.step == 1 or is_multiple(self.step, self.cfg.log_every)
+
+    @property
     def logs(self) -> bool:
-        return self.validates or self.step == 1 or is_multiple(self.step, self.cfg.log_every)
+        return self.validates or self.is_log_step
 
     @property
     def is_time_to_save(self) -> bool:

@@ -42,14 +42,17 @@ def peak_tflops(device_name: str) -> float:
 
 
 def nvidia_gpus() -> list[dict]:
-    """The GPUs of this machine, by nvidia-smi; none where that is not installed, fails or hangs."""
+    """The GPUs of this machine, by nvidia-smi; none where that is not installed, fails or hangs.
+
+    One that has lost a GPU says so instead of its line, and lists the others.
+    """
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(QUERY.values())}",
                                "--format=csv,noheader,nounits"], capture_output=True, text=True,
                               errors="replace", timeout=NVIDIA_SMI_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return parse_gpus(done.stdout) if done.returncode == 0 else []
+    return parse_gpus(done.stdout)
 
 
 def parse_gpus(text: str) -> list[dict]:

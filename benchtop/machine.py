@@ -239,7 +239,7 @@ class World(Processes):
             self.module.synchronize()
 
     def forget_kernels(self) -> None:
-        """Forget kernels for sizes that turned out too large: torch compiles a function for eight sizes."""
+        """Forget what was compiled: torch compiles a function for eight sizes, and for no more."""
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
 
@@ -428,6 +428,7 @@ class Kernels:
 
 def choose_kernels(cfg, world: World) -> Kernels:
     """What works on all processes; every process asks the others, whatever works on it."""
+    world.forget_kernels()      # those of a run before this one, in this process, do not count
     compiled, reason = min(world.gather(choose_compile(cfg, world.device)))     # one that cannot decides
     kernels = Kernels(compiled, reason, None, "plain products")
     if world.device.type == "cpu":      # FlexAttention has no backward there

@@ -170,7 +170,8 @@ def test_the_dtype_is_what_the_hardware_multiplies(monkeypatch):
     for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert choose_dtype(Config(), torch.device("xpu"))[0] == wanted
-    assert choose_dtype(Config(), torch.device("mps"))[0] == torch.float32
+    dtype, reason = choose_dtype(Config(), torch.device("mps"))
+    assert dtype == torch.float32 and "Apple GPU" in reason
     assert choose_dtype(Config(dtype="bfloat16"), torch.device("mps"))[0] == torch.bfloat16
 
 
@@ -267,10 +268,16 @@ def test_flex_attention_is_left_out_with_a_reason_where_it_is_slow_or_cannot_be(
 def test_attention_falls_back_where_flex_attention_fails_and_says_why(monkeypatch):
     assert choose_kernels(Config(compile="off"), World(Config(device="cpu"))).attention == "plain products"
     monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (True, "pretended"))
-    for kind in ("mps", "xpu"):     # there is none here, so the probe fails
-        kernels = choose_kernels(Config(), world_of(kind))
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no kernel\nand a long story")
+    monkeypatch.setattr(machine, "create_block_mask", broken)
+    for kind in ("mps", "xpu"):
+        with Pretended(kind):
+            kernels = choose_kernels(Config(), world_of(kind))
         assert kernels.flex is None
-        assert kernels.attention.startswith("plain products: FlexAttention does not work here (")
+        assert kernels.attention == (
+            "plain products: FlexAttention does not work here (RuntimeError: no kernel)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -296,11 +303,14 @@ def test_a_function_compiled_too_often_is_an_error_that_is_known_as_such(countin
     assert machine.is_recompile_limit(error.value) and not machine.is_recompile_limit(RuntimeError())
 
 
-def test_kernels_that_are_forgotten_count_no_longer(counting):
+@pytest.mark.parametrize("forget", [World.forget_kernels,
+                                    lambda world: choose_kernels(Config(compile="off"), world)])
+def test_kernels_that_are_forgotten_count_no_longer(counting, forget):
+    """As when a size was too large for the memory, or when a run begins after another one."""
     limit = torch._dynamo.config.recompile_limit
     for size in range(2, 2 + 2 * limit):
         if size == 2 + limit:
-            World(Config(device="cpu")).forget_kernels()
+            forget(World(Config(device="cpu")))
         counting(torch.ones(size))
 
 
@@ -479,7 +489,9 @@ def test_several_processes_wait_for_marks_that_come(monkeypatch):
 # Between steps, on a device that runs behind Python
 # ------------------------------------------------------------------------------------------------
 
-def test_a_stop_is_heard_by_a_run_that_logs_every_step_and_reads_reports_later(lab, here, monkeypatch):
+@pytest.mark.parametrize("each_step", [dict(log_every=1), dict(log_every=50, save_every_steps=1)], ids=str)
+def test_a_stop_is_heard_by_a_run_that_reads_reports_later_but_for_a_row_or_checkpoint(
+        lab, here, monkeypatch, each_step):
     real, steps = Optimizer.step, []
 
     def step(*given):
@@ -490,7 +502,7 @@ def test_a_stop_is_heard_by_a_run_that_logs_every_step_and_reads_reports_later(l
     monkeypatch.setattr(Optimizer, "step", step)
     monkeypatch.setattr(World, "reports_behind", 1)
     with pytest.raises(SystemExit) as end:
-        train_here(here, num_steps=50, val_every=50, log_every=1)
+        train_here(here, num_steps=50, val_every=50, **each_step)
     assert end.value.code == 128 + signal.SIGTERM and len(steps) == 3
 
 

@@ -24,6 +24,10 @@ class Clock:
     def seconds(self) -> float:
         return self.stopped_at + (time.perf_counter() - self.begun if self.begun else 0.0)
 
+    def share(self, cfg) -> float:
+        """Of the minutes that --train_minutes gives; 0 without."""
+        return self.seconds / (60 * cfg.train_minutes) if cfg.train_minutes else 0.0
+
     def start(self) -> None:
         self.world.synchronize()
         self.begun = time.perf_counter()
@@ -33,12 +37,12 @@ class Clock:
         self.stopped_at, self.begun = self.seconds, None
 
 
-def budget_used(cfg, world: World, step: int, clock: Clock) -> float:
-    """Share of the budget that is used, 0 to 1: of the steps, or of the minutes if that is more."""
-    shares = [step / cfg.num_steps] if cfg.num_steps else []
-    if cfg.train_minutes:
-        shares.append(world.same(clock.seconds) / (60 * cfg.train_minutes))
-    return min(1.0, max(shares))
+def budget_used(cfg, step: int, clock_share: float) -> float:
+    """Share of the budget that is used, 0 to 1: of the steps, or of the minutes if that is more.
+
+    clock_share  of the minutes, as all processes know it
+    """
+    return min(1.0, max(step / cfg.num_steps if cfg.num_steps else 0.0, clock_share))
 
 
 def validates(cfg, step: int, progress: float, before: float) -> bool:

@@ -27,6 +27,7 @@ from tiktoken import Encoding
 
 from benchtop import places
 from benchtop.files import link, sha256_of, sync, write_text
+from benchtop.gpus import nvidia_gpus
 from benchtop.redaction import without_secrets
 from benchtop.tokenizer import tokenizer_sha256
 
@@ -120,14 +121,17 @@ def facts_about_session(script: Path, world) -> dict:
     """Code, machine, versions and command of this process.
 
     git_commit, git_dirty  None where git cannot tell
+    cuda                   what torch was built for; None without
+    gpus                   of the first process's machine, where it trains on them
     """
     import torch
+    gpus = nvidia_gpus() if world.is_main and world.device.type == "cuda" else []
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {**facts_about_code(script.name),
             "git_commit": commit and commit.strip(), "git_dirty": None if changed is None else bool(changed),
             **world.facts(), "dtype_reason": world.dtype_reason,
             "python": platform.python_version(), "torch": str(torch.__version__),
-            "platform": platform.platform(),
+            "cuda": torch.version.cuda or torch.version.hip, "gpus": gpus, "platform": platform.platform(),
             "command": without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from benchtop.command_line import Parser, whole_number
 from benchtop.errors import UserError
 from benchtop.folder import find_run, require_script, saved_knobs
+from benchtop.gpus import ACCELERATORS
 
 if typing.TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ class RunConfig:
     tensorboard: bool = False         # write event files for TensorBoard into the run folder
     gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
     # the machine
-    device: str = "auto"              # cpu, cuda, or auto: cuda if there is one
+    device: str = "auto"              # cpu, cuda, mps, xpu, or auto: a GPU that torch can use, or the cpu
     dtype: str = "auto"               # bfloat16, float16, float32, or auto: what is native to the hardware
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
     micro_batch_tokens: int = 0       # most tokens a process takes at once; 0: as many as fit into memory
@@ -91,7 +92,7 @@ class RunConfig:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.model_name):
             raise UserError("--model_name must be letters, digits, '.', '_' and '-', "
                             f"since it becomes a folder; it is {self.model_name!r}")
-        for knob, allowed in (("device", ("auto", "cpu", "cuda")), ("compile", ("auto", "on", "off")),
+        for knob, allowed in (("device", ("auto", "cpu", *ACCELERATORS)), ("compile", ("auto", "on", "off")),
                               ("dtype", ("auto", "bfloat16", "float16", "float32")),
                               ("preset", ("", *self.presets()))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")

@@ -1,11 +1,13 @@
 """The machine and its processes: device, dtype, kernels that work here, memory as the system counts it.
 
-The one module that names torch.distributed's tensors; choices are made here and their reasons said.
+The one module that names torch.distributed's tensors and torch's modules of devices; choices are made here
+and their reasons said.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import platform
 import re
@@ -13,24 +15,28 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchtop import host
 from benchtop.errors import UserError, first_line
+from benchtop.gpus import ACCELERATORS, peak_tflops
 from benchtop.host import available_cores
 from benchtop.processes import Processes
 
-# dense bfloat16 TFLOP/s without sparsity, from the makers' data sheets
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-               "A40": 149.7, "A10": 125, "L40S": 362, "L4": 121, "RTX 3090": 71, "RTX 4090": 165.2,
-               "RTX 5090": 209.5}
+BUCKET_BYTES = 2**25        # of tensors that NCCL exchanges in one call
+NCCL_GRACE_SECONDS = 60     # behind the time limit, until NCCL itself ends a process that lost another one
+# of FlexAttention, to try in this order: its own, and some for GPUs where those need too much shared memory
+TILES = ({}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32})
 PR_SET_PDEATHSIG = 1        # of linux/prctl.h
 
 
@@ -62,6 +68,21 @@ def keep_kernels_by_cpu() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
+def set_up_torch() -> None:
+    """What torch reads when a device, its memory or the compiler starts; the user's own settings win."""
+    keep_kernels_by_cpu()
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & {*os.environ}:
+        # blocks of many sizes share what was reserved, so that less of it lies idle
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if has_wrong_reductions():
+        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+
+
+def has_wrong_reductions() -> bool:
+    """Whether this torch compiles some gradients wrongly by default (pytorch#190796, #193061)."""
+    return str(torch.__version__).startswith("2.10.")
+
+
 class World(Processes):
     """One process with its device, or as many as torchrun started; alone, methods change nothing."""
 
@@ -70,17 +91,16 @@ class World(Processes):
     def __init__(self, cfg):
         super().__init__()
         self.timeout_seconds = cfg.timeout_seconds
-        keep_kernels_by_cpu()
-        self._pending = []
+        set_up_torch()
+        self._gathering, self._pending = [], []
         self.phase, self.peaks = "training", {}
         if cfg.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"   # cuBLAS reads it once, when it starts
             torch.use_deterministic_algorithms(True)
-        self.device = self._choose_device(cfg, self.local_rank)
+        self.device = choose_device(cfg, self.local_rank, self.size)
         self.dtype, self.dtype_reason = choose_dtype(cfg, self.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        else:
+        self.use_device()
+        if self.device.type == "cpu":
             threads = torch.get_num_threads() if self.size == 1 else available_cores() // self.local_size
             torch.set_num_threads(max(1, threads))
             keep_freed_memory()
@@ -88,43 +108,57 @@ class World(Processes):
         if self.size > 1:
             with contextlib.suppress(AttributeError):   # Linux stops us if torchrun is killed, others do not
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            gpu = self.device.type == "cuda"
-            self.connect(backend="nccl" if gpu else "gloo", device_id=self.device if gpu else None,
-                         timeout=timedelta(seconds=cfg.timeout_seconds))
+            seconds = cfg.timeout_seconds + NCCL_GRACE_SECONDS * (self.backend == "nccl")
+            self.connect(backend=self.backend, device_id=None if self.backend == "gloo" else self.device,
+                         timeout=timedelta(seconds=seconds))
 
-    def _choose_device(self, cfg, local_rank: int) -> torch.device:
-        if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda needs an NVIDIA or AMD GPU that torch can use; torch "
-                            f"{torch.__version__} finds none; use --device cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"there are more processes than GPUs: process {local_rank + 1} on this machine "
-                            f"finds {torch.cuda.device_count()}; "
-                            f"use --nproc_per_node={torch.cuda.device_count()}")
-        return torch.device("cuda", local_rank)
+    # ---- several processes
+
+    @property
+    def backend(self) -> str:
+        """What exchanges tensors of this device."""
+        own = {"cuda": "nccl", "xpu": "xccl"}.get(self.device.type, "gloo")
+        return own if dist.is_backend_available(own) else "gloo"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, in place."""
-        if self.size > 1:
+        if self.size > 1 and tensor.device.type != self.device.type:    # float64, where the device has none
+            tensor.copy_(sum(self.gather(tensor)))
+        elif self.size > 1:
             with self.contact():
                 dist.all_reduce(tensor)
         return tensor
 
     def begin_sum(self, tensor: Tensor, owner: int) -> None:
         """Begin to add up every process's tensor on the owner, in place; done after wait()."""
-        if self.size > 1:
-            with self.contact():
-                self._pending.append(dist.reduce(tensor, dst=owner, async_op=True))
+        self._begin(dist.reduce, tensor, dst=owner)
 
     def begin_copy(self, tensor: Tensor, owner: int) -> None:
         """Begin to give every process the owner's tensor, in place; done after wait()."""
-        if self.size > 1:
-            with self.contact():
-                self._pending.append(dist.broadcast(tensor, src=owner, async_op=True))
+        self._begin(dist.broadcast, tensor, src=owner)
+
+    def _begin(self, collective: Callable, tensor: Tensor, **owner: int) -> None:
+        """NCCL takes some 30 microseconds a call, so it gets several tensors at once."""
+        if self.size == 1:
+            return
+        self._gathering.append((collective, tensor, owner))
+        if self.backend != "nccl" or sum(each.nbytes for _, each, _ in self._gathering) >= BUCKET_BYTES:
+            self._launch()
+
+    def _launch(self) -> None:
+        gathered, self._gathering = self._gathering, []
+        with self.contact():
+            if self.backend != "nccl":
+                self._pending += [begin(tensor, **owner, async_op=True) for begin, tensor, owner in gathered]
+            elif gathered:
+                with dist._coalescing_manager(device=self.device, async_ops=True) as together:
+                    for begin, tensor, owner in gathered:
+                        begin(tensor, **owner, async_op=True)
+                self._pending.append(together)
 
     def wait(self) -> None:
         """Wait for all that was begun."""
+        self._launch()
         with self.contact():
             for work in self._pending:
                 work.wait()
@@ -136,16 +170,100 @@ class World(Processes):
             self.begin_copy(parameter.detach(), 0)
         self.wait()
 
+    # ---- the device
+
+    @property
+    def module(self) -> ModuleType:
+        """torch.cuda, torch.mps, torch.xpu or torch.cpu: alike, but none has all that another has."""
+        return torch.get_device_module(self.device)
+
+    def use_device(self) -> None:
+        """Let the calling thread work on the device of this process; each thread begins on the first one."""
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index or 0)
+
+    @property
+    def queues(self) -> bool:
+        """Whether copies to and from the device may be under way while Python goes on. Only CUDA is known to
+        keep what they read, and to have marks that say when they are done."""
+        return self.device.type == "cuda"
+
     @property
     def reports_behind(self) -> int:
         """How many steps may be queued before what they found is read: a GPU need not wait for Python. The
         gradients of float16 have to be looked at before they are used."""
-        return int(self.device.type == "cuda" and self.dtype != torch.float16)
+        return int(self.queues and self.dtype != torch.float16)
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """A tensor in memory that the device can read while Python goes on."""
+        return tensor.pin_memory() if self.queues else tensor
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy on the device; one of a pinned tensor is on its way."""
+        return tensor.to(self.device, non_blocking=self.queues)
+
+    def fetch(self, tensor: Tensor) -> tuple[Tensor, torch.Event | None]:
+        """A copy of a tensor on the CPU, on its way, and the mark to wait_for before the copy is read."""
+        return tensor.to("cpu", non_blocking=self.queues), self.mark()
+
+    def mark(self) -> torch.Event | None:
+        """A mark behind all that the device was told; None where copies are waited for anyway."""
+        if not self.queues:
+            return None
+        mark = self.module.Event()
+        mark.record()
+        return mark
+
+    def wait_for(self, mark: torch.Event | None) -> None:
+        """Wait until the device has come to a mark.
+
+        With several processes not for ever: NCCL waits for a lost one on the device, where Python hears of
+        nothing, and ends the process in the end with a report of its own.
+        """
+        if mark is None:
+            return
+        if self.size == 1:
+            mark.synchronize()
+        deadline = time.monotonic() + self.timeout_seconds
+        while not mark.query():
+            if time.monotonic() > deadline:
+                with self.contact():
+                    raise RuntimeError(f"the device has waited for {self.timeout_seconds:g} s")
+            time.sleep(0.0002)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was told, so that a clock may be read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.queues:
+            self.wait_for(self.mark())
+        else:
+            self.module.synchronize()
+
+    def forget_kernels(self) -> None:
+        """Forget what was compiled: torch compiles a function for eight sizes, and for no more."""
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+
+    @functools.cached_property
+    def float64_device(self) -> torch.device:
+        """Where sums in float64 are made: on the device, or on the CPU where it has none, as Apple's."""
+        try:
+            torch.ones(2, dtype=torch.float64, device=self.device).sum()
+            return self.device
+        except (RuntimeError, TypeError):
+            return torch.device("cpu")
+
+    def random_state(self) -> dict[str, Tensor]:
+        """The states of this process's generators, on the CPU and on its device."""
+        state = {"cpu": torch.get_rng_state()}
+        return state if self.device.type == "cpu" else state | {self.device.type: self.module.get_rng_state()}
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        """Go on with these states; one of another kind of device is left out."""
+        torch.set_rng_state(state["cpu"])
+        if self.device.type != "cpu" and self.device.type in state:
+            self.module.set_rng_state(state[self.device.type])
+
+    # ---- memory
 
     @contextlib.contextmanager
     def memory_of(self, phase: str) -> Iterator[None]:
@@ -156,12 +274,12 @@ class World(Processes):
 
     def _close_phase(self, following: str) -> str:
         self.peaks[self.phase] = self.peak_memory_mib(self.phase)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
+        if self.device.type == "cpu":
             give_back_memory()
             with contextlib.suppress(OSError):      # where it cannot be reset, the peak is the process's
                 Path("/proc/self/clear_refs").write_text("5")
+        else:
+            getattr(self.module, "reset_peak_memory_stats", self.empty_cache)()
         return following
 
     def peak_memory_mib(self, phase: str = "training") -> float:
@@ -169,17 +287,37 @@ class World(Processes):
         known = self.peaks.get(phase, 0.0)
         if phase != self.phase:
             return known
-        if self.device.type == "cuda":
-            return max(known, torch.cuda.max_memory_allocated() / 2**20)
+        if self.device.type != "cpu":
+            # Metal counts no peak, but what it holds, freed blocks included
+            peak = getattr(self.module, "max_memory_allocated", None) or self.module.driver_allocated_memory
+            return max(known, peak() / 2**20)
         status = Path("/proc/self/status")
         if status.exists():
             return max(known, int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS, else KiB
         return max(known, peak / (2**20 if sys.platform == "darwin" else 2**10))
 
+    def free_memory_mib(self) -> float:
+        """What this process may take: of its device, or its share of the machine's memory."""
+        if self.device.type == "mps":
+            return (self.module.recommended_max_memory() - self.module.driver_allocated_memory()) / 2**20
+        if self.device.type != "cpu":
+            with contextlib.suppress(RuntimeError):     # some of Intel's drivers do not know
+                return self.module.mem_get_info()[0] / 2**20
+        return host.free_memory_mib() / self.local_size
+
+    def empty_cache(self) -> None:
+        """Give freed memory back to the device."""
+        if self.device.type != "cpu":
+            self.module.empty_cache()
+
+    # ---- what it is
+
     def device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name()
+        if self.device.type == "mps":
+            return getattr(torch.backends.mps, "get_name", lambda: "Apple GPU")()
+        if self.device.type != "cpu":
+            return self.module.get_device_name()
         name = cpu_facts().get("model name", platform.processor() or platform.machine())
         return f"{name}, {available_cores()} cores"
 
@@ -189,10 +327,29 @@ class World(Processes):
 
     def peak_flops(self, cfg) -> float:
         """Floating-point operations per second that all devices could do; 0 if that is not known."""
-        device = self.device_name() if self.device.type == "cuda" and self.dtype != torch.float32 else ""
-        suffix = r"(-(SXM\d?|PCIE))?(-\d+GB)?( \d+GB( HBM\w+)?)?"    # memory and socket, but no other model
-        known = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}{suffix}$", device))
-        return 1e12 * self.size * (cfg.peak_tflops or next(known, 0))
+        listed = 0 if self.dtype == torch.float32 else peak_tflops(self.device_name())
+        return 1e12 * self.size * (cfg.peak_tflops or listed)
+
+
+def choose_device(cfg, local_rank: int, num_processes: int) -> torch.device:
+    """What --device names; `auto`: what torch.accelerator offers, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind = found.type if found and found.type in ACCELERATORS else "cpu"
+    if kind == "mps" and num_processes > 1 and cfg.device == "auto":
+        kind = "cpu"        # processes cannot exchange tensors of Apple GPUs
+    if cfg.device == "cpu" or (cfg.device == "auto" and kind == "cpu"):
+        return torch.device("cpu")
+    if cfg.device not in ("auto", kind):
+        raise UserError(f"--device {cfg.device} needs {ACCELERATORS[cfg.device]} that torch can use; torch "
+                        f"{torch.__version__} finds {ACCELERATORS.get(kind, 'none')}; use --device {kind}")
+    if kind == "mps" and num_processes > 1:
+        raise UserError("processes cannot exchange tensors of Apple GPUs; start one process, or use "
+                        "--device cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise UserError(f"there are more processes than GPUs: process {local_rank + 1} on this machine "
+                        f"finds {count}; use --nproc_per_node={count}")
+    return torch.device(kind, local_rank)
 
 
 def cpu_facts() -> dict[str, str]:
@@ -214,6 +371,12 @@ def choose_dtype(cfg, device: torch.device) -> tuple[torch.dtype, str]:
         if capability >= (8, 0):
             return torch.bfloat16, f"{name} multiplies it natively"
         return torch.float16, f"{name} has no bfloat16; losses are scaled"
+    if device.type == "mps":
+        return torch.float32, "nothing narrower has been tried on an Apple GPU; --dtype bfloat16 tries it"
+    if device.type == "xpu":
+        if torch.xpu.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU multiplies it natively"
+        return torch.float32, "the GPU has no bfloat16"
     native = {"amx_bf16", "avx512_bf16"}.intersection(cpu_facts().get("flags", "").split())
     if not native:
         return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
@@ -229,18 +392,29 @@ def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:
     """
     if cfg.compile == "off":
         return False, "asked for with --compile off"
+    if cfg.compile == "auto" and device.type == "mps":
+        return False, "torch's compiler for Apple GPUs is a prototype; --compile on tries it"
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(
             torch.ones(8, device=device, requires_grad=True)).backward()
-        # with its scalars on the CPU, this one needs a C++ compiler even where the rest runs on a GPU
+        # Adam's kernels take scalars that are on the CPU
         one = torch.tensor(1.0)
         torch.compile(lambda x, scalar: x.mul_(scalar))(torch.ones(8, device=device), one)
-        return True, "a tiny function compiled"
     except Exception as error:      # a missing compiler, header or kernel: each has its own; all say "no"
         reason = f"torch.compile does not work here ({type(error).__name__}: {first_line(error)})"
         if cfg.compile == "on":
             raise UserError(f"{reason}; on Debian it needs: apt install g++ python3-dev") from error
         return False, reason
+    # else what changes with every step would run uncompiled from the ninth on, and nobody would know
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    without = ", without the mix-order reductions, of which torch 2.10 compiles wrong gradients"
+    return True, "a tiny function compiled" + (without if has_wrong_reductions() else "")
+
+
+def is_recompile_limit(error: BaseException) -> bool:
+    """Whether torch gave up compiling a function anew for what changes in it."""
+    dynamo = sys.modules.get("torch._dynamo")       # where nothing compiles, it is not imported
+    return bool(dynamo) and isinstance(error, dynamo.exc.FailOnRecompileLimitHit)
 
 
 @dataclass(frozen=True)
@@ -254,36 +428,45 @@ class Kernels:
 
 def choose_kernels(cfg, world: World) -> Kernels:
     """What works on all processes; every process asks the others, whatever works on it."""
+    world.forget_kernels()      # those of a run before this one, in this process, do not count
     compiled, reason = min(world.gather(choose_compile(cfg, world.device)))     # one that cannot decides
     kernels = Kernels(compiled, reason, None, "plain products")
     if world.device.type == "cpu":      # FlexAttention has no backward there
         return kernels
-    problem = flex_problem(cfg, world) if compiled else "FlexAttention needs torch.compile"
-    problem = next(filter(None, world.gather(problem)), "")
+    number, problem = max(world.gather(choose_tiles(cfg, world, compiled)))
     if problem:
         return dataclasses.replace(kernels, attention=f"plain products: {problem}")
-    return dataclasses.replace(kernels, flex=flex_options(world.device), attention="FlexAttention")
+    return dataclasses.replace(kernels, flex=TILES[number], attention="FlexAttention")
 
 
-def flex_problem(cfg, world: World) -> str:
+def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
+    """The number of the first of TILES by which FlexAttention works here; behind all, why it does not."""
+    problems = []
+    if not compiled:
+        problems.append("FlexAttention needs torch.compile")
+    elif cfg.head_dim < 16:
+        problems.append(f"FlexAttention takes heads of 16 or more; these have {cfg.head_dim}")
+    elif world.device.type == "cuda" and not torch.version.hip \
+            and torch.cuda.get_device_capability(world.device) < (8, 0):
+        # its kernels compile, but keep most of their numbers in slow memory
+        problems.append("FlexAttention is slow on GPUs of a compute capability below 8.0, older than Ampere")
+    else:
+        for number, tiles in enumerate(TILES):
+            problems.append(flex_problem(cfg, world, tiles))
+            if not problems[-1]:
+                return number, ""
+    return len(TILES), problems[0]
+
+
+def flex_problem(cfg, world: World, tiles: dict) -> str:
     """What goes wrong when a tiny row attends by FlexAttention, forward and backward; nothing if it works."""
-    if cfg.head_dim < 16:
-        return f"FlexAttention takes heads of 16 or more; these have {cfg.head_dim}"
     try:
         heads, length = (3, 1, 1, 256, cfg.head_dim), 256
         q, k, v = torch.ones(heads, dtype=world.dtype, device=world.device, requires_grad=True).unbind()
         mask = create_block_mask(lambda batch, head, query, key: key <= query, None, None, length, length,
                                  device=world.device)
-        torch.compile(flex_attention)(q, k, v, block_mask=mask, kernel_options=flex_options(world.device),
-                                      ).sum().backward()
-        torch.cuda.synchronize()
+        torch.compile(flex_attention)(q, k, v, block_mask=mask, kernel_options=tiles).sum().backward()
+        world.synchronize()
         return ""
     except Exception as error:      # a compiler's, a driver's, a kernel's: each has its own; all say "no"
         return f"FlexAttention does not work here ({type(error).__name__}: {first_line(error)})"
-
-
-def flex_options(device: torch.device) -> dict:
-    """Smaller tiles for GPUs with 100 KB of shared memory, where those for 164 KB and more do not fit."""
-    if torch.cuda.get_device_capability(device) not in ((8, 6), (8, 9), (12, 0), (12, 1)):
-        return {}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}

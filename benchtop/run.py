@@ -60,7 +60,7 @@ from benchtop.identity import changes_since, identity_of
 from benchtop.initial import draw_weights, drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
 from benchtop.log import RunLog, last_lines
-from benchtop.machine import Kernels, World, choose_kernels
+from benchtop.machine import Kernels, World, choose_kernels, is_recompile_limit
 from benchtop.sampling import sample_held_out
 from benchtop.saved import check_shapes, sample_run, score, scored_on
 from benchtop.shards import Dataset, open_dataset
@@ -134,12 +134,14 @@ class Run:
     step: int = 0                       # optimizer steps done
     progress: float = 0.0               # share of the budget that is used, 0 to 1
     progress_before: float = 0.0        # the same, one step earlier
+    clock_share: float = 0.0            # share of --train_minutes that the first process found used
     values: dict = dataclasses.field(default_factory=dict)      # of the last step, as metrics.csv has them
     flops: float = 0.0                  # floating-point operations so far
     logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops of metrics.csv's last row
     best_val_loss: float = math.inf
     best_step: int = 0
-    reports: list[Report] = dataclasses.field(default_factory=list)     # of steps that were not read yet
+    # of steps that were not read yet, each with the clock_share that all processes learn by it, ()
+    reports: list[tuple[Report, Tensor]] = dataclasses.field(default_factory=list)
     target: dict | None = None          # when val_loss first was as low as --target_loss
     save_seconds: float = 0.0           # time that went into checkpoints
     compile_seconds: float = 0.0        # time that went into compiling, over all sessions
@@ -164,9 +166,6 @@ class Run:
                 self.flops += self.cfg.batch_tokens * self.model.flops_per_token()
                 yield next(batches)
                 self.step += 1
-                self.progress_before = self.progress
-                self.progress = budget_used(self.cfg, self.world, self.step, self.clock)
-                self.model.progress = self.progress
                 self.between_steps()
 
     def backward(self, loss: Tensor) -> None:
@@ -183,27 +182,33 @@ class Run:
         raises    NonFinite if loss or gradients are not finite: on a CPU here, before weights are touched;
                   on a GPU, which is not waited for, one step later, and nothing is saved until then
         """
-        # all processes learn the loss, whether one was told to stop, whether the first wants to save
-        flags = torch.tensor([float(self.signals.received), float(self.is_time_to_save)])
-        flags = flags.to(self.world.device, non_blocking=True)                              # (2)
-        shared = self.world.sum(torch.cat([loss[None], flags]))                             # (3)
+        # all processes learn the loss, whether one was told to stop, and what the first one's clock says:
+        # whether it is time to save, and how much of the budget is used
+        clock_share = self.clock.share(self.cfg) if self.world.is_main else 0.0
+        told = torch.tensor([float(self.signals.received), float(self.is_time_to_save), clock_share])
+        told = self.world.to_device(self.world.pinned(told))                                # (3)
+        shared = self.world.sum(torch.cat([loss[None], told]))                              # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
-        report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits)
+        clock_share, _ = self.world.fetch(shared[3])    # the report, which is behind it, is waited for
+        report = Report(self.step + 1, lr_scale, torch.cat([shared[:3], norms]), fits)
         if not self.world.reports_behind:
             report.read(self.optimizer)
-        self.reports.append(report)
+        self.reports.append((report, clock_share))
         return fits
 
     # ---- between two steps
 
     def between_steps(self) -> None:
         """Read what steps found; save, stop, validate and log where it is time for that."""
-        stops, saves = self.read_reports(behind=0 if self.logs else self.world.reports_behind)
-        saves = saves or stops or self.validates or is_multiple(self.step, self.cfg.save_every_steps)
-        if saves or self.logs:
-            self.read_reports(behind=0)
+        stops, saves = self.read_reports(behind=0 if self.is_log_step else self.world.reports_behind)
+        self.progress_before = self.progress
+        self.progress = self.model.progress = budget_used(self.cfg, self.step, self.clock_share)
+        saves = saves or self.validates or is_multiple(self.step, self.cfg.save_every_steps)
+        if stops or saves or self.logs:
+            stops_later, saves_later = self.read_reports(behind=0)
+            stops = stops or stops_later
             self.clock.stop()
-            if saves:
+            if stops or saves or saves_later:
                 self.save()
             if stops:
                 raise Stopped(self.signals.received or signal.SIGTERM)
@@ -214,9 +219,10 @@ class Run:
         """Read the reports of all steps but the last `behind`: whether to stop, and whether to save."""
         stops = saves = False
         while len(self.reports) > behind:
-            report = self.reports.pop(0)
+            report, clock_share = self.reports.pop(0)
             report.read(self.optimizer)
-            self.values, stops, saves = report.values, stops or report.stops, saves or report.saves
+            self.values, self.clock_share = report.values, clock_share.item()
+            stops, saves = stops or report.stops, saves or report.saves
         return stops, saves
 
     @property
@@ -224,8 +230,12 @@ class Run:
         return validates(self.cfg, self.step, self.progress, self.progress_before)
 
     @property
+    def is_log_step(self) -> bool:
+        return self.step == 1 or is_multiple(self.step, self.cfg.log_every)
+
+    @property
     def logs(self) -> bool:
-        return self.validates or self.step == 1 or is_multiple(self.step, self.cfg.log_every)
+        return self.validates or self.is_log_step
 
     @property
     def is_time_to_save(self) -> bool:
@@ -285,7 +295,7 @@ class Run:
             "model": {name: value.cpu() for name, value in weights},
             "optimizer": self.optimizer.state(),
             "loss_scale": self.loss_scale.state(),
-            "random_states": self.world.gather(random_state(self.world)),
+            "random_states": self.world.gather(self.world.random_state()),
             "values": self.values, "logged": self.logged, "flops": self.flops,
             "best": {"val_loss": self.best_val_loss, "step": self.best_step},
             "progress_before": self.progress_before,
@@ -308,7 +318,8 @@ class Run:
         self.step, self.values, self.logged = small["step"], small["values"], small["logged"]
         self.flops = small["flops"]
         self.clock.stopped_at = small["train_seconds"]
-        self.progress = self.model.progress = budget_used(self.cfg, self.world, self.step, self.clock)
+        self.clock_share = self.clock.share(self.cfg)
+        self.progress = self.model.progress = budget_used(self.cfg, self.step, self.clock_share)
         self.progress_before = small.get("progress_before", 0.0)
         self.best_val_loss, self.best_step = small["best"]["val_loss"], small["best"]["step"]
         self.save_seconds = small["save_seconds"]
@@ -317,18 +328,7 @@ class Run:
         self.world.peaks |= small["peak_memory_mib"]
         states = small["random_states"]
         if len(states) == self.world.size:      # another number of processes draws other random numbers
-            set_random_state(self.world, states[self.world.rank])
-
-
-def random_state(world: World) -> dict[str, Tensor]:
-    gpu = {"cuda": torch.cuda.get_rng_state()} if world.device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state()} | gpu
-
-
-def set_random_state(world: World, state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+            self.world.set_random_state(states[self.world.rank])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -488,7 +488,13 @@ def say_how_to_resume(log: RunLog) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(f"{error.strerror}: {error.filename or log.folder}; {log.last_good()}") from error
-    except (RuntimeError, MemoryError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if is_recompile_limit(error):
+            raise UserError("torch.compile gave up: a compiled function met too many shapes or values of a "
+                            "Python number; TORCH_LOGS=recompiles names them, --compile off goes without it; "
+                            f"{log.last_good()}") from error
         if not memory.is_out_of_memory(error):
             raise
         raise UserError("the memory does not suffice; a smaller --micro_batch_tokens needs less and changes "

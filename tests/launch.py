@@ -16,8 +16,10 @@ LIBRARIES = ["torch", "torch.distributed", "torch._dynamo", "numpy", "tiktoken",
              "pyarrow", "safetensors.torch", "huggingface_hub", "regex", "tqdm"]
 
 # Processes are forked from one that has imported the libraries, and nothing of Benchtop: a start and a tiny
-# run then take less than half of the time. What a script does to its process stays there.
-forked = multiprocessing.get_context("forkserver")
+# run then take less than half of the time. What a script does to its process stays there. Elsewhere than on
+# Linux, a process must not fork once it has imported them.
+FORKS = sys.platform == "linux"
+forked = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 forked.set_forkserver_preload(LIBRARIES)
 
 
@@ -72,7 +74,8 @@ def be_torchrun(processes: int, script: str, *arguments: str) -> None:
     """As torchrun does it, but its processes are forked, too."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
+                          rdzv_endpoint="localhost:0", start_method="fork" if FORKS else "spawn",
+                          max_restarts=0)
     elastic_launch(config, be_script)(script, *arguments)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import CALM, DRIVE, TINY, flags, rows_of, summary_of, train_here
+from tiny_runs import CALM, DRIVE, TINY, drive, flags, newest, rows_of, summary_of, train_here
 
 from benchtop.budget import VALIDATIONS, validates
 from benchtop.knobs import parse_config
@@ -144,6 +144,30 @@ def test_minutes_end_a_run_and_its_schedule(here):
     summary = summary_of(folder)
     assert summary["budget"] == "0.02 minutes of training" and summary["tokens"] == 128 * summary["step"]
     assert not {"train_tokens", "num_steps"} & {*summary}, "of a schedule that it did not reach"
+
+
+# the clock of the first process shows that the budget is used up in step 6; the others' clocks show nonsense
+CLOCK = """
+from benchtop.budget import Clock
+def share(clock, cfg):
+    clock.shown = getattr(clock, "shown", 0) + 1
+    return clock.shown / 5.5 if clock.world.is_main else 99.0
+Clock.share = share
+benchtop.machine.World.reports_behind = {behind}
+"""
+
+
+@pytest.mark.parametrize(("behind", "steps"), [(0, 6), (1, 7)])
+def test_one_process_and_many_end_at_the_same_step_by_the_first_ones_clock(lab, behind, steps):
+    """A step later where steps are reported later."""
+    for processes in (1, 2):
+        name = f"clock{behind}{processes}"
+        knobs = dict(num_steps=0, train_minutes=1, model_name=name, log_every=100, val_every=100)
+        done = drive(lab, CLOCK.format(behind=behind), *flags(**knobs), processes=processes)
+        assert done.returncode == 0, done.stderr
+        summary = summary_of(newest(lab, name))
+        assert (summary["step"], summary["processes"]) == (steps, processes)
+        assert float(rows_of(newest(lab, name))[-1]["val_loss"]) > 0
 
 
 def check_clock(rows: list[dict], budget: float) -> None:

@@ -9,12 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiktoken
+import torch
 
 import benchtop
 from benchtop import identity, places
@@ -23,7 +24,7 @@ from benchtop.identity import Origin, bench_sha256, changes_since, identity_of
 BENCH = Path(benchtop.__file__).parent
 BYTES = tiktoken.Encoding("bytes", pat_str="(?s).", special_tokens={"<|endoftext|>": 256},
                           mergeable_ranks={bytes([byte]): byte for byte in range(256)})
-WORLD = SimpleNamespace(dtype_reason="",
+WORLD = SimpleNamespace(dtype_reason="", is_main=True, device=SimpleNamespace(type="cpu"),
                         facts=lambda: {"device": "a CPU", "dtype": "float32", "processes": 1})
 DATASET = SimpleNamespace(folder=Path("data/tiny"), sha256="of the data")
 
@@ -132,6 +133,23 @@ def test_an_edited_tree_is_dirty_and_one_without_git_is_not_known(root, monkeypa
     monkeypatch.setenv("PATH", "")
     assert facts()["git_commit"] is None and facts()["git_dirty"] is None     # no git
     assert Origin(Knobs(), facts(), BYTES).texts["git.diff"] == ""
+
+
+def test_a_summary_has_the_gpus_driver_and_clocks_where_the_run_is_on_them(root, monkeypatch):
+    here = [{"name": "NVIDIA A10", "driver": "535.183.01"}]
+    monkeypatch.setattr(identity, "nvidia_gpus", lambda: here)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for device, is_main, wanted in (("cpu", True, []), ("cuda", True, here), ("cuda", False, [])):
+        monkeypatch.setattr(WORLD, "device", SimpleNamespace(type=device))
+        monkeypatch.setattr(WORLD, "is_main", is_main)      # one of a machine's processes asks
+        assert (facts()["gpus"], facts()["cuda"]) == (wanted, "12.8")
+
+
+def test_other_gpus_and_drivers_are_no_change_for_a_run_that_goes_on(root):
+    then = facts() | {"gpus": [{"name": "NVIDIA A10", "driver": "535.183.01"}], "cuda": "12.4"}
+    assert changes_since({"config": asdict(Knobs()), "identity": then}, Knobs(), facts()) == []
+    del then["gpus"], then["cuda"]      # as an earlier version left it
+    assert changes_since({"config": asdict(Knobs()), "identity": then}, Knobs(), facts()) == []
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from tiny_runs import CALM, ROOT, TINY, drive, flags, newest, rows_of, run, summary_of, torchrun, train_here
 
 import train_gpt
-from benchtop import machine, memory, places, shards
+from benchtop import memory, places, shards
 from benchtop.batches import Rows, batch_of
 from benchtop.briefing import num_parameters
 from benchtop.checkpoints import read_checkpoint
@@ -560,44 +560,6 @@ def test_only_the_machine_names_torch_distributed():
               if re.search(r"\bdist\.|^ *(import|from) torch\.distributed", path.read_text(encoding="utf-8"),
                            re.MULTILINE)}
     assert naming == {"machine.py", "processes.py"}
-
-
-def test_the_dtype_is_what_the_hardware_multiplies(monkeypatch):
-    for words, torchs, wanted in (("fma amx_bf16", "AVX512", torch.bfloat16),
-                                  ("avx512_bf16", "AVX512", torch.bfloat16), ("avx2", "AVX2", torch.float32),
-                                  ("fma amx_bf16", "AVX2", torch.float32)):
-        monkeypatch.setattr(machine, "cpu_facts", lambda words=words: {"flags": words})
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda torchs=torchs: torchs)
-        assert machine.choose_dtype(Config(), torch.device("cpu"))[0] == wanted
-    for capability, wanted in (((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability",
-                            lambda device, capability=capability: capability)
-        assert machine.choose_dtype(Config(), torch.device("cuda"))[0] == wanted
-
-
-def test_attention_falls_back_where_flex_attention_fails_and_says_why(monkeypatch):
-    world = World(Config(device="cpu"))
-    assert machine.choose_kernels(Config(compile="off"), world).attention == "plain products"
-    world.device = torch.device("cuda")     # there is none here, so the probe fails
-    monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (True, "pretended"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    kernels = machine.choose_kernels(Config(), world)
-    assert kernels.flex is None
-    assert kernels.attention.startswith("plain products: FlexAttention does not work here (")
-    monkeypatch.setattr(machine, "flex_problem", lambda cfg, world: "")
-    assert machine.choose_kernels(Config(), world).flex["BLOCK_M"] == 64
-    monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (False, "pretended"))
-    assert "needs torch.compile" in machine.choose_kernels(Config(), world).attention
-
-
-def test_a_machine_without_a_compiler_trains_without_one(monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError("no g++\nand a long story")
-    monkeypatch.setattr(torch, "compile", broken)
-    works, reason = machine.choose_compile(Config(), torch.device("cpu"))
-    assert not works and "no g++" in reason and "story" not in reason
-    with pytest.raises(UserError, match="no g"):
-        machine.choose_compile(Config(compile="on"), torch.device("cpu"))
 
 
 def test_float16_with_scaled_losses_is_near_float32(lab, here):

@@ -1,0 +1,72 @@
+"""GPUs by name: what each multiplies at most, and what the system's own tool says of those that are here.
+
+Needs no torch.
+"""
+
+import re
+import subprocess
+
+# what --device may name besides the CPU, as torch calls it
+ACCELERATORS = {"cuda": "an NVIDIA or AMD GPU", "mps": "an Apple GPU", "xpu": "an Intel GPU"}
+
+# Dense TFLOP/s in bfloat16, or in float16 for the T4 and V100, which have no bfloat16; sums in float32, which
+# halve the rate of GeForce cards. From the makers' data sheets and, for GeForce and RTX cards, the appendices
+# of NVIDIA's papers on GA102, Ada, RTX Blackwell and RTX PRO Blackwell; half of what counts sparsity. B200
+# and B300 are an eighth of their HGX boards. GB10 has a rate in sparse FP4 only: 1,000, an eighth of which is
+# dense bfloat16 on cards that sum in float32 at the full rate.
+# A name that another one begins with comes behind it.
+PEAK_TFLOPS = {
+    "V100-PCIE": 112, "V100": 125, "T4": 65, "A100": 312, "A40": 149.7, "A10": 125, "L40S": 362, "L4": 121,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
+    "B200": 2250, "B300": 2250, "GB10": 125,
+    "RTX A6000": 154.8, "RTX 6000 Ada Generation": 364.2,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8, "RTX PRO 6000 Blackwell Server Edition": 500,
+    "RTX PRO 6000 Blackwell Max-Q Workstation Edition": 438.9,
+    "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4060 Ti": 44.1, "RTX 4080": 97.5,
+    "RTX 4090": 165.2, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5,
+    "MI300X": 1307}
+# socket and memory, which may follow a name; any other word makes it another model
+VARIANT = r"(-(SXM\d?|PCIE))?(-\d+GB)?( \d+GB?)?( (HBM3e?|PCIe|OAM|SXM\d( AC)?))?"
+
+# what nvidia-smi is asked for each GPU: our name of it, and its own
+QUERY = {"name": "name", "driver": "driver_version", "power_limit_watts": "power.limit",
+         "sm_clock_mhz": "clocks.sm", "max_sm_clock_mhz": "clocks.max.sm",
+         "memory_clock_mhz": "clocks.mem", "max_memory_clock_mhz": "clocks.max.mem"}
+NVIDIA_SMI_SECONDS = 20     # it hangs where a driver does
+
+
+def peak_tflops(device_name: str) -> float:
+    """What the table says of a GPU, by the name that torch has for it; 0 if it is not listed."""
+    return next((peak for name, peak in PEAK_TFLOPS.items()
+                 if re.fullmatch(f"(.* )?{name}{VARIANT}", device_name)), 0)
+
+
+def nvidia_gpus() -> list[dict]:
+    """The GPUs of this machine, by nvidia-smi; none where that is not installed, fails or hangs.
+
+    One that has lost a GPU says so instead of its line, and lists the others.
+    """
+    try:
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(QUERY.values())}",
+                               "--format=csv,noheader,nounits"], capture_output=True, text=True,
+                              errors="replace", timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return parse_gpus(done.stdout)
+
+
+def parse_gpus(text: str) -> list[dict]:
+    """A line for each GPU, with what QUERY asks for; numbers as such, and None for what it does not know.
+
+    NVIDIA A10, 535.183.01, 150.00, 210, 1695, 405, 6251
+    """
+    rows = [line.split(", ") for line in text.splitlines()]
+    return [{fact: cell if fact in ("name", "driver") else number(cell)
+             for fact, cell in zip(QUERY, row, strict=True)} for row in rows if len(row) == len(QUERY)]
+
+
+def number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:      # [N/A], [Not Supported], [Unknown Error]
+        return None

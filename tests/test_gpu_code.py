@@ -1,0 +1,129 @@
+"""What runs do on GPUs, as far as make-believe ones show it (make_believe.py), at the sizes of the presets.
+
+Layers are compiled once per shape and presets differ in sizes alone, so a few of them stand for all. With
+ALL_PRESETS=1 in the environment each one is tried, which takes six minutes.
+
+Run: ./run.sh test tests/test_gpu_code.py
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import make_believe
+import pytest
+
+import train_gpt
+
+TESTS = Path(__file__).parent
+PRESETS = {"train_gpt": ("demo", "xs", "gpt2-small"), "train_nanogpt": ("gpt2-small",),
+           "train_llama3": ("gpt2-small",)}
+if os.environ.get("ALL_PRESETS"):
+    PRESETS = dict.fromkeys(PRESETS, tuple(train_gpt.PRESETS))
+RUNS = [(script, preset) for script, presets in PRESETS.items() for preset in presets]
+
+# The most kernels that a step of a preset launches on one H100: those made by torch.compile, and torch's own
+LAUNCHES = {("train_gpt", "demo"): 390, ("train_gpt", "xs"): 2_100, ("train_gpt", "gpt2-small"): 10_800,
+            ("train_nanogpt", "gpt2-small"): 10_900, ("train_llama3", "gpt2-small"): 11_400}
+CARDS = {"A100": (64, 128), "3090": (64, 128), "4090": (128,), "H100": (64, 128), "5090": (128,)}
+# Bytes of stack a thread that attention's kernels may take; what spills lies in the card's memory
+STACK = 208
+
+
+@pytest.fixture(scope="session")
+def said(tmp_path_factory):
+    """said("make_believe_steps.py", ...) is what that script prints; it runs once for all tests."""
+    missing = make_believe.what_is_missing()
+    if missing:
+        pytest.skip(missing)
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder   # of all of pytest's processes
+
+    def run(*arguments: str) -> list[dict]:
+        path = folder / f"{' '.join(arguments)}.json"
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                done = subprocess.run([sys.executable, "-W", "ignore", TESTS / arguments[0], *arguments[1:]],
+                                      capture_output=True, text=True)
+                assert not done.returncode, done.stderr
+                path.with_suffix(".err").write_text(done.stderr)
+                path.write_text(done.stdout)
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return run
+
+
+@pytest.fixture(scope="session", params=RUNS, ids="-".join)
+def steps(request, said) -> dict:
+    """What make_believe_steps.py measured of a script and a preset."""
+    script, preset = request.param
+    for found in said("make_believe_steps.py", "H100", script, ",".join(PRESETS[script])):
+        if found["preset"] == preset:
+            return found | {"script": script}
+    raise LookupError(preset)
+
+
+def test_everything_is_compiled_in_the_warm_up_and_nothing_after_it(steps):
+    """Whatever the window, the micro-batch and the step, and for validation, too."""
+    assert steps["attention"] == "FlexAttention"
+    assert steps["breaks"] == {}
+    assert [step["progress"] for step in steps["steps"]] == [0.0, 0.5, 1.0]
+    assert {step["graphs"] for step in steps["steps"]} | {steps["graphs_after"]} == {steps["graphs"]}
+
+
+def test_a_step_never_waits_for_the_gpu(steps):
+    """Python would stand still until all that is queued is done, and then the GPU until Python goes on."""
+    assert [wait for wait in steps["waits"] if wait[0] != "validation"] == []
+
+
+def peak(steps: dict) -> int:
+    """The most that is alive in a training step, in MiB."""
+    return max(mib for step in steps["steps"] for mib in step["peaks"].values())
+
+
+def test_the_estimate_of_memory_is_within_a_tenth(steps):
+    ratio = steps["estimate"] / peak(steps)
+    if not 0.9 <= ratio <= 1.1:
+        pytest.xfail(f"the estimate is {ratio:.2f} times the peak of {peak(steps):,} MiB")
+
+
+def test_the_warm_up_needs_as_much_memory_as_training(steps):
+    """Else a micro-batch that just fits ends the run in its first steps."""
+    if steps["warm-up"] < peak(steps):
+        pytest.xfail(f"it needs {steps['warm-up']:,} MiB, a step {peak(steps):,}")
+
+
+def test_steps_leave_no_memory_behind(steps):
+    """Without Python's garbage collector, which rests during training."""
+    assert {step["live"] for step in steps["steps"]} <= {steps["states"], steps["states"] + 1}
+
+
+def test_a_step_launches_few_kernels(steps):
+    one, more = (sum(step["launches"].values()) + sum(step["ops"].values()) for step in steps["steps"][1:])
+    extra = more - one      # of a further micro-batch
+    total = one + (steps["micro_batches"] - 1) * extra
+    bound = LAUNCHES.get((steps["script"], steps["preset"]))
+    if bound is None:
+        pytest.skip(f"no bound is stated; it launches {total:,}")
+    assert total <= bound
+
+
+# ------------------------------------------------------------------------------------------------
+# FlexAttention
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("card", CARDS)
+def test_attention_is_compiled_for_each_kind_of_card_and_fits_its_registers(said, card):
+    """Capabilities 8.0, 8.6, 8.9, 9.0 and 12.0; heads as wide as those of the presets."""
+    widths = CARDS[card]
+    found = said("make_believe_attention.py", ",".join(map(str, widths)), card)
+    assert [kernels["width"] for kernels in found] == list(widths)
+    for kernels in found:
+        assert kernels["attention"] == "FlexAttention"
+        passes = kernels["kernels"]
+        assert len(passes) == 2, passes     # forward, backward
+        taken = [made for kernel in passes.values() for made in kernel]
+        assert all(made["STACK"] <= STACK and not made["LOCAL"] for made in taken), passes

@@ -13,6 +13,7 @@ import collections
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def device_library() -> Path:
 # ------------------------------------------------------------------------------------------------
 
 class Nothing:
-    """Whatever is called on it or made of it, nothing happens: streams, events, guards of devices."""
+    """A stream, an event or a guard of a device, on which nothing happens."""
     cuda_stream = 0
 
     def __init__(self, *_args, **_options):
@@ -141,8 +142,19 @@ class Nothing:
     def __exit__(self, *_error) -> bool:
         return False
 
-    def record(self, *_stream) -> None:
+    def record(self, *_args) -> None:
         pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        synchronize()
+
+
+def synchronize() -> None:
+    for told in WAITS:
+        told("synchronize")
 
 
 def plug_in() -> None:
@@ -161,14 +173,17 @@ def become(card: Card, machine_code: bool = True) -> None:
     ctypes.CDLL(str(device_library())).take_over()
     see(card)
     answer(torch.cuda, is_available=True, is_initialized=True, device_count=1, current_device=0,
-           _lazy_init=None, set_device=None, synchronize=None, empty_cache=None, get_device_properties=SEEN,
-           current_stream=Nothing(), get_rng_state=torch.get_rng_state(), set_rng_state=None,
-           manual_seed_all=None, max_memory_allocated=0, max_memory_reserved=0, memory_stats={},
-           reset_peak_memory_stats=None)
+           get_device_properties=SEEN, get_rng_state=torch.get_rng_state(), set_rng_state=None,
+           manual_seed_all=None, set_device=None, current_stream=Nothing(), _lazy_init=None)
+    answer(torch.cuda, torch.accelerator, empty_cache=None, memory_stats={}, reset_peak_memory_stats=None,
+           max_memory_allocated=0, max_memory_reserved=0, memory_allocated=0, memory_reserved=0)
+    for module in (torch.cuda, torch.accelerator):      # torch.compile wants two functions
+        module.synchronize = lambda _device=None: synchronize()
     torch.cuda.get_device_capability = lambda _device=None: (SEEN.major, SEEN.minor)
     torch.cuda.is_bf16_supported = lambda *_args, **_options: SEEN.major >= 8
     torch.cuda.get_device_name = lambda _device=None: SEEN.name
-    torch.cuda.mem_get_info = lambda _device=None: (SEEN.total_memory, SEEN.total_memory)
+    for module, name in ((torch.cuda, "mem_get_info"), (torch.accelerator, "get_memory_info")):
+        setattr(module, name, lambda _device=None: (SEEN.total_memory, SEEN.total_memory))
     answer(torch._C, _cuda_getDevice=0, _cuda_getDeviceCount=1, _cuda_exchangeDevice=0,
            _cuda_maybeExchangeDevice=0, _cuda_getCurrentRawStream=0)
     torch.cuda.device = torch.cuda._DeviceGuard = torch.cuda.Event = Nothing
@@ -191,10 +206,10 @@ def see(card: Card) -> None:
         shared_memory_per_multiprocessor=(card.shared_kib + 1) * 2**10)
 
 
-def answer(where: object, **answers: object) -> None:
-    """Replace functions by ones that always give these answers."""
-    for name, given in answers.items():
-        setattr(where, name, lambda *_args, given=given, **_options: given)
+def answer(*modules: object, **answers: object) -> None:
+    """Replace functions of modules by ones that always give these answers."""
+    for module, (name, given) in itertools.product(modules, answers.items()):
+        setattr(module, name, lambda *_args, given=given, **_options: given)
 
 
 def let_triton_find_it() -> None:
@@ -250,7 +265,8 @@ def let_inductor_find_it(compiler: Callable) -> None:
 
 
 KERNELS: dict[str, list] = collections.defaultdict(list)    # what Triton compiled, by the kernel's name
-LAUNCHES: list[Callable[[str, tuple], None]] = []       # is told name and arguments of each launch
+LAUNCHES: list[Callable[[str, tuple], None]] = []       # are told name and arguments of each launch
+WAITS: list[Callable[[str], None]] = []                 # are told of each call that waits for the card
 
 
 def compile_kernel(self, *_args, **_options) -> None:

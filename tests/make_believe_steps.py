@@ -68,7 +68,7 @@ class Card(FakeTensorMode):
         super().__init__()
         self.live, self.phase, self.waits, self.inside = 0, "", [], False
         self.clear()
-        make_believe.LAUNCHES.append(self.note_launch)
+        make_believe.LAUNCHES[:], make_believe.WAITS[:] = [self.note_launch], [self.note_wait]
 
     def clear(self) -> None:
         self.peaks, self.ends, self.launches, self.ops = (collections.Counter() for _ in range(4))
@@ -102,6 +102,10 @@ class Card(FakeTensorMode):
                 self.note_wait(name)
                 with self:
                     out = args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+            elif name == "_pin_memory":
+                with self:
+                    out = torch.empty_like(args[0])
+                out.untyped_storage().pinned = True
             else:
                 out = super().dispatch(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -112,6 +116,9 @@ class Card(FakeTensorMode):
         copies = name in ("_to_copy", "copy_")
         if copies and comes_back and not (kwargs.get("non_blocking") or any(args[2:])):
             self.note_wait(name)
+        goes = any(tensor.is_cuda for tensor in made) and not all(tensor.is_cuda for tensor in given)
+        if copies and goes and not any(hasattr(tensor.untyped_storage(), "pinned") for tensor in given):
+            self.note_wait("copy of memory that is not pinned")
         if name not in FREE and any(tensor.is_cuda for tensor in (*given, *made)):
             self.ops[self.phase] += 1
         for tensor in made:
@@ -132,8 +139,8 @@ class Card(FakeTensorMode):
     def note_wait(self, name: str) -> None:
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))
                   and "make_believe" not in frame.filename]
-        last = frames[-1]
-        self.waits.append([self.phase, name, f"{Path(last.filename).name} line {last.lineno}"])
+        places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in frames]
+        self.waits.append([self.phase, name, *places[-1:]])
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:

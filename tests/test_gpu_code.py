@@ -28,8 +28,8 @@ RUNS = [(script, preset) for script, presets in PRESETS.items() for preset in pr
 # The most kernels that a step of a preset launches on one H100: those made by torch.compile, and torch's own
 LAUNCHES = {("train_gpt", "demo"): 390, ("train_gpt", "xs"): 2_100, ("train_gpt", "gpt2-small"): 10_800,
             ("train_nanogpt", "gpt2-small"): 10_900, ("train_llama3", "gpt2-small"): 11_400}
-# Bytes of stack that a thread of attention may take, forward and backward, by the width of heads. Best is none:
-# a thread has 255 registers, and what does not fit into them lies in the card's memory
+# Bytes of stack that a thread of attention may take, forward and backward, by the width of heads. Best is
+# none: a thread has 255 registers, and what does not fit into them lies in the card's memory
 STACK = {"A100": {128: (0, 408)}, "3090": {64: (0, 0), 128: (0, 32)}, "4090": {128: (0, 64)},
          "H100": {64: (160, 0), 128: (0, 80)}, "5090": {128: (0, 208)}}
 
@@ -53,7 +53,7 @@ def said(tmp_path_factory):
                 assert not done.returncode, done.stderr
                 path.with_suffix(".err").write_text(done.stderr)
                 path.write_text(done.stdout)
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
     return run
 
 

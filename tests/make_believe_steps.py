@@ -211,11 +211,18 @@ def kernels_for(cfg, world: World) -> Kernels:
 
 
 def measure(experiment: Experiment, flags: list[str]) -> dict:
+    """What a run of an experiment does on the card.
+
+    attention, micro_batches, rows, estimate, states   what is chosen, and what is alive before the first step
+    warm-up, validation                                peaks of memory
+    graphs, graphs_after, breaks                       graphs that are compiled in the warm-up, and at the end
+    waits                                              calls that wait for the card, after the warm-up
+    steps                                              as ShortRun.batches notes them
+    """
     began = time.process_time()
     cfg = parse_config(flags, experiment.Config)
     cfg = cfg.with_budget(cfg.train_tokens or 2**40)
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     world, card = World(cfg), Card()
     with card:
         kernels = kernels_for(cfg, world)
@@ -235,30 +242,32 @@ def measure(experiment: Experiment, flags: list[str]) -> dict:
         losses_of = TokenLosses(model, compiled=True)
         with card.during("warm-up"):
             warm_up(losses_of, optimizer, sized, world)
-        found["warm-up"] = mib(card.peaks["warm-up"])
-        found["graphs"] = graphs()
-        in_phase(card, model, "forward", "loss")
-        in_phase(card, model, "hidden", "forward")
-        in_phase(card, optimizer, "sum_gradients", "norms")
-        in_phase(card, optimizer, "step", "optimizer")
+        found |= {"warm-up": mib(card.peaks["warm-up"]), "graphs": graphs()}
+        card.waits.clear()
         run = ShortRun(experiment, sized, world, model, optimizer, None, losses_of, None, Clock(world),
                        LossScale(enabled=False))
-        run.card, run.steps, card.waits = card, [], []
-        gc.collect()
-        gc.disable()
-        try:
-            experiment.train(run)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            pass        # it is among the waits
-        finally:
-            gc.enable()
-        found |= {"waits": card.waits, "steps": run.steps}
+        found["steps"] = steps_of(run, card)
         inputs = torch.zeros(rows, cfg.seq_len, dtype=torch.int64, device="cuda")
         with card.during("validation"):
             losses_of(inputs, inputs)
-        found |= {"validation": mib(card.peaks["validation"]), "graphs_after": graphs(),
-                  "breaks": dict(torch._dynamo.utils.counters["graph_break"])}
-    return found | {"seconds": round(time.process_time() - began, 1)}
+    return found | {"validation": mib(card.peaks["validation"]), "graphs_after": graphs(),
+                    "breaks": dict(torch._dynamo.utils.counters["graph_break"]), "waits": card.waits,
+                    "seconds": round(time.process_time() - began, 1)}
+
+
+def steps_of(run: ShortRun, card: Card) -> list[dict]:
+    """Train; a call that needs a value from the card ends it, and is among the card's waits."""
+    in_phase(card, run.model, "forward", "loss")
+    in_phase(card, run.model, "hidden", "forward")
+    in_phase(card, run.optimizer, "sum_gradients", "norms")
+    in_phase(card, run.optimizer, "step", "optimizer")
+    run.card, run.steps = card, []
+    gc.collect()
+    gc.disable()        # as collector_at_rest does
+    with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+        run.experiment.train(run)
+    gc.enable()
+    return run.steps
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ LAUNCHES = {("train_gpt", "demo"): 390, ("train_gpt", "xs"): 2_100, ("train_gpt"
 # none: a thread has 255 registers, and what does not fit into them lies in the card's memory
 STACK = {"A100": {128: (0, 408)}, "3090": {64: (0, 0), 128: (0, 32)}, "4090": {128: (0, 64)},
          "H100": {64: (160, 0), 128: (0, 80)}, "5090": {128: (0, 208)}}
+# What does not hold yet, and for which runs; a test that passes all the same is red until its line is gone
+SEVERAL = [run for run in RUNS if run[1] not in ("demo", "xs")]     # micro-batches a step
+FAULTS = {"the estimate is 1.3 to 2.2 times the peak": RUNS,
+          "flags for the other processes are not pinned": RUNS,
+          "it runs one micro-batch, a step has several": SEVERAL}
 
 
 @pytest.fixture(scope="session")
@@ -77,11 +82,23 @@ def test_everything_is_compiled_in_the_warm_up_and_nothing_after_it(steps):
 
 def test_a_step_never_waits_for_the_gpu(steps):
     """Python would stand still until all that is queued is done, and then the GPU until Python goes on."""
-    waits = [wait for wait in steps["waits"] if wait[0] != "validation"]
-    unpinned = [wait for wait in waits if "pinned" in wait[1]]
-    assert [wait for wait in waits if wait not in unpinned] == []
-    if unpinned:
-        pytest.xfail(f"it may wait for {unpinned}")
+    assert [wait for wait in waits_of(steps) if "pinned" not in wait[1]] == []
+
+
+def test_what_a_step_sends_to_the_gpu_is_pinned(request, steps):
+    """Other memory is copied once more first, and for that the driver may wait for all that is queued."""
+    expect(request, "flags for the other processes are not pinned", steps)
+    assert [wait for wait in waits_of(steps) if "pinned" in wait[1]] == []
+
+
+def waits_of(steps: dict) -> list:
+    return [wait for wait in steps["waits"] if wait[0] != "validation"]
+
+
+def expect(request, fault: str, steps: dict) -> None:
+    """Expect the test to fail where the fault is known."""
+    if (steps["script"], steps["preset"]) in FAULTS.get(fault, ()):
+        request.applymarker(pytest.mark.xfail(reason=fault, strict=True))
 
 
 def peak(steps: dict) -> int:
@@ -89,16 +106,15 @@ def peak(steps: dict) -> int:
     return max(mib for step in steps["steps"] for mib in step["peaks"].values())
 
 
-def test_the_estimate_of_memory_is_within_a_tenth(steps):
-    ratio = steps["estimate"] / peak(steps)
-    if not 0.9 <= ratio <= 1.1:
-        pytest.xfail(f"the estimate is {ratio:.2f} times the peak of {peak(steps):,} MiB")
+def test_the_estimate_of_memory_is_within_a_tenth(request, steps):
+    expect(request, "the estimate is 1.3 to 2.2 times the peak", steps)
+    assert 0.9 * peak(steps) <= steps["estimate"] <= 1.1 * peak(steps)
 
 
-def test_the_warm_up_needs_as_much_memory_as_training(steps):
+def test_the_warm_up_needs_as_much_memory_as_training(request, steps):
     """Else a micro-batch that just fits ends the run in its first steps."""
-    if steps["warm-up"] < peak(steps):
-        pytest.xfail(f"it needs {steps['warm-up']:,} MiB, a step {peak(steps):,}")
+    expect(request, "it runs one micro-batch, a step has several", steps)
+    assert steps["warm-up"] >= peak(steps) - 1      # each is rounded
 
 
 def test_steps_leave_no_memory_behind(steps):
@@ -107,6 +123,7 @@ def test_steps_leave_no_memory_behind(steps):
 
 
 def test_a_step_launches_few_kernels(steps):
+    assert len(steps["steps"]) == 3, "it ended early; see what it waits for"
     one, more = (sum(step["launches"].values()) + sum(step["ops"].values()) for step in steps["steps"][1:])
     extra = more - one      # of a further micro-batch
     total = one + (steps["micro_batches"] - 1) * extra

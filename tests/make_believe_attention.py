@@ -1,6 +1,6 @@
 """Compiles the attention of train_gpt.py for make-believe GPUs, and prints what its kernels take.
 
-    python tests/make_believe_attention.py 64,128 H100,3090
+    python tests/make_believe_attention.py H100=64,128 4090=128
 
 One line of JSON per card and width of a head: what each kernel takes of registers and bytes of stack for a
 thread, and bytes of shared memory for a block. What does not fit into registers spills to the stack, which
@@ -68,13 +68,12 @@ def takes(kernel) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    widths, cards = (argument.split(",") for argument in sys.argv[1:3])
-    make_believe.become(make_believe.CARDS[cards[0]])
-    for card in cards:
+    make_believe.become(make_believe.CARDS["H100"])
+    for card, widths in (argument.split("=") for argument in sys.argv[1:]):
         child = os.fork()       # torch asks a card for its properties once; imports take seconds
         if not child:
             make_believe.see(make_believe.CARDS[card])
-            for width in widths:
+            for width in widths.split(","):
                 torch._dynamo.reset()
                 began = time.process_time()
                 found = kernels_of(int(width))

@@ -119,7 +119,8 @@ def test_the_warm_up_needs_as_much_memory_as_training(request, steps):
 
 def test_steps_leave_no_memory_behind(steps):
     """Without Python's garbage collector, which rests during training."""
-    assert {step["live"] for step in steps["steps"]} <= {steps["states"], steps["states"] + 1}
+    first, _, last = (step["live"] for step in steps["steps"])      # two steps of one shape
+    assert abs(last - first) <= 1       # each is rounded
 
 
 def test_a_step_launches_few_kernels(steps):

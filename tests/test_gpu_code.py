@@ -1,7 +1,7 @@
 """What runs do on GPUs, as far as make-believe ones show it (make_believe.py), at the sizes of the presets.
 
-Layers are compiled once per shape and presets differ in sizes alone, so a few of them stand for all. With
-ALL_PRESETS=1 in the environment each one is tried, which takes six minutes.
+Layers are compiled once per shape, and presets differ in sizes alone, so a few of them stand for all. With
+ALL_PRESETS=1 in the environment each one of each script is tried, which takes six minutes.
 
 Run: ./run.sh test tests/test_gpu_code.py
 """
@@ -19,18 +19,19 @@ import pytest
 import train_gpt
 
 TESTS = Path(__file__).parent
-PRESETS = {"train_gpt": ("demo", "xs", "gpt2-small"), "train_nanogpt": ("gpt2-small",),
-           "train_llama3": ("gpt2-small",)}
+PRESETS = {"train_gpt": ("demo", "gpt2-small"), "train_nanogpt": ("demo",), "train_llama3": ("demo",)}
 if os.environ.get("ALL_PRESETS"):
     PRESETS = dict.fromkeys(PRESETS, tuple(train_gpt.PRESETS))
 RUNS = [(script, preset) for script, presets in PRESETS.items() for preset in presets]
 
 # The most kernels that a step of a preset launches on one H100: those made by torch.compile, and torch's own
-LAUNCHES = {("train_gpt", "demo"): 390, ("train_gpt", "xs"): 2_100, ("train_gpt", "gpt2-small"): 10_800,
-            ("train_nanogpt", "gpt2-small"): 10_900, ("train_llama3", "gpt2-small"): 11_400}
+LAUNCHES = {
+    "train_gpt": {"demo": 390, "xs": 2_100, "s": 4_450, "m": 13_900, "gpt2-small": 10_800,
+                  "gpt2-medium": 22_600, "gpt2-xl": 206_000},
+    "train_nanogpt": {"demo": 400, "gpt2-small": 10_900}, "train_llama3": {"demo": 400, "gpt2-small": 11_300}}
 # Bytes of stack that a thread of attention may take, forward and backward, by the width of heads. Best is
 # none: a thread has 255 registers, and what does not fit into them lies in the card's memory
-STACK = {"A100": {128: (0, 408)}, "3090": {64: (0, 0), 128: (0, 32)}, "4090": {128: (0, 64)},
+STACK = {"A100": {128: (0, 408)}, "3090": {128: (0, 32)}, "4090": {128: (0, 64)},
          "H100": {64: (160, 0), 128: (0, 80)}, "5090": {128: (0, 208)}}
 # What does not hold yet, and for which runs; a test that passes all the same is red until its line is gone
 SEVERAL = [run for run in RUNS if run[1] not in ("demo", "xs")]     # micro-batches a step
@@ -66,10 +67,8 @@ def said(tmp_path_factory):
 def steps(request, said) -> dict:
     """What make_believe_steps.py measured of a script and a preset."""
     script, preset = request.param
-    for found in said("make_believe_steps.py", "H100", script, ",".join(PRESETS[script])):
-        if found["preset"] == preset:
-            return found | {"script": script}
-    raise LookupError(preset)
+    found, = said("make_believe_steps.py", "H100", script, preset)
+    return found | {"script": script}
 
 
 def test_everything_is_compiled_in_the_warm_up_and_nothing_after_it(steps):
@@ -128,7 +127,7 @@ def test_a_step_launches_few_kernels(steps):
     one, more = (sum(step["launches"].values()) + sum(step["ops"].values()) for step in steps["steps"][1:])
     extra = more - one      # of a further micro-batch
     total = one + (steps["micro_batches"] - 1) * extra
-    bound = LAUNCHES.get((steps["script"], steps["preset"]))
+    bound = LAUNCHES[steps["script"]].get(steps["preset"])
     if bound is None:
         pytest.skip(f"no bound is stated; it launches {total:,}")
     assert total <= bound
@@ -138,14 +137,16 @@ def test_a_step_launches_few_kernels(steps):
 # FlexAttention
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("card", STACK)
-def test_attention_is_compiled_for_each_kind_of_card_and_fits_its_registers(said, card):
+def test_attention_is_compiled_for_each_kind_of_card_and_fits_its_registers(said):
     """Capabilities 8.0, 8.6, 8.9, 9.0 and 12.0; heads as wide as those of the presets."""
-    cards = [f"{name}={','.join(map(str, widths))}" for name, widths in STACK.items()]
-    found = [kernels for kernels in said("make_believe_attention.py", *cards) if kernels["card"] == card]
-    assert [kernels["width"] for kernels in found] == list(STACK[card])
-    for kernels in found:
-        assert kernels["attention"] == "FlexAttention"
-        # one kernel goes forward, one backward
-        for kernel, bound in zip(kernels["kernels"].values(), STACK[card][kernels["width"]], strict=True):
-            assert all(made["STACK"] <= bound and not made["LOCAL"] for made in kernel), kernels
+    cards = [f"{card}={','.join(map(str, widths))}" for card, widths in STACK.items()]
+    found = {(kernels["card"], kernels["width"]): kernels
+             for kernels in said("make_believe_attention.py", *cards)}
+    assert {kernels["attention"] for kernels in found.values()} == {"FlexAttention"}
+    for card, widths in STACK.items():
+        for width, bounds in widths.items():
+            # one kernel goes forward, one backward
+            kernels = found[card, width]["kernels"].values()
+            stacks = [max(made["STACK"] + made["LOCAL"] for made in kernel) for kernel in kernels]
+            assert len(stacks) == 2, (card, width, stacks)
+            assert stacks[0] <= bounds[0] and stacks[1] <= bounds[1], (card, width, stacks)

@@ -390,26 +390,29 @@ class Context:
     kernel_options: dict | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Softmax attention over what the mask shows; all tensors (B, H, T, K)."""
+        """Softmax attention over what the mask shows; all tensors (B, T, H, K)."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                   # (B, H, T, K)
         if self.blocks is None:
-            return DenseAttention.apply(q, k, v, self.docs, self.window, scale)
-        return flex_attention(q, k, v, block_mask=self.blocks, scale=scale,
-                              kernel_options=self.kernel_options)
+            y = DenseAttention.apply(q, k, v, self.docs, self.window, scale)                # (B, H, T, K)
+        else:
+            y = flex_attention(q, k, v, block_mask=self.blocks, scale=scale,
+                               kernel_options=self.kernel_options)                          # (B, H, T, K)
+        return y.transpose(1, 2)                                                            # (B, T, H, K)
 
     def mask(self) -> Tensor:
         """(B, 1, T, T) bool, which keys each query sees: for an attention of your own in plain PyTorch."""
         return dense_mask(self.docs, self.window)[:, None]                                  # (B, 1, T, T)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotary position embedding (arXiv:2104.09864); x (B, H, T, K), pairs are (i, i + K/2)."""
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)                               # (T, K/2)
-        first, second = x.chunk(2, dim=-1)                                                  # (B, H, T, K/2)
-        return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)  # (B, H, T, K)
+        """Rotary position embedding (arXiv:2104.09864); x (B, T, H, K), pairs are (i, i + K/2)."""
+        cos, sin = self.cos.to(x.dtype)[:, None], self.sin.to(x.dtype)[:, None]             # (T, 1, K/2)
+        first, second = x.chunk(2, dim=-1)                                                  # (B, T, H, K/2)
+        return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)  # (B, T, H, K)
 
     def previous(self, x: Tensor) -> Tensor:
-        """x of the token before, zeros where a document begins; x (B, T, D) or (B, H, T, K)."""
-        begins = self.begins[..., None] if x.ndim == 3 else self.begins[:, None, :, None]
-        return F.pad(x, (0, 0, 1, 0))[..., :-1, :].masked_fill(begins, 0)
+        """x of the token before, zeros where a document begins; x (B, T, ...)."""
+        begins = self.begins.view(*self.begins.shape, *[1] * (x.ndim - 2))
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (1, 0))[:, :-1].masked_fill(begins, 0)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -447,21 +450,18 @@ class Layer(nn.Module):
     def attention(self, x: Tensor, value_embedding: Tensor | None, ctx: Context) -> Tensor:
         B, T, D = x.shape
         qkv = linear(x, self.qkv.flatten(0, 1))                                             # (B, T, 3D)
-        qkv = qkv.view(B, T, 3 * self.num_heads, self.head_dim)                             # (B, T, 3H, K)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)                                       # (B, H, T, K)
+        q, k, v = qkv.view(B, T, 3 * self.num_heads, self.head_dim).chunk(3, dim=2)         # (B, T, H, K)
         # EDIT: attention
         # queries and keys of root mean square 1 bound the attention logits (QK-norm, arXiv:2010.04245)
-        q, k = ctx.rotate(rms_norm(q)), ctx.rotate(rms_norm(k))                             # (B, H, T, K)
+        q, k = ctx.rotate(rms_norm(q)), ctx.rotate(rms_norm(k))                             # (B, T, H, K)
         # key offset: unrotated dimensions hold the key of the token before, so that one layer can find an
         # earlier occurrence of a token and copy what followed it (record 49 of Modded-NanoGPT)
-        k = torch.where(ctx.unrotated, ctx.previous(k), k)                                  # (B, H, T, K)
+        k = torch.where(ctx.unrotated, ctx.previous(k), k)                                  # (B, T, H, K)
         own, table = self.value_mix.to(x.dtype)                                             # ()
-        v = own * v     # also in layers without a table, whose values so begin halved      # (B, H, T, K)
+        v = own * v     # also in layers without a table, whose values so begin halved      # (B, T, H, K)
         if value_embedding is not None:
-            value_embedding = value_embedding.view(B, T, self.num_heads, self.head_dim)     # (B, T, H, K)
-            v = v + table * value_embedding.transpose(1, 2).to(v.dtype)                     # (B, H, T, K)
-        y = ctx.attend(q, k, v, self.attention_scale)                                       # (B, H, T, K)
-        y = y.transpose(1, 2)                                                               # (B, T, H, K)
+            v = v + table * value_embedding.view(v.shape)                                   # (B, T, H, K)
+        y = ctx.attend(q, k, v, self.attention_scale)                                       # (B, T, H, K)
         y = y.reshape(B, T, D)                                                              # (B, T, D)
         return linear(y, self.out)                                                          # (B, T, D)
 

@@ -754,7 +754,7 @@ class ChunkedLoss(torch.autograd.Function):
                 logits = chunk @ weight_low.T                                               # (N, V)
                 losses, gradient = kernel(logits, wanted, cfg)                              # (N), (N, V)
                 torch.mm(gradient, weight_low, out=chunk_grad)                              # (N, D)
-            add_product(weight_grad, gradient.T, chunk)                                     # (V, D)
+            add_product(weight_grad, gradient.T, chunk)
             total += losses.sum()
             start += len(chunk)
         ctx.save_for_backward(x_grad, weight_grad)

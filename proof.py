@@ -141,7 +141,7 @@ def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
     ctx = context_of(proof, cfg, inputs.to(proof.device), proof.kernels.flex)
     work = torch.compile(attend, dynamic=False) if proof.kernels.compiled else attend
     draw = torch.Generator().manual_seed(0)
-    q, k, v, weight = (torch.randn(rows, heads, length, width, generator=draw).to(proof.dtype)
+    q, k, v, weight = (torch.randn(rows, length, heads, width, generator=draw).to(proof.dtype)
                        for _ in range(4))
     q, k = (F.rms_norm(t, (width,)) for t in (q, k))
     here = [t.to(proof.device).requires_grad_() for t in (q, k, v)]
@@ -155,10 +155,10 @@ def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
     one = torch.zeros_like(weight)          # of a gradient that only some queries have
     queries = [length - 1 - 40 * row for row in range(rows)]
     for row, query in enumerate(queries):
-        one[row, :, query] = 1
+        one[row, query] = 1
     reached, = torch.autograd.grad(work(ctx, *here, scale), here[2], one.to(proof.device))
-    reached = reached.cpu().ne(0).any(-1)                                                   # (B, H, T)
-    leaks = sum(int((reached[row] != seen[row, query]).sum()) for row, query in enumerate(queries))
+    reached = reached.cpu().ne(0).any(-1)                                                   # (B, T, H)
+    leaks = sum(int((reached[row] != seen[row, query, :, None]).sum()) for row, query in enumerate(queries))
     finding = within("attention", errors, BOUNDS[proof.dtype], f"{length} x {width}, window {window}")
     if not leaks:
         return finding
@@ -167,10 +167,12 @@ def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, weight: Tensor,
                     ) -> list[Tensor]:
-    """Output and gradients in float64, by plain softmax."""
+    """Output and gradients in float64, by plain softmax; q, k, v and weight (B, T, H, K)."""
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    z = (leaves[0] @ leaves[1].mT) * scale                                                  # (B, H, T, T)
-    y = z.masked_fill(~seen[:, None], -math.inf).softmax(-1) @ leaves[2]                    # (B, H, T, K)
+    queries, keys, values = (leaf.transpose(1, 2) for leaf in leaves)                       # (B, H, T, K)
+    z = (queries @ keys.mT) * scale                                                         # (B, H, T, T)
+    y = z.masked_fill(~seen[:, None], -math.inf).softmax(-1) @ values                       # (B, H, T, K)
+    y = y.transpose(1, 2)                                                                   # (B, T, H, K)
     return [y, *torch.autograd.grad(y, leaves, weight.double())]
 
 

@@ -752,7 +752,7 @@ class ChunkedLoss(torch.autograd.Function):
                 logits = chunk @ weight_low.T                                               # (N, V)
                 losses, gradient = kernel(logits, wanted, cfg)                              # (N), (N, V)
                 torch.mm(gradient, weight_low, out=chunk_grad)                              # (N, D)
-            add_product(weight_grad, gradient.T, chunk)                                     # (V, D)
+            add_product(weight_grad, gradient.T, chunk)
             total.add_(losses.sum())
         rows = chunk_rows(x, weight.size(0))
         for parts in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):

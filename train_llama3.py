@@ -85,15 +85,15 @@ class Layer(nn.Module):
 
     def attention(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, D = x.shape
-        q = linear(x, self.q).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)     # (B, H, T, K)
-        k = linear(x, self.k).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
-        v = linear(x, self.v).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, K)
-        q = ctx.rotate(q)                                                                   # (B, H, T, K)
-        k = ctx.rotate(k)                                                                   # (B, G, T, K)
+        q = linear(x, self.q).view(B, T, self.num_heads, self.head_dim)                     # (B, T, H, K)
+        k = linear(x, self.k).view(B, T, self.num_kv_heads, self.head_dim)                  # (B, T, G, K)
+        v = linear(x, self.v).view(B, T, self.num_kv_heads, self.head_dim)                  # (B, T, G, K)
+        q = ctx.rotate(q)                                                                   # (B, T, H, K)
+        k = ctx.rotate(k)                                                                   # (B, T, G, K)
         # each head of keys serves the same number of queries, one after the other
-        k, v = (part.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for part in (k, v))
-        y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, H, T, K)
-        return linear(y.transpose(1, 2).reshape(B, T, D), self.out)                         # (B, T, D)
+        k, v = (part.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2) for part in (k, v))
+        y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, T, H, K)
+        return linear(y.reshape(B, T, D), self.out)                                         # (B, T, D)
 
 
 def weights(rows: int, columns: int, scale: float = 1.0) -> nn.Parameter:

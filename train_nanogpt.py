@@ -85,9 +85,9 @@ class Layer(nn.Module):
     def attention(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, D = x.shape
         qkv = affine(x, self.qkv).view(B, T, 3 * self.num_heads, self.head_dim)             # (B, T, 3H, K)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)                                       # (B, H, T, K)
-        y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, H, T, K)
-        return affine(y.transpose(1, 2).reshape(B, T, D), self.out)                         # (B, T, D)
+        q, k, v = qkv.chunk(3, dim=2)                                                       # (B, T, H, K)
+        y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, T, H, K)
+        return affine(y.reshape(B, T, D), self.out)                                         # (B, T, D)
 
 
 def affine(x: Tensor, linear: nn.Linear) -> Tensor:

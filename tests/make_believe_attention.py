@@ -46,11 +46,11 @@ def kernels_of(width: int) -> dict:
     with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False):
         context, = model.contexts(torch.zeros(4, ROW, dtype=torch.int64, device="cuda"))
         # queries and keys are made anew by the rotation; values are a part of what one product makes
-        q, k = (torch.zeros(4, 2, ROW, width, dtype=world.dtype, device="cuda", requires_grad=True)
+        q, k = (torch.zeros(4, ROW, 2, width, dtype=world.dtype, device="cuda", requires_grad=True)
                 for _ in range(2))
         values = torch.zeros(4, ROW, 6, width, dtype=world.dtype, device="cuda", requires_grad=True)
         attend = torch.compile(lambda q, k, v, context: context.attend(q, k, v, 15 / width), dynamic=False)
-        attend(q, k, values.transpose(1, 2)[:, 4:], context).sum().backward()
+        attend(q, k, values[:, :, 4:], context).sum().backward()
     templates = {name: made for name, made in make_believe.KERNELS.items() if name.startswith("triton_tem")}
     return {"attention": kernels.attention, "options": kernels.flex,
             "kernels": {name: [takes(kernel) for kernel in made] for name, made in templates.items()}}

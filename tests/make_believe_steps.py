@@ -237,7 +237,6 @@ def measure(experiment: Experiment, flags: list[str]) -> dict:
         put_on_card(model)
         optimizer = experiment.Optimizer(model, sized, world, torch.bfloat16)
         model.compile_parts()
-        optimizer.compile_parts()
         found["states"] = mib(card.live)
         losses_of = TokenLosses(model, compiled=True)
         with card.during("warm-up"):

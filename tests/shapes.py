@@ -51,7 +51,8 @@ def wrong_shapes(modules: list[ModuleType], sizes: dict[str, int], work: Callabl
 
         def inside(frame, event, value):
             line = frame.f_lineno
-            if event == "exception":
+            if event == "exception":        # what raised has made nothing
+                waiting[:] = [node for node in waiting if not covers(node, line)]
                 return inside
             for node in [node for node in waiting if event == "return" or not covers(node, line)]:
                 waiting.remove(node)
@@ -91,15 +92,19 @@ def statements_of(source: str, said: dict[int, list[str]]) -> dict[int, ast.stmt
 
 
 def names_of(node: ast.stmt) -> list[str]:
-    """Expressions for what a statement made: its targets, what it appended, what it was told to fill."""
+    """Expressions for what a statement made: its targets, what it appended, what it filled. The
+    rest of a value, `*others`, is no tensor."""
     if isinstance(node, ast.AugAssign):
         return [ast.unparse(node.target)]
     if isinstance(node, ast.Assign):
         return [ast.unparse(item) for target in node.targets
-                for item in (target.elts if isinstance(target, ast.Tuple) else [target])]
+                for item in (target.elts if isinstance(target, ast.Tuple) else [target])
+                if not isinstance(item, ast.Starred)]
     call = node.value
     if isinstance(call.func, ast.Attribute) and call.func.attr == "append":
         return [ast.unparse(call.func.value) + "[-1]"]
+    if isinstance(call.func, ast.Attribute) and call.func.attr.endswith("_"):
+        return [ast.unparse(call.func.value)]
     return [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "out"]
 
 

@@ -218,7 +218,9 @@ def attention_by(monkeypatch, change) -> Finding:
     """What the check finds of an attention whose mask and scale are changed."""
     def attend(ctx, q, k, v, scale):
         seen, scale = change(ctx.mask(), scale)
-        return ((q @ k.mT) * scale).masked_fill(~seen, -math.inf).softmax(-1) @ v
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        y = ((q @ k.mT) * scale).masked_fill(~seen, -math.inf).softmax(-1) @ v
+        return y.transpose(1, 2)
     monkeypatch.setattr(Context, "attend", attend)
     return proof.attention(proof_of(), 300, 100, 16)
 

@@ -60,8 +60,10 @@ def test_a_leak_between_documents_or_rows_is_found(words, layer, changed):
 
 
 def test_attention_without_the_mask_of_documents_is_found(monkeypatch):
-    monkeypatch.setattr(Context, "attend", lambda self, q, k, v, scale: F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale))
+    def attend(self, q, k, v, scale):
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    monkeypatch.setattr(Context, "attend", attend)
     smoke.require_causal(model_of(), CFG)
     with pytest.raises(UserError, match="first document of a row"):
         smoke.require_apart(model_of(), CFG)
@@ -110,8 +112,8 @@ def desk(tmp_path_factory):
 
 EDITS = {   # what is replaced, by what, and what --smoke says of it
     "state that is not saved": (
-        "            average = piece.state[\"momentum\"]\n",
-        "            average = self.__dict__.setdefault(piece.name, torch.zeros_like(piece.grad))\n",
+        "[piece.state[\"momentum\"] for piece in pieces]\n",
+        "[self.__dict__.setdefault(piece.name, torch.zeros_like(piece.grad)) for piece in pieces]\n",
         r"same weights, to the bit\): .* differs by up to"),
     "a term beside the loss that autograd knows": (
         "            total += losses.sum()\n",

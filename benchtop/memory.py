@@ -132,7 +132,9 @@ def choose_micro_batch(experiment, cfg, world: World, kernels: Kernels, saved: d
         share = min(share, max(cfg.seq_len, LARGEST_CPU_MICRO_BATCH))
     most = MOST_OF_CPU if world.device.type == "cpu" else MOST_OF_GPU
     cfg, limit = dataclasses.replace(cfg, micro_batch_tokens=share), most * world.free_memory_mib()
-    while cfg.micro_batch_tokens > cfg.seq_len and memory_estimate_mib(experiment, cfg, world, kernels) > limit:
+    while memory_estimate_mib(experiment, cfg, world, kernels) > limit:
+        if cfg.micro_batch_tokens <= cfg.seq_len:
+            break
         cfg = with_half_micro_batch(cfg)
     return cfg
 

@@ -275,9 +275,9 @@ def block_mask(docs: Tensor, window: Tensor, blocks: Callable) -> BlockMask:
     # to evaluate or to take as a whole; for each block of queries its keys and, for gradients, the reverse.
     # BlockMask.from_kv_blocks makes the same of them in 2.9 ms of Python instead of 0.2
     kinds = torch.stack([seen & ~whole, whole.expand_as(seen)])                             # (2, B, J, J)
-    both = torch.stack([kinds, kinds.mT])[:, :, :, None]                                    # (2, 2, B, 1, J, J)
+    both = torch.stack([kinds, kinds.mT])[:, :, :, None]                                  # (2, 2, B, 1, J, J)
     counts = both.sum(-1, dtype=torch.int32)                                                # (2, 2, B, 1, J)
-    orders = both.int().argsort(dim=-1, descending=True, stable=True).int()                 # (2, 2, B, 1, J, J)
+    orders = both.int().argsort(dim=-1, descending=True, stable=True).int()               # (2, 2, B, 1, J, J)
     lists = itertools.chain(*zip(counts.flatten(0, 1), orders.flatten(0, 1), strict=True))
     return BlockMask((length, length), *lists, (BLOCK, BLOCK), mask_mod)
 

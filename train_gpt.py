@@ -275,9 +275,9 @@ def block_mask(docs: Tensor, window: Tensor, blocks: Callable) -> BlockMask:
     # to evaluate or to take as a whole; for each block of queries its keys and, for gradients, the reverse.
     # BlockMask.from_kv_blocks makes the same of them in 2.9 ms of Python instead of 0.2
     kinds = torch.stack([seen & ~whole, whole.expand_as(seen)])                             # (2, B, J, J)
-    both = torch.stack([kinds, kinds.mT])[:, :, :, None]                                  # (2, 2, B, 1, J, J)
+    both = torch.stack([kinds, kinds.mT])[:, :, :, None].int()                          # (2, 2, B, 1, J, J)
     counts = both.sum(-1, dtype=torch.int32)                                                # (2, 2, B, 1, J)
-    orders = both.int().argsort(dim=-1, descending=True, stable=True).int()               # (2, 2, B, 1, J, J)
+    orders = both.argsort(dim=-1, descending=True, stable=True).int()                   # (2, 2, B, 1, J, J)
     lists = itertools.chain(*zip(counts.flatten(0, 1), orders.flatten(0, 1), strict=True))
     return BlockMask((length, length), *lists, (BLOCK, BLOCK), mask_mod)
 
@@ -742,10 +742,8 @@ class ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)                       # ()
         if cfg.fp8:
             by_columns, by_rows = low(weight_low, E4M3), low(weight_low.T, E4M3)
-        start = 0
-        rows = chunk_rows(x, weight.size(0))
-        for chunk, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-            chunk_grad = x_grad[start:start + len(chunk)]                                   # (N, D)
+
+        def add(chunk: Tensor, wanted: Tensor, chunk_grad: Tensor) -> None:
             if cfg.fp8:
                 logits = fp8_product(low(chunk, E4M3), by_columns, fast=True)               # (N, V)
                 losses, gradient, *in_fp8 = kernel(logits, wanted, cfg)                     # (N), (N, V)
@@ -755,8 +753,10 @@ class ChunkedLoss(torch.autograd.Function):
                 losses, gradient = kernel(logits, wanted, cfg)                              # (N), (N, V)
                 torch.mm(gradient, weight_low, out=chunk_grad)                              # (N, D)
             add_product(weight_grad, gradient.T, chunk)
-            total += losses.sum()
-            start += len(chunk)
+            total.add_(losses.sum())
+        rows = chunk_rows(x, weight.size(0))
+        for parts in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
+            add(*parts)     # a function, so that no chunk's logits outlive it
         ctx.save_for_backward(x_grad, weight_grad)
         return total
 

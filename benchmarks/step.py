@@ -72,7 +72,7 @@ def measure(cfg: Config, times: int) -> str:
     world = World(cfg)
     kernels = choose_kernels(cfg, world)
     model, optimizer = make_model(EXPERIMENT, cfg, cfg.vocab_size - 1, world, kernels)
-    cfg = choose_micro_batch(EXPERIMENT, cfg, world, kernels.flex)
+    cfg = choose_micro_batch(EXPERIMENT, cfg, world, kernels)
     count, rows = micro_batch_shape(cfg, world.size)
     targets = torch.randint(0, cfg.vocab_size - 1, (rows, cfg.seq_len), device=world.device)
     tokens = targets.roll(1, 1)

@@ -14,6 +14,7 @@ ORDER = (
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine
     "batches", "machine", "speed", "measure", "memory", "initial", "signals", "steps",
+    "recorded",
     # -> numbers of a model
     "evaluation", "tasks", "scoring", "sampling",
     # -> run folder

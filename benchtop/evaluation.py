@@ -49,13 +49,15 @@ class TokenLosses:
     def __call__(self, inputs: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
         """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph.
 
+        Targets that are on the CPU save a GPU from being waited for.
         likeliest  the result is (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
         """
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.model.hidden(inputs).detach().flatten(0, 1)                                # (BT, D)
         wanted, columns = targets.flatten(), self.model.cfg.padded_vocab_size               # (BT)
         found = torch.zeros(1 + likeliest, len(wanted), device=x.device)
-        places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
+        places = (wanted >= 0).nonzero()[:, 0].to(x.device)     # the head is spared the others
+        wanted = wanted.to(x.device)
         with torch.no_grad():
             for some in places.split(chunk_rows(x, columns)):
                 # filled up to the size of all chunks, so that one kernel serves them
@@ -104,17 +106,18 @@ class HeldOut:
 
     def evaluate(self, losses_of: TokenLosses, rows: int, world: World) -> Validation:
         """Validate with `rows` rows at a time; sums in float64."""
-        sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # nats, tokens, nats in text, bytes
-        num_bytes, model = self.num_bytes.to(world.device), losses_of.model
+        nats = torch.zeros(2, dtype=torch.float64, device=world.float64_device)     # of all tokens, of text
+        counts, model = torch.zeros(2, dtype=torch.float64), losses_of.model        # tokens, bytes of text
         model.eval()
         rounds = math.ceil(self.num_windows / (rows * world.size))
         for start in range(world.rank * rows, rounds * rows * world.size, rows * world.size):
             inputs, targets = self.windows(list(range(start, start + rows)))
-            targets = targets.to(world.device)
-            losses = losses_of(inputs.to(world.device), targets).double()                   # (B, T)
-            counted = targets >= 0
-            byte_count = num_bytes[targets.clamp(min=0)] * counted                          # (B, T)
-            sums += torch.stack([losses.sum(), counted.sum(), losses[byte_count > 0].sum(), byte_count.sum()])
+            byte_count = self.num_bytes[targets.clamp(min=0)] * (targets >= 0)              # (B, T)
+            counts += torch.stack([(targets >= 0).sum(), byte_count.sum()])
+            of_text = world.to_device(world.pinned(byte_count > 0))                         # (B, T)
+            losses = losses_of(world.to_device(world.pinned(inputs)), targets)              # (B, T)
+            losses = torch.stack([losses, losses * of_text]).to(nats.device, nats.dtype)    # (2, B, T)
+            nats += losses.sum((1, 2))
         model.train()
-        nats, tokens, text_nats, text_bytes = world.sum(sums).tolist()
+        nats, text_nats, tokens, text_bytes = world.sum(torch.cat([nats, counts.to(nats.device)])).tolist()
         return Validation(nats / tokens, text_nats / math.log(2) / text_bytes)

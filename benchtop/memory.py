@@ -7,24 +7,30 @@ and no content, and what autograd keeps for backward is added up. So a changed l
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchtop import host
 from benchtop.batches import micro_batch_shape
 from benchtop.errors import SharedError, UserError
-from benchtop.machine import World
+from benchtop.machine import Kernels, World
 
-LOSS_COPIES = 6         # of a chunk's logits, that are alive together
-BACKWARD = 1.3          # times what is kept for backward is what backward takes, with its own tensors
+# alive together of a chunk: copies of its logits as float32; compiled, logits and gradient
+LOSS_COPIES, COMPILED_LOSS_COPIES = 6, 2.1
+BACKWARD = 1.3          # uncompiled, times what is kept for backward is what backward takes
+# of what is free; a GPU's blocks share what was reserved, and need little more than what is counted
+MOST_OF_GPU, MOST_OF_CPU = 0.9, 0.8
 LARGEST_CPU_MICRO_BATCH = 2**14     # tokens; more are not faster on a CPU
 
 
 def largest_chunk(device: torch.device) -> int:
-    """Bytes that a chunk's logits may take as float32. A GPU multiplies in few and large products, and a
-    thirty-second of its memory is theirs, up to 4,096 rows of 50,304 columns: twice as many are 1 % faster."""
+    """Bytes that a chunk's logits may take as float32.
+
+    On a GPU a thirty-second of its memory, since it multiplies in few and large products; up to 4,096 rows
+    of 50,304 columns, where twice as many are 1 % faster (H200).
+    """
     if device.type != "cuda":
         return 2**27 if device.type == "cpu" else 2**28
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -37,51 +43,84 @@ def chunk_rows(x: Tensor, columns: int) -> int:
     return 2 ** int(math.log2(max(1, min(limit, x.size(0)))))
 
 
-def activation_mib(make_model: Callable[..., nn.Module], cfg, dtype: torch.dtype, flex: bool) -> float:
-    """What one row of a micro-batch keeps for backward, by a pass over the meta device.
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
-    flex  leave out the T x T weights of attention, which FlexAttention does not keep
+
+class Watch(TorchDispatchMode):
+    """Notes what products read and make, and tells what is made of weights alone.
+
+    Compiled code keeps for backward what products touch, and makes anew what lies between: for GPT 21 widths
+    a token and layer, where uncompiled code keeps 28.
     """
-    kept: dict[int, torch.UntypedStorage] = {}
-    weights: set[int] = set()
 
-    def note(tensor: Tensor) -> Tensor:
-        # the copies of weights that products read, and the head's gradient, are there once, not for each row
-        of_weights = tensor.ndim == 2 and tensor.numel() in weights and cfg.seq_len not in tensor.shape
-        if not of_weights and not (flex and tensor.ndim == 4 and tensor.size(-1) == cfg.seq_len):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
+    def __init__(self, weights: Iterable[Tensor]):
+        super().__init__()
+        self.weights = {id_of(weight): weight for weight in weights}
+        self.touched: list[Tensor] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        read = [thing for thing in args if isinstance(thing, Tensor)]
+        if read and isinstance(made, Tensor) and all(id_of(tensor) in self.weights for tensor in read):
+            self.weights[id_of(made)] = made        # a copy in another dtype, which is there once
+        elif operation.overloadpacket in PRODUCTS:
+            self.touched += [*read, made]
+        return made
+
+
+def id_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def kept_mib(make_model: Callable[..., nn.Module], cfg, dtype: torch.dtype, kernels: Kernels,
+             ) -> tuple[float, float]:
+    """What is kept for backward, by a pass over the meta device: for each row of a micro-batch, and once."""
     with torch.device("meta"):
         model = make_model(cfg, 0, dtype)
         inputs = torch.zeros(1, cfg.seq_len, dtype=torch.int64)
-    weights |= {parameter.numel() for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(inputs, inputs)
-    for weight in (*model.parameters(), *model.buffers()):
-        kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in kept.values()) / 2**20
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), \
+            Watch([*model.parameters(), *model.buffers()]) as watch:
+        model.hidden(inputs)
+    kept = {}
+    for tensor in watch.touched if kernels.compiled else saved:
+        # FlexAttention keeps no T x T weights
+        of_attention = tensor.ndim > 2 and tensor.size(-1) == cfg.seq_len and tensor.size(-2) > cfg.head_dim
+        if id_of(tensor) not in watch.weights and not (of_attention and kernels.flex is not None):
+            kept[id_of(tensor)] = tensor.untyped_storage().nbytes()
+    parameters = {id_of(parameter) for parameter in model.parameters()}
+    copies = sum(weight.untyped_storage().nbytes() for key, weight in watch.weights.items()
+                 if key not in parameters)
+    return sum(kept.values()) / 2**20, copies / 2**20
 
 
-def memory_estimate_mib(experiment, cfg, world: World, flex: dict | None = None) -> float:
-    """Roughly what a process needs: weights, gradients, optimizer state, activations and a chunk of the loss.
-
-    Compiled needs less than estimated. On a CPU torch itself counts, too.
-    """
+def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels) -> float:
+    """What a process needs, within a tenth where kernels are compiled and roughly where not: weights,
+    gradients, optimizer state, what is kept for backward, and a chunk of the loss. On a CPU torch itself
+    counts, too."""
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype)
     named, optimizer = dict(model.named_parameters()), experiment.Optimizer
-    kept = sum(p.numel() * len(optimizer.state_of(optimizer.group_of(name, p))) for name, p in named.items())
-    states = 4 * (2 * sum(p.numel() for p in named.values()) + kept / world.size)
-    largest = max(p.numel() for p in named.values())
+    state = sum(p.numel() * len(optimizer.state_of(optimizer.group_of(name, p))) for name, p in named.items())
+    states = 4 * (2 * sum(p.numel() for p in named.values()) + state / world.size)
     _, rows = micro_batch_shape(cfg, world.size)
-    chunk = min(largest_chunk(world.device), 4 * rows * cfg.seq_len * cfg.padded_vocab_size)
-    loss = 8 * largest + LOSS_COPIES * chunk
+    tokens, columns, bytes_each = rows * cfg.seq_len, cfg.padded_vocab_size, world.dtype.itemsize
+    chunk = min(largest_chunk(world.device) // 4, tokens * columns)     # logits in it
+    head = model.head.numel() * (4 + bytes_each) + tokens * cfg.model_dim * bytes_each
     torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
-    activations = rows * activation_mib(experiment.Model, cfg, world.dtype, flex is not None)
-    return (torch_itself + states + loss) / 2**20 + BACKWARD * activations
+    by_row, once = kept_mib(experiment.Model, cfg, world.dtype, kernels)
+    if kernels.compiled:
+        loss, kept = COMPILED_LOSS_COPIES * bytes_each * chunk, once + rows * by_row
+    else:
+        loss, kept = LOSS_COPIES * 4 * chunk, BACKWARD * (once + rows * by_row)
+    return (torch_itself + states + head + loss) / 2**20 + kept
 
 
-def choose_micro_batch(experiment, cfg, world: World, flex: dict | None = None, saved: dict | None = None):
+def choose_micro_batch(experiment, cfg, world: World, kernels: Kernels, saved: dict | None = None):
     """The Config with micro-batches that seem to fit: all a process has in a step, or half, and so on."""
     share = cfg.seq_len * math.ceil(cfg.rows_per_step / world.size)
     if cfg.micro_batch_tokens:
@@ -91,8 +130,9 @@ def choose_micro_batch(experiment, cfg, world: World, flex: dict | None = None, 
         return dataclasses.replace(cfg, micro_batch_tokens=saved["micro_batch_tokens"])
     if world.device.type == "cpu":
         share = min(share, max(cfg.seq_len, LARGEST_CPU_MICRO_BATCH))
-    cfg, limit = dataclasses.replace(cfg, micro_batch_tokens=share), 0.8 * free_memory_mib(world)
-    while memory_estimate_mib(experiment, cfg, world, flex) > limit and cfg.micro_batch_tokens > cfg.seq_len:
+    most = MOST_OF_CPU if world.device.type == "cpu" else MOST_OF_GPU
+    cfg, limit = dataclasses.replace(cfg, micro_batch_tokens=share), most * world.free_memory_mib()
+    while cfg.micro_batch_tokens > cfg.seq_len and memory_estimate_mib(experiment, cfg, world, kernels) > limit:
         cfg = with_half_micro_batch(cfg)
     return cfg
 
@@ -102,7 +142,7 @@ def with_half_micro_batch(cfg):
     return dataclasses.replace(cfg, micro_batch_tokens=rows * cfg.seq_len)
 
 
-def memory_advice(experiment, cfg, world: World, flex: dict | None) -> str:
+def memory_advice(experiment, cfg, world: World, kernels: Kernels) -> str:
     """The three flags that would save most memory, by the estimate, the most effective first."""
     smaller = {"seq_len": cfg.seq_len // 2, "model_dim": cfg.model_dim // 2,
                "num_layers": cfg.num_layers // 2, "value_embeddings": 0, "mlp_ratio": 2}
@@ -113,7 +153,7 @@ def memory_advice(experiment, cfg, world: World, flex: dict | None) -> str:
         with contextlib.suppress(UserError):    # a rule of Config forbids this one
             changed = dataclasses.replace(cfg, **{knob: value, "micro_batch_tokens": 0})
             changed = dataclasses.replace(changed, micro_batch_tokens=changed.seq_len)
-            needs.append((memory_estimate_mib(experiment, changed, world, flex), f"--{knob} {value}"))
+            needs.append((memory_estimate_mib(experiment, changed, world, kernels), f"--{knob} {value}"))
     return ", then ".join(f"{flag} (about {mib:,.0f} MiB)" for mib, flag in sorted(needs)[:3])
 
 
@@ -135,8 +175,8 @@ def fit_micro_batch(cfg, world: World, warm_up: Callable, clear: Callable, say: 
         if all(world.gather(fits)):
             return cfg
         clear()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        world.forget_kernels()
+        world.empty_cache()
         smaller = with_half_micro_batch(cfg)
         if smaller == cfg:
             raise SharedError(f"not even one row of {cfg.seq_len} tokens fits into memory; use {advice()}")
@@ -150,10 +190,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return (isinstance(error, torch.OutOfMemoryError | MemoryError)
             or any(word in str(error) for word in words))
-
-
-def free_memory_mib(world: World) -> float:
-    """What a process may take: of its GPU, or its share of the machine's memory."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info()[0] / 2**20
-    return host.free_memory_mib() / world.local_size

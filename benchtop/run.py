@@ -61,6 +61,7 @@ from benchtop.initial import draw_weights, drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
 from benchtop.log import RunLog, last_lines
 from benchtop.machine import Kernels, World, choose_kernels, is_recompile_limit
+from benchtop.recorded import record
 from benchtop.sampling import sample_held_out
 from benchtop.saved import check_shapes, sample_run, score, scored_on
 from benchtop.shards import Dataset, open_dataset
@@ -190,7 +191,7 @@ class Run:
         shared = self.world.sum(torch.cat([loss[None], told]))                              # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
         clock_share, _ = self.world.fetch(shared[3])    # the report, which is behind it, is waited for
-        report = Report(self.step + 1, lr_scale, torch.cat([shared[:3], norms]), fits)
+        report = Report(self.step + 1, lr_scale, torch.cat([shared[:3], norms]), fits, self.world)
         if not self.world.reports_behind:
             report.read(self.optimizer)
         self.reports.append((report, clock_share))
@@ -397,12 +398,17 @@ def make_model(experiment: Experiment, cfg: RunConfig, eot_id: int, world: World
     return model, optimizer
 
 
+def eot_rows(model: nn.Module, cfg: RunConfig, world: World) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a micro-batch that predicts nothing, (B, T) on the device."""
+    _, rows = micro_batch_shape(cfg, world.size)
+    inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
+    return inputs, torch.full_like(inputs, -1)
+
+
 def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
     """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
     model = losses_of.model
-    _, rows = micro_batch_shape(cfg, world.size)
-    inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
-    targets = torch.full_like(inputs, -1)
+    inputs, targets = eot_rows(model, cfg, world)
     model.progress = 0.0
     for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
         model(inputs, targets).backward()
@@ -436,8 +442,8 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     log = on_all(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
     with log, say_how_to_resume(log):
         # sizes that are found here stay out of config.json, which has the knobs as they were given
-        sized = world.same(memory.choose_micro_batch(experiment, cfg, world, kernels.flex, saved))
-        needs = memory.memory_estimate_mib(experiment, sized, world, kernels.flex)
+        sized = world.same(memory.choose_micro_batch(experiment, cfg, world, kernels, saved))
+        needs = memory.memory_estimate_mib(experiment, sized, world, kernels)
         log.say("\n".join([*introduction(sized, world, model, kernels, needs),
                            *describe_data(cfg, data.dataset, data.rows, data.held_out),
                            *describe_tasks(tasks), *model.remarks(), *optimizer.remarks(),
@@ -445,7 +451,10 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         begun = time.perf_counter()
         sized = memory.fit_micro_batch(
             sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients,
-            log.say, lambda: memory.memory_advice(experiment, sized, world, kernels.flex))
+            log.say, lambda: memory.memory_advice(experiment, sized, world, kernels))
+        if kernels.compiled:
+            for line in record(model, *eot_rows(model, sized, world), sized, world):
+                log.say(line)
         compile_seconds = time.perf_counter() - begun
         run = Run(experiment, sized, world, model, optimizer, data, losses_of, log, Clock(world),
                   LossScale(enabled=world.dtype == torch.float16), compile_seconds=compile_seconds)
@@ -569,15 +578,15 @@ def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:
         problems.append(str(error))
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype, kernels.flex)
-    cfg = memory.choose_micro_batch(experiment, cfg, world, kernels.flex)
-    needs = memory.memory_estimate_mib(experiment, cfg, world, kernels.flex)
-    free_memory, free_disk = memory.free_memory_mib(world), shutil.disk_usage(places.ROOT).free / 2**20
+    cfg = memory.choose_micro_batch(experiment, cfg, world, kernels)
+    needs = memory.memory_estimate_mib(experiment, cfg, world, kernels)
+    free_memory, free_disk = world.free_memory_mib(), shutil.disk_usage(places.ROOT).free / 2**20
     lines = [*introduction(cfg, world, model, kernels, needs), *about_data,
              f"free        {free_memory:,.0f} MiB of memory for each process, {free_disk:,.0f} MiB of disk"]
     lines += time_estimate(cfg, model, world)
     if needs > free_memory:
         problems.append("the run needs more memory than is free; use "
-                        + memory.memory_advice(experiment, cfg, world, kernels.flex))
+                        + memory.memory_advice(experiment, cfg, world, kernels))
     weights = 4 * num_parameters(model) / 2**20
     if free_disk < 100 + (weights if cfg.save_model else 0):
         problems.append(f"only {free_disk:,.0f} MiB of disk are free")

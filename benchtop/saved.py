@@ -108,8 +108,8 @@ def score(losses_of: TokenLosses, tokenizer: Encoding, questions: list[Question]
     With as many rows as in training no kernel is compiled for it, but one for likeliest tokens.
     """
     def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
-        inputs, targets = (torch.from_numpy(array).to(world.device) for array in (inputs, targets))
-        found = losses_of(inputs, targets, likeliest).cpu().numpy()
+        inputs = torch.from_numpy(inputs).to(world.device)
+        found = losses_of(inputs, torch.from_numpy(targets), likeliest).cpu().numpy()
         return np.stack([-found[0], found[1]]) if likeliest else -found
 
     def add_up(sums: np.ndarray) -> np.ndarray:

@@ -25,16 +25,15 @@ class NonFinite(SharedError):
 def prepared_batches(rows: Rows, cfg, world: World, first_step: int) -> Iterator[Iterator[Batch]]:
     """The batch of each step from `first_step` on, on the device; made while the step before runs."""
     def make(step: int) -> Batch:
-        batch = batch_of(rows, cfg, step, world.rank, world.size)
-        return batch.each(Tensor.pin_memory) if world.device.type == "cuda" else batch
+        return batch_of(rows, cfg, step, world.rank, world.size).each(world.pinned)
 
     def batches() -> Iterator[Batch]:
         following = helper.submit(make, first_step)
         for step in itertools.count(first_step + 1):
             batch, following = following.result(), helper.submit(make, step)
-            yield batch.each(lambda tensor: tensor.to(world.device, non_blocking=True))
+            yield batch.each(world.to_device)
 
-    with ThreadPoolExecutor(1) as helper:
+    with ThreadPoolExecutor(1, initializer=world.use_device) as helper:
         yield batches()
 
 
@@ -59,14 +58,11 @@ class Report:
     fits     whether the gradients fitted into their dtype
     """
 
-    def __init__(self, step: int, scale: float, numbers: Tensor, fits: bool):
-        self.step, self.scale, self.fits = step, scale, fits
-        self.arrival = torch.cuda.Event() if numbers.is_cuda else None
-        self.numbers = numbers.to("cpu", non_blocking=True)
+    def __init__(self, step: int, scale: float, numbers: Tensor, fits: bool, world: World):
+        self.step, self.scale, self.fits, self.world = step, scale, fits, world
+        self.numbers, self.arrival = world.fetch(numbers)
         self.values: dict[str, float] = {}      # for metrics.csv, once read
         self.stops = self.saves = False
-        if self.arrival:
-            self.arrival.record()
 
     def read(self, optimizer) -> None:
         """Wait for the numbers and fill in what they say, the first time.
@@ -75,8 +71,7 @@ class Report:
         """
         if self.values:
             return
-        if self.arrival:
-            self.arrival.synchronize()
+        self.world.wait_for(self.arrival)
         loss, stops, saves = self.numbers[:3].tolist()
         self.stops, self.saves = stops > 0, saves > 0
         self.values = {"train_loss": loss, "lr_scale": self.scale}

@@ -106,13 +106,13 @@ class Stopwatch:
 
 def prepared(proof: Proof, say: Callable[[str], None]) -> tuple:
     """The Config with micro-batches that fit, model and optimizer, compiled and warm: as a run begins."""
-    cfg, world, flex, experiment = proof.cfg, proof.world, proof.kernels.flex, proof.experiment
-    sized = memory.choose_micro_batch(experiment, cfg, world, flex)
-    model, optimizer = make_model(experiment, cfg, cfg.vocab_size - 1, world, proof.kernels)
-    losses_of = TokenLosses(model, proof.kernels.compiled)
+    cfg, world, kernels, experiment = proof.cfg, proof.world, proof.kernels, proof.experiment
+    sized = memory.choose_micro_batch(experiment, cfg, world, kernels)
+    model, optimizer = make_model(experiment, cfg, cfg.vocab_size - 1, world, kernels)
+    losses_of = TokenLosses(model, kernels.compiled)
     sized = memory.fit_micro_batch(
         sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients, say,
-        lambda: memory.memory_advice(experiment, sized, world, flex))
+        lambda: memory.memory_advice(experiment, sized, world, kernels))
     stir(model)     # products of zeros take less power, and less time, than those of a run
     return sized, model, optimizer
 
@@ -223,7 +223,7 @@ def whole_run(proof: Proof, cfg, model, tokens_per_second: float) -> Finding:
 
 def peak_memory(proof: Proof, cfg) -> Finding:
     peak = proof.world.peak_memory_mib("speed")
-    estimate = memory.memory_estimate_mib(proof.experiment, cfg, proof.world, proof.kernels.flex)
+    estimate = memory.memory_estimate_mib(proof.experiment, cfg, proof.world, proof.kernels)
     reserved = torch.cuda.max_memory_reserved() / 2**20 if proof.on_cuda else None
     says = f"{peak:,.0f} MiB{f', reserved {reserved:,.0f}' if reserved else ''}; estimated {estimate:,.0f}"
     return Finding("peak memory", says,

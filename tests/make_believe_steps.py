@@ -228,10 +228,10 @@ def measure(experiment: Experiment, flags: list[str]) -> dict:
         kernels = kernels_for(cfg, world)
     with torch.device("meta"):
         model = experiment.Model(cfg, cfg.vocab_size - 1, world.dtype, kernels.flex)
-    sized = memory.choose_micro_batch(experiment, cfg, world, kernels.flex)     # no more than a step has
+    sized = memory.choose_micro_batch(experiment, cfg, world, kernels)     # no more than a step has
     count, rows = micro_batch_shape(sized, 1)
     found = {"attention": kernels.attention, "micro_batches": count, "rows": rows,
-             "estimate": memory.memory_estimate_mib(experiment, sized, world, kernels.flex)}
+             "estimate": memory.memory_estimate_mib(experiment, sized, world, kernels)}
     torch._dynamo.utils.counters.clear()
     with card, torch.autograd.set_multithreading_enabled(False):
         put_on_card(model)

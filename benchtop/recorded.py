@@ -1,0 +1,68 @@
+"""A micro-batch as one recording of all its kernels (a CUDA graph), for models so small that starting kernels
+one by one takes longer than running them.
+
+A recording repeats addresses and numbers as they were: nothing that Python decides may change from one
+micro-batch to the next.
+"""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from benchtop.errors import first_line
+from benchtop.machine import World
+
+WORTH_IT = 0.8      # from this share of its time on, that Python takes to start its kernels
+
+
+def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World) -> list[str]:
+    """Record forward and backward of the model where that is faster; what the log should say of it.
+
+    Losses and gradients stay what they are. The model must be compiled and warmed up; inputs and targets are
+    (B, T) as in every micro-batch.
+    """
+    if world.device.type != "cuda":
+        return []
+    started, done = seconds_of(model, inputs, targets, world)
+    pace = f"its kernels are started in {1000 * started:.1f} ms and done in {1000 * done:.1f} ms"
+    if started < WORTH_IT * done:
+        return []
+    if cfg.deterministic:       # the library of products may choose other kernels while it is recorded
+        return [f"launches    a micro-batch is not recorded for --deterministic; {pace}"]
+    progress = vars(model).pop("progress")      # who reads it now finds nothing
+    try:
+        torch.cuda.make_graphed_callables(model, (inputs, targets), allow_unused_input=True)
+    except AttributeError as error:
+        model.progress = progress
+        if "progress" not in str(error):
+            raise
+        return [f"launches    a micro-batch changes with model.progress, so it is not recorded; {pace}"]
+    except RuntimeError as error:
+        return [f"launches    a micro-batch cannot be recorded ({first_line(error)}); {pace}"]
+    finally:
+        model.progress = progress
+        clear(model)
+    # gradients arrive in memory that the next micro-batch writes over
+    for parameter in model.parameters():
+        parameter.register_hook(torch.clone)
+    _, recorded = seconds_of(model, inputs, targets, world)
+    return [f"launches    a micro-batch is recorded as one CUDA graph, {1000 * recorded:.1f} ms; else {pace}"]
+
+
+def seconds_of(model: nn.Module, inputs: Tensor, targets: Tensor, world: World) -> tuple[float, float]:
+    """How long it takes to start all kernels of a micro-batch, and until they are done."""
+    for _ in range(2):      # the first time warms up
+        world.synchronize()
+        begun = time.perf_counter()
+        model(inputs, targets).backward()
+        started = time.perf_counter() - begun
+        world.synchronize()
+        done = time.perf_counter() - begun
+    clear(model)
+    return started, done
+
+
+def clear(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None

@@ -263,7 +263,7 @@ def test_mask_is_causal_and_document_and_window(window):
 
 def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: Context,
                     scale: float) -> torch.Tensor:
-    """What ctx.attend(q, k, v, scale) should be, by torch's attention, for which heads stand before places."""
+    """What ctx.attend(q, k, v, scale) should be, by torch's attention, where heads stand before places."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, ctx.mask(), scale=scale).transpose(1, 2)
 

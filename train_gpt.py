@@ -133,7 +133,7 @@ class Config(CommonConfig):
     long_window: int = 0              # attention window of every fourth layer and the last; 0: the whole row
     short_window: int = 0             # attention window of the others; 0: half a row, but at least 512 tokens
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
-    fp8: bool = False                 # compute the head in FP8; needs a GPU such as RTX 4090, L40S or H100
+    fp8: bool = False                 # two of the head's products in FP8; needs a GPU like RTX 4090 or H100
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, and scaled by rules
     muon_lr: float = 0.05             # learning rate of the matrices in layers
     embed_lr: float = 0.6             # learning rate of the token embedding and the value embeddings

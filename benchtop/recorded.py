@@ -31,14 +31,16 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     if cfg.deterministic:       # the library of products may choose other kernels while it is recorded
         return [f"launches    a micro-batch is not recorded for --deterministic; {pace}"]
     progress = vars(model).pop("progress")      # who reads it now finds nothing
+    # gradients come from a stream of their own, once; newer versions warn of it
+    getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     try:
         torch.cuda.make_graphed_callables(model, (inputs, targets), allow_unused_input=True)
     except AttributeError as error:
-        model.progress = progress
         if "progress" not in str(error):
             raise
         return [f"launches    a micro-batch changes with model.progress, so it is not recorded; {pace}"]
-    except RuntimeError as error:
+    except RuntimeError as error:       # memory that does not suffice, or what a graph cannot hold
+        world.empty_cache()
         return [f"launches    a micro-batch cannot be recorded ({first_line(error)}); {pace}"]
     finally:
         model.progress = progress

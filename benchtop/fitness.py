@@ -15,8 +15,8 @@ import torch
 from benchtop import host, places
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
 from benchtop.compiled_check import MIX_ORDER, avoid_known_faults
-from benchtop.driver import ask_nvidia_smi, bad_pair
 from benchtop.errors import first_line
+from benchtop.gpus import ask_nvidia_smi, bad_pair, problems_of
 from benchtop.machine import Kernels, World, choose_kernels
 from benchtop.measure import copy_bytes, fp8_product_flops, product_flops, seconds_of
 from benchtop.run import Experiment
@@ -99,15 +99,25 @@ def cards() -> Iterator[Finding]:
     if problem:
         yield Finding("driver", f"not known: {problem}; capability {capability}", WARNING)
         return
-    pair = bad_pair(found[0].driver, torch.version.cuda)
-    yield Finding("driver", pair or f"{found[0].driver}; capability {capability}", WARNING if pair else OK,
-                  {"driver": found[0].driver, "capability": capability})
-    for number, card in enumerate(found):
-        problems = card.problems()
-        says = (f"{card.name}: {card.power_limit:.0f} W of {card.usual_power_limit:.0f}, "
-                f"{card.clock:.0f} MHz of {card.most_clock:.0f}, {card.temperature:.0f} C")
-        yield Finding(f"GPU {number}", "; ".join([says, *problems]), WARNING if problems else OK,
-                      dataclasses.asdict(card))
+    pair = bad_pair(found[0]["driver"], torch.version.cuda)
+    yield Finding("driver", pair or f"{found[0]['driver']}; capability {capability}", WARNING if pair else OK,
+                  {"driver": found[0]["driver"], "capability": capability})
+    for number, gpu in enumerate(found):
+        problems = problems_of(gpu)
+        power = of_most(gpu, "power_limit_watts", "usual_power_limit_watts", "W")
+        yield Finding(f"GPU {number}", "; ".join([f"{gpu['name']}: {power}, {pace_of(gpu)}", *problems]),
+                      WARNING if problems else OK, gpu)
+
+
+def of_most(gpu: dict, fact: str, most: str, unit: str) -> str:
+    now, most = ("?" if gpu[each] is None else f"{gpu[each]:,.0f}" for each in (fact, most))
+    return f"{now} {unit} of {most}"
+
+
+def pace_of(gpu: dict) -> str:
+    """Clock and temperature."""
+    heat = gpu["temperature_celsius"]
+    return of_most(gpu, "sm_clock_mhz", "max_sm_clock_mhz", "MHz") + (f", {heat:.0f} C" if heat else "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,6 +163,4 @@ def clocks(proof: Proof) -> Finding:
     proof.world.synchronize()
     if problem:
         return Finding("clocks", f"not known: {problem}", SKIPPED)
-    card = found[0]
-    return Finding("clocks", f"{card.clock:.0f} MHz of {card.most_clock:.0f} while products run, "
-                             f"{card.temperature:.0f} C", values=dataclasses.asdict(card))
+    return Finding("clocks", f"{pace_of(found[0])} while products run", values=found[0])

@@ -23,7 +23,7 @@ from torch.autograd.profiler_util import FunctionEvent
 
 import proof
 import train_gpt
-from benchtop import apart, compiled_check, driver, fitness, measure, throughput
+from benchtop import apart, compiled_check, fitness, gpus, measure, throughput
 from benchtop import run as bench_run
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
 from benchtop.errors import UserError
@@ -139,7 +139,7 @@ def test_a_long_line_is_wrapped_and_its_status_stands_where_others_do():
 # The machine
 # ------------------------------------------------------------------------------------------------
 
-SMI = "NVIDIA H100 80GB HBM3, {driver}, {power}, 700.00, 1755, 1980, {heat}, {used}, 81559\n"
+SMI = "NVIDIA H100 80GB HBM3, {driver}, {power}, 1755, 1980, 2619, 2619, 700.00, {heat}, {used}, 81559\n"
 GOOD = dict(driver="580.95.05", power="700.00", heat=41, used=5)
 
 
@@ -152,7 +152,7 @@ def smi(monkeypatch):
             if error:
                 raise error
             return subprocess.CompletedProcess([], code, says, "")
-        monkeypatch.setattr(driver, "subprocess", SimpleNamespace(
+        monkeypatch.setattr(gpus, "subprocess", SimpleNamespace(
             run=ask, TimeoutExpired=subprocess.TimeoutExpired))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -411,7 +411,7 @@ def test_each_line_for_a_gpu_runs(pretended, smi):
     found = {one.check: one for part in parts for one in part(pretended)}
     assert {"driver", "GPU 0", "clocks", "FP8", "copy", "queue", "parts", "kernels"} <= set(found)
     assert found["FP8"].status in (OK, WARNING)      # some CPUs have such products
-    assert "1755 MHz of 1980" in found["clocks"].says
+    assert "1,755 MHz of 1,980" in found["clocks"].says
     assert re.search(r"it waits in test_proof\.py:\d+$", found["queue"].says)
     assert found["queue"].status == WARNING
     assert "reserved 1,024" in found["peak memory"].says

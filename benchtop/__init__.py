@@ -13,7 +13,7 @@ ORDER = (
     # -> shards and manifest
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine
-    "batches", "machine", "speed", "measure", "memory", "initial", "signals", "steps",
+    "batches", "machine", "measure", "speed", "memory", "initial", "signals", "steps",
     "recorded",
     # -> numbers of a model
     "evaluation", "tasks", "scoring", "sampling",

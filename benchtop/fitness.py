@@ -14,10 +14,9 @@ import torch
 
 from benchtop import host, places
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
-from benchtop.compiled_check import MIX_ORDER, avoid_known_faults
 from benchtop.errors import first_line
 from benchtop.gpus import ask_nvidia_smi, bad_pair, problems_of
-from benchtop.machine import Kernels, World, choose_kernels
+from benchtop.machine import MIX_ORDER, Kernels, World, choose_kernels, has_wrong_reductions
 from benchtop.measure import copy_bytes, fp8_product_flops, product_flops, seconds_of
 from benchtop.run import Experiment
 
@@ -65,7 +64,7 @@ def short_name(dtype: torch.dtype) -> str:
 
 def machine(proof: Proof) -> Iterator[Finding]:
     world = proof.world
-    yield versions(str(torch.__version__))
+    yield versions()
     facts = world.facts() | {"dtype_reason": world.dtype_reason}
     yield Finding("device", f"{world.device_name()}; {short_name(proof.dtype)}: {world.dtype_reason}",
                   values=facts)
@@ -81,11 +80,13 @@ def machine(proof: Proof) -> Iterator[Finding]:
                   {"free_mib": disk})
 
 
-def versions(version: str) -> Finding:
+def versions() -> Finding:
     """The versions of torch, CUDA and Python; it fails for a torch that compiles wrong gradients, unless what
     is wrong is switched off."""
-    fault = avoid_known_faults(version)
-    status = OK if not fault else WARNING if os.environ[MIX_ORDER] == "0" else FAILED
+    version, fault, status = str(torch.__version__), "", OK
+    if has_wrong_reductions():
+        fault = f"torch {version} compiles wrong gradients by default; {MIX_ORDER}=0 avoids it"
+        status = WARNING if os.environ.get(MIX_ORDER) == "0" else FAILED
     built = next((f"{name} {built}" for name, built in (("CUDA", torch.version.cuda),
                                                         ("HIP", torch.version.hip)) if built), "CPUs")
     return Finding("torch", fault or f"{version} for {built}, Python {sys.version.split()[0]}", status,

@@ -38,6 +38,7 @@ NCCL_GRACE_SECONDS = 60     # behind the time limit, until NCCL itself ends a pr
 # of FlexAttention, to try in this order: its own, and some for GPUs where those need too much shared memory
 TILES = ({}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32})
 PR_SET_PDEATHSIG = 1        # of linux/prctl.h
+MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"     # what torch 2.10 compiles wrongly; 0 is off
 
 
 def keep_freed_memory() -> None:
@@ -75,11 +76,12 @@ def set_up_torch() -> None:
         # blocks of many sizes share what was reserved, so that less of it lies idle
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if has_wrong_reductions():
-        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        os.environ.setdefault(MIX_ORDER, "0")
 
 
 def has_wrong_reductions() -> bool:
-    """Whether this torch compiles some gradients wrongly by default (pytorch#190796, #193061)."""
+    """Whether this torch compiles some gradients wrongly by default (pytorch#190796, #193061): it fuses
+    reductions of two orders, of a norm's input and of its weight, say, into one kernel."""
     return str(torch.__version__).startswith("2.10.")
 
 

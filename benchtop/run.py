@@ -51,7 +51,7 @@ from benchtop.briefing import (
 from benchtop.budget import Clock, budget_used, is_multiple, validates
 from benchtop.checkpoints import read_checkpoint, remove_checkpoints
 from benchtop.command_line import command, counted
-from benchtop.compiled_check import avoid_known_faults, trusted_kernels
+from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
 from benchtop.errors import SharedError, UserError, exit_quietly_on_other_ranks
 from benchtop.evaluation import HeldOut, TokenLosses
@@ -434,7 +434,6 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         raise SharedError(f"{cfg.resume} cannot simply be resumed: {'; '.join(changes)}. "
                           "Undo that, or resume all the same with --resume_changed")
     on_all(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
-    avoid_known_faults()
     kernels = trusted_kernels(experiment, cfg, world, choose_kernels(cfg, world))
     model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
     losses_of = TokenLosses(model, kernels.compiled)

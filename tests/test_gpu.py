@@ -64,7 +64,8 @@ def test_sigterm_saves_and_a_resumed_run_ends_to_the_bit(lab):
     long, bare = dict(num_steps=400, val_every=0, log_every=5), ("--save_model", "--deterministic")
     run(lab, "train_gpt.py", *flags(**long, model_name="unbroken"), *bare)
     out, err = lab / "out", lab / "err"
-    process = start(lab, "train_gpt.py", *flags(**long, model_name="broken"), *bare, out=str(out), err=str(err))
+    process = start(lab, "train_gpt.py", *flags(**long, model_name="broken"), *bare, out=str(out),
+                    err=str(err))
     while not any(map(len, map(steps_of, lab.glob("experiments/*_broken")))) and process.is_alive():
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)

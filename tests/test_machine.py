@@ -201,12 +201,12 @@ def test_the_prototype_for_apple_gpus_compiles_only_when_asked_for(compiles):
 
 
 def test_torch_2_10_compiles_without_what_it_gets_wrong_and_says_so(compiles, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "")
-    monkeypatch.delenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION")
+    monkeypatch.setenv(machine.MIX_ORDER, "")
+    monkeypatch.delenv(machine.MIX_ORDER)
     for version, wrong in (("2.9.1", False), ("2.10.0+cu128", True), ("2.11.0", False), ("2.1.0", False)):
         monkeypatch.setattr(torch, "__version__", version)
         machine.set_up_torch()
-        assert os.environ.pop("TORCHINDUCTOR_MIX_ORDER_REDUCTION", None) == ("0" if wrong else None)
+        assert os.environ.pop(machine.MIX_ORDER, None) == ("0" if wrong else None)
         assert choose_compile(Config(), CPU)[1].endswith("compiles wrong gradients") == wrong
 
 

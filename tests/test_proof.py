@@ -21,6 +21,7 @@ from tiny_runs import train_here
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
+import benchtop.speed
 import proof
 import train_gpt
 from benchtop import apart, compiled_check, fitness, gpus, measure, throughput
@@ -28,8 +29,8 @@ from benchtop import run as bench_run
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
 from benchtop.errors import UserError
 from benchtop.fitness import Proof
-from benchtop.machine import Kernels, World
-from train_gpt import EXPERIMENT, GPT, Context
+from benchtop.machine import MIX_ORDER, Kernels, World
+from train_gpt import EXPERIMENT, GPT, Config, Context
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--dtype", "float32", "--compile", "off", "--num_layers", "2", "--model_dim", "32",
@@ -181,20 +182,22 @@ def test_nvidia_smi_may_be_absent_slow_or_broken(how, word, smi):
 
 
 def test_torch_2_10_is_known_to_compile_wrong_gradients(monkeypatch):
-    monkeypatch.delenv(compiled_check.MIX_ORDER, raising=False)
-    assert compiled_check.avoid_known_faults("2.11.0+cu130") == ""
-    assert compiled_check.MIX_ORDER not in os.environ
-    found = fitness.versions("2.10.1+cu128")
+    """Its compiler reads the setting when it is imported."""
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    monkeypatch.setenv(MIX_ORDER, "1")
+    World(Config(device="cpu"))     # the user's setting wins
+    assert fitness.versions().status == FAILED
+    monkeypatch.delenv(MIX_ORDER)
+    World(Config(device="cpu"))
+    found = fitness.versions()
     assert found.status == WARNING and "wrong gradients" in found.says
-    assert os.environ[compiled_check.MIX_ORDER] == "0"
-    monkeypatch.setenv(compiled_check.MIX_ORDER, "1")
-    assert fitness.versions("2.10.1+cu128").status == FAILED
-    assert fitness.versions("2.13.0").status == OK
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert fitness.versions().status == OK
 
 
 def test_the_setting_for_torch_2_10_is_one_that_its_compiler_reads():
     config = Path(torch.__file__).parent / "_inductor" / "config.py"
-    assert compiled_check.MIX_ORDER in config.read_text(encoding="utf-8")
+    assert MIX_ORDER in config.read_text(encoding="utf-8")
 
 
 def test_a_product_far_below_the_table_is_warned_of():
@@ -464,6 +467,17 @@ def test_proof_says_that_this_machine_is_fit_and_leaves_table_and_figures(tmp_pa
     assert content["bench_sha256"] and "train_gpt.py" in content["sources"] and content["code_sha256"]
     table = (folder / "proof.md").read_text()
     assert table in done.stdout and len(table.splitlines()) == 2 + len(content["findings"])
+
+
+def test_a_preset_whose_size_the_speed_decides_is_measured_first(tmp_path, monkeypatch):
+    copy_scripts(tmp_path)
+    done = run(tmp_path, "proof.py", "--preset", "five-minutes", "--device", "cpu", "--only", "machine")
+    assert "this machine is fit" in done.stdout
+    cfg = proof.config_of("five-minutes", ["--device", "cpu"])
+    assert (cfg.num_layers, cfg.vocab_size) == (0, 8192)
+    monkeypatch.setattr(benchtop.speed, "product_tflops", lambda world: 0.27)
+    sized = proof.proof_here(cfg).cfg
+    assert (sized.num_layers, sized.model_dim, sized.batch_tokens) == (2, 128, 16_384)
 
 
 def test_run_sh_takes_a_preset_and_flags(tmp_path):

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from benchtop import host
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding, exit_code, findings_of, run_parts, teller
-from benchtop.command_line import Parser, command, counted
+from benchtop.command_line import Parser, command, counted, figure
 from benchtop.compiled_check import compare_compiled, own_compilations
 from benchtop.errors import UserError, first_line
 from benchtop.files import write_json, write_text
@@ -332,7 +332,7 @@ def processes(proof: Proof) -> Iterator[Finding]:
         told = json.loads(answer.read_text(encoding="utf-8"))
     bound = 1e-4 if told["dtype"] == "float32" else 1e-2
     yield same_losses("processes", told["losses"], wanted, bound, f"{size} processes and one:")
-    yield Finding("exchange", f"{told['gb_per_second']:,.3g} GB/s, the sum of 256 MiB over {size} processes",
+    yield Finding("exchange", f"{figure(told['gb_per_second'])} GB/s, the sum of 256 MiB over {size} processes",
                   values={"gb_per_second": told["gb_per_second"]})
 
 

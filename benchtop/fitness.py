@@ -14,6 +14,7 @@ import torch
 
 from benchtop import host, places
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
+from benchtop.command_line import figure
 from benchtop.errors import first_line
 from benchtop.gpus import ask_nvidia_smi, bad_pair, problems_of
 from benchtop.machine import MIX_ORDER, Kernels, World, choose_kernels, has_wrong_reductions
@@ -133,13 +134,13 @@ def product(proof: Proof) -> Iterator[Finding]:
     if proof.on_cuda and torch.version.cuda and torch.cuda.get_device_capability() >= (8, 9):
         try:
             fp8 = fp8_product_flops(world, size) / 1e12
-            yield Finding("FP8", f"{fp8:,.3g} TFLOP/s, {fp8 / found:.2f} times that", values={"tflops": fp8})
+            yield Finding("FP8", f"{figure(fp8)} TFLOP/s, {fp8 / found:.2f} times that", values={"tflops": fp8})
         except RuntimeError as error:
             yield Finding("FP8", f"no products: {first_line(error)}", WARNING)
     if proof.on_cuda:
         yield clocks(proof)
     copied = copy_bytes(world, 16 * size**2) / 1e9
-    yield Finding("copy", f"{copied:,.3g} GB/s, read and written", values={"gb_per_second": copied})
+    yield Finding("copy", f"{figure(copied)} GB/s, read and written", values={"gb_per_second": copied})
 
 
 def beside_the_table(proof: Proof, found: float) -> Finding:
@@ -148,7 +149,7 @@ def beside_the_table(proof: Proof, found: float) -> Finding:
     share = found / peak if peak else None
     slow = share is not None and share < LEAST_SHARE
     beside = f", {share:.0%} of the table's {peak:,.0f}" if peak else "; the table has no peak of this device"
-    return Finding("product", f"{found:,.3g} TFLOP/s {short_name(proof.dtype)}{beside}"
+    return Finding("product", f"{figure(found)} TFLOP/s {short_name(proof.dtype)}{beside}"
                    + (": throttled, or in use by others" if slow else ""), WARNING if slow else OK,
                    {"tflops": found, "peak_tflops": peak, "share": share})
 

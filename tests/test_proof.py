@@ -27,6 +27,7 @@ import train_gpt
 from benchtop import apart, compiled_check, fitness, gpus, measure, throughput
 from benchtop import run as bench_run
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
+from benchtop.command_line import figure
 from benchtop.errors import UserError
 from benchtop.fitness import Proof
 from benchtop.machine import MIX_ORDER, Kernels, World
@@ -368,8 +369,8 @@ def test_losses_that_differ_are_found():
 
 class Profile:
     """torch.profiler.profile with what a GPU leaves in it."""
-    def __init__(self, activities):
-        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+    def __init__(self, activities, acc_events):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA] and acc_events
 
     def __enter__(self):
         return self
@@ -418,10 +419,15 @@ def test_each_line_for_a_gpu_runs(pretended, smi):
     assert re.search(r"it waits in test_proof\.py:\d+$", found["queue"].says)
     assert found["queue"].status == WARNING
     assert "reserved 1,024" in found["peak memory"].says
-    assert re.search(r"on 8 devices, for \d+\.\d\d;", found["whole run"].says)
+    assert re.search(r"on 8 devices at a cost of \d+\.\d\d;", found["whole run"].says)
     assert re.match(r"3 in a step, .*: products 6 ms, attention 3 ms", found["kernels"].says)
     assert re.search(r"tokens/s, MFU [\d.]+%: ", found["speed"].says)
     json.dumps([dataclasses.asdict(one) for one in found.values()])
+
+
+def test_figures_are_shown_without_exponents():
+    assert list(map(figure, (0, 0.16349, 1.474, 22.16, 688.4, 1303.4, 4216.0))) == [
+        "0", "0.163", "1.47", "22.2", "688", "1,303", "4,216"]
 
 
 def test_a_figure_that_is_not_to_be_had_is_only_a_warning(pretended, monkeypatch):

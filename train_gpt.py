@@ -36,9 +36,10 @@ from benchtop.budget import MOST_EPOCHS
 from benchtop.errors import SharedError, UserError
 from benchtop.initial import normal, uniform, zeros
 from benchtop.knobs import RunConfig
-from benchtop.machine import World
+from benchtop.machine import World, fp8_problem
 from benchtop.memory import chunk_rows
 from benchtop.run import Experiment, Run
+from benchtop.speed import SizedBySpeed
 
 # ------------------------------------------------------------------------------------------------
 # Config: the knobs of this experiment. The field is the flag, its comment is the help. The knobs of the run,
@@ -46,7 +47,7 @@ from benchtop.run import Experiment, Run
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class CommonConfig(RunConfig):
+class CommonConfig(SizedBySpeed, RunConfig):
     """The knobs that train_nanogpt.py and train_llama3.py share with this script: budget and size."""
     head_width: ClassVar[int] = 128     # roughly, of an attention head where num_heads is 0
     logit_cap, fp8 = 0.0, False         # of the loss; only the Config below has them as knobs
@@ -90,31 +91,6 @@ class CommonConfig(RunConfig):
         self.require("model_dim", heads > 0, "a multiple of 4")
         return heads
 
-    def with_size(self) -> "CommonConfig":
-        """With --by_speed, layers by the 0.17th power of the operations, and a width of 128 for every two.
-
-        In five minutes that is 8 x 512 on an H100 and 6 x 384 on an RTX 3090, near what others found best
-        there (issues 44 and 332 of autoresearch), 3 x 256 on two cores with AMX and 2 x 128 without.
-        """
-        layers = self.num_layers or max(1, round(8.2 * (self.operations / 6.8e16) ** 0.17))
-        return replace(self, num_layers=layers, model_dim=self.model_dim or 128 * math.ceil(layers / 2))
-
-    @property
-    def operations(self) -> float:
-        """Floating-point operations in train_minutes, at 35 % of the speed of large products."""
-        return 0.35e12 * self.measured_tflops * 60 * self.train_minutes
-
-    @property
-    def tokens_by_speed(self) -> int:
-        """About how many tokens that is; 0 without --by_speed."""
-        weights = 12 * self.num_layers * self.model_dim**2 + self.vocab_size * self.model_dim
-        return int(self.operations / (6 * weights)) if self.by_speed else 0
-
-    def remarks(self) -> list[str]:
-        """What --by_speed goes by; run.sh reads it."""
-        return [f"speed       {self.measured_tflops:g} TFLOP/s in large products, which choose the size; "
-                f"enough for {self.tokens_by_speed / 1e6:,.1f} million tokens"] if self.by_speed else []
-
     def with_budget(self, epoch_tokens: int) -> "CommonConfig":
         """The Config with its one budget: steps, tokens in them, and all tokens.
 
@@ -157,7 +133,7 @@ class Config(CommonConfig):
     long_window: int = 0              # attention window of every fourth layer and the last; 0: the whole row
     short_window: int = 0             # attention window of the others; 0: half a row, but at least 512 tokens
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
-    fp8: bool = False                 # compute the head in FP8; needs a GPU such as RTX 4090, L40S or H100
+    fp8: bool = False                 # two of the head's products in FP8; needs a GPU like RTX 4090 or H100
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, and scaled by rules
     muon_lr: float = 0.05             # learning rate of the matrices in layers
     embed_lr: float = 0.6             # learning rate of the token embedding and the value embeddings
@@ -808,17 +784,6 @@ def fp8_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], fast: bool =
     fast  add up less exactly, which is enough for logits and not for gradients
     """
     return torch._scaled_mm(a[0], b[0].T, a[1], b[1], out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-
-def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
-    """Why there are no FP8 products here; "" if there are. On CPUs they work slowly, for trying them out."""
-    if dtype != torch.bfloat16:
-        return f"needs --dtype bfloat16; it is {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 9):
-        return "needs a GPU of compute capability 8.9 or more, such as an RTX 4090, L40S or H100"
-    if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return "needs a CPU with AVX-512; without it, torch has these products for some sizes only"
-    return ""
 
 
 # ------------------------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ def product(proof: Proof) -> Iterator[Finding]:
     if proof.on_cuda and torch.version.cuda and torch.cuda.get_device_capability() >= (8, 9):
         try:
             fp8 = fp8_product_flops(world, size) / 1e12
-            yield Finding("FP8", f"{figure(fp8)} TFLOP/s, {fp8 / found:.2f} times that", values={"tflops": fp8})
+            yield Finding("FP8", f"{figure(fp8)} TFLOP/s, {fp8 / found:.2f} times that",
+                          values={"tflops": fp8})
         except RuntimeError as error:
             yield Finding("FP8", f"no products: {first_line(error)}", WARNING)
     if proof.on_cuda:

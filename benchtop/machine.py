@@ -35,8 +35,12 @@ from benchtop.processes import Processes
 
 BUCKET_BYTES = 2**25        # of tensors that NCCL exchanges in one call
 NCCL_GRACE_SECONDS = 60     # behind the time limit, until NCCL itself ends a process that lost another one
-# of FlexAttention, to try in this order: its own, and some for GPUs where those need too much shared memory
-TILES = ({}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32})
+# of FlexAttention: its own, and smaller ones, in the backward pass or in both
+TILES = ({}, {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32},
+         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32})
+# the first of them to try by compute capability: with its own, these GPUs spill 400 to 530 bytes a thread of
+# heads 128 wide, or have not enough shared memory (what Triton compiles; none of them has run it)
+FIRST_TILES = {(8, 0): 1, (8, 6): 2, (8, 9): 2, (12, 0): 2, (12, 1): 2}
 PR_SET_PDEATHSIG = 1        # of linux/prctl.h
 MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"     # what torch 2.10 compiles wrongly; 0 is off
 
@@ -387,6 +391,19 @@ def choose_dtype(cfg, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16, f"the CPU multiplies it natively ({', '.join(sorted(native))})"
 
 
+def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there are no FP8 products here; "" if there are. On CPUs they work slowly, for trying them out."""
+    if dtype != torch.bfloat16:
+        return f"needs --dtype bfloat16; it is {str(dtype).removeprefix('torch.')}"
+    if device.type not in ("cpu", "cuda") or torch.version.hip:
+        return "needs an NVIDIA GPU of compute capability 8.9 or more"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "needs a GPU of compute capability 8.9 or more, such as an RTX 4090, L40S or H100"
+    if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return "needs a CPU with AVX-512; without it, torch has these products for some sizes only"
+    return ""
+
+
 def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:
     """Whether to use torch.compile, and why; `auto` tries it on a tiny function.
 
@@ -442,7 +459,7 @@ def choose_kernels(cfg, world: World) -> Kernels:
 
 
 def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
-    """The number of the first of TILES by which FlexAttention works here; behind all, why it does not."""
+    """The number of the TILES by which FlexAttention works; or one behind all, and why it does not."""
     problems = []
     if not compiled:
         problems.append("FlexAttention needs torch.compile")
@@ -453,8 +470,10 @@ def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
         # its kernels compile, but keep most of their numbers in slow memory
         problems.append("FlexAttention is slow on GPUs of a compute capability below 8.0, older than Ampere")
     else:
-        for number, tiles in enumerate(TILES):
-            problems.append(flex_problem(cfg, world, tiles))
+        capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else ()
+        first = FIRST_TILES.get(capability, 0)
+        for number in (first, *(number for number in range(len(TILES)) if number != first)):
+            problems.append(flex_problem(cfg, world, TILES[number]))
             if not problems[-1]:
                 return number, ""
     return len(TILES), problems[0]

@@ -5,11 +5,42 @@ resumed, or repeated with that knob, has the same size.
 """
 
 import dataclasses
+import math
 
 from benchtop.machine import World
 from benchtop.measure import product_flops
 
 WIDTH_ON_CPU, WIDTH = 1024, 4096    # of the square matrices; larger ones are no faster
+
+
+class SizedBySpeed:
+    """What a Config with num_layers, model_dim, vocab_size and train_minutes derives from measured_tflops."""
+
+    def with_size(self) -> "SizedBySpeed":
+        """With --by_speed, layers by the 0.17th power of the operations, and a width of 128 for every two.
+
+        In five minutes that is 8 x 512 on an H100 and 6 x 384 on an RTX 3090, near what others found best
+        there (issues 44 and 332 of autoresearch), 3 x 256 on two cores with AMX and 2 x 128 without.
+        """
+        layers = self.num_layers or max(1, round(8.2 * (self.operations / 6.8e16) ** 0.17))
+        width = self.model_dim or 128 * math.ceil(layers / 2)
+        return dataclasses.replace(self, num_layers=layers, model_dim=width)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations in train_minutes, at 35 % of the speed of large products."""
+        return 0.35e12 * self.measured_tflops * 60 * self.train_minutes
+
+    @property
+    def tokens_by_speed(self) -> int:
+        """About how many tokens that is; 0 without --by_speed."""
+        weights = 12 * self.num_layers * self.model_dim**2 + self.vocab_size * self.model_dim
+        return int(self.operations / (6 * weights)) if self.by_speed else 0
+
+    def remarks(self) -> list[str]:
+        """What --by_speed goes by; run.sh reads it."""
+        return [f"speed       {self.measured_tflops:g} TFLOP/s in large products, which choose the size; "
+                f"enough for {self.tokens_by_speed / 1e6:,.1f} million tokens"] if self.by_speed else []
 
 
 def with_speed(cfg, world: World):

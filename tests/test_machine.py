@@ -231,7 +231,7 @@ def test_gpu_memory_comes_in_segments_that_grow_unless_the_user_says_otherwise(m
 @pytest.fixture
 def attends(monkeypatch) -> Callable:
     """attends(working) pretends a GPU on which FlexAttention works by the tiles from that number on."""
-    def attends(working: int, capability: tuple[int, int] = (8, 9), world: World | None = None, **knobs):
+    def attends(working: int, capability: tuple[int, int] = (9, 0), world: World | None = None, **knobs):
         monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (True, "pretended"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(machine, "flex_problem", lambda cfg, world, tiles:
@@ -242,23 +242,27 @@ def attends(monkeypatch) -> Callable:
 
 def test_flex_attention_takes_its_own_tiles_where_they_fit_and_smaller_ones_elsewhere(attends):
     assert attends(0).flex == {} and attends(0).attention == "FlexAttention"
-    assert attends(1).flex["BLOCK_M"] == 64
-    assert attends(2).flex is None and attends(2).attention == "plain products: no shared memory for {}"
+    assert attends(1).flex == TILES[1] and attends(2).flex == TILES[2]
+    assert attends(3).flex is None and attends(3).attention == "plain products: no shared memory for {}"
+    # where its own spill, smaller ones come first
+    assert attends(0, (8, 0)).flex == TILES[1]
+    assert attends(0, (12, 0)).flex == attends(0, (8, 9)).flex == TILES[2]
+    assert attends(2, (8, 0)).flex == TILES[2]
 
 
 def test_the_process_with_the_weakest_gpu_decides_for_all(attends, monkeypatch):
     world = world_of("cuda")
     others = [(1, "")]
     monkeypatch.setattr(world, "gather", lambda thing: [thing, *others] if thing == (0, "") else [thing])
-    assert attends(0, world=world).flex["BLOCK_M"] == 64
-    others.append((2, "broken"))
+    assert attends(0, world=world).flex == TILES[1]
+    others.append((3, "broken"))
     assert attends(0, world=world).attention == "plain products: broken"
 
 
 def test_flex_attention_is_left_out_with_a_reason_where_it_is_slow_or_cannot_be(attends, monkeypatch):
     for capability in ((7, 5), (7, 0)):
         assert "below 8.0" in attends(0, capability).attention
-    assert attends(0, (8, 0)).flex == {}
+    assert attends(0, (8, 0)).flex == TILES[1]
     monkeypatch.setattr(torch.version, "hip", "7.0")        # AMD counts otherwise
     assert attends(0, (7, 5)).flex == {}
     assert "heads of 16 or more; these have 8" in attends(0, model_dim=16, num_heads=2).attention

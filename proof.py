@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from benchtop import host
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding, exit_code, findings_of, run_parts, teller
-from benchtop.command_line import Parser, command, counted
-from benchtop.compiled_check import avoid_known_faults, compare_compiled, own_compilations
+from benchtop.command_line import Parser, command, counted, figure
+from benchtop.compiled_check import compare_compiled, own_compilations
 from benchtop.errors import UserError, first_line
 from benchtop.files import write_json, write_text
 from benchtop.fitness import Proof, machine, product, short_name
@@ -48,6 +48,7 @@ from benchtop.machine import Kernels, World, choose_kernels
 from benchtop.measure import relative_error, seconds_of
 from benchtop.processes import places_by_torchrun
 from benchtop.run import make_model
+from benchtop.speed import with_speed
 from benchtop.synthetic import SyntheticRun, zipf_tokens
 from benchtop.throughput import speed
 from train_gpt import (
@@ -71,7 +72,7 @@ LOSS_BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 SMALL = dict(num_layers=3, num_heads=2, model_dim=128, seq_len=256, batch_tokens=1024, num_steps=8,
              vocab_size=1000, micro_batch_tokens=512, log_every=1,
              muon_lr=0.01, embed_lr=0.01, head_lr=0.002, scalar_lr=0.01)
-VOCABULARY = {"demo": 4097}         # of a preset's tokenizer; GPT-2's for all others
+VOCABULARY = {"demo": 4097, "five-minutes": 8192}       # of a preset's tokenizer; GPT-2's for all others
 END = 99        # token that begins a document, where kernels are checked
 
 
@@ -331,8 +332,9 @@ def processes(proof: Proof) -> Iterator[Finding]:
         told = json.loads(answer.read_text(encoding="utf-8"))
     bound = 1e-4 if told["dtype"] == "float32" else 1e-2
     yield same_losses("processes", told["losses"], wanted, bound, f"{size} processes and one:")
-    yield Finding("exchange", f"{told['gb_per_second']:,.3g} GB/s, the sum of 256 MiB over {size} processes",
-                  values={"gb_per_second": told["gb_per_second"]})
+    rate = told["gb_per_second"]
+    yield Finding("exchange", f"{figure(rate)} GB/s, the sum of 256 MiB over {size} processes",
+                  values={"gb_per_second": rate})
 
 
 def together_config(proof: Proof, size: int) -> Config:
@@ -398,9 +400,8 @@ def config_of(preset: str, flags: list[str]) -> Config:
 
 def proof_here(cfg: Config) -> Proof:
     """What the parts share, with the budget that the Config has where there is text enough."""
-    avoid_known_faults()
     world = World(cfg)
-    return Proof(EXPERIMENT, cfg.with_budget(10**12), world)
+    return Proof(EXPERIMENT, with_speed(cfg, world).with_budget(10**12), world)
 
 
 def show(cfg: Config, names: list[str], seconds: float) -> int:

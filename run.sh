@@ -69,14 +69,18 @@ make_environment() {
 }
 
 install() {
-    local torch
+    local torch version skip=""
     torch="$(torch_of .venv/bin/python)"
     if [ -n "$torch" ]; then
         say "using the torch in $torch and installing the other packages"
+        skip='/^torch==/d'
+        # a torch of another version needs the triton that came with it
+        version="$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')"
+        grep -qxF "torch==$version" requirements.txt || skip+=';/^triton==/d'
     else
         say "installing torch and the other packages; this takes some minutes, once"
     fi
-    sed "${torch:+/^torch==/d}" "$@" > .venv/to_install.txt
+    sed "$skip" "$@" > .venv/to_install.txt
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/to_install.txt \
         || fail "pip could not install the packages (its message is above); check the network and run this again"
 }

@@ -35,6 +35,7 @@ from benchtop import bpe, files, host, places, processes
 from benchtop.bpe import MIN_COUNT, MOST_SAMPLES, MOST_TOKENS, Forecast, Sample
 from benchtop.command_line import Parser, command, counted, positive
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
+from benchtop.gpus import ACCELERATORS
 from benchtop.held_out import rule_for
 from benchtop.processes import Processes
 from benchtop.sources import open_source
@@ -69,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="stdlib, FineWeb (10B, 10Bedu, ...), climbmix, or files, folders and globs")
     parser.add_argument("--demo", action="store_true", help="show a text in coloured tokens while learning")
     parser.add_argument("--num_workers", type=positive, default=cores, help="processes that split and count")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+    parser.add_argument("--device", choices=("auto", "cpu", *ACCELERATORS), default="cpu",
                         help="where the merging runs; no GPU has been measured yet")
     parser.add_argument("--convert", metavar="FILE.pkl", type=Path,
                         help="make a folder of a pickled tokenizer made by gpt-lab, and learn nothing")
@@ -95,8 +96,8 @@ def train(args: argparse.Namespace) -> None:
     if not 256 <= args.vocabsize <= MOST_TOKENS:
         raise UserError("--vocabsize must be at least 256, since every byte is a token, and at most "
                         f"{MOST_TOKENS:,}; it is {args.vocabsize}")
-    if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
-        raise UserError("--device cuda needs a GPU, and torch finds none; leave it away")
+    if args.device != "cpu":    # torch takes seconds to import, and a CPU needs none
+        args.device = importlib.import_module("benchtop.machine").choose_device(args, 0, 1).type
     world = Processes()
     world.connect(backend="gloo")
     train_together(args, world)

@@ -6,14 +6,14 @@ file here is one idea and imports only files before it in ORDER; none imports an
 
 ORDER = (
     # what all share
-    "errors", "places", "redaction", "files", "host", "gpus", "driver", "workers", "processes", "apart",
+    "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "apart",
     "command_line", "significance",
     # text -> tokenizer folder
     "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine
-    "batches", "machine", "speed", "measure", "memory", "initial", "signals", "steps",
+    "batches", "machine", "measure", "speed", "memory", "initial", "signals", "steps",
     "recorded",
     # -> numbers of a model
     "evaluation", "tasks", "scoring", "sampling",

@@ -206,7 +206,7 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
 
     pieces    bytes of each distinct piece -> how often it occurs
     on_merge  called with each merge as it is made
-    device    where torch does the array work ("cuda"); without one, numpy does it
+    device    where torch does the array work (as "cuda"); without one, numpy does it
     returns   (left id, right id, count) per merge; merge i makes token 256 + i; fewer than num_merges when no
               pair occurs min_count times any more
     source    Sennrich et al. 2016, arXiv:1508.07909

@@ -108,3 +108,8 @@ def minutes(seconds: float) -> str:
 def counted(number: float, thing: str) -> str:
     """A number of things: 1 run, 2,000 runs, 0.5 minutes."""
     return f"{number:,.12g} {thing}{'' if number == 1 else 's'}"
+
+
+def figure(number: float) -> str:
+    """A measured number, to three digits or as a whole number: 0.163, 22.2, 1,303."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"

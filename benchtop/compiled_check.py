@@ -1,11 +1,10 @@
 """Compiled equals eager: one step's gradients of both, on a small model of the same width, before a long run.
 
 Some releases of torch compile wrong gradients, and a loss curve does not show it. What torch 2.10 gets wrong
-is switched off by avoid_known_faults(); what nobody knows yet is found by comparing.
+is switched off by set_up_torch() in machine.py; what nobody knows yet is found by comparing.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,19 +23,6 @@ FEW = 16        # numbers in a parameter whose gradient's rounding is a matter o
 # without tables of a device's speed: as slow as they come, so that a long run is not taken for a short one
 GUESSED_FLOPS = {"cpu": 1e11}
 SLOW_GPU_FLOPS = 2e13
-MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
-
-
-def avoid_known_faults(version: str = str(torch.__version__)) -> str:
-    """Switch off what this torch compiles wrongly, before its compiler is imported; say what it was, if any.
-
-    torch 2.10 fuses reductions of two orders (of a norm's input and of its weight, say) into kernels whose
-    gradients are wrong.
-    """
-    if not version.startswith("2.10."):
-        return ""
-    os.environ.setdefault(MIX_ORDER, "0")
-    return f"torch {version} compiles wrong gradients by default; {MIX_ORDER}=0 avoids it"
 
 
 @dataclasses.dataclass(frozen=True)

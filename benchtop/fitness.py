@@ -14,10 +14,10 @@ import torch
 
 from benchtop import host, places
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
-from benchtop.compiled_check import MIX_ORDER, avoid_known_faults
-from benchtop.driver import ask_nvidia_smi, bad_pair
+from benchtop.command_line import figure
 from benchtop.errors import first_line
-from benchtop.machine import Kernels, World, choose_kernels
+from benchtop.gpus import ask_nvidia_smi, bad_pair, problems_of
+from benchtop.machine import MIX_ORDER, Kernels, World, choose_kernels, has_wrong_reductions
 from benchtop.measure import copy_bytes, fp8_product_flops, product_flops, seconds_of
 from benchtop.run import Experiment
 
@@ -65,7 +65,7 @@ def short_name(dtype: torch.dtype) -> str:
 
 def machine(proof: Proof) -> Iterator[Finding]:
     world = proof.world
-    yield versions(str(torch.__version__))
+    yield versions()
     facts = world.facts() | {"dtype_reason": world.dtype_reason}
     yield Finding("device", f"{world.device_name()}; {short_name(proof.dtype)}: {world.dtype_reason}",
                   values=facts)
@@ -81,11 +81,13 @@ def machine(proof: Proof) -> Iterator[Finding]:
                   {"free_mib": disk})
 
 
-def versions(version: str) -> Finding:
+def versions() -> Finding:
     """The versions of torch, CUDA and Python; it fails for a torch that compiles wrong gradients, unless what
     is wrong is switched off."""
-    fault = avoid_known_faults(version)
-    status = OK if not fault else WARNING if os.environ[MIX_ORDER] == "0" else FAILED
+    version, fault, status = str(torch.__version__), "", OK
+    if has_wrong_reductions():
+        fault = f"torch {version} compiles wrong gradients by default; {MIX_ORDER}=0 avoids it"
+        status = WARNING if os.environ.get(MIX_ORDER) == "0" else FAILED
     built = next((f"{name} {built}" for name, built in (("CUDA", torch.version.cuda),
                                                         ("HIP", torch.version.hip)) if built), "CPUs")
     return Finding("torch", fault or f"{version} for {built}, Python {sys.version.split()[0]}", status,
@@ -99,15 +101,25 @@ def cards() -> Iterator[Finding]:
     if problem:
         yield Finding("driver", f"not known: {problem}; capability {capability}", WARNING)
         return
-    pair = bad_pair(found[0].driver, torch.version.cuda)
-    yield Finding("driver", pair or f"{found[0].driver}; capability {capability}", WARNING if pair else OK,
-                  {"driver": found[0].driver, "capability": capability})
-    for number, card in enumerate(found):
-        problems = card.problems()
-        says = (f"{card.name}: {card.power_limit:.0f} W of {card.usual_power_limit:.0f}, "
-                f"{card.clock:.0f} MHz of {card.most_clock:.0f}, {card.temperature:.0f} C")
-        yield Finding(f"GPU {number}", "; ".join([says, *problems]), WARNING if problems else OK,
-                      dataclasses.asdict(card))
+    pair = bad_pair(found[0]["driver"], torch.version.cuda)
+    yield Finding("driver", pair or f"{found[0]['driver']}; capability {capability}", WARNING if pair else OK,
+                  {"driver": found[0]["driver"], "capability": capability})
+    for number, gpu in enumerate(found):
+        problems = problems_of(gpu)
+        power = of_most(gpu, "power_limit_watts", "usual_power_limit_watts", "W")
+        yield Finding(f"GPU {number}", "; ".join([f"{gpu['name']}: {power}, {pace_of(gpu)}", *problems]),
+                      WARNING if problems else OK, gpu)
+
+
+def of_most(gpu: dict, fact: str, most: str, unit: str) -> str:
+    now, most = ("?" if gpu[each] is None else f"{gpu[each]:,.0f}" for each in (fact, most))
+    return f"{now} {unit} of {most}"
+
+
+def pace_of(gpu: dict) -> str:
+    """Clock and temperature."""
+    heat = gpu["temperature_celsius"]
+    return of_most(gpu, "sm_clock_mhz", "max_sm_clock_mhz", "MHz") + (f", {heat:.0f} C" if heat else "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,13 +134,14 @@ def product(proof: Proof) -> Iterator[Finding]:
     if proof.on_cuda and torch.version.cuda and torch.cuda.get_device_capability() >= (8, 9):
         try:
             fp8 = fp8_product_flops(world, size) / 1e12
-            yield Finding("FP8", f"{fp8:,.3g} TFLOP/s, {fp8 / found:.2f} times that", values={"tflops": fp8})
+            yield Finding("FP8", f"{figure(fp8)} TFLOP/s, {fp8 / found:.2f} times that",
+                          values={"tflops": fp8})
         except RuntimeError as error:
             yield Finding("FP8", f"no products: {first_line(error)}", WARNING)
     if proof.on_cuda:
         yield clocks(proof)
     copied = copy_bytes(world, 16 * size**2) / 1e9
-    yield Finding("copy", f"{copied:,.3g} GB/s, read and written", values={"gb_per_second": copied})
+    yield Finding("copy", f"{figure(copied)} GB/s, read and written", values={"gb_per_second": copied})
 
 
 def beside_the_table(proof: Proof, found: float) -> Finding:
@@ -137,7 +150,7 @@ def beside_the_table(proof: Proof, found: float) -> Finding:
     share = found / peak if peak else None
     slow = share is not None and share < LEAST_SHARE
     beside = f", {share:.0%} of the table's {peak:,.0f}" if peak else "; the table has no peak of this device"
-    return Finding("product", f"{found:,.3g} TFLOP/s {short_name(proof.dtype)}{beside}"
+    return Finding("product", f"{figure(found)} TFLOP/s {short_name(proof.dtype)}{beside}"
                    + (": throttled, or in use by others" if slow else ""), WARNING if slow else OK,
                    {"tflops": found, "peak_tflops": peak, "share": share})
 
@@ -153,6 +166,4 @@ def clocks(proof: Proof) -> Finding:
     proof.world.synchronize()
     if problem:
         return Finding("clocks", f"not known: {problem}", SKIPPED)
-    card = found[0]
-    return Finding("clocks", f"{card.clock:.0f} MHz of {card.most_clock:.0f} while products run, "
-                             f"{card.temperature:.0f} C", values=dataclasses.asdict(card))
+    return Finding("clocks", f"{pace_of(found[0])} while products run", values=found[0])

@@ -1,6 +1,6 @@
-"""GPUs by name: what each multiplies at most, and what the system's own tool says of those that are here.
+"""GPUs by name: what each multiplies at most, and what nvidia-smi says of those that are here.
 
-Needs no torch.
+A card that is held below its power or its clocks looks fine to torch and is slow. Needs no torch.
 """
 
 import re
@@ -31,8 +31,13 @@ VARIANT = r"(-(SXM\d?|PCIE))?(-\d+GB)?( \d+GB?)?( (HBM3e?|PCIe|OAM|SXM\d( AC)?))
 # what nvidia-smi is asked for each GPU: our name of it, and its own
 QUERY = {"name": "name", "driver": "driver_version", "power_limit_watts": "power.limit",
          "sm_clock_mhz": "clocks.sm", "max_sm_clock_mhz": "clocks.max.sm",
-         "memory_clock_mhz": "clocks.mem", "max_memory_clock_mhz": "clocks.max.mem"}
+         "memory_clock_mhz": "clocks.mem", "max_memory_clock_mhz": "clocks.max.mem",
+         "usual_power_limit_watts": "power.default_limit", "temperature_celsius": "temperature.gpu",
+         "used_memory_mib": "memory.used", "memory_mib": "memory.total"}
+# of these, what a run keeps: what may tell apart the speeds of two runs
+KEPT = tuple(QUERY)[:7]
 NVIDIA_SMI_SECONDS = 20     # it hangs where a driver does
+OLDEST_DRIVER = {13: 580, 12: 525}      # that the release notes of a CUDA name
 
 
 def peak_tflops(device_name: str) -> float:
@@ -41,24 +46,32 @@ def peak_tflops(device_name: str) -> float:
                  if re.fullmatch(f"(.* )?{name}{VARIANT}", device_name)), 0)
 
 
-def nvidia_gpus() -> list[dict]:
-    """The GPUs of this machine, by nvidia-smi; none where that is not installed, fails or hangs.
+def ask_nvidia_smi() -> tuple[list[dict], str]:
+    """The GPUs of this machine with what QUERY asks for, or why they are not known.
 
-    One that has lost a GPU says so instead of its line, and lists the others.
+    A driver that has lost a GPU says so instead of its line, and lists the others.
     """
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(QUERY.values())}",
                                "--format=csv,noheader,nounits"], capture_output=True, text=True,
                               errors="replace", timeout=NVIDIA_SMI_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return parse_gpus(done.stdout)
+    except OSError:
+        return [], "nvidia-smi is not installed"
+    except subprocess.TimeoutExpired:
+        return [], f"nvidia-smi did not answer in {NVIDIA_SMI_SECONDS} s"
+    found = parse_gpus(done.stdout)
+    return found, "" if found else f"nvidia-smi says: {' '.join((done.stdout + done.stderr).split())[:120]}"
+
+
+def nvidia_gpus() -> list[dict]:
+    """What a run keeps of the GPUs of this machine; none where nvidia-smi is absent, fails or hangs."""
+    return [{fact: gpu[fact] for fact in KEPT} for gpu in ask_nvidia_smi()[0]]
 
 
 def parse_gpus(text: str) -> list[dict]:
     """A line for each GPU, with what QUERY asks for; numbers as such, and None for what it does not know.
 
-    NVIDIA A10, 535.183.01, 150.00, 210, 1695, 405, 6251
+    NVIDIA A10, 535.183.01, 150.00, 210, 1695, 405, 6251, 150.00, 34, 4, 23028
     """
     rows = [line.split(", ") for line in text.splitlines()]
     return [{fact: cell if fact in ("name", "driver") else number(cell)
@@ -70,3 +83,28 @@ def number(cell: str) -> float | None:
         return float(cell)
     except ValueError:      # [N/A], [Not Supported], [Unknown Error]
         return None
+
+
+def problems_of(gpu: dict) -> list[str]:
+    """Why a GPU may be slower than its kind: torch knows of none of these."""
+    found = []
+    limit, usual = gpu["power_limit_watts"], gpu["usual_power_limit_watts"]
+    if limit and usual and limit < 0.9 * usual:
+        found.append(f"its power is limited to {limit:.0f} W of {usual:.0f}")
+    if (gpu["temperature_celsius"] or 0) > 85:
+        found.append(f"it is hot, at {gpu['temperature_celsius']:.0f} degrees Celsius")
+    used, memory = gpu["used_memory_mib"], gpu["memory_mib"]
+    if used and memory and used > 0.1 * memory:
+        found.append(f"{used:,.0f} MiB of its memory are in use by others")
+    return found
+
+
+def bad_pair(driver: str, cuda: str | None) -> str:
+    """Why a driver is too old for the CUDA that torch was built for; nothing if it is not."""
+    if not driver or not cuda:
+        return ""
+    oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0)
+    major = re.match(r"\d+", driver)
+    if not major or int(major[0]) >= oldest:
+        return ""
+    return f"driver {driver} is older than {oldest}, which CUDA {cuda} needs; kernels may fail or be slow"

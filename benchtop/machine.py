@@ -42,6 +42,7 @@ TILES = ({}, {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_B
 # heads 128 wide, or have not enough shared memory (what Triton compiles; none of them has run it)
 FIRST_TILES = {(8, 0): 1, (8, 6): 2, (8, 9): 2, (12, 0): 2, (12, 1): 2}
 PR_SET_PDEATHSIG = 1        # of linux/prctl.h
+MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"     # what torch 2.10 compiles wrongly; 0 is off
 
 
 def keep_freed_memory() -> None:
@@ -79,11 +80,12 @@ def set_up_torch() -> None:
         # blocks of many sizes share what was reserved, so that less of it lies idle
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if has_wrong_reductions():
-        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        os.environ.setdefault(MIX_ORDER, "0")
 
 
 def has_wrong_reductions() -> bool:
-    """Whether this torch compiles some gradients wrongly by default (pytorch#190796, #193061)."""
+    """Whether this torch compiles some gradients wrongly by default (pytorch#190796, #193061): it fuses
+    reductions of two orders, of a norm's input and of its weight, say, into one kernel."""
     return str(torch.__version__).startswith("2.10.")
 
 

@@ -73,8 +73,10 @@ def kernels_of(work: Callable[[], object], world: World) -> dict[str, tuple[int,
     """The kernels that some work starts on a CUDA device: number and seconds of each, by name."""
     cuda = torch.autograd.DeviceType.CUDA
     world.synchronize()
-    # with the CPU's activities left out, no region that a library marks counts as a kernel
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # with the CPU's activities left out, no region that a library marks counts as a kernel; without
+    # acc_events, torch warns that only the last cycle is kept, and there is one
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA],
+                                acc_events=True) as profile:
         work()
         world.synchronize()
     return added_up((event.name, event.time_range.elapsed_us() / 1e6) for event in profile.events()

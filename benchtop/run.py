@@ -51,7 +51,7 @@ from benchtop.briefing import (
 from benchtop.budget import Clock, budget_used, is_multiple, validates
 from benchtop.checkpoints import read_checkpoint, remove_checkpoints
 from benchtop.command_line import command, counted
-from benchtop.compiled_check import avoid_known_faults, trusted_kernels
+from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
 from benchtop.errors import SharedError, UserError, exit_quietly_on_other_ranks
 from benchtop.evaluation import HeldOut, TokenLosses
@@ -141,8 +141,7 @@ class Run:
     logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops of metrics.csv's last row
     best_val_loss: float = math.inf
     best_step: int = 0
-    # of steps that were not read yet, each with the clock_share that all processes learn by it, ()
-    reports: list[tuple[Report, Tensor]] = dataclasses.field(default_factory=list)
+    reports: list[Report] = dataclasses.field(default_factory=list)     # of steps that were not read yet
     target: dict | None = None          # when val_loss first was as low as --target_loss
     save_seconds: float = 0.0           # time that went into checkpoints
     compile_seconds: float = 0.0        # time that went into compiling, over all sessions
@@ -190,11 +189,10 @@ class Run:
         told = self.world.to_device(self.world.pinned(told))                                # (3)
         shared = self.world.sum(torch.cat([loss[None], told]))                              # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
-        clock_share, _ = self.world.fetch(shared[3])    # the report, which is behind it, is waited for
-        report = Report(self.step + 1, lr_scale, torch.cat([shared[:3], norms]), fits, self.world)
+        report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits, self.world)
         if not self.world.reports_behind:
             report.read(self.optimizer)
-        self.reports.append((report, clock_share))
+        self.reports.append(report)
         return fits
 
     # ---- between two steps
@@ -220,9 +218,9 @@ class Run:
         """Read the reports of all steps but the last `behind`: whether to stop, and whether to save."""
         stops = saves = False
         while len(self.reports) > behind:
-            report, clock_share = self.reports.pop(0)
+            report = self.reports.pop(0)
             report.read(self.optimizer)
-            self.values, self.clock_share = report.values, clock_share.item()
+            self.values, self.clock_share = report.values, report.clock_share
             stops, saves = stops or report.stops, saves or report.saves
         return stops, saves
 
@@ -434,7 +432,6 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         raise SharedError(f"{cfg.resume} cannot simply be resumed: {'; '.join(changes)}. "
                           "Undo that, or resume all the same with --resume_changed")
     on_all(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
-    avoid_known_faults()
     kernels = trusted_kernels(experiment, cfg, world, choose_kernels(cfg, world))
     model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
     losses_of = TokenLosses(model, kernels.compiled)

@@ -113,7 +113,7 @@ def score(losses_of: TokenLosses, tokenizer: Encoding, questions: list[Question]
         return np.stack([-found[0], found[1]]) if likeliest else -found
 
     def add_up(sums: np.ndarray) -> np.ndarray:
-        return world.sum(torch.from_numpy(sums).to(world.device)).cpu().numpy()
+        return world.sum(torch.from_numpy(sums).to(world.float64_device)).cpu().numpy()
     losses_of.model.eval()
     return hellaswag_accuracy(log_probabilities, tokenizer, questions, (rows, losses_of.model.cfg.seq_len),
                               world.rank, world.size, add_up)

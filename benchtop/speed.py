@@ -6,16 +6,11 @@ resumed, or repeated with that knob, has the same size.
 
 import dataclasses
 import math
-import statistics
-import time
-
-import torch
 
 from benchtop.machine import World
+from benchtop.measure import product_flops
 
-SECONDS = 0.5           # that the measuring takes
 WIDTH_ON_CPU, WIDTH = 1024, 4096    # of the square matrices; larger ones are no faster
-AT_ONCE = 10            # products that an accelerator is given before it is waited for
 
 
 class SizedBySpeed:
@@ -59,19 +54,6 @@ def with_speed(cfg, world: World):
 
 
 def product_tflops(world: World) -> float:
-    """TFLOP/s of this process's device in large products of the run's dtype: the median of half a second."""
-    width, count = (WIDTH_ON_CPU, 1) if world.device.type == "cpu" else (WIDTH, AT_ONCE)
-    left, right = torch.randn(2, width, width, device=world.device).to(world.dtype)
-
-    def seconds() -> float:
-        world.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            left @ right
-        world.synchronize()
-        return time.perf_counter() - start
-    seconds()       # the first product starts up libraries
-    times, end = [seconds()], time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
-        times.append(seconds())
-    return 2e-12 * count * width**3 / statistics.median(times)
+    """TFLOP/s of this process's device in large products of the run's dtype."""
+    width = WIDTH_ON_CPU if world.device.type == "cpu" else WIDTH
+    return product_flops(world, world.dtype, width) / 1e12

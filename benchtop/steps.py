@@ -51,10 +51,10 @@ def collector_at_rest() -> Iterator[None]:
 
 
 class Report:
-    """What a step found: loss, whether to stop and to save, norms of gradients. On its way from the device
-    while later steps are queued; reading it waits for it.
+    """What a step found: loss, whether to stop and to save, how much of --train_minutes is used, norms of
+    gradients. On its way from the device while later steps are queued; reading it waits for it.
 
-    numbers  (3 + P) on the device
+    numbers  (4 + P) on the device
     fits     whether the gradients fitted into their dtype
     """
 
@@ -62,7 +62,7 @@ class Report:
         self.step, self.scale, self.fits, self.world = step, scale, fits, world
         self.numbers, self.arrival = world.fetch(numbers)
         self.values: dict[str, float] = {}      # for metrics.csv, once read
-        self.stops = self.saves = False
+        self.stops, self.saves, self.clock_share = False, False, 0.0
 
     def read(self, optimizer) -> None:
         """Wait for the numbers and fill in what they say, the first time.
@@ -72,11 +72,11 @@ class Report:
         if self.values:
             return
         self.world.wait_for(self.arrival)
-        loss, stops, saves = self.numbers[:3].tolist()
+        loss, stops, saves, self.clock_share = self.numbers[:4].tolist()
         self.stops, self.saves = stops > 0, saves > 0
         self.values = {"train_loss": loss, "lr_scale": self.scale}
         if self.fits:
-            self.values["grad_norm"] = check_norms(optimizer, self.numbers[3:], loss, self.step)
+            self.values["grad_norm"] = check_norms(optimizer, self.numbers[4:], loss, self.step)
 
 
 def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:

@@ -19,7 +19,7 @@ from benchtop import memory
 from benchtop.apart import OK, WARNING, Finding
 from benchtop.batches import Batch, batch_of, micro_batch_shape
 from benchtop.briefing import duration, operations_of
-from benchtop.command_line import counted
+from benchtop.command_line import counted, figure
 from benchtop.compiled_check import own_compilations
 from benchtop.errors import first_line
 from benchtop.evaluation import TokenLosses
@@ -216,7 +216,7 @@ def whole_run(proof: Proof, cfg, model, tokens_per_second: float) -> Finding:
     tokens = min(cfg.train_tokens or math.inf, tokens_per_second * devices * seconds)
     cost = cfg.gpu_cost_per_hour * seconds / 3600
     says = (f"{cfg.preset}: {tokens:,.0f} tokens in {duration(seconds)} on {counted(devices, 'device')}"
-            + (f", for {cost:,.2f}" if cost else "") + "; validation not counted")
+            + (f" at a cost of {cost:,.2f}" if cost else "") + "; validation not counted")
     return Finding("whole run", says, values={"seconds": seconds, "tokens": tokens, "devices": devices,
                                               "cost": cost or None})
 
@@ -252,7 +252,7 @@ def parts_of_step(proof: Proof, run: SyntheticRun, step_seconds: float) -> Findi
     found = {"layers": count * (hidden - masks), "head": count * (whole - hidden), "masks": count * masks,
              "norms": statistics.median(norms), "optimizer": statistics.median(updates)}
     found["other"] = max(0.0, step_seconds - sum(found.values()))
-    shares = ", ".join(f"{name} {1000 * seconds:,.3g} ms ({seconds / step_seconds:.0%})"
+    shares = ", ".join(f"{name} {figure(1000 * seconds)} ms ({seconds / step_seconds:.0%})"
                        for name, seconds in found.items())
     return Finding("parts", shares, values={"seconds": found})
 

@@ -53,19 +53,26 @@ def test_every_row_of_the_table_is_found_by_some_name():
 
 
 RECORDED = """\
-NVIDIA H100 80GB HBM3, 580.95.05, 700.00, 345, 1980, 2619, 2619
-NVIDIA GB10, 595.42, [N/A], 2418, 3003, [N/A], [Not Supported]
+NVIDIA H100 80GB HBM3, 580.95.05, 700.00, 345, 1980, 2619, 2619, 700.00, 41, 5, 81559
+NVIDIA GB10, 595.42, [N/A], 2418, 3003, [N/A], [Not Supported], [N/A], 50, [N/A], [N/A]
 a warning of the driver
 """
 
 
-def test_what_nvidia_smi_says_is_read():
-    assert parse_gpus(RECORDED) == [
-        {"name": "NVIDIA H100 80GB HBM3", "driver": "580.95.05", "power_limit_watts": 700.0,
+# as summary.json has them
+KEPT = [{"name": "NVIDIA H100 80GB HBM3", "driver": "580.95.05", "power_limit_watts": 700.0,
          "sm_clock_mhz": 345.0, "max_sm_clock_mhz": 1980.0, "memory_clock_mhz": 2619.0,
          "max_memory_clock_mhz": 2619.0},
         {"name": "NVIDIA GB10", "driver": "595.42", "power_limit_watts": None, "sm_clock_mhz": 2418.0,
          "max_sm_clock_mhz": 3003.0, "memory_clock_mhz": None, "max_memory_clock_mhz": None}]
+
+
+def test_what_nvidia_smi_says_is_read():
+    h100, gb10 = parse_gpus(RECORDED)
+    assert h100 == KEPT[0] | {"usual_power_limit_watts": 700.0, "temperature_celsius": 41.0,
+                              "used_memory_mib": 5.0, "memory_mib": 81559.0}
+    assert gb10 == KEPT[1] | {"usual_power_limit_watts": None, "temperature_celsius": 50.0,
+                              "used_memory_mib": None, "memory_mib": None}
 
 
 def nvidia_smi(folder: Path, monkeypatch, script: str) -> None:
@@ -78,10 +85,10 @@ def nvidia_smi(folder: Path, monkeypatch, script: str) -> None:
 
 def test_nvidia_smi_is_asked_for_just_these_facts(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, monkeypatch, f"echo \"$@\" > {tmp_path}/asked; cat <<END\n{RECORDED}END")
-    assert [gpu["name"] for gpu in nvidia_gpus()] == ["NVIDIA H100 80GB HBM3", "NVIDIA GB10"]
+    assert nvidia_gpus() == KEPT
     assert (tmp_path / "asked").read_text() == (
-        "--query-gpu=name,driver_version,power.limit,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem "
-        "--format=csv,noheader,nounits\n")
+        "--query-gpu=name,driver_version,power.limit,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,"
+        "power.default_limit,temperature.gpu,memory.used,memory.total --format=csv,noheader,nounits\n")
 
 
 @pytest.mark.parametrize("script", ["echo 'NVIDIA-SMI has failed'; exit 9", "exec sleep 100"])

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import rows_of, train_here
+from tiny_runs import rows_of, summary_of, train_here
 from torch.overrides import TorchFunctionMode
 
 from benchtop import host, machine
@@ -76,7 +76,8 @@ def pretend(monkeypatch) -> Callable:
             cuda=dict(synchronize=None, empty_cache=None, max_memory_allocated=3 << 20, Event=Mark(),
                       reset_peak_memory_stats=None, mem_get_info=(7 << 20, 9 << 20), set_rng_state=None,
                       get_rng_state=torch.get_rng_state(), get_device_name="NVIDIA A100-SXM4-80GB",
-                      get_device_capability=(8, 0)),
+                      get_device_capability=(8, 0),
+                      get_device_properties=SimpleNamespace(total_memory=9 << 20)),
             mps=dict(synchronize=None, empty_cache=None, driver_allocated_memory=3 << 20, set_rng_state=None,
                      recommended_max_memory=10 << 20, get_rng_state=torch.get_rng_state()),
             xpu=dict(synchronize=None, empty_cache=None, max_memory_allocated=3 << 20, set_rng_state=None,
@@ -93,7 +94,7 @@ def pretend(monkeypatch) -> Callable:
         real = torch.get_device_module
         monkeypatch.setattr(torch, "get_device_module",
                             lambda device: module if device.type == kind else real(device))
-        for name in ("get_device_capability", "is_bf16_supported"):
+        for name in ("get_device_capability", "get_device_properties", "is_bf16_supported"):
             if name in answers:
                 monkeypatch.setattr(getattr(torch, kind), name, getattr(module, name))
         monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2")
@@ -201,12 +202,12 @@ def test_the_prototype_for_apple_gpus_compiles_only_when_asked_for(compiles):
 
 
 def test_torch_2_10_compiles_without_what_it_gets_wrong_and_says_so(compiles, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "")
-    monkeypatch.delenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION")
+    monkeypatch.setenv(machine.MIX_ORDER, "")
+    monkeypatch.delenv(machine.MIX_ORDER)
     for version, wrong in (("2.9.1", False), ("2.10.0+cu128", True), ("2.11.0", False), ("2.1.0", False)):
         monkeypatch.setattr(torch, "__version__", version)
         machine.set_up_torch()
-        assert os.environ.pop("TORCHINDUCTOR_MIX_ORDER_REDUCTION", None) == ("0" if wrong else None)
+        assert os.environ.pop(machine.MIX_ORDER, None) == ("0" if wrong else None)
         assert choose_compile(Config(), CPU)[1].endswith("compiles wrong gradients") == wrong
 
 
@@ -545,3 +546,22 @@ def test_a_system_without_linuxs_ways_is_asked_by_others(mac, monkeypatch):
 
 def test_a_system_without_linuxs_ways_trains(mac, lab, here):
     assert float(rows_of(train_here(here))[-1]["peak_memory_mib"]) > 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole runs
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_a_run_on_any_accelerator_is_the_run_on_a_cpu(pretend, kind, lab, here):
+    """As far as a CPU can pretend: by the words that each backend has, and without what it lacks."""
+    knobs = dict(num_steps=5, log_every=2, val_every=2, save_every_steps=3)
+    wanted = rows_of(train_here(here, **knobs, model_name="cpu"))
+    asked = pretend(kind)
+    with Pretended(kind):
+        folder = train_here(here, **knobs, device="auto", model_name=kind)
+    kept = ("step", "train_loss", "val_loss", "val_bpb", "grad_norm", "lr_scale")
+    for ours, theirs in zip(rows_of(folder), wanted, strict=True):
+        assert [ours[name] for name in kept] == [theirs[name] for name in kept]
+    assert summary_of(folder)["peak_memory_mib"] == 3
+    assert ("pin_memory" in asked) == (kind == "cuda")

@@ -21,15 +21,17 @@ from tiny_runs import train_here
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
+import benchtop.speed
 import proof
 import train_gpt
-from benchtop import apart, compiled_check, driver, fitness, measure, throughput
+from benchtop import apart, compiled_check, fitness, gpus, measure, throughput
 from benchtop import run as bench_run
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
+from benchtop.command_line import figure
 from benchtop.errors import UserError
 from benchtop.fitness import Proof
-from benchtop.machine import Kernels, World
-from train_gpt import EXPERIMENT, GPT, Context
+from benchtop.machine import MIX_ORDER, Kernels, World
+from train_gpt import EXPERIMENT, GPT, Config, Context
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--dtype", "float32", "--compile", "off", "--num_layers", "2", "--model_dim", "32",
@@ -139,7 +141,7 @@ def test_a_long_line_is_wrapped_and_its_status_stands_where_others_do():
 # The machine
 # ------------------------------------------------------------------------------------------------
 
-SMI = "NVIDIA H100 80GB HBM3, {driver}, {power}, 700.00, 1755, 1980, {heat}, {used}, 81559\n"
+SMI = "NVIDIA H100 80GB HBM3, {driver}, {power}, 1755, 1980, 2619, 2619, 700.00, {heat}, {used}, 81559\n"
 GOOD = dict(driver="580.95.05", power="700.00", heat=41, used=5)
 
 
@@ -152,7 +154,7 @@ def smi(monkeypatch):
             if error:
                 raise error
             return subprocess.CompletedProcess([], code, says, "")
-        monkeypatch.setattr(driver, "subprocess", SimpleNamespace(
+        monkeypatch.setattr(gpus, "subprocess", SimpleNamespace(
             run=ask, TimeoutExpired=subprocess.TimeoutExpired))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -181,20 +183,22 @@ def test_nvidia_smi_may_be_absent_slow_or_broken(how, word, smi):
 
 
 def test_torch_2_10_is_known_to_compile_wrong_gradients(monkeypatch):
-    monkeypatch.delenv(compiled_check.MIX_ORDER, raising=False)
-    assert compiled_check.avoid_known_faults("2.11.0+cu130") == ""
-    assert compiled_check.MIX_ORDER not in os.environ
-    found = fitness.versions("2.10.1+cu128")
+    """Its compiler reads the setting when it is imported."""
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    monkeypatch.setenv(MIX_ORDER, "1")
+    World(Config(device="cpu"))     # the user's setting wins
+    assert fitness.versions().status == FAILED
+    monkeypatch.delenv(MIX_ORDER)
+    World(Config(device="cpu"))
+    found = fitness.versions()
     assert found.status == WARNING and "wrong gradients" in found.says
-    assert os.environ[compiled_check.MIX_ORDER] == "0"
-    monkeypatch.setenv(compiled_check.MIX_ORDER, "1")
-    assert fitness.versions("2.10.1+cu128").status == FAILED
-    assert fitness.versions("2.13.0").status == OK
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert fitness.versions().status == OK
 
 
 def test_the_setting_for_torch_2_10_is_one_that_its_compiler_reads():
     config = Path(torch.__file__).parent / "_inductor" / "config.py"
-    assert compiled_check.MIX_ORDER in config.read_text(encoding="utf-8")
+    assert MIX_ORDER in config.read_text(encoding="utf-8")
 
 
 def test_a_product_far_below_the_table_is_warned_of():
@@ -365,8 +369,8 @@ def test_losses_that_differ_are_found():
 
 class Profile:
     """torch.profiler.profile with what a GPU leaves in it."""
-    def __init__(self, activities):
-        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+    def __init__(self, activities, acc_events):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA] and acc_events
 
     def __enter__(self):
         return self
@@ -411,14 +415,19 @@ def test_each_line_for_a_gpu_runs(pretended, smi):
     found = {one.check: one for part in parts for one in part(pretended)}
     assert {"driver", "GPU 0", "clocks", "FP8", "copy", "queue", "parts", "kernels"} <= set(found)
     assert found["FP8"].status in (OK, WARNING)      # some CPUs have such products
-    assert "1755 MHz of 1980" in found["clocks"].says
+    assert "1,755 MHz of 1,980" in found["clocks"].says
     assert re.search(r"it waits in test_proof\.py:\d+$", found["queue"].says)
     assert found["queue"].status == WARNING
     assert "reserved 1,024" in found["peak memory"].says
-    assert re.search(r"on 8 devices, for \d+\.\d\d;", found["whole run"].says)
+    assert re.search(r"on 8 devices at a cost of \d+\.\d\d;", found["whole run"].says)
     assert re.match(r"3 in a step, .*: products 6 ms, attention 3 ms", found["kernels"].says)
     assert re.search(r"tokens/s, MFU [\d.]+%: ", found["speed"].says)
     json.dumps([dataclasses.asdict(one) for one in found.values()])
+
+
+def test_figures_are_shown_without_exponents():
+    assert list(map(figure, (0, 0.16349, 1.474, 22.16, 688.4, 1303.4, 4216.0))) == [
+        "0", "0.163", "1.47", "22.2", "688", "1,303", "4,216"]
 
 
 def test_a_figure_that_is_not_to_be_had_is_only_a_warning(pretended, monkeypatch):
@@ -464,6 +473,17 @@ def test_proof_says_that_this_machine_is_fit_and_leaves_table_and_figures(tmp_pa
     assert content["bench_sha256"] and "train_gpt.py" in content["sources"] and content["code_sha256"]
     table = (folder / "proof.md").read_text()
     assert table in done.stdout and len(table.splitlines()) == 2 + len(content["findings"])
+
+
+def test_a_preset_whose_size_the_speed_decides_is_measured_first(tmp_path, monkeypatch):
+    copy_scripts(tmp_path)
+    done = run(tmp_path, "proof.py", "--preset", "five-minutes", "--device", "cpu", "--only", "machine")
+    assert "this machine is fit" in done.stdout
+    cfg = proof.config_of("five-minutes", ["--device", "cpu"])
+    assert (cfg.num_layers, cfg.vocab_size) == (0, 8192)
+    monkeypatch.setattr(benchtop.speed, "product_tflops", lambda world: 0.27)
+    sized = proof.proof_here(cfg).cfg
+    assert (sized.num_layers, sized.model_dim, sized.batch_tokens) == (2, 128, 16_384)
 
 
 def test_run_sh_takes_a_preset_and_flags(tmp_path):

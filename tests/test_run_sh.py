@@ -80,6 +80,26 @@ def test_a_python_without_venv_is_answered_with_what_to_install(checkout, tmp_pa
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.parametrize(("installed", "skipped"), [
+    ("", set()), ("2.13.0+cpu", {"torch"}), ("2.11.0+cu128", {"torch", "triton"})])
+def test_a_torch_that_is_there_keeps_its_version_and_its_triton(checkout, installed, skipped):
+    """A Python that has such a torch, and a pip that installs nothing."""
+    (checkout / ".venv/ready").unlink()
+    (checkout / ".venv/bin/python").write_text(f"""#!/bin/sh
+case "$*" in
+*"import pip"*) exit;;
+*pytest*|*"pip install"*) exit;;
+*find_spec*) [ -z "{installed}" ] || echo /there; exit;;
+*'version("torch")'*) v={installed}; echo "${{v%%+*}}"; exit;;
+esac
+exit 9""")
+    done = run_sh(checkout, "test")
+    assert done.returncode == 0, done.stderr
+    wanted = [line for name in ("requirements.txt", "requirements-dev.txt")
+              for line in (ROOT / name).read_text().splitlines() if line.split("==")[0] not in skipped]
+    assert (checkout / ".venv/to_install.txt").read_text().splitlines() == wanted
+
+
 def test_a_preset_says_first_what_it_needs_and_costs(checkout):
     done = run_sh(checkout, "gpt2-xl", "--dry_run", "--peak_tflops", "989", "--gpu_cost_per_hour", "20")
     assert done.returncode == 0, done.stderr

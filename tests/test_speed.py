@@ -14,7 +14,7 @@ from tiny_runs import summary_of, train_here
 import train_gpt
 import train_llama3
 import train_nanogpt
-from benchtop import speed
+from benchtop import measure, speed
 from benchtop.checkpoints import LAST
 from benchtop.errors import UserError
 from benchtop.identity import changes_since
@@ -91,17 +91,22 @@ def test_without_by_speed_nothing_is_by_speed():
 # Measuring
 # ------------------------------------------------------------------------------------------------
 
-def test_the_speed_is_that_of_the_median_product(monkeypatch):
-    """With a clock that gives the products 9, 1, 2, 4, 1, 2, 4, ... milliseconds, the first not counted."""
-    takes, waits, now = itertools.chain([9e-3], itertools.cycle([1e-3, 2e-3, 4e-3])), itertools.count(), [0.0]
-
-    def synchronize() -> None:      # before the products, then behind them
-        now[0] += next(takes) if next(waits) % 2 else 0
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+def test_the_speed_is_that_of_the_median_measurement(monkeypatch):
+    """With a clock by which a product takes 9.9 ms at first, and 1, 2, 4, 1, 2, 4, 1 in the measurements."""
     monkeypatch.setattr(speed, "WIDTH_ON_CPU", 64)
-    world = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, synchronize=synchronize)
+    shape, now, made = (64, 64), [0.0], []
+    takes = itertools.chain([9.9e-3] * 5, *([each * 1e-3] * 5 for each in (10, 1, 2, 4, 1, 2, 4, 1)))
+
+    def product(left, right, out):
+        assert left.shape == right.shape == out.shape == shape
+        made.append(out)
+        now[0] += next(takes)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "mm", product)
+    world = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, synchronize=lambda: None)
     assert product_tflops(world) == pytest.approx(2e-12 * 64**3 / 2e-3)
-    assert 0.5 < now[0] < 0.52
+    # as many at once as take 50 ms
+    assert len(made) == 5 + 5 * 8
 
 
 def test_this_machine_has_a_speed():

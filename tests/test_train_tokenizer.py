@@ -27,7 +27,6 @@ from types import SimpleNamespace
 import pytest
 import regex
 import requests
-import rustbpe
 import tiktoken
 import tokenizers
 import torch
@@ -140,7 +139,7 @@ def test_merges_are_those_of_huggingface_and_rustbpe(pieces):
     merges = json.loads(other.to_str())["model"]["merges"]
     assert learned == [(left + right).encode() for left, right in merges]
 
-    other = rustbpe.Tokenizer()
+    other = pytest.importorskip("rustbpe").Tokenizer()
     other.train_from_iterator(iter(text), 256 + len(learned), pattern=r"[^ ]+")
     assert learned == [bytes(token) for token, rank in other.get_mergeable_ranks()[256:]]
 
@@ -148,7 +147,7 @@ def test_merges_are_those_of_huggingface_and_rustbpe(pieces):
 def test_real_text_gives_the_merges_of_rustbpe():
     text = LIBRARY + "Größe ёлка 東京 🙂 " * 9
     pieces = pieces_of(text, PATTERNS["gpt4"])
-    other = rustbpe.Tokenizer()
+    other = pytest.importorskip("rustbpe").Tokenizer()
     other.train_from_iterator(iter([text]), 256 + 1000, pattern=PATTERNS["gpt4"])
     expected = [bytes(token) for token, rank in other.get_mergeable_ranks()]
     assert tokens_of(learn_merges(pieces, 1000)) == expected
@@ -625,6 +624,14 @@ def test_one_large_document_is_counted_in_parts(monkeypatch):
     monkeypatch.setattr(bpe, "segments", lambda part: longest.append(len(part)) or real(part))
     monkeypatch.setattr(bpe, "ENCODE_CHARACTERS", 10_000)
     assert pieces_of(text, PATTERNS["gpt4"]) == pieces and len(longest) > 5 and max(longest) <= 10_000
+
+
+def test_the_merging_runs_on_the_device_that_is_named(bench, command, refusal, pages, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    said = refusal(f"{TRAIN} pages --device xpu")
+    assert "--device xpu needs an Intel GPU" in said and said.endswith("use --device cpu")
+    command(f"{TRAIN} pages --device auto")
+    assert set(content(bench / "tokenizers" / "pages")) == FILES
 
 
 def test_two_of_the_same_do_not_mix(bench, refusal, pages):

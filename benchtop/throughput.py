@@ -212,8 +212,9 @@ def whole_run(proof: Proof, cfg, model, tokens_per_second: float) -> Finding:
     in_the_middle = model.flops_per_token()
     # tokens of the middle's arithmetic
     work = operations_of(cfg, model) / in_the_middle if cfg.num_steps else math.inf
-    seconds = min(60 * cfg.train_minutes or math.inf, work / (tokens_per_second * devices))
-    tokens = min(cfg.train_tokens or math.inf, tokens_per_second * devices * seconds)
+    by_steps, by_clock = work / (tokens_per_second * devices), 60 * cfg.train_minutes or math.inf
+    seconds = min(by_steps, by_clock)
+    tokens = cfg.train_tokens if by_steps <= by_clock else tokens_per_second * devices * seconds
     cost = cfg.gpu_cost_per_hour * seconds / 3600
     says = (f"{cfg.preset}: {tokens:,.0f} tokens in {duration(seconds)} on {counted(devices, 'device')}"
             + (f" at a cost of {cost:,.2f}" if cost else "") + "; validation not counted")

@@ -387,6 +387,8 @@ def main() -> None:
         parts = {name: functools.partial(PARTS[name], proof) for name in names}
         run_parts(parts, teller(int(args.tell)), proof.world.synchronize)
     else:
+        if not args.seconds > 0:
+            raise UserError(f"--seconds must be above 0; it is {args.seconds:g}")
         sys.exit(show(cfg, names, args.seconds))
 
 

@@ -118,10 +118,10 @@ preset() {
     elif [[ $preset != gpt2-* ]]; then
         source=10B tokenizer=web
     fi
-    gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
+    gpus="$(.venv/bin/python -c 'import torch; print(torch.accelerator.device_count())')"
     [ "$gpus" = 0 ] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
     # without its data the preset cannot train yet, and says that too; what it needs is what counts here
-    report="$("${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" "${flags[@]}" 2> .venv/check.txt \
+    report="$("${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" ${flags[@]+"${flags[@]}"} 2> .venv/check.txt \
         | grep -E '^(device|speed|model|budget|memory|free|time|cost|problem) ' \
         | grep -v " there is no $data in ")" || true
     [ -n "$report" ] || fail "$(tail -n 1 .venv/check.txt)"
@@ -152,9 +152,9 @@ preset() {
     if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
         .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 "${pieces[@]}" --name "$tokenizer"
     fi
-    .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" "${more[@]}" \
+    .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" ${more[@]+"${more[@]}"} \
         --tokenizer "$tokenizer" --name "$data"
-    training=("${launch[@]}" train_gpt.py --preset "$preset" --data "$data" "${flags[@]}")
+    training=("${launch[@]}" train_gpt.py --preset "$preset" --data "$data" ${flags[@]+"${flags[@]}"})
 }
 
 seeds() {
@@ -170,16 +170,16 @@ seeds() {
         shift
     done
     case "$preset" in
-        demo) demo "${flags[@]}" ;;
+        demo) demo ${flags[@]+"${flags[@]}"} ;;
         five-minutes)
             [[ " ${flags[*]}" == *" --measured_tflops"* ]] || fail "add --measured_tflops X, with the X that" \
                 "./run.sh five-minutes --dry_run finds, so that all seeds have the same size"
-            preset "$preset" "${flags[@]}"
+            preset "$preset" ${flags[@]+"${flags[@]}"}
             ;;
-        xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" "${flags[@]}" ;;
+        xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" ${flags[@]+"${flags[@]}"} ;;
         *) fail "there is no preset '$preset'; use demo, five-minutes, xs, s, m, gpt2-small, gpt2-medium, gpt2-xl" ;;
     esac
-    exec .venv/bin/python seeds.py "$count" --name "$name" "${kept[@]}" -- "${training[@]}"
+    exec .venv/bin/python seeds.py "$count" --name "$name" ${kept[@]+"${kept[@]}"} -- "${training[@]}"
 }
 
 case "${1:-demo}" in

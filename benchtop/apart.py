@@ -167,5 +167,6 @@ class Child:
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """0 only where nothing failed; what was skipped or is no more than a warning does not count."""
-    return int(any(finding.status == FAILED for finding in findings) or not findings)
+    """0 only where something passed and nothing failed; what was skipped or a warning does not count."""
+    statuses = {finding.status for finding in findings}
+    return int(FAILED in statuses or statuses <= {SKIPPED})

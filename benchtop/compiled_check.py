@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from benchtop.errors import first_line
+from benchtop.errors import UserError, first_line
 from benchtop.initial import draw_weights
 from benchtop.machine import Kernels, World
 from benchtop.smoke import stir
@@ -77,7 +77,7 @@ def gradients(experiment, cfg, device: torch.device, dtype: torch.dtype, flex: d
         model.compile_parts()
     inputs, targets = small_batch(cfg, device)
     (model(inputs, targets) / targets.numel()).backward()
-    return {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
+    return {name: parameter.grad.cpu().double() for name, parameter in model.named_parameters()}
 
 
 def compare_compiled(experiment, cfg, world: World, kernels: Kernels) -> Comparison:
@@ -138,11 +138,16 @@ def trusted_kernels(experiment, cfg, world: World, kernels: Kernels,
 
     The reason, which the log's line "compile" gives, says what was found. All processes decide as one.
     """
-    if not kernels.compiled or planned_seconds(experiment, cfg, world) < LONG_RUN_SECONDS:
+    seconds = max(world.gather(planned_seconds(experiment, cfg, world)))
+    if not kernels.compiled or seconds < LONG_RUN_SECONDS:
         return kernels
+    if world.is_main:
+        print("comparing compiled gradients with eager ones, since this is a long run", flush=True)
     try:
         found = compare(experiment, cfg, world, kernels)
         verdict = (found.agrees, found.error, str(found))
+    except UserError:
+        raise       # of a rule of the experiment, which names what to change
     except Exception as error:      # whatever fails in a small model would fail in the run, or mislead it
         verdict = (False, float("inf"), f"an error ({type(error).__name__}: {first_line(error)})")
     agrees, _, said = min(world.gather(verdict), key=lambda one: (one[0], -one[1]))

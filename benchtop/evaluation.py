@@ -52,12 +52,12 @@ class TokenLosses:
         Targets that are on the CPU save a GPU from being waited for.
         likeliest  the result is (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
         """
+        wanted, columns = targets.flatten(), self.model.cfg.padded_vocab_size               # (BT)
+        places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
+        wanted, places = (sent(tensor, inputs.device) for tensor in (wanted, places))
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.model.hidden(inputs).detach().flatten(0, 1)                                # (BT, D)
-        wanted, columns = targets.flatten(), self.model.cfg.padded_vocab_size               # (BT)
         found = torch.zeros(1 + likeliest, len(wanted), device=x.device)
-        places = (wanted >= 0).nonzero()[:, 0].to(x.device)     # the head is spared the others
-        wanted = wanted.to(x.device)
         with torch.no_grad():
             for some in places.split(chunk_rows(x, columns)):
                 # filled up to the size of all chunks, so that one kernel serves them
@@ -65,6 +65,13 @@ class TokenLosses:
                 found[:, some] = self.kernel(self.model, x[filled], wanted[filled], likeliest)[:, :len(some)]
         found = found.view(1 + likeliest, *targets.shape)
         return found if likeliest else found[0]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; to a GPU it is on its way, and nobody waits for it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class HeldOut:
@@ -116,7 +123,8 @@ class HeldOut:
             counts += torch.stack([(targets >= 0).sum(), byte_count.sum()])
             of_text = world.to_device(world.pinned(byte_count > 0))                         # (B, T)
             losses = losses_of(world.to_device(world.pinned(inputs)), targets)              # (B, T)
-            losses = torch.stack([losses, losses * of_text]).to(nats.device, nats.dtype)    # (2, B, T)
+            # in two steps, since a device without float64 cannot convert on the way
+            losses = torch.stack([losses, losses * of_text]).to(nats.device).to(nats.dtype)     # (2, B, T)
             nats += losses.sum((1, 2))
         model.train()
         nats, text_nats, tokens, text_bytes = world.sum(torch.cat([nats, counts.to(nats.device)])).tolist()

@@ -416,9 +416,6 @@ def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(
             torch.ones(8, device=device, requires_grad=True)).backward()
-        # Adam's kernels take scalars that are on the CPU
-        one = torch.tensor(1.0)
-        torch.compile(lambda x, scalar: x.mul_(scalar))(torch.ones(8, device=device), one)
     except Exception as error:      # a missing compiler, header or kernel: each has its own; all say "no"
         reason = f"torch.compile does not work here ({type(error).__name__}: {first_line(error)})"
         if cfg.compile == "on":

@@ -39,7 +39,7 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
         if "progress" not in str(error):
             raise
         return [f"launches    a micro-batch changes with model.progress, so it is not recorded; {pace}"]
-    except RuntimeError as error:       # memory that does not suffice, or what a graph cannot hold
+    except (RuntimeError, AssertionError) as error:     # too little memory, or what a graph cannot hold
         world.empty_cache()
         return [f"launches    a micro-batch cannot be recorded ({first_line(error)}); {pace}"]
     finally:

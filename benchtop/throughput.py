@@ -26,7 +26,8 @@ from benchtop.evaluation import TokenLosses
 from benchtop.fitness import Proof
 from benchtop.machine import World
 from benchtop.measure import by_kind, kernels_of, product_flops, seconds_of
-from benchtop.run import make_model, warm_up
+from benchtop.recorded import record
+from benchtop.run import eot_rows, make_model, warm_up
 from benchtop.smoke import stir
 from benchtop.synthetic import SyntheticRun
 
@@ -114,6 +115,9 @@ def prepared(proof: Proof, say: Callable[[str], None]) -> tuple:
         sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients, say,
         lambda: memory.memory_advice(experiment, sized, world, kernels))
     stir(model)     # products of zeros take less power, and less time, than those of a run
+    if kernels.compiled:
+        for line in record(model, *eot_rows(model, sized, world), sized, world):
+            say(line)
     return sized, model, optimizer
 
 

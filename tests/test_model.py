@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from shapes import comments_of, wrong_shapes
 from tiktoken import Encoding
-from tiny_runs import TINY, summary_of, train_here
+from tiny_runs import EAGER, TINY, summary_of, train_here
 from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt
@@ -729,8 +729,9 @@ def test_another_layer_trains_samples_and_is_counted_with_nothing_else_touched(k
     more = num_parameters(model) - num_parameters(plain)
     assert more == (2 * 16 * 64 if kind is SwiGLU else 0) and summary["parameters"] == num_parameters(model)
     assert model.flops_per_token() - plain.flops_per_token() == 6 * more
-    kept = [memory.activation_mib(each, cfg, torch.float32, flex=False) for each in (kind, GPT)]
-    assert (kept[0] > kept[1]) == (kind is SwiGLU)
+    for kernels in (EAGER, dataclasses.replace(EAGER, compiled=True)):
+        (ours, _), (plain, _) = (memory.kept_mib(each, cfg, torch.float32, kernels) for each in (kind, GPT))
+        assert (ours > plain) == (kind is SwiGLU)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from shapes import wrong_shapes
 from test_resume import DIE_AFTER, KEEP, assert_same_run
-from tiny_runs import ROOT, TINY, drive, newest, rows_of, run, summary_of
+from tiny_runs import EAGER, ROOT, TINY, drive, newest, rows_of, run, summary_of
 from torch import nn
 
 import train_gpt
@@ -240,7 +240,7 @@ def test_llama_has_heads_of_keys_for_any_number_of_heads(heads):
 @SCRIPTS
 def test_where_memory_is_short_the_advice_is_of_knobs_that_there_are(script):
     cfg = small(script, device="cpu")
-    advice = memory.memory_advice(script.EXPERIMENT, cfg, World(cfg), None)
+    advice = memory.memory_advice(script.EXPERIMENT, cfg, World(cfg), EAGER)
     flags = re.findall(r"--(\w+)", advice)
     assert len(flags) == 3 and set(flags) <= {field.name for field in dataclasses.fields(cfg)}
 
@@ -250,8 +250,8 @@ def test_memory_counts_two_moments_of_every_weight(script, monkeypatch):
     cfg = small(script, device="cpu", micro_batch_tokens=40)
     deep = dataclasses.replace(cfg, num_layers=30)
     sizes = [sum(map(torch.Tensor.numel, model_of(script, each).parameters())) for each in (cfg, deep)]
-    monkeypatch.setattr(memory, "activation_mib", lambda *_: 0)
-    needs = [memory.memory_estimate_mib(script.EXPERIMENT, each, World(cfg)) for each in (cfg, deep)]
+    monkeypatch.setattr(memory, "kept_mib", lambda *_: (0, 0))
+    needs = [memory.memory_estimate_mib(script.EXPERIMENT, each, World(cfg), EAGER) for each in (cfg, deep)]
     assert needs[1] - needs[0] == pytest.approx(16 * (sizes[1] - sizes[0]) / 2**20)
 
 
@@ -273,8 +273,8 @@ def test_memory_counts_what_each_layer_keeps(script):
             storages.pop(weight.untyped_storage().data_ptr(), None)
         del loss
         return sum(storage.nbytes() for storage in storages.values()) / 2**20
-    counted = [memory.activation_mib(script.EXPERIMENT.Model, dataclasses.replace(cfg, num_layers=layers),
-                                     torch.float32, flex=False) for layers in (3, 13)]
+    counted = [memory.kept_mib(script.EXPERIMENT.Model, dataclasses.replace(cfg, num_layers=layers),
+                               torch.float32, EAGER)[0] for layers in (3, 13)]
     assert counted[1] - counted[0] == pytest.approx(kept(13) - kept(3), rel=0.01)
 
 

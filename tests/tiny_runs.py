@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from launch import ROOT, run, torchrun  # noqa: F401  (for tests, which find all of this here)
 
-from benchtop.machine import World
+from benchtop.machine import Kernels, World
 from benchtop.run import Experiment, start
 from train_gpt import EXPERIMENT
 
@@ -21,6 +21,7 @@ DRIVE = str(Path(__file__).with_name("drive.py"))
 TINY = dict(num_layers=2, num_heads=2, model_dim=16, value_embeddings=1, seq_len=32, batch_tokens=128,
             num_steps=4, val_every=2, log_every=1, num_samples=2, sample_tokens=5, compile="off",
             device="cpu", dtype="float32")
+EAGER = Kernels(compiled=False, compile_reason="", flex=None, attention="plain products")
 # rates so low that some steps do not amplify what sums in another order differ by: Adam moves a weight by all
 # of its rate, also where its gradient is nothing but rounding
 CALM = dict(muon_lr=0.01, embed_lr=0.003, head_lr=0.002, scalar_lr=0.01)

@@ -26,6 +26,7 @@ from pathlib import Path
 from tiktoken import Encoding
 
 from benchtop import places
+from benchtop.errors import SharedError
 from benchtop.files import link, sha256_of, sync, write_text
 from benchtop.gpus import nvidia_gpus
 from benchtop.redaction import without_secrets
@@ -152,6 +153,14 @@ def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
     if names:
         changes.append(f"the bench changed ({name_some(names)})")
     return changes
+
+
+def require_equal_machines(identity: dict, world) -> None:
+    """raises  SharedError if processes have other code, data or tokenizer than the first one"""
+    facts = world.gather(identity)
+    for fact in ("data_sha256", "tokenizer_sha256", "bench_sha256", "sources"):
+        if any(other[fact] != identity[fact] for other in facts):
+            raise SharedError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
 
 
 def name_some(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 from benchtop import places
-from benchtop.checkpoints import keep_best_checkpoint, write_checkpoint
+from benchtop.checkpoints import keep_best_checkpoint, withdraw_checkpoint, write_checkpoint
 from benchtop.command_line import minutes, program
 from benchtop.files import whole_path, write_text
 from benchtop.folder import locked_log, new_folder, write_items
@@ -189,6 +189,11 @@ class RunLog:
             self._write_origin()
         except OSError as error:
             self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
+
+    def withdraw(self, step: int) -> None:
+        """The checkpoint of this step, if it was saved, is not good; the one before takes its place."""
+        if self.active and self.saved_step == step:
+            self.saved_step = withdraw_checkpoint(self.folder)
 
     def last_good(self) -> str:
         if not self.active or not self.saved_step:

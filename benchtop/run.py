@@ -53,10 +53,10 @@ from benchtop.checkpoints import read_checkpoint, remove_checkpoints
 from benchtop.command_line import command, counted
 from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
-from benchtop.errors import SharedError, UserError, exit_quietly_on_other_ranks
+from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks
 from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.folder import locked_log
-from benchtop.identity import changes_since, identity_of
+from benchtop.identity import changes_since, identity_of, require_equal_machines
 from benchtop.initial import draw_weights, drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
 from benchtop.log import RunLog, last_lines
@@ -68,7 +68,7 @@ from benchtop.shards import Dataset, open_dataset
 from benchtop.signals import Stopped, StopSignals
 from benchtop.smoke import smoke
 from benchtop.speed import with_speed
-from benchtop.steps import LossScale, NonFinite, Report, collector_at_rest, prepared_batches
+from benchtop.steps import CURE, LossScale, Report, check_weights, collector_at_rest, prepared_batches
 from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
@@ -261,6 +261,9 @@ class Run:
         _, rows_at_once = micro_batch_shape(self.cfg, self.world.size)
         with self.world.memory_of("validation"):
             result = self.data.held_out.evaluate(self.losses_of, rows_at_once, self.world)
+        if not all(map(math.isfinite, dataclasses.astuple(result))):
+            self.log.withdraw(self.step)    # nobody should go on from there
+            raise NonFinite(f"the val_loss of step {self.step} is {result.val_loss}; {CURE}")
         self.values |= dataclasses.asdict(result)
         if result.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step = result.val_loss, self.step
@@ -285,9 +288,13 @@ class Run:
     # ---- stopping and resuming
 
     def save(self) -> None:
-        """Write a checkpoint: all a run needs to go on, on any number of processes."""
+        """Write a checkpoint: all a run needs to go on, on any number of processes.
+
+        raises  NonFinite if the weights are not finite
+        """
         begun = time.perf_counter()
         self.world.synchronize()
+        check_weights(self.model, self.step)
         weights = self.model.state_dict().items() if self.world.is_main else ()
         state = {
             "step": self.step, "tokens": self.step * self.cfg.batch_tokens,
@@ -467,14 +474,6 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
             experiment.train(run)
         with StopSignals(at_once=True):     # everything is saved, so there is no step to wait for
             finish(run, [task for task in tasks.values() if task])
-
-
-def require_equal_machines(identity: dict, world: World) -> None:
-    """raises  SharedError if processes have other code, data or tokenizer than the first one"""
-    facts = world.gather(identity)
-    for fact in ("data_sha256", "tokenizer_sha256", "bench_sha256", "sources"):
-        if any(other[fact] != identity[fact] for other in facts):
-            raise SharedError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from tiktoken import Encoding
 from torch import Tensor, nn
 
+from benchtop.errors import NonFinite
 from benchtop.evaluation import HeldOut
 
 TOKENS_AT_ONCE = 2**14      # of all texts that are decoded together, at most
@@ -51,6 +52,8 @@ def _continue(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int])
         x = model.hidden(inputs.to(device))                                                 # (B, T, D)
         last = x[torch.arange(len(open_texts)), torch.tensor(lengths) - 1]                  # (B, D)
         logits = model.logits(last)[:, :model.cfg.vocab_size].cpu()                         # (B, V)
+        if not logits.isfinite().all():
+            raise NonFinite("the model gives logits that are not finite")
         for row, number in enumerate(open_texts):
             texts[number].append(choose(logits[row], cfg, generators[number]))
         open_texts = [number for number in open_texts if texts[number][-1] != model.eot_id]

@@ -100,7 +100,7 @@ def locked_log(folder: Path) -> TextIO:
 
     raises  UserError if another process holds it
     """
-    log = open(folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+    log = open(folder / "training_log.txt", "a", encoding="utf-8", errors="backslashreplace")   # noqa: SIM115
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchtop import places
 from benchtop.checkpoints import keep_best_checkpoint, withdraw_checkpoint, write_checkpoint
-from benchtop.command_line import minutes, program
+from benchtop.command_line import minutes, program, tell
 from benchtop.files import whole_path, write_text
 from benchtop.folder import locked_log, new_folder, write_items
 from benchtop.identity import Origin
@@ -51,6 +51,7 @@ class RunLog:
         self.saved_step = saved["step"] if saved else 0
         self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
         self.last_line = self.last_picture = time.perf_counter()
+        self.unheard = False    # whether the pipe that lines go to is closed
         if not self.active:
             return
         check_packages(cfg)
@@ -84,7 +85,7 @@ class RunLog:
         if self.active:
             self.note(line)
             self.bar.clear()
-            print(line, flush=True)
+            self.unheard |= not tell(line, sys.stderr if self.unheard else sys.stdout)
             self.last_line = time.perf_counter()
 
     def note(self, line: str) -> None:

@@ -14,6 +14,7 @@ from benchtop.errors import UserError
 from benchtop.files import sha256_of
 from benchtop.groups import Group, SavedRun, read_run, runs_in
 from benchtop.identity import bench_files, differing
+from benchtop.signals import heard_signals
 
 KEPT = ("config.json", "summary.json", "metrics.csv", "samples.jsonl")
 
@@ -61,17 +62,18 @@ def script_place(words: list[str]) -> int:
 
 
 def run_seed(words: list[str]) -> int:
-    """Run a command to its end; SIGTERM is passed on, so that it saves. Its exit code."""
+    """Run a command to its end; stop signals are passed on, so that it saves. Its exit code."""
     process = subprocess.Popen(words)
 
     def pass_on(number: int, _frame) -> None:
         process.send_signal(number)
-    before = signal.signal(signal.SIGTERM, pass_on), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, pass_on) for number in heard_signals()}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)    # it reaches the process by itself
     try:
-        return process.wait()       # Ctrl-C reaches the process by itself
+        return process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_room(runs: list[SavedRun], folder: Path) -> None:

@@ -185,7 +185,7 @@ class Run:
         # all processes learn the loss, whether one was told to stop, and what the first one's clock says:
         # whether it is time to save, and how much of the budget is used
         clock_share = self.clock.share(self.cfg) if self.world.is_main else 0.0
-        told = torch.tensor([float(self.signals.received), float(self.is_time_to_save), clock_share])
+        told = torch.tensor([float(self.told_to_stop), float(self.is_time_to_save), clock_share])
         told = self.world.to_device(self.world.pinned(told))                                # (3)
         shared = self.world.sum(torch.cat([loss[None], told]))                              # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
@@ -210,7 +210,7 @@ class Run:
             if stops or saves or saves_later:
                 self.save()
             if stops:
-                raise Stopped(self.signals.received or signal.SIGTERM)
+                raise Stopped(self.told_to_stop or signal.SIGTERM)
             self.validate_and_log()
             self.clock.start()
 
@@ -286,6 +286,11 @@ class Run:
         return values | ({"mfu": (self.flops - flops) / (seconds - second) / peak} if peak else {})
 
     # ---- stopping and resuming
+
+    @property
+    def told_to_stop(self) -> int:
+        """The number of the signal that says so, also where a closed pipe does; or 0."""
+        return self.signals.received or signal.SIGPIPE * self.log.unheard
 
     def save(self) -> None:
         """Write a checkpoint: all a run needs to go on, on any number of processes.

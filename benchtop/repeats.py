@@ -63,13 +63,14 @@ def script_place(words: list[str]) -> int:
 
 def run_seed(words: list[str]) -> int:
     """Run a command to its end; stop signals are passed on, so that it saves. Its exit code."""
-    process = subprocess.Popen(words)
+    process = None
 
     def pass_on(number: int, _frame) -> None:
-        process.send_signal(number)
+        if process and number != signal.SIGINT:     # Ctrl-C reaches it by itself
+            process.send_signal(number)
     before = {number: signal.signal(number, pass_on) for number in heard_signals()}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)    # it reaches the process by itself
     try:
+        process = subprocess.Popen(words)
         return process.wait()
     finally:
         for number, handler in before.items():

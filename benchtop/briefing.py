@@ -40,6 +40,11 @@ def introduction(cfg, world: World, model: nn.Module, kernels: Kernels, memory_m
     ]
 
 
+def describe_git(identity: dict) -> list[str]:
+    problem = identity["git_problem"]
+    return [f"git         warning: the commit of the code is not known ({problem})"] if problem else []
+
+
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 

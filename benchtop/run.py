@@ -41,6 +41,7 @@ from benchtop.batches import Batch, Rows, micro_batch_shape
 from benchtop.briefing import (
     conclusion,
     describe_data,
+    describe_git,
     describe_tasks,
     introduction,
     num_parameters,
@@ -455,8 +456,8 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         needs = memory.memory_estimate_mib(experiment, sized, world, kernels)
         log.say("\n".join([*introduction(sized, world, model, kernels, needs),
                            *describe_data(cfg, data.dataset, data.rows, data.held_out),
-                           *describe_tasks(tasks), *model.remarks(), *optimizer.remarks(),
-                           *drawn_in_one_stream(model)]))
+                           *describe_tasks(tasks), *describe_git(identity), *model.remarks(),
+                           *optimizer.remarks(), *drawn_in_one_stream(model)]))
         begun = time.perf_counter()
         sized = memory.fit_micro_batch(
             sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients,

@@ -1,0 +1,189 @@
+"""What a trial compares: a script, flags, and what an idea changes of them.
+
+An idea is typed as one of
+    gelu.py                     a changed copy of the script, beside it
+    backout.diff                a patch for the script
+    'lr2: --muon_lr 0.1'        a name and flags; a patch or a script may stand among them
+"""
+
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from benchtop import places
+from benchtop.errors import UserError, first_line
+from benchtop.files import sha256_of, write_text
+from benchtop.identity import bench_files, bench_sha256
+
+BASELINE = "baseline"
+NAME = r"[A-Za-z0-9][\w.-]{0,39}"
+# a trial sets these for each run, or checks the script by them
+TAKEN = ("seed", "model_name", "resume", "resume_changed", "held_out", "check", "smoke", "sample")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a trial: the baseline, or an idea.
+
+    script  stands beside the bench, where scripts find it
+    typed   how the idea was given
+    flags   its own, behind those that all sides share
+    patch   what its script changes in the baseline's, as a unified diff; empty if nothing
+    """
+    name: str
+    script: Path
+    typed: str
+    flags: tuple[str, ...] = ()
+    patch: str = ""
+
+    @property
+    def change_sha256(self) -> str:
+        """Of what an idea is: its patch and its flags."""
+        return hashlib.sha256(json.dumps([self.patch, *self.flags]).encode()).hexdigest()
+
+
+def baseline_side(against: str) -> Side:
+    script = Path(against)
+    if not script.is_file() or script.suffix != ".py":
+        raise UserError(f"--against must be a script such as train_gpt.py; there is no {against}")
+    if script.resolve().parent != places.ROOT:
+        raise UserError(f"--against must be a script in {places.ROOT}; put {against} there")
+    return Side(BASELINE, places.ROOT / script.name, against)
+
+
+def open_idea(typed: str, baseline: Side) -> Side:
+    """The side that a word of the command line means. A patch becomes a script idea_NAME.py beside the bench.
+
+    raises  UserError if it is no idea, or its patch does not apply
+    """
+    name, colon, rest = typed.partition(":")
+    if not colon or Path(typed).is_file():
+        name, rest = Path(typed).stem, shlex.quote(typed)
+        if not typed.endswith((".py", ".diff", ".patch")):
+            raise UserError(f"{typed!r} is no idea; give a changed script, a patch (.diff), or a name and "
+                            "flags, as in 'lr2: --muon_lr 0.1'")
+    name = name.strip()
+    if not re.fullmatch(NAME, name) or name == BASELINE:
+        raise UserError(f"an idea's name must be letters, digits, '.', '_' and '-', and not {BASELINE}; it "
+                        f"is {name!r}")
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:
+        raise UserError(f"the idea {name} cannot be read ({error}): {rest.strip()}") from error
+    files = [word for word in words if not word.startswith("-") and word.endswith((".py", ".diff", ".patch"))]
+    if len(files) > 1:
+        raise UserError(f"the idea {name} has {len(files)} files ({', '.join(files)}); put all changes into "
+                        "one")
+    flags = [word for word in words if word not in files]
+    check_flags(flags, f"the idea {name}")
+    if not words:
+        raise UserError(f"the idea {name} changes nothing; give it flags, a script or a patch")
+    if not files:
+        return Side(name, baseline.script, typed, tuple(flags))
+    return with_script(name, Path(files[0]), baseline, typed, tuple(flags))
+
+
+def check_flags(flags: list[str], whose: str) -> None:
+    """raises  UserError if one of them is a trial's own"""
+    for word in flags:
+        if word.startswith("--") and word[2:].split("=")[0] in TAKEN:
+            raise UserError(f"leave {word.split('=')[0]} out of {whose}; the trial sets it for each run")
+
+
+def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[str, ...]) -> Side:
+    if not file.is_file():
+        raise UserError(f"the idea {name} needs {file}, which does not exist")
+    before = baseline.script.read_text(encoding="utf-8")
+    try:
+        after = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8") from error
+    if file.suffix != ".py":
+        after = patched(file, baseline.script)
+    script = file.resolve()
+    if file.suffix != ".py" or script.parent != places.ROOT:
+        script = places.ROOT / f"idea_{re.sub(r'[^A-Za-z0-9_]', '_', name)}.py"
+        if not script.exists() or script.read_text(encoding="utf-8") != after:
+            write_text(script, after)
+    lines = [text.splitlines(keepends=True) for text in (before, after)]
+    patch = "".join(difflib.unified_diff(*lines, f"a/{baseline.script.name}", f"b/{baseline.script.name}"))
+    if not patch and not flags:
+        raise UserError(f"the idea {name} changes nothing in {baseline.script.name}")
+    return Side(name, script, typed, flags, patch)
+
+
+def patched(patch: Path, script: Path) -> str:
+    """The script with a patch applied, without touching it.
+
+    raises  UserError if the patch does not apply
+    """
+    if not shutil.which("git"):
+        raise UserError(f"git is needed to apply {patch}; install it, or give a changed copy of "
+                        f"{script.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / script.name
+        shutil.copy(script, copy)
+        done = subprocess.run(["git", "apply", "--include", script.name, str(patch.resolve())], cwd=folder,
+                              env=os.environ | {"GIT_CEILING_DIRECTORIES": folder}, capture_output=True,
+                              text=True, errors="replace")
+        if done.returncode:
+            why = next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr)
+            why = why.removeprefix("error: ").strip()
+            raise UserError(f"{patch} does not apply to {script.name} ({why}); make it anew with: "
+                            f"diff -u {script.name} COPY")
+        return copy.read_text(encoding="utf-8")
+
+
+def import_script(path: Path) -> ModuleType:
+    """A training script as a module.
+
+    raises  UserError if it cannot be imported, or has no EXPERIMENT
+    """
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path.name} cannot be imported: {type(error).__name__}: "
+                        f"{first_line(error)}") from error
+    if not hasattr(module, "EXPERIMENT"):
+        raise UserError(f"{path.name} is no training script; it lacks the EXPERIMENT of train_gpt.py")
+    return module
+
+
+# ------------------------------------------------------------------------------------------------
+# When two runs are the same
+# ------------------------------------------------------------------------------------------------
+
+def machine_facts(processes: int) -> dict:
+    """What a result depends on of this machine, asked without touching a GPU."""
+    from benchtop.gpus import nvidia_gpus
+    from benchtop.machine import cpu_facts
+    gpus = [gpu.get("name", "") for gpu in nvidia_gpus()]
+    return {"gpus": sorted(gpus[:processes]), "cpu": "" if gpus else cpu_facts().get("model name", ""),
+            "torch": importlib.metadata.version("torch"), "processes": processes}
+
+
+def key_of(side: Side, shared_flags: list[str], data: list[str], machine: dict) -> str:
+    """Eight letters that are the same for runs whose results must be the same, but for the seed.
+
+    data  hashes of what is trained on
+    """
+    bench = bench_sha256({path.name: sha256_of(path) for path in bench_files()})
+    parts = [sha256_of(side.script), bench, [*shared_flags, *side.flags], data, machine]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

@@ -1,0 +1,115 @@
+"""experiments/ledger.tsv: one line for each idea that was ever tried, whatever became of it.
+
+Lines are only ever added. Columns that a later version adds come last; a reader takes what it knows.
+"""
+
+import csv
+import io
+import os
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from benchtop import places
+from benchtop.errors import UserError
+from benchtop.files import locked
+
+KEEP, DISCARD, UNDECIDED = "keep", "discard", "undecided"
+FAILURES = ("crash", "out of memory", "diverged")
+CONFIRMED, NOT_CONFIRMED = "confirmed", "not confirmed"
+VERDICTS = (KEEP, DISCARD, UNDECIDED, *FAILURES, CONFIRMED, NOT_CONFIRMED)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger. Numbers are empty where nothing was measured.
+
+    time                  UTC, as 2026-11-26T22:40:00Z, when the verdict was reached
+    change                the first 12 letters of the SHA-256 of the idea's patch and flags
+    baseline, value       means of the metric over the pairs
+    gain, low, high       of the idea over the baseline, larger is better, with its interval
+    runs                  of the idea; tokens and seconds are theirs together, memory_mib the largest
+    split                 held-out text that was looked at: val, or test where it was confirmed
+    """
+    time: str
+    trial: str
+    idea: str
+    change: str
+    metric: str
+    baseline: float | None
+    value: float | None
+    gain: float | None
+    low: float | None
+    high: float | None
+    runs: int
+    tokens: int
+    seconds: float
+    memory_mib: float | None
+    verdict: str
+    split: str
+    data: str
+    description: str
+
+
+def path() -> Path:
+    return places.EXPERIMENTS / "ledger.tsv"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def add(entry: Entry) -> None:
+    """Append a line, in one write that reaches the disk; the file begins with the names of the columns."""
+    file = path()
+    file.parent.mkdir(exist_ok=True)
+    with locked(file.with_suffix(".lock"), wait=True), open(file, "ab") as out:
+        head = [field.name for field in fields(Entry)] if not out.tell() else []
+        for cells in filter(None, (head, [cell_of(getattr(entry, field.name)) for field in fields(Entry)])):
+            out.write(("\t".join(cells) + "\n").encode())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def cell_of(value: object) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.7g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split())       # a tab or a new line in a description would break the table
+
+
+def read() -> list[Entry]:
+    """All lines, oldest first; none where there is no ledger.
+
+    raises  UserError that names a line that is no entry
+    """
+    try:
+        text = path().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path()} cannot be read ({error})") from error
+    entries = []
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+    for number, row in enumerate(rows, 2):
+        try:
+            entries.append(entry_of(row))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path()} line {number} is no entry of the ledger ({error}); mend or remove "
+                            "that line") from error
+    return entries
+
+
+def entry_of(row: dict[str, str]) -> Entry:
+    values = {}
+    for field in fields(Entry):
+        cell = row[field.name] or ""
+        if field.type is str:
+            values[field.name] = cell
+        elif field.type is int:
+            values[field.name] = int(cell)
+        else:
+            values[field.name] = float(cell) if cell or field.type is float else None
+    if values["verdict"] not in VERDICTS:
+        raise ValueError(f"verdict {values['verdict']!r}")
+    return Entry(**values)

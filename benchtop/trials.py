@@ -1,0 +1,310 @@
+"""A trial: ideas against a baseline, in pairs of runs that share a seed, until each idea has a verdict.
+
+All that decides a verdict is written down before the first run, in experiments/trials/NAME/plan.json. Runs
+are ordinary runs, named by what makes them (benchtop/ideas.py), so a trial that was killed finds them again,
+and another trial with the same baseline need not train it anew.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchtop import ledger, places
+from benchtop.command_line import counted, minutes
+from benchtop.errors import UserError
+from benchtop.files import write_json, write_text
+from benchtop.groups import SavedRun
+from benchtop.ideas import BASELINE, Side
+from benchtop.redaction import without_secrets
+from benchtop.repeats import ended_run
+from benchtop.sequential import Look, Sequential
+from benchtop.turns import Job, Turns, last_line
+
+METRIC = "val_bpb"
+KEPT = ("config.json", "summary.json", "metrics.csv")
+FIRST_FRESH_SEED = 1000     # of runs that confirm; trials count from 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before the first run.
+
+    margin       the smallest gain that matters, in the metric's unit; 0: the standard deviation of the
+                 baseline over its first seeds
+    alpha        chance of keeping an idea without gain, over all ideas of the trial
+    first, most  pairs of runs before the first verdict, and at most
+    flags        of every run, with the budget
+    ideas        name -> what was typed and the hash of its change
+    keys         name -> key of its runs (benchtop/ideas.py), of the baseline, too
+    split        held-out text that decides: val, or test to confirm
+    """
+    margin: float
+    alpha: float
+    first: int
+    most: int
+    flags: list[str]
+    by_clock: bool
+    ideas: dict[str, list[str]]
+    keys: dict[str, str]
+    data: str
+    split: str
+    machine: dict
+    description: str
+
+
+@dataclass
+class Fate:
+    """How an idea stands: the gains of its pairs so far, and its verdict once there is one."""
+    gains: dict[int, float] = field(default_factory=dict)       # by seed
+    look: Look | None = None
+    verdict: str = ""
+    reason: str = ""
+
+
+@dataclass
+class Trial:
+    """Runs and verdicts of a trial; `say` prints a line for people."""
+    name: str
+    plan: Plan
+    baseline: Side
+    ideas: list[Side]
+    turns: Turns
+    say: Callable[[str], None] = print
+    runs: dict[tuple[str, int], SavedRun] = field(default_factory=dict)
+    fates: dict[str, Fate] = field(default_factory=dict)
+    margin: float = 0.0
+    seconds: list[float] = field(default_factory=list)      # that runs took by the clock, in this session
+
+    @property
+    def folder(self) -> Path:
+        return places.EXPERIMENTS / "trials" / self.name
+
+    @property
+    def open_ideas(self) -> list[Side]:
+        return [idea for idea in self.ideas if not self.fates[idea.name].verdict]
+
+    # ---- from the plan to the verdicts
+
+    def begin(self) -> bool:
+        """Write the plan, or find that it is the same as before; whether the trial has ended already.
+
+        raises  UserError if another trial has this name
+        """
+        file = self.folder / "plan.json"
+        plan = json.loads(json.dumps(asdict(self.plan)))
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = [what for what in plan if before.get(what) != plan[what]]
+            if changed:
+                raise UserError(f"the trial {self.name} began with another {', '.join(changed)}; undo that, "
+                                "or take another --name")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, plan)
+        for idea in self.ideas:
+            self.fates[idea.name] = Fate()
+            if idea.patch:
+                write_text(self.folder / f"{idea.name}.diff", idea.patch)
+        return (self.folder / "results.json").is_file()
+
+    def check(self) -> None:
+        """Each script's own --smoke, in seconds.
+
+        An idea that fails it is out.
+        raises  UserError if the baseline fails it
+        """
+        checked: dict[tuple, str] = {}
+        for side in (self.baseline, *self.ideas):
+            what = (side.script, side.flags)
+            if what not in checked:
+                checked[what] = self._smoke(side)
+            if checked[what] and side is self.baseline:
+                raise UserError(f"the baseline is not sound: {checked[what]}")
+            if checked[what]:
+                self.decide(side, "crash", checked[what])
+            else:
+                self.say(f"{side.name}: sound")
+
+    def _smoke(self, side: Side) -> str:
+        done = subprocess.run([sys.executable, str(side.script), "--smoke", *side.flags], text=True,
+                              capture_output=True, errors="replace", stdin=subprocess.DEVNULL)
+        words = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        return words[-1].removeprefix(f"{side.script.name}: error: ") if done.returncode else ""
+
+    def run(self) -> None:
+        """Pairs of runs, seed by seed, until every idea has its verdict."""
+        first, most = self.plan.first, self.plan.most
+        rounds = [list(range(first)), *([seed] for seed in range(first, most))]
+        for seeds in rounds:
+            if self.ideas and not self.open_ideas:
+                break
+            self.train(seeds)
+            self.judge(seeds[-1] + 1)
+        for idea in self.open_ideas:
+            self.decide(idea, ledger.UNDECIDED, self.what_more_takes(self.fates[idea.name]))
+
+    def seed_of(self, number: int) -> int:
+        return number + (FIRST_FRESH_SEED if self.plan.split == "test" else 0)
+
+    def train(self, numbers: list[int]) -> None:
+        """Train what is missing of these seeds; who goes first changes from seed to seed."""
+        jobs, sides = [], {}
+        for number in numbers:
+            seed, line = self.seed_of(number), [self.baseline, *self.open_ideas]
+            for side in line[::-1] if number % 2 else line:
+                job = Job(self.run_name(side, seed), self.words(side, seed))
+                run = ended_run(job.name, job.words)
+                if run:
+                    self.note(side, seed, run, " (trained before)")
+                else:
+                    jobs.append(job)
+                    sides[job.name] = side, seed
+        total = len(jobs)
+
+        def tell(job: Job, code: int, seconds: float) -> None:
+            side, seed = sides[job.name]
+            self.seconds.append(seconds)
+            run = ended_run(job.name, job.words)
+            if run:
+                self.note(side, seed, run, f", {minutes(seconds)} by the clock")
+            else:
+                self.note_crash(side, seed, code, last_line(self.folder / "output" / f"{job.name}.txt"))
+        if total:
+            self.say(f"training {counted(total, 'run')}{self.time_left(total)}")
+        self.turns.run(jobs, self.folder / "output", tell)
+
+    def time_left(self, runs: int) -> str:
+        if not self.seconds:
+            return ""
+        rounds = -(-runs // len(self.turns.slots))
+        return f", about {minutes(rounds * statistics.median(self.seconds))} by the clock"
+
+    def note(self, side: Side, seed: int, run: SavedRun, more: str) -> None:
+        if run.is_finished:
+            self.runs[side.name, seed] = run
+            self.say(f"seed {seed}  {side.name:<16} {METRIC} {run.summary[METRIC]:.4f}{more}")
+        elif side is self.baseline:
+            raise UserError(f"the baseline {run.status} with seed {seed}; a trial needs one that finishes")
+        elif not self.fates[side.name].verdict:
+            self.decide(side, "diverged", f"seed {seed} {run.status}")
+
+    def note_crash(self, side: Side, seed: int, code: int, words: str) -> None:
+        said = words or f"exit code {code}"
+        if side is self.baseline:
+            raise UserError(f"the baseline ended with exit code {code} at seed {seed}: {said}")
+        if "another process" in said:       # nothing is known of the idea then
+            raise UserError(f"{side.name}, seed {seed}: {said}")
+        if not self.fates[side.name].verdict:
+            self.decide(side, "out of memory" if "memory" in said else "crash", f"seed {seed}: {said}")
+
+    # ---- what it means
+
+    def judge(self, pairs: int) -> None:
+        """Look at each open idea after this many pairs."""
+        values = [self.value(BASELINE, self.seed_of(number)) for number in range(pairs)]
+        if not self.margin:
+            self.margin = self.plan.margin or self.noise_floor(values)
+        test = Sequential(self.margin, self.plan.alpha, self.plan.first, self.plan.most, len(self.ideas))
+        for idea in self.open_ideas:
+            fate = self.fates[idea.name]
+            fate.gains = {self.seed_of(number): values[number] - self.value(idea.name, self.seed_of(number))
+                          for number in range(pairs)}
+            fate.look = test.look(list(fate.gains.values()))
+            self.say(f"after {pairs} pairs  {idea.name:<16} gain {fate.look.gain:+.4f}, "
+                     f"{fate.look.low:+.4f} to {fate.look.high:+.4f}; pairs scatter by {fate.look.sd:.4f}, "
+                     f"so a gain of {self.margin:.4f} is found in {test.power(fate.look.sd):.0%} of such "
+                     "trials")
+            if fate.look.verdict == ledger.KEEP:
+                self.decide(idea, ledger.KEEP, "its interval lies above 0")
+            elif fate.look.verdict == ledger.DISCARD:
+                why = "there is a gain, but" if fate.look.low > 0 else "if there is a gain,"
+                self.decide(idea, ledger.DISCARD, f"{why} it is smaller than {self.margin:.4f}, the "
+                            "smallest that matters")
+
+    def value(self, name: str, seed: int) -> float:
+        return self.runs[name, seed].summary[METRIC]
+
+    def noise_floor(self, values: list[float]) -> float:
+        """The spread of the baseline over its seeds, where no --margin is given."""
+        floor = statistics.stdev(values[:self.plan.first])
+        if not floor and self.ideas:
+            raise UserError("all seeds of the baseline end alike, so there is no noise to take the margin "
+                            "from; give --margin")
+        if self.ideas:
+            self.say(f"margin {floor:.4f}, the standard deviation of the baseline over its first "
+                     f"{self.plan.first} seeds")
+        return floor
+
+    def what_more_takes(self, fate: Fate) -> str:
+        test = Sequential(self.margin, self.plan.alpha, self.plan.first, self.plan.most, len(self.ideas))
+        try:
+            needed = f"{test.more(fate.look.sd):,} pairs"
+        except ValueError:
+            needed = "more than 10,000 pairs"
+        return (f"{fate.look.pairs} pairs do not tell; to find a gain of {self.margin:.4f} in 80 % of cases "
+                f"takes about {needed}, by the scatter of these")
+
+    def decide(self, idea: Side, verdict: str, reason: str) -> None:
+        fate = self.fates[idea.name]
+        fate.verdict, fate.reason = verdict, reason
+        self.say(f"{idea.name}: {verdict.upper()}; {reason}")
+
+    # ---- names and files
+
+    def run_name(self, side: Side, seed: int) -> str:
+        key = self.plan.keys[side.name]
+        if side is self.baseline and not self.plan.by_clock:    # other trials use it as well
+            return f"{side.script.stem}-{key}_seed{seed}"
+        return f"{self.name}-{side.name}-{key}_seed{seed}"
+
+    def words(self, side: Side, seed: int) -> list[str]:
+        return [str(side.script), *self.plan.flags, *side.flags, "--seed", str(seed), "--model_name",
+                self.run_name(side, seed), "--resume", "auto"]
+
+    def finish(self) -> dict:
+        """Keep what is small, write results.json and a line of the ledger for each idea."""
+        for (name, seed), run in self.runs.items():
+            target = self.folder / name / f"seed{seed}"
+            target.mkdir(parents=True, exist_ok=True)
+            for kept in KEPT:
+                if (run.folder / kept).is_file():
+                    shutil.copyfile(run.folder / kept, target / kept)
+        entries = [self.entry(idea) for idea in self.ideas]
+        results = {"trial": self.name, "metric": METRIC, "split": self.plan.split, "margin": self.margin,
+                   "alpha": self.plan.alpha, "baseline": self.values_of(BASELINE),
+                   "ideas": {idea.name: self.result_of(idea) for idea in self.ideas}}
+        for entry in entries:
+            ledger.add(entry)
+        write_json(self.folder / "results.json", results)
+        shutil.rmtree(self.folder / "output", ignore_errors=True)
+        return results
+
+    def values_of(self, name: str) -> dict[str, float]:
+        return {str(seed): run.summary[METRIC] for (side, seed), run in self.runs.items() if side == name}
+
+    def result_of(self, idea: Side) -> dict:
+        fate = self.fates[idea.name]
+        look = asdict(fate.look) if fate.look else {}
+        look.pop("verdict", None)
+        return {"verdict": fate.verdict, "reason": without_secrets(fate.reason), **look,
+                "values": self.values_of(idea.name), "change": idea.change_sha256}
+
+    def entry(self, idea: Side) -> ledger.Entry:
+        fate = self.fates[idea.name]
+        runs = [run.summary for (name, _), run in self.runs.items() if name == idea.name]
+        seeds = list(fate.gains)
+        known = bool(seeds)
+        mean = {name: statistics.fmean(self.value(name, seed) for seed in seeds) if known else None
+                for name in (BASELINE, idea.name)}
+        look, tokens = fate.look, sum(run["tokens"] for run in runs)
+        return ledger.Entry(
+            ledger.now(), self.name, idea.name, idea.change_sha256[:12], METRIC, mean[BASELINE],
+            mean[idea.name], look and look.gain, look and look.low, look and look.high, len(runs), tokens,
+            round(sum(run["train_seconds"] for run in runs), 1),
+            max((run.get("peak_memory_mib") or 0.0 for run in runs), default=None), fate.verdict,
+            self.plan.split, self.plan.data, without_secrets(self.plan.description or idea.typed))

@@ -1,0 +1,134 @@
+"""Runs of a trial, side by side on the devices of this machine or one after the other.
+
+Each run is a command that resumes by itself, so whatever stops the trial, the same commands go on. What a run
+prints goes into a file and is shown where it fails.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchtop.errors import UserError
+from benchtop.gpus import nvidia_gpus
+from benchtop.signals import heard_signals
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its --model_name, and the words of the training command without the program."""
+    name: str
+    words: list[str]
+
+
+@dataclass
+class Turns:
+    """Runs jobs; `slots` are the values of CUDA_VISIBLE_DEVICES that may work at once, "" for a CPU.
+
+    processes  of one run, by torchrun
+    """
+    slots: list[str]
+    processes: int = 1
+    stopped_by: int = 0
+    alive: set[subprocess.Popen] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def on_this_machine(cls, processes: int, device: str) -> "Turns":
+        """One run a GPU, or one for each `processes` GPUs; on a CPU one at a time.
+
+        raises  UserError if a run wants more GPUs than there are
+        """
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(number) for number in range(len(nvidia_gpus()))]
+        if listed is not None:
+            gpus = [name for name in listed.split(",") if name] if gpus else []
+        if device not in ("auto", "cuda") or not gpus:
+            return cls([""], processes)
+        if processes > len(gpus):
+            raise UserError(f"--processes {processes} needs as many GPUs; there are {len(gpus)}")
+        slots = [",".join(gpus[first:first + processes])
+                 for first in range(0, len(gpus) - processes + 1, processes)]
+        return cls(slots, processes)
+
+    def run(self, jobs: list[Job], outputs: Path, tell: Callable[[Job, int, float], None]) -> None:
+        """Run all jobs, in their order as far as there are devices.
+
+        outputs  a folder for what they print, as NAME.txt
+        tell     is called as each of them ends, with its exit code and seconds, in the calling thread
+        raises   UserError once a signal has stopped them
+        """
+        outputs.mkdir(parents=True, exist_ok=True)
+        free: queue.Queue[str] = queue.Queue()
+        for slot in self.slots:
+            free.put(slot)
+        ended: queue.Queue[tuple[Job, int, float]] = queue.Queue()
+
+        def work(job: Job) -> None:
+            if self.stopped_by:
+                return
+            slot, begun = free.get(), time.perf_counter()
+            try:
+                code = self._run_one(job, slot, outputs / f"{job.name}.txt")
+                ended.put((job, code, time.perf_counter() - begun))
+            finally:
+                free.put(slot)
+        with self._passing_signals_on(), ThreadPoolExecutor(len(self.slots)) as workers:
+            futures = [workers.submit(work, job) for job in jobs]
+            for future in futures:
+                future.result()
+                while not ended.empty():
+                    if not self.stopped_by:
+                        tell(*ended.get())
+        if self.stopped_by:
+            name = signal.Signals(self.stopped_by).name
+            print(f"stopped by {name}; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)
+
+    def _run_one(self, job: Job, slot: str, output: Path) -> int:
+        start = [sys.executable]
+        if self.processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
+        with open(output, "wb") as file:
+            with self.lock:
+                if self.stopped_by:
+                    return 128 + self.stopped_by
+                process = subprocess.Popen([*start, *job.words], stdout=file, stderr=subprocess.STDOUT,
+                                           stdin=subprocess.DEVNULL, env=environment)
+                self.alive.add(process)
+            code = process.wait()
+            with self.lock:
+                self.alive.discard(process)
+        return code
+
+    @contextlib.contextmanager
+    def _passing_signals_on(self) -> Iterator[None]:
+        """Let all runs save when this process is told to stop."""
+        def stop(number: int, _frame) -> None:
+            self.stopped_by = number
+            for process in list(self.alive):
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+        before = {number: signal.signal(number, stop) for number in heard_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def last_line(output: Path) -> str:
+    """What a run said last; empty if nothing."""
+    with contextlib.suppress(OSError):
+        lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+    return ""

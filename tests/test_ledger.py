@@ -1,0 +1,56 @@
+"""The ledger of trials. Run: ./run.sh test tests/test_ledger.py"""
+
+import dataclasses
+import threading
+
+import pytest
+
+from benchtop import ledger, places
+from benchtop.errors import UserError
+
+ENTRY = ledger.Entry("2026-11-26T22:40:00Z", "t", "lr2", "0123456789ab", "val_bpb", 1.25, 1.24, 0.01, -0.001,
+                     0.02, 3, 3_000_000, 12.5, 800.0, "keep", "val", "fedcba987654", "twice the rate")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "EXPERIMENTS", tmp_path / "experiments")
+
+
+def test_what_is_added_is_read_back_and_earlier_lines_stay():
+    failed = dataclasses.replace(ENTRY, idea="broken", verdict="crash", baseline=None, value=None, gain=None,
+                                 low=None, high=None, runs=0, tokens=0, seconds=0.0, memory_mib=None)
+    ledger.add(ENTRY)
+    before = ledger.path().read_bytes()
+    ledger.add(failed)
+    assert ledger.path().read_bytes().startswith(before)
+    assert ledger.read() == [ENTRY, failed]
+
+
+def test_a_description_cannot_break_the_table():
+    ledger.add(dataclasses.replace(ENTRY, description='a\tb\n"c" \u2028 d\r\ne'))
+    ledger.add(ENTRY)
+    assert [entry.description for entry in ledger.read()] == ['a b "c" d e', ENTRY.description]
+
+
+def test_lines_of_processes_at_once_are_all_there():
+    threads = [threading.Thread(target=ledger.add, args=[dataclasses.replace(ENTRY, runs=number)])
+               for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entry.runs for entry in ledger.read()) == list(range(20))
+
+
+def test_a_ledger_of_a_later_version_is_read_and_a_damaged_one_names_its_line():
+    ledger.add(ENTRY)
+    lines = ledger.path().read_text().splitlines()
+    ledger.path().write_text(f"{lines[0]}\tnew\n{lines[1]}\tvalue\n")
+    assert ledger.read() == [ENTRY]
+    for damaged in ("half a line", lines[1].replace("keep", "perhaps"), lines[1].replace("1.25", "x")):
+        ledger.path().write_text(f"{lines[0]}\n{lines[1]}\n{damaged}\n")
+        with pytest.raises(UserError, match="line 3 is no entry"):
+            ledger.read()
+    ledger.path().unlink()
+    assert ledger.read() == []

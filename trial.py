@@ -1,0 +1,175 @@
+"""From an idea to a verdict: is a changed train_gpt.py better, and how sure is that?
+
+    python trial.py gelu.py -- --preset demo                             a changed copy
+    python trial.py backout.diff 'lr2: --muon_lr 0.1' -- --preset demo   a patch, and a flag
+    python trial.py --seeds 8 --name demo -- --preset demo               no idea: the baseline's own spread
+    python trial.py --confirm gelu                                       a kept idea, on text nobody has seen
+    python trial.py --ledger                                             all that was ever tried
+
+Each idea is checked in seconds first (--smoke). Then baseline and ideas are trained in turns, a pair of runs
+for each seed. After every pair from the third on, an idea is kept if its gain lies above 0, and discarded if
+it is smaller than --margin, with error rates that hold although one looks so often (benchtop/sequential.py).
+All runs resume: if this is interrupted, type it again.
+
+Seeds are what makes runs different: other weights, another order of the data. Repeats of one seed on a GPU
+differ by rounding alone and say nothing of that. Whatever happened is a line in experiments/ledger.tsv.
+
+Exit status: 0 if an idea was kept (or confirmed), 1 if all were discarded or failed, 2 if some are undecided,
+3 if the trial could not be made.
+"""
+
+import argparse
+import functools
+import json
+import math
+import re
+import sys
+
+from benchtop import ledger, places
+from benchtop.command_line import Parser, command, positive
+from benchtop.errors import UserError
+from benchtop.ideas import (
+    BASELINE,
+    NAME,
+    baseline_side,
+    check_flags,
+    import_script,
+    key_of,
+    machine_facts,
+    open_idea,
+)
+from benchtop.knobs import parse_config
+from benchtop.shards import open_dataset
+from benchtop.trials import Plan, Trial
+from benchtop.turns import Turns
+
+KEPT, NONE_KEPT, SOME_UNDECIDED, NO_TRIAL = range(4)
+
+
+def seeds_of(text: str) -> tuple[int, int]:
+    """The type of --seeds: 3..8, or 5 for 5..5."""
+    match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
+    first, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 2 <= first <= most <= 1000:
+        raise argparse.ArgumentTypeError(f"must be like 3..8, from 2 on and at most 1000, is {text!r}")
+    return first, most
+
+
+def make_parser() -> Parser:
+    parser = Parser("From an idea to a verdict.",
+                    usage="%(prog)s IDEA [IDEA ...] [flags] -- FLAGS OF EVERY RUN")
+    parser.add_argument("ideas", nargs="*", metavar="IDEA",
+                        help="a changed script, a patch (.diff), or 'NAME: flags'; none: only the baseline")
+    parser.add_argument("--against", default="train_gpt.py", help="script of the baseline")
+    parser.add_argument("--name", default="", help="name of the trial; empty: the ideas' names")
+    parser.add_argument("--seeds", type=seeds_of, default="3..8", metavar="FIRST..MOST",
+                        help="pairs before the first verdict, and at most")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, help="budget of each run by the clock, speed included")
+    budget.add_argument("--steps", type=positive, help="budget of each run in steps")
+    budget.add_argument("--tokens", type=positive, help="budget of each run in tokens")
+    parser.add_argument("--margin", type=float, default=0.0,
+                        help="smallest gain in val_bpb that matters; 0: the baseline's spread over its seeds")
+    parser.add_argument("--alpha", type=float, default=0.05,
+                        help="chance of keeping an idea without gain, over all ideas together")
+    parser.add_argument("--processes", type=positive, default=1,
+                        help="GPUs for each run; with 1, runs work side by side, one on each GPU")
+    parser.add_argument("--description", default="", help="what the idea is, for the ledger")
+    parser.add_argument("--no_check", action="store_true",
+                        help="leave out the check of each script (--smoke)")
+    parser.add_argument("--json", action="store_true",
+                        help="print the results as JSON, and progress on stderr")
+    return parser
+
+
+def budget_flags(args: argparse.Namespace) -> list[str]:
+    """What gives every run the same budget; a preset's other limits must not end it earlier."""
+    if args.minutes is not None:
+        if not 0 < args.minutes < math.inf:
+            raise UserError(f"--minutes must be above 0; it is {args.minutes:g}")
+        return ["--train_minutes", f"{args.minutes:g}", "--num_steps", "1000000"]
+    if args.steps:
+        return ["--num_steps", str(args.steps), "--train_minutes", "0"]
+    return ["--train_tokens", str(args.tokens), "--train_minutes", "0"] if args.tokens else []
+
+
+def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
+    """raises  UserError if something that was typed makes no sense, before anything is trained"""
+    if not 0 < args.alpha < 0.5:
+        raise UserError(f"--alpha must be between 0 and 0.5; it is {args.alpha:g}")
+    if not 0 <= args.margin < math.inf:
+        raise UserError(f"--margin must be 0 or more; it is {args.margin:g}")
+    check_flags(flags, "the command")
+    baseline = baseline_side(args.against)
+    ideas = [open_idea(typed, baseline) for typed in args.ideas]
+    names = [idea.name for idea in ideas]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double:
+        raise UserError(f"two ideas are called {double}; name one of them, as in 'other: {double}.diff'")
+    name = args.name or "-".join(names)[:40]
+    if not re.fullmatch(NAME, name):
+        raise UserError("--name must be 1 to 40 letters, digits, '.', '_' and '-'; it is " + repr(name))
+    flags = [*budget_flags(args), *flags]
+    cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
+    dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
+    machine = machine_facts(args.processes)
+    hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
+    keys = {side.name: key_of(side, flags, hashes, machine) for side in (baseline, *ideas)}
+    first, most = args.seeds
+    plan = Plan(args.margin, args.alpha, first, most, flags, args.minutes is not None,
+                {idea.name: [idea.typed, idea.change_sha256] for idea in ideas}, keys, dataset.sha256[:12],
+                "val", machine, args.description)
+    return Trial(name, plan, baseline, ideas, Turns.on_this_machine(args.processes, cfg.device), say)
+
+
+def status_of(verdicts: list[str]) -> int:
+    if {ledger.KEEP, ledger.CONFIRMED} & {*verdicts}:
+        return KEPT
+    return SOME_UNDECIDED if ledger.UNDECIDED in verdicts else NONE_KEPT
+
+
+def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
+    say = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    trial = make_trial(args, flags, say)
+    results_file = trial.folder / "results.json"
+    if trial.begin():
+        say(f"the trial {trial.name} has ended; this is what it found")
+        results = json.loads(results_file.read_text(encoding="utf-8"))
+    else:
+        if not args.no_check:
+            trial.check()
+        trial.run()
+        results = trial.finish()
+    report(results, say)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    verdicts = [result["verdict"] for result in results["ideas"].values()]
+    return status_of(verdicts) if verdicts else KEPT
+
+
+def report(results: dict, say) -> None:
+    values = list(results["baseline"].values())
+    say(f"\n{BASELINE}: {results['metric']} " + " ".join(f"{value:.4f}" for value in values))
+    for name, result in results["ideas"].items():
+        gain = (f"gain {result['gain']:+.4f} ({result['low']:+.4f} to {result['high']:+.4f}) over "
+                f"{result['pairs']} pairs; " if "gain" in result else "")
+        say(f"{name}: {result['verdict'].upper()}; {gain}{result['reason']}")
+    say(f"kept in {places.EXPERIMENTS.name}/trials/{results['trial']}; a line for each idea in "
+        f"{places.EXPERIMENTS.name}/{ledger.path().name}")
+
+
+@command
+def main() -> None:
+    parser = make_parser()
+    place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:place])
+    flags = sys.argv[place + 1:]
+    try:
+        sys.exit(run_trial(args, flags))
+    except UserError as error:
+        print(f"trial.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(NO_TRIAL)
+
+
+if __name__ == "__main__":
+    main()

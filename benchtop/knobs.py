@@ -15,6 +15,7 @@ the knobs of its model and optimizer, and has the budget (seq_len, batch_tokens,
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -253,6 +254,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: typ
         raise UserError(f"the knob {field.name} is of type {kind}; it must be int, float, str or bool")
 
 
+@functools.cache
 def comments_of(config: type[RunConfig]) -> tuple[dict[str, str], dict[str, str]]:
     """The heading over each field in the source of its class, and the comment behind it, if any."""
     headings, helps = {}, {}

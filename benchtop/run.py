@@ -186,8 +186,7 @@ class Run:
         # whether it is time to save, and how much of the budget is used
         clock_share = self.clock.share(self.cfg) if self.world.is_main else 0.0
         told = torch.tensor([float(self.signals.received), float(self.is_time_to_save), clock_share])
-        told = self.world.to_device(self.world.pinned(told))                                # (3)
-        shared = self.world.sum(torch.cat([loss[None], told]))                              # (4)
+        shared = self.world.sum(torch.cat([loss[None], self.world.sent(told)]))             # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
         report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits, self.world)
         if not self.world.reports_behind:
@@ -411,9 +410,22 @@ def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> 
     for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
         model(inputs, targets).backward()
     optimizer.sum_gradients()       # names a parameter without a gradient now
-    losses_of(inputs, targets)
+    losses_of(inputs, torch.full(inputs.shape, -1))
     optimizer.clear_gradients()
     world.synchronize()
+
+
+def ready(experiment: Experiment, cfg: RunConfig, world: World, kernels: Kernels, losses_of: TokenLosses,
+          optimizer, say: Callable[[str], None]) -> RunConfig:
+    """Compile, find micro-batches that fit, record one where that is faster; the Config with their size."""
+    cfg = memory.fit_micro_batch(
+        cfg, world, lambda sized: warm_up(losses_of, optimizer, sized, world), optimizer.clear_gradients, say,
+        lambda: memory.memory_advice(experiment, cfg, world, kernels))
+    if kernels.compiled:
+        model = losses_of.model
+        for line in record(model, *eot_rows(model, cfg, world), cfg, world):
+            say(line)
+    return cfg
 
 
 def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
@@ -434,7 +446,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     on_all(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
     kernels = trusted_kernels(experiment, cfg, world, choose_kernels(cfg, world))
     model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
-    losses_of = TokenLosses(model, kernels.compiled)
+    losses_of = TokenLosses(model, world, kernels.compiled)
     on_all(lambda: saved and check_shapes(saved["model"], model))
     log = on_all(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
     with log, say_how_to_resume(log):
@@ -446,12 +458,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
                            *describe_tasks(tasks), *model.remarks(), *optimizer.remarks(),
                            *drawn_in_one_stream(model)]))
         begun = time.perf_counter()
-        sized = memory.fit_micro_batch(
-            sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients,
-            log.say, lambda: memory.memory_advice(experiment, sized, world, kernels))
-        if kernels.compiled:
-            for line in record(model, *eot_rows(model, sized, world), sized, world):
-                log.say(line)
+        sized = ready(experiment, sized, world, kernels, losses_of, optimizer, log.say)
         compile_seconds = time.perf_counter() - begun
         run = Run(experiment, sized, world, model, optimizer, data, losses_of, log, Clock(world),
                   LossScale(enabled=world.dtype == torch.float16), compile_seconds=compile_seconds)

@@ -354,7 +354,8 @@ def model_and_tokenizer(lab):
 
 def log_probabilities_of(model):
     def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
-        found = TokenLosses(model)(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest)
+        losses_of = TokenLosses(model, World(model.cfg))
+        found = losses_of(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest)
         return np.stack([-found[0], found[1]]) if likeliest else -found.numpy()
     return log_probabilities
 
@@ -472,7 +473,7 @@ def test_training_asks_the_model_what_this_file_does(model_and_tokenizer, name):
     model, tokenizer = lover_of_words(*model_and_tokenizer), model_and_tokenizer[1]
     questions = as_questions(name, OTHERS[name][0](300))
     with torch.no_grad():
-        found = score(TokenLosses(model), tokenizer, questions, 2, World(Config(**TINY)))
+        found = score(TokenLosses(model, World(model.cfg)), tokenizer, questions, 2, World(Config(**TINY)))
     wanted = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (2, 48))
     assert found.items == wanted.items and found.accuracies["acc"].correct > 0
 

@@ -124,7 +124,7 @@ def main() -> None:
         all_progress = preparation.write_units(range(len(units)), rule, args.num_shards)
         manifest = preparation.finish(all_progress, held_out)
     if source.replaced:
-        print(f"replaced {source.replaced:,} invalid UTF-8 sequences by U+FFFD")
+        print(source.replaced_in_words())
     for trouble, why in (("split", "too long or odd to encode whole"),
                          ("skipped", "that tiktoken cannot encode")):
         count, first = manifest[trouble]["count"], manifest[trouble]["first"]

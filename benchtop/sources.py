@@ -137,7 +137,11 @@ class Search:
         while folders or links:
             folder, files = folders.pop() if folders else links.pop(0), []
             real = os.path.realpath(folder)
-            for path in self._listed(folder) if real not in seen else ():
+            if real in seen:
+                self.left_out[AGAIN].append(folder)
+                continue
+            seen.add(real)
+            for path in self._listed(folder):
                 is_folder = os.path.isdir(path)
                 if path.name.startswith("."):
                     self.left_out[HIDDEN].append(path)
@@ -147,9 +151,6 @@ class Search:
                     (links if path.is_symlink() else folders).append(path)
                 else:
                     files.append(path)
-            if real in seen:
-                self.left_out[AGAIN].append(folder)
-            seen.add(real)
             yield folder, files
 
     def _listed(self, folder: Path) -> list[Path]:

@@ -136,7 +136,7 @@ def test_links_to_nothing_are_said(bench, said):
     Path("src/b.txt").symlink_to("nowhere")
     Path("src/c.txt").symlink_to("c.txt")       # to itself
     assert ids("src") == ["src/a.txt"] and said() == "2 linked to nothing (src/b.txt, ...)"
-    with pytest.raises(UserError, match="src/b.txt is a link to nowhere, which is not there"):
+    with pytest.raises(UserError, match=r"src/b\.txt is a link to nowhere, which is not there"):
         open_source("src/b.txt")
 
 
@@ -175,7 +175,7 @@ BAD = '{"text": "a"}\n{"text": 5}\n\n{"text": "b"}\nnothing\n{"body": "c"}\n'
 def test_a_bad_line_comes_with_the_command_that_drops_all_of_them(bench, packed, pack):
     path = Path(f"rows.jsonl{packed}")
     path.write_bytes(pack(BAD.encode()))
-    with pytest.raises(UserError, match="line 2 has no text .*; drop all 3 bad lines with: ") as error:
+    with pytest.raises(UserError, match=r"line 2 has no text .*; drop all 3 bad lines with: ") as error:
         list(open_source(str(path)))
     os.system(str(error.value).split("with: ")[1])
     assert [text for _, text in open_source(str(path))] == ["a", "b"]

@@ -9,12 +9,14 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchtop import held_out
+from benchtop.briefing import describe_data
 from benchtop.documents import Document, Source, hash_of
 from benchtop.held_out import Parts, Rule, choose_held_out, documents_to_validate_on, rule_for
 from benchtop.hub import HubText
@@ -231,3 +233,17 @@ def test_a_line_as_long_as_a_book_is_cut_quickly():
     started = time.perf_counter()
     parts = sum(1 for _ in Parts([("", "word " * 4_000_000)], 20_000))
     assert parts == 1000 and time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("documents, tokens, is_whole, note", [
+    (44, 20_000, True, ""),
+    (3, 900, True, "note        only 3 documents with 900 tokens are held out; on fewer than 16 documents or "
+                   "20,000 tokens, similar models cannot be told apart"),
+    (16, 19_999, False, "; --val_tokens 0 takes all")])
+def test_a_run_begins_with_a_warning_of_too_little_to_validate_on(documents, tokens, is_whole, note):
+    held = SimpleNamespace(tokens=range(tokens), num_documents=documents, is_whole=is_whole)
+    said = describe_data(SimpleNamespace(num_steps=0, seq_len=8),
+                         SimpleNamespace(folder=SimpleNamespace(name="mine")),
+                         SimpleNamespace(num_rows=10, bases=[0, 80]), held)
+    assert said[1].startswith(f"held out    {tokens:,} tokens of {documents}")
+    assert len(said) == 2 + bool(note) and said[-1].endswith(note)

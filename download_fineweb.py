@@ -44,7 +44,7 @@ from benchtop.processes import is_first_process, places_by_torchrun
 from benchtop.ready_made import fetch_ready_made
 from benchtop.shards import few_held_out, shard_format
 from benchtop.sources import open_source
-from benchtop.tokenizer import load_tokenizer, only_tokenizer, tokenizer_sha256
+from benchtop.tokenizer import load_tokenizer, may_have_seen, only_tokenizer, tokenizer_sha256
 
 TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, by GPT-2's tokenizer; only --dry_run guesses with it
 
@@ -133,6 +133,8 @@ def main() -> None:
                   + (" ..." if count > 5 else ""))
     if few := few_held_out(manifest):
         print(f"note: {few}")
+    if seen := may_have_seen(manifest):
+        print(f"note: {seen}")
     print(f"wrote {describe(folder, manifest)}")
 
 

@@ -191,6 +191,19 @@ def test_the_rules_of_earlier_manifests_still_hold():
         text for text in texts if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 16 == 0]
 
 
+@given(st.lists(st.integers(0, 300), max_size=20), st.booleans(), st.booleans(), st.sampled_from([0, 200]))
+def test_a_rule_covers_another_if_it_holds_out_all_that_the_other_does(numbers, here, there, part):
+    texts = [f"document {number}" for number in range(300)]
+    names = [f"{hash_of(texts[number % 300]):016x}" for number in numbers]
+    mine = Rule(64 * here, frozenset(names), part)
+    other = Rule(64 * there, frozenset(names[:len(names) // 2]), part)
+    for first, second in ((mine, other), (other, mine)):
+        covered = all(first.holds_out(text) for text in texts if second.holds_out(text))
+        assert first.covers(second) == (covered and first.one_in >= second.one_in)
+    assert not Rule(64).covers(Rule(64, part=50)) and not Rule(0, file="a").covers(Rule(0, file="b"))
+    assert Rule(0, file="a").covers(Rule(0, file="a"))
+
+
 # ------------------------------------------------------------------------------------------------
 # Documents to validate on, and parts
 # ------------------------------------------------------------------------------------------------

@@ -54,9 +54,10 @@ def test_a_byte_order_mark_tells_the_encoding_and_is_no_text(tmp_path, mark, enc
     rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in (TEXT, "b"))
     for kind, content in (*((kind, TEXT) for kind in (".txt", ".md", ".py")), (".jsonl", rows)):
         path = tmp_path / f"notes{kind}{packed}"
-        path.write_bytes(PACK[packed](mark + content.encode(encoding)))
+        raw = mark + content.encode(encoding)
+        path.write_bytes(PACK[packed](raw + raw if kind == ".jsonl" else raw))      # two that were joined
         source = open_source(str(path))
-        assert [text for _, text in source] == ([TEXT, "b"] if kind == ".jsonl" else [TEXT])
+        assert [text for _, text in source] == ([TEXT, "b", TEXT, "b"] if kind == ".jsonl" else [TEXT])
         assert source.replaced == 0 and source.replaced_in_words() == ""
 
 
@@ -184,7 +185,7 @@ def test_a_python_source_is_read_in_the_encoding_that_it_names(tmp_path, encodin
 
 @pytest.mark.parametrize("named", ["nonsense", "rot13", "utf-16", "undefined", "mbcs"])
 def test_a_name_that_does_not_fit_is_passed_over(tmp_path, named):
-    (tmp_path / "a.py").write_text(f"# coding: {named}\nx = 1\n")
-    assert texts_of(tmp_path / "a.py") == [f"# coding: {named}\nx = 1\n"]
+    (tmp_path / "a.py").write_text(f"# coding: {named}\nx = 12\n")
+    assert texts_of(tmp_path / "a.py") == [f"# coding: {named}\nx = 12\n"]
     (tmp_path / "a.py").write_bytes(f"# coding: {named}\nx = 'Größe {'ü' * 9}'\n".encode("cp1252"))
     assert "CP1252" in refused(tmp_path / "a.py")

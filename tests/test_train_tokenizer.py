@@ -537,11 +537,12 @@ def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkey
     assert f"{num_bytes / len(ids):.3f} bytes a token (GPT-2's: 1.000)" in capsys.readouterr().out
 
 
-def test_a_tokenizer_without_held_out_text_has_no_made_up_numbers(bench, command):
+def test_a_tokenizer_without_held_out_text_says_so_and_has_no_made_up_numbers(bench, command, capsys):
     (bench / "one.txt").write_text("some text and some more text\n" * 9)
     command("train_tokenizer.py --source one.txt --vocabsize 260 --samples 99 --name one --num_workers 1")
-    statistics = json.loads((bench / "tokenizers/one/meta.json").read_text())["statistics"]
-    assert set(statistics) == {"longest_tokens"}
+    meta = json.loads((bench / "tokenizers/one/meta.json").read_text())
+    assert set(meta["statistics"]) == {"longest_tokens"} and meta["held_out"] is None
+    assert "note: too little text to hold some out; the tokenizer learns from all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "TMPDIR"])

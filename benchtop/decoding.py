@@ -22,7 +22,8 @@ MARK = "\ufeff"
 MARKS = [(codecs.BOM_UTF8, "utf-8"),
          (codecs.BOM_UTF32_LE, "UTF-32LE"), (codecs.BOM_UTF32_BE, "UTF-32BE"),
          (codecs.BOM_UTF16_LE, "UTF-16LE"), (codecs.BOM_UTF16_BE, "UTF-16BE")]    # begins UTF-32's, too
-FEW_INVALID = 3         # sequences that any file may have
+FEW_INVALID = 3         # sequences that a file may have, if they are no more than one in
+FEW_IN_BYTES = 100      # so many bytes; one it may have in any case
 
 
 def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str, int]:
@@ -59,7 +60,8 @@ def encoding_of(raw: bytes, path: Path, kind: str) -> str:
         raise UserError(f"{path} {what}; take it out of the source, or convert it with: "
                         f"{rewriting(path, change)}")
     text, invalid = decode(raw)
-    if invalid > FEW_INVALID and invalid > len(re.findall("[^\0-\x7f\ufffd]", text)):
+    few = max(1, min(FEW_INVALID, len(raw) // FEW_IN_BYTES))
+    if invalid > few and invalid > len(re.findall("[^\0-\x7f\ufffd]", text)):
         raise UserError(f"{path} is not UTF-8 ({invalid:,} invalid sequences); if it is Western European, "
                         f"convert it with: {rewriting(path, 'iconv -f CP1252 -t UTF-8')}")
     return "utf-8"

@@ -131,10 +131,8 @@ def main() -> None:
         if count:
             print(f"{trouble} {counted(count, 'document')} {why}: {', '.join(first[:5])}"
                   + (" ..." if count > 5 else ""))
-    if few := few_held_out(manifest):
-        print(f"note: {few}")
-    if seen := may_have_seen(manifest):
-        print(f"note: {seen}")
+    for note in filter(None, (few_held_out(manifest), may_have_seen(manifest))):
+        print(f"note: {note}")
     print(f"wrote {describe(folder, manifest)}")
 
 

@@ -84,7 +84,7 @@ class Source:
         """For people; empty if nothing was replaced."""
         if not self.replaced:
             return ""
-        worst = [f"{name} ({count:,})" for name, count in self.replaced_in.most_common(4) if count]
+        worst = [f"{decoding.shown(name)} ({count:,})" for name, count in self.replaced_in.most_common(4)]
         files = "" if len(self.replaced_in) == 1 else f"{counted(len(self.replaced_in), 'file')}: "
         return (f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} by U+FFFD in {files}"
                 + ", ".join(worst[:3]) + (" ..." if len(worst) > 3 else ""))

@@ -100,6 +100,9 @@ def test_odd_names_stay_in_one_line(bench, said):
         pass
     assert ids("h") == ["h/caf\\xe9.txt", "h/two\nlines.txt"]
     assert said() == "2 of unknown kind (h/caf\\xe9.png, ...)"
+    Path("h/two\nlines.txt").write_bytes(b"\xff")
+    source = open_source("h")
+    assert list(source) and source.replaced_in_words().endswith(" by U+FFFD in h/two lines.txt (1)")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from benchtop.processes import is_first_process, places_by_torchrun
 from benchtop.ready_made import fetch_ready_made
 from benchtop.shards import few_held_out, shard_format
 from benchtop.sources import open_source
-from benchtop.tokenizer import load_tokenizer, only_tokenizer, tokenizer_sha256
+from benchtop.tokenizer import load_tokenizer, may_have_seen, only_tokenizer, tokenizer_sha256
 
 TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, by GPT-2's tokenizer; only --dry_run guesses with it
 
@@ -124,15 +124,15 @@ def main() -> None:
         all_progress = preparation.write_units(range(len(units)), rule, args.num_shards)
         manifest = preparation.finish(all_progress, held_out)
     if source.replaced:
-        print(f"replaced {source.replaced:,} invalid UTF-8 sequences by U+FFFD")
+        print(source.replaced_in_words())
     for trouble, why in (("split", "too long or odd to encode whole"),
                          ("skipped", "that tiktoken cannot encode")):
         count, first = manifest[trouble]["count"], manifest[trouble]["first"]
         if count:
             print(f"{trouble} {counted(count, 'document')} {why}: {', '.join(first[:5])}"
                   + (" ..." if count > 5 else ""))
-    if few := few_held_out(manifest):
-        print(f"note: {few}")
+    for note in filter(None, (few_held_out(manifest), may_have_seen(manifest))):
+        print(f"note: {note}")
     print(f"wrote {describe(folder, manifest)}")
 
 

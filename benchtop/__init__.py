@@ -9,7 +9,7 @@ ORDER = (
     "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "apart",
     "command_line", "significance",
     # text -> tokenizer folder
-    "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
+    "decoding", "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine

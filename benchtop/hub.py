@@ -282,7 +282,6 @@ class HubText(Source):
 
     def __iter__(self) -> Iterator[Document]:
         """All documents, in an order of files that depends on nothing but their names."""
-        self.replaced = 0
         for unit in self.units(seed=None):
             yield from unit.read()
 

@@ -120,7 +120,11 @@ class Dataset:
 def few_held_out(manifest: dict) -> str:
     """A warning where too little is held out to tell models apart; empty where it is enough."""
     val = [shard for shard in manifest["shards"] if shard["split"] == "val"]
-    documents, tokens = (sum(shard[what] for shard in val) for what in ("documents", "tokens"))
+    return too_few(*(sum(shard[what] for shard in val) for what in ("documents", "tokens")))
+
+
+def too_few(documents: int, tokens: int) -> str:
+    """As few_held_out, of what is validated on."""
     if (documents >= FEW_DOCUMENTS or not documents) and tokens >= FEW_TOKENS:    # 0: nobody counted them
         return ""
     those = f"{counted(documents, 'document')} with " if documents else ""

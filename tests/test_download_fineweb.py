@@ -500,10 +500,17 @@ def test_a_wrong_flag_ends_in_one_line(bench, refusal, small, flags, hint):
 
 
 def test_replaced_bytes_are_told(bench, command, capsys, small):
-    (bench / "latin.txt").write_bytes("Größe\n".encode("latin-1") * 5000)
+    (bench / "odd.txt").write_bytes("Größe ".encode() * 5000 + b"\xff\n" * 9000)
     (bench / "other.txt").write_text("".join(f"{number}\n" for number in range(9000)))
-    command(f"{SHARD} --version latin.txt other.txt")
-    assert "replaced 10,000 invalid UTF-8 sequences" in capsys.readouterr().out
+    command(f"{SHARD} --version odd.txt other.txt")
+    assert "replaced 9,000 invalid UTF-8 sequences by U+FFFD in odd.txt (9,000)" in capsys.readouterr().out
+
+
+def test_another_encoding_is_one_line_that_names_its_file_and_leaves_nothing(bench, refusal, small, pages):
+    (bench / "latin.txt").write_bytes("Größe\n".encode("latin-1") * 5000)
+    said = refusal(f"{SHARD} --version pages.jsonl latin.txt")
+    assert "latin.txt is not UTF-8 (10,000 invalid" in said and "iconv -f CP1252" in said
+    assert not names(bench / "data")
 
 
 def test_git_keeps_of_data_and_tokenizers_only_what_says_what_they_are():

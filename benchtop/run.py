@@ -54,7 +54,7 @@ from benchtop.checkpoints import read_checkpoint, remove_checkpoints
 from benchtop.command_line import command, counted
 from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
-from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks
+from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks, first_line
 from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.folder import locked_log
 from benchtop.identity import changes_since, identity_of, require_equal_machines
@@ -498,7 +498,8 @@ def say_how_to_resume(log: RunLog) -> Iterator[None]:
         log.say(f"interrupted; {log.last_good()}")
         raise
     except OSError as error:
-        raise UserError(f"{error.strerror}: {error.filename or log.folder}; {log.last_good()}") from error
+        where = error.filename or log.folder
+        raise UserError(f"{error.strerror or first_line(error)}: {where}; {log.last_good()}") from error
     except UserError:
         raise
     except Exception as error:
@@ -546,8 +547,7 @@ def finish(run: Run, tasks: list[Task]) -> None:
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
     results["held_out_documents"] = held_out.num_documents
     results["held_out_sha256"] = hashlib.sha256(text).hexdigest()
-    results["budget"] = what_ended(cfg, run.step, run.target)
-    results["target"] = run.target
+    results["budget"], results["target"] = what_ended(cfg, run.step, run.target), run.target
     results["checkpoint_seconds"] = round(run.save_seconds, 2)
     for phase in ("validation", "evaluation"):
         results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)

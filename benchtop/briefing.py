@@ -40,6 +40,11 @@ def introduction(cfg, world: World, model: nn.Module, kernels: Kernels, memory_m
     ]
 
 
+def describe_git(identity: dict) -> list[str]:
+    problem = identity["git_problem"]
+    return [f"git         warning: the commit of the code is not known ({problem})"] if problem else []
+
+
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -71,7 +76,7 @@ def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
 
 
 def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[str]:
-    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
+    used = rows.num_tokens / rows.bases[-1]
     lines = [f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, of which rows hold {used:.0%}",
              f"held out    {len(held_out.tokens):,} tokens of {counted(held_out.num_documents, 'document')}"]
     if few := too_few(held_out.num_documents, len(held_out.tokens)):

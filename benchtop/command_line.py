@@ -3,13 +3,18 @@
 import argparse
 import contextlib
 import difflib
+import errno
+import io
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import wraps
 from pathlib import Path
+from typing import TextIO
 
 from benchtop import places
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
@@ -25,12 +30,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
 
 
+# what one script calls so, another calls otherwise; each takes both, and its help names its own
+OTHER_NAMES = {"--vocabsize": "--vocab_size", "--version": "--source"}
+OTHER_NAMES |= {other: name for name, other in OTHER_NAMES.items()}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, with the flag that was perhaps meant."""
 
     def __init__(self, description: str, **options):
         options.setdefault("formatter_class", Help)
         super().__init__(description=description, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        return super().parse_known_args(list(map(self._own_name, sys.argv[1:] if args is None else args)),
+                                        namespace)
+
+    def _own_name(self, word: str) -> str:
+        """The word, or this parser's name of the flag that it is."""
+        flag, *value = word.split("=", 1)
+        known, other = self._option_string_actions, OTHER_NAMES.get(flag)
+        return "=".join([other if other in known and flag not in known else flag, *value])
 
     def error(self, message: str) -> None:
         exit_quietly_on_other_ranks()
@@ -63,29 +83,77 @@ def positive(text: str, least: int = 1) -> int:
     return number
 
 
+def open_streams() -> None:
+    """Make the standard streams such that a line can always be printed.
+
+    What an encoding lacks is printed as an escape. A stream that was closed leads nowhere; if its number
+    stayed free, the next file would take it, and get what libraries complain of.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))      # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def tell(line: str, stream: TextIO) -> bool:
+    """Print a line; False if it goes to a pipe that nobody reads any more.
+
+    A terminal that is gone has told whom it wanted to end, by SIGHUP. Both get nothing from then on.
+    """
+    try:
+        print(line, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        let_go()
+        return error.errno != errno.EPIPE
+    return True
+
+
+def let_go() -> None:
+    """Let a pipe or terminal that is gone lead nowhere, so that what is still to be written does no harm."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(io.UnsupportedOperation):      # it is no file
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if poll.poll(0):        # an error or a hang-up, which need not be asked for
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def end(complaint: str) -> None:
     """Leave with one line and exit code 1."""
     sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(complaint.splitlines())}")
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code."""
+    """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code.
+
+    A pipe that nobody reads any more, as of `| head`, ends it as it ends other programs, without a word.
+    """
 
     @wraps(main)
     def run(*parts) -> None:
+        open_streams()
         try:
             main(*parts)
+            sys.stdout.flush()
         except UserError as error:
             end(str(error))
         except BrokenProcessPool:
             end("a worker process was killed, perhaps for want of memory; try again with --num_workers 1")
+        except BrokenPipeError:
+            let_go()
+            sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
             if error.strerror is None:
                 raise
             end(error.strerror + (f": {error.filename}" if error.filename else ""))
         except KeyboardInterrupt:
-            print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
-                  file=sys.stderr)
+            tell(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
+                 sys.stderr)
             sys.exit(130)
     return run
 

@@ -13,6 +13,10 @@ class SharedError(UserError):
     """A UserError that all processes raise at once, so that only the first one of each machine prints it."""
 
 
+class NonFinite(SharedError):
+    """A loss, gradient, weight or score that is not a number; the run cannot go on."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a line of our own."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -100,7 +100,7 @@ def locked_log(folder: Path) -> TextIO:
 
     raises  UserError if another process holds it
     """
-    log = open(folder / "training_log.txt", "a", encoding="utf-8")  # noqa: SIM115
+    log = open(folder / "training_log.txt", "a", encoding="utf-8", errors="backslashreplace")   # noqa: SIM115
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -162,16 +162,20 @@ def read_object(path: Path) -> dict:
 
 
 def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
-    """raises  UserError if the run left none, or they are damaged"""
+    """raises  UserError if the run left none, or they are damaged or not finite"""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors; train it with --save_model")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
+    diverged = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if diverged:
+        raise UserError(f"{path} is of a run that diverged: {diverged} is not finite")
+    return weights
 
 
 def saved_tokenizer(folder: Path) -> Encoding:

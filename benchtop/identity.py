@@ -26,6 +26,7 @@ from pathlib import Path
 from tiktoken import Encoding
 
 from benchtop import places
+from benchtop.errors import SharedError, UserError
 from benchtop.files import link, sha256_of, sync, write_text
 from benchtop.gpus import nvidia_gpus
 from benchtop.redaction import without_secrets
@@ -80,14 +81,45 @@ def code_that_runs() -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
-def git(*arguments: str) -> str | None:
-    """What git says of the repository; None where it fails, as without a repository, or is not installed."""
+def git(*arguments: str) -> str:
+    """What git says of the repository.
+
+    raises  UserError with git's reason where it fails, as without a repository, or is not installed
+    """
     try:
-        done = subprocess.run(["git", *arguments], cwd=places.ROOT, capture_output=True, text=True,
+        done = subprocess.run(["git", *arguments], cwd=places.ROOT, capture_output=True, encoding="utf-8",
                               errors="replace")
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+    except OSError as error:
+        raise UserError(f"git cannot be started: {error.strerror}") from error
+    if done.returncode:
+        raise UserError(next(iter(done.stderr.splitlines()), f"git {arguments[0]} fails"))
+    return done.stdout
+
+
+def facts_about_git() -> dict:
+    """The commit, whether what runs differs from it, and why git cannot tell; None is what is not known.
+
+    What git does not track differs from every commit, also where it is ignored.
+    """
+    commit = dirty = problem = None
+    names = {path.name for path in own_sources()}
+    try:
+        tracked = names & {*git("ls-files", "-z").split("\0")}
+        if not tracked:     # it is part of a repository of something else
+            raise UserError(f"git tracks no {' and no '.join(sorted(names))}")
+        dirty = bool(git("status", "--porcelain") or names - tracked)
+        commit = git("rev-parse", "--verify", "HEAD").strip()
+    except UserError as error:
+        problem = str(error)
+    return {"git_commit": commit, "git_dirty": dirty, "git_problem": problem}
+
+
+def uncommitted_changes() -> str:
+    """Those of git.diff; nothing where git cannot tell, and then the summary says so."""
+    try:
+        return git("diff", "--no-ext-diff", "--no-color", "HEAD")
+    except UserError:
+        return ""
 
 
 def installed_packages() -> str:
@@ -120,16 +152,13 @@ def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
 def facts_about_session(script: Path, world) -> dict:
     """Code, machine, versions and command of this process.
 
-    git_commit, git_dirty  None where git cannot tell
-    cuda                   what torch was built for; None without
-    gpus                   of the first process's machine, where it trains on them
+    cuda  what torch was built for; None without
+    gpus  of the first process's machine, where it trains on them
     """
     import torch
     gpus = nvidia_gpus() if world.is_main and world.device.type == "cuda" else []
-    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {**facts_about_code(script.name),
-            "git_commit": commit and commit.strip(), "git_dirty": None if changed is None else bool(changed),
-            **world.facts(), "dtype_reason": world.dtype_reason,
+    return {**facts_about_code(script.name), **facts_about_git(), **world.facts(),
+            "dtype_reason": world.dtype_reason,
             "python": platform.python_version(), "torch": str(torch.__version__),
             "cuda": torch.version.cuda or torch.version.hip, "gpus": gpus, "platform": platform.platform(),
             "command": without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))}
@@ -152,6 +181,14 @@ def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
     if names:
         changes.append(f"the bench changed ({name_some(names)})")
     return changes
+
+
+def require_equal_machines(identity: dict, world) -> None:
+    """raises  SharedError if processes have other code, data or tokenizer than the first one"""
+    facts = world.gather(identity)
+    for fact in ("data_sha256", "tokenizer_sha256", "bench_sha256", "sources"):
+        if any(other[fact] != identity[fact] for other in facts):
+            raise SharedError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
 
 
 def name_some(names: list[str]) -> str:
@@ -183,7 +220,7 @@ class Origin:
         code = code_that_runs()
         script = identity["script"]
         texts = {"config.json": json.dumps(knobs, indent=2) + "\n", "requirements.txt": installed_packages(),
-                 "git.diff": git("diff", "HEAD") or "", "meta.json": tokenizer_meta(tokenizer),
+                 "git.diff": uncommitted_changes(), "meta.json": tokenizer_meta(tokenizer),
                  f"{Path(script).stem}.txt": code[script]}
         self.texts = {name: without_secrets(text) for name, text in texts.items()}
         self.code = {name: without_secrets(text) for name, text in code.items()}

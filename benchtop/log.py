@@ -15,8 +15,8 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 from benchtop import places
-from benchtop.checkpoints import keep_best_checkpoint, write_checkpoint
-from benchtop.command_line import minutes, program
+from benchtop.checkpoints import keep_best_checkpoint, withdraw_checkpoint, write_checkpoint
+from benchtop.command_line import minutes, program, tell
 from benchtop.files import whole_path, write_text
 from benchtop.folder import locked_log, new_folder, write_items
 from benchtop.identity import Origin
@@ -51,6 +51,7 @@ class RunLog:
         self.saved_step = saved["step"] if saved else 0
         self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
         self.last_line = self.last_picture = time.perf_counter()
+        self.unheard = False    # whether the pipe that lines go to is closed
         if not self.active:
             return
         check_packages(cfg)
@@ -84,7 +85,7 @@ class RunLog:
         if self.active:
             self.note(line)
             self.bar.clear()
-            print(line, flush=True)
+            self.unheard |= not tell(line, sys.stderr if self.unheard else sys.stdout)
             self.last_line = time.perf_counter()
 
     def note(self, line: str) -> None:
@@ -190,8 +191,13 @@ class RunLog:
         except OSError as error:
             self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
 
+    def withdraw(self, step: int) -> None:
+        """The checkpoint of this step, if it was saved, is not good; the one before takes its place."""
+        if self.active and self.saved_step == step:
+            self.saved_step = withdraw_checkpoint(self.folder)
+
     def last_good(self) -> str:
-        if not self.active or not self.saved_step:
+        if not self.active or not self.saved_step or not self.folder.is_dir():
             return "there is no checkpoint"
         return (f"the last good checkpoint is of step {self.saved_step}; go on with: "
                 + shlex.join([*program(), "--resume", os.path.relpath(self.folder)]))

@@ -115,7 +115,7 @@ def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels,
     tokens, columns, bytes_each = rows * cfg.seq_len, cfg.padded_vocab_size, world.dtype.itemsize
     chunk = min(largest_chunk(world.device) // 4, tokens * columns)     # logits in it
     head = model.head.numel() * (4 + bytes_each) + tokens * cfg.model_dim * bytes_each
-    torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
+    torch_itself = 550 * 2**20 if world.device.type == "cpu" else 0
     by_row, once = kept or kept_mib(experiment.Model, cfg, world.dtype, kernels)
     if kernels.compiled:
         loss, kept = COMPILED_LOSS_COPIES * bytes_each * chunk, once + rows * by_row

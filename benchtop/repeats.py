@@ -11,9 +11,10 @@ from statistics import fmean, stdev
 from benchtop import places, significance
 from benchtop.command_line import counted
 from benchtop.errors import UserError
-from benchtop.files import sha256_of
+from benchtop.files import sha256_of, write_text
 from benchtop.groups import Group, SavedRun, read_run, runs_in
 from benchtop.identity import bench_files, differing
+from benchtop.signals import heard_signals
 
 KEPT = ("config.json", "summary.json", "metrics.csv", "samples.jsonl")
 
@@ -61,17 +62,19 @@ def script_place(words: list[str]) -> int:
 
 
 def run_seed(words: list[str]) -> int:
-    """Run a command to its end; SIGTERM is passed on, so that it saves. Its exit code."""
-    process = subprocess.Popen(words)
+    """Run a command to its end; stop signals are passed on, so that it saves. Its exit code."""
+    process = None
 
     def pass_on(number: int, _frame) -> None:
-        process.send_signal(number)
-    before = signal.signal(signal.SIGTERM, pass_on), signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if process and number != signal.SIGINT:     # Ctrl-C reaches it by itself
+            process.send_signal(number)
+    before = {number: signal.signal(number, pass_on) for number in heard_signals()}
     try:
-        return process.wait()       # Ctrl-C reaches the process by itself
+        process = subprocess.Popen(words)
+        return process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_room(runs: list[SavedRun], folder: Path) -> None:
@@ -103,7 +106,7 @@ def keep(runs: list[SavedRun], folder: Path) -> None:
     if "train_gpt.py" not in runs[0].summary.get("sources", {"train_gpt.py": ""}):     # it is a changed copy
         sides = [path.read_text(encoding="utf-8").splitlines(keepends=True)
                  for path in (places.ROOT / "train_gpt.py", runs[0].folder / f"{Path(script).stem}.txt")]
-        (folder / "changes.diff").write_text("".join(difflib.unified_diff(*sides, "train_gpt.py", script)))
+        write_text(folder / "changes.diff", "".join(difflib.unified_diff(*sides, "train_gpt.py", script)))
 
 
 def verdict(group: Group) -> str:

@@ -41,6 +41,7 @@ from benchtop.batches import Batch, Rows, micro_batch_shape
 from benchtop.briefing import (
     conclusion,
     describe_data,
+    describe_git,
     describe_tasks,
     introduction,
     num_parameters,
@@ -53,10 +54,10 @@ from benchtop.checkpoints import read_checkpoint, remove_checkpoints
 from benchtop.command_line import command, counted
 from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
-from benchtop.errors import SharedError, UserError, exit_quietly_on_other_ranks
+from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks, first_line
 from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.folder import locked_log
-from benchtop.identity import changes_since, identity_of
+from benchtop.identity import changes_since, identity_of, require_equal_machines
 from benchtop.initial import draw_weights, drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
 from benchtop.log import RunLog, last_lines
@@ -68,7 +69,7 @@ from benchtop.shards import Dataset, open_dataset
 from benchtop.signals import Stopped, StopSignals
 from benchtop.smoke import smoke
 from benchtop.speed import with_speed
-from benchtop.steps import LossScale, NonFinite, Report, collector_at_rest, prepared_batches
+from benchtop.steps import CURE, LossScale, Report, check_weights, collector_at_rest, prepared_batches
 from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
@@ -185,7 +186,7 @@ class Run:
         # all processes learn the loss, whether one was told to stop, and what the first one's clock says:
         # whether it is time to save, and how much of the budget is used
         clock_share = self.clock.share(self.cfg) if self.world.is_main else 0.0
-        told = torch.tensor([float(self.signals.received), float(self.is_time_to_save), clock_share])
+        told = torch.tensor([float(self.told_to_stop), float(self.is_time_to_save), clock_share])
         shared = self.world.sum(torch.cat([loss[None], self.world.sent(told)]))             # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
         report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits, self.world)
@@ -209,7 +210,7 @@ class Run:
             if stops or saves or saves_later:
                 self.save()
             if stops:
-                raise Stopped(self.signals.received or signal.SIGTERM)
+                raise Stopped(self.told_to_stop or signal.SIGTERM)
             self.validate_and_log()
             self.clock.start()
 
@@ -260,6 +261,9 @@ class Run:
         _, rows_at_once = micro_batch_shape(self.cfg, self.world.size)
         with self.world.memory_of("validation"):
             result = self.data.held_out.evaluate(self.losses_of, rows_at_once, self.world)
+        if not all(map(math.isfinite, dataclasses.astuple(result))):
+            self.log.withdraw(self.step)    # nobody should go on from there
+            raise NonFinite(f"the val_loss of step {self.step} is {result.val_loss}; {CURE}")
         self.values |= dataclasses.asdict(result)
         if result.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step = result.val_loss, self.step
@@ -283,10 +287,19 @@ class Run:
 
     # ---- stopping and resuming
 
+    @property
+    def told_to_stop(self) -> int:
+        """The number of the signal that says so, also where a closed pipe does; or 0."""
+        return self.signals.received or signal.SIGPIPE * self.log.unheard
+
     def save(self) -> None:
-        """Write a checkpoint: all a run needs to go on, on any number of processes."""
+        """Write a checkpoint: all a run needs to go on, on any number of processes.
+
+        raises  NonFinite if the weights are not finite
+        """
         begun = time.perf_counter()
         self.world.synchronize()
+        check_weights(self.model, self.step)
         weights = self.model.state_dict().items() if self.world.is_main else ()
         state = {
             "step": self.step, "tokens": self.step * self.cfg.batch_tokens,
@@ -455,8 +468,8 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         needs = memory.memory_estimate_mib(experiment, sized, world, kernels)
         log.say("\n".join([*introduction(sized, world, model, kernels, needs),
                            *describe_data(cfg, data.dataset, data.rows, data.held_out),
-                           *describe_tasks(tasks), *model.remarks(), *optimizer.remarks(),
-                           *drawn_in_one_stream(model)]))
+                           *describe_tasks(tasks), *describe_git(identity), *model.remarks(),
+                           *optimizer.remarks(), *drawn_in_one_stream(model)]))
         begun = time.perf_counter()
         sized = ready(experiment, sized, world, kernels, losses_of, optimizer, log.say)
         compile_seconds = time.perf_counter() - begun
@@ -476,14 +489,6 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
             finish(run, [task for task in tasks.values() if task])
 
 
-def require_equal_machines(identity: dict, world: World) -> None:
-    """raises  SharedError if processes have other code, data or tokenizer than the first one"""
-    facts = world.gather(identity)
-    for fact in ("data_sha256", "tokenizer_sha256", "bench_sha256", "sources"):
-        if any(other[fact] != identity[fact] for other in facts):
-            raise SharedError(f"the machines differ in {fact}; copy scripts, data and tokenizer to all")
-
-
 @contextlib.contextmanager
 def say_how_to_resume(log: RunLog) -> Iterator[None]:
     """Let whatever ends a run early say in one line how to resume it."""
@@ -500,7 +505,8 @@ def say_how_to_resume(log: RunLog) -> Iterator[None]:
         log.say(f"interrupted; {log.last_good()}")
         raise
     except OSError as error:
-        raise UserError(f"{error.strerror}: {error.filename or log.folder}; {log.last_good()}") from error
+        where = error.filename or log.folder
+        raise UserError(f"{error.strerror or first_line(error)}: {where}; {log.last_good()}") from error
     except UserError:
         raise
     except Exception as error:
@@ -548,8 +554,7 @@ def finish(run: Run, tasks: list[Task]) -> None:
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
     results["held_out_documents"] = held_out.num_documents
     results["held_out_sha256"] = hashlib.sha256(text).hexdigest()
-    results["budget"] = what_ended(cfg, run.step, run.target)
-    results["target"] = run.target
+    results["budget"], results["target"] = what_ended(cfg, run.step, run.target), run.target
     results["checkpoint_seconds"] = round(run.save_seconds, 2)
     for phase in ("validation", "evaluation"):
         results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)

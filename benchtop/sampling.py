@@ -12,6 +12,7 @@ import torch
 from tiktoken import Encoding
 from torch import Tensor, nn
 
+from benchtop.errors import NonFinite
 from benchtop.evaluation import HeldOut
 
 TOKENS_AT_ONCE = 2**14      # of all texts that are decoded together, at most
@@ -40,9 +41,11 @@ def _continue(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(prompt) for prompt in prompts]
     open_texts = list(range(len(texts)))        # numbers of those that have not ended
+    # the end of a text that the model cannot read as a whole; or of which its layers see no more, since each
+    # looks back over a row of training at most, and over one or two tokens beside it
+    most = model.longest or len(model.layers) * (model.cfg.seq_len + 2)
     for _ in range(cfg.sample_tokens):
-        # a model that cannot read all of a text reads its end
-        read = [texts[number][-(model.longest or len(texts[number])):] for number in open_texts]
+        read = [texts[number][-most:] for number in open_texts]
         lengths = list(map(len, read))
         # what is behind a text's end is not seen from before it
         inputs = torch.full((len(read), max(lengths)), model.eot_id)                        # (B, T)
@@ -51,6 +54,8 @@ def _continue(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int])
         x = model.hidden(inputs.to(device))                                                 # (B, T, D)
         last = x[torch.arange(len(open_texts)), torch.tensor(lengths) - 1]                  # (B, D)
         logits = model.logits(last)[:, :model.cfg.vocab_size].cpu()                         # (B, V)
+        if not logits.isfinite().all():
+            raise NonFinite("the model gives logits that are not finite")
         for row, number in enumerate(open_texts):
             texts[number].append(choose(logits[row], cfg, generators[number]))
         open_texts = [number for number in open_texts if texts[number][-1] != model.eot_id]
@@ -67,7 +72,9 @@ def choose(logits: Tensor, cfg, generator: torch.Generator) -> int:
     if cfg.top_k:
         kth = logits.topk(min(cfg.top_k, len(logits))).values[-1]                           # ()
         logits = logits.masked_fill(logits < kth, -math.inf)                                # (V)
-    probabilities = torch.softmax(logits / cfg.temperature, dim=-1)                         # (V)
+    # below 0 and in float64, where no temperature gives infinity minus infinity or 0 / 0
+    z = (logits - logits.max()).double() / cfg.temperature                                  # (V)
+    probabilities = torch.softmax(z.float(), dim=-1)                                        # (V)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

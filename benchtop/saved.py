@@ -24,7 +24,7 @@ from benchtop.machine import World, choose_compile
 from benchtop.sampling import generate
 from benchtop.scoring import Scores, hellaswag_accuracy
 from benchtop.tasks import Question, Task
-from benchtop.tokenizer import encode
+from benchtop.tokenizer import CannotEncode, encode
 
 WORTH_COMPILING = 1000              # rows of multiple choice to score with weights from a file
 
@@ -72,10 +72,17 @@ def sample_run(experiment, cfg, world: World) -> None:
     model, tokenizer = load_trained(experiment, folder, cfg, world)
     seeds = itertools.count(cfg.seed)
     for prompt in [cfg.prompt] if cfg.prompt else typed_lines():
-        tokens = [tokenizer.eot_token, *encode(tokenizer, prompt)[0]]
-        prompts = [tokens] * max(1, cfg.num_samples)
+        prompts = [tokens_of(tokenizer, prompt)] * max(1, cfg.num_samples)
         for text in generate(model, prompts, cfg, list(itertools.islice(seeds, len(prompts)))):
             print(prompt + tokenizer.decode(text), end="\n\n", flush=True)
+
+
+def tokens_of(tokenizer: Encoding, prompt: str) -> list[int]:
+    """A prompt as the beginning of a document."""
+    try:
+        return [tokenizer.eot_token, *encode(tokenizer, prompt)[0]]
+    except CannotEncode as error:
+        raise UserError("tiktoken cannot encode the prompt") from error
 
 
 def typed_lines() -> Iterator[str]:
@@ -91,7 +98,7 @@ def continue_prompts(experiment, folder: Path, prompts: list[str], **sampling) -
     world = World(cfg)
     try:
         model, tokenizer = load_trained(experiment, folder, cfg, world)
-        tokens = [[tokenizer.eot_token, *encode(tokenizer, prompt)[0]] for prompt in prompts]
+        tokens = [tokens_of(tokenizer, prompt) for prompt in prompts]
         yield from map(tokenizer.decode, generate(model, tokens, cfg, list(range(len(prompts)))))
     finally:
         world.close()

@@ -15,7 +15,7 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from benchtop.errors import UserError
+from benchtop.errors import NonFinite, UserError
 from benchtop.significance import wilson_interval
 from benchtop.tasks import Question
 from benchtop.tokenizer import CannotEncode, encode
@@ -141,7 +141,7 @@ def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: 
                 sums[:, number] = scores[:, row, span].sum(-1)
     sums = add_up(sums)
     if not np.isfinite(sums).all():
-        raise UserError("the model gives log-probabilities that are not finite")
+        raise NonFinite("the model gives log-probabilities that are not finite")
     sums_of = dict(zip(candidates, sums.T, strict=True))
     items, begin = [], 0
     for question in questions:

@@ -2,9 +2,17 @@
 
 import signal
 
+# of people and terminals, of schedulers before a job's end, of a limit on CPU time; SIGQUIT ends all at once
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def heard_signals() -> list[signal.Signals]:
+    """Those of STOPS that are heard: what is ignored, as SIGHUP under nohup, stays so."""
+    return [number for number in STOPS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
 
 class StopSignals:
-    """SIGTERM and SIGINT (Ctrl-C) let a run save and stop after its step; a second Ctrl-C ends it at once.
+    """STOPS let a run save and stop after its step; a second Ctrl-C ends it at once.
 
     at_once  raise Stopped wherever the run is, as when all is saved
     """
@@ -13,8 +21,7 @@ class StopSignals:
         self.at_once, self.received = at_once, 0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._receive)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self._receive) for number in heard_signals()}
         return self
 
     def __exit__(self, *error) -> None:

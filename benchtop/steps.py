@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchtop.batches import Batch, Rows, batch_of
-from benchtop.errors import SharedError
+from benchtop.errors import NonFinite
 from benchtop.machine import World
-
-
-class NonFinite(SharedError):
-    """A loss or gradient that is not a number; the run cannot go on."""
 
 
 @contextlib.contextmanager
@@ -79,6 +75,17 @@ class Report:
             self.values["grad_norm"] = check_norms(optimizer, self.numbers[4:], loss, self.step)
 
 
+CURE = "try a lower learning rate, or --dtype float32"
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """raises  NonFinite that names the step and the first parameter that is not finite"""
+    named = dict(model.named_parameters())
+    finite = torch.stack([weight.isfinite().all() for weight in named.values()]).tolist()
+    if not all(finite):
+        raise NonFinite(f"{[*named][finite.index(False)]} is not finite after step {step}; {CURE}")
+
+
 def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:
     """The norm of all gradients together, from the norms of each parameter's, (P).
 
@@ -86,14 +93,12 @@ def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:
     """
     total = torch.linalg.vector_norm(norms).item()
     if not math.isfinite(loss):
-        cause = ("check the script's loss and initial values" if step == 1
-                 else "try a lower learning rate, or --dtype float32")
+        cause = "check the script's loss and initial values" if step == 1 else CURE
         raise NonFinite(f"the loss of step {step} is {loss}; {cause}")
     if not math.isfinite(total):
         culprit = next(name for name, norm in zip(optimizer.parameters, norms.tolist(), strict=True)
                        if not math.isfinite(norm))
-        raise NonFinite(f"the gradient of {culprit} is not finite in step {step}; try a lower learning rate, "
-                        "or --dtype float32")
+        raise NonFinite(f"the gradient of {culprit} is not finite in step {step}; {CURE}")
     return total
 
 

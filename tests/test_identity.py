@@ -19,6 +19,7 @@ import torch
 
 import benchtop
 from benchtop import identity, places
+from benchtop.briefing import describe_git
 from benchtop.identity import Origin, bench_sha256, changes_since, identity_of
 
 BENCH = Path(benchtop.__file__).parent
@@ -115,6 +116,11 @@ def test_sources_are_the_scripts_that_this_process_runs(root):
     assert facts()["bench_sha256"] == found["bench_sha256"]
 
 
+def about_git() -> tuple:
+    found = facts()
+    return found["git_commit"], found["git_dirty"], found["git_problem"]
+
+
 def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True,
                    capture_output=True)
@@ -133,6 +139,39 @@ def test_an_edited_tree_is_dirty_and_one_without_git_is_not_known(root, monkeypa
     monkeypatch.setenv("PATH", "")
     assert facts()["git_commit"] is None and facts()["git_dirty"] is None     # no git
     assert Origin(Knobs(), facts(), BYTES).texts["git.diff"] == ""
+
+
+@pytest.mark.parametrize(("way", "reason"), [
+    ("no repository", "not a git repository"), ("dubious ownership", "dubious ownership"),
+    ("no commit", "Needed a single revision"),
+    ("another repository", "git tracks no helper.py and no mine.py"),
+    ("no git", "git cannot be started: No such file or directory")])
+def test_where_git_knows_nothing_the_reason_is_kept_and_said(root, monkeypatch, way, reason):
+    monkeypatch.setenv("LC_ALL", "C")
+    if way == "another repository":     # such as that of a home folder, which ignores all this
+        (root / ".gitignore").write_text("*\n!.gitignore\n")
+    if way != "no repository":
+        git(root, "init")
+        git(root, "add", ".")
+    if way not in ("no repository", "no commit"):
+        git(root, "commit", "-m", "all")
+    if way == "dubious ownership":
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    if way == "no git":
+        monkeypatch.setenv("PATH", "")
+    commit, dirty, problem = about_git()
+    assert commit is None and dirty is (True if way == "no commit" else None)
+    assert reason in problem and problem in " ".join(describe_git(facts()))
+    assert Origin(Knobs(), facts(), BYTES).texts["git.diff"] == ""
+
+
+def test_a_script_that_git_ignores_is_no_clean_one(root):
+    (root / ".gitignore").write_text("mine.py\n")
+    git(root, "init")
+    git(root, "add", ".")
+    git(root, "commit", "-m", "all")
+    commit, dirty, problem = about_git()
+    assert len(commit) == 40 and dirty is True and problem is None and describe_git(facts()) == []
 
 
 def test_a_summary_has_the_gpus_driver_and_clocks_where_the_run_is_on_them(root, monkeypatch):

@@ -17,6 +17,7 @@ from tiny_runs import ROOT
 import train_gpt
 import train_llama3
 import train_nanogpt
+from benchtop.command_line import Parser
 from benchtop.errors import UserError
 from benchtop.knobs import RunConfig, comments_of, parse_config
 from train_gpt import PRESETS, Config
@@ -137,6 +138,20 @@ def test_fields_are_knobs_where_there_is_no_source(capsys):
 def test_numbers_are_taken_as_people_write_them(edited, words, wanted):
     value = getattr(parse_config(words, edited), words[0].split("=")[0].strip("-"))
     assert value == wanted and type(value) is type(wanted)
+
+
+@pytest.mark.parametrize("words", [["--vocabsize", "301"], ["--vocab_size", "301"], ["--vocabsize=301"],
+                                   ["--vocab_size=301"]])
+def test_a_flag_that_scripts_call_differently_is_taken_by_either_name(words, capsys):
+    assert parse_config(words, Config).vocab_size == 301
+    assert "--vocabsize" not in help_of(Config, capsys)
+    parser = Parser("Learn.")
+    parser.add_argument("--vocabsize", type=int)
+    assert parser.parse_args(words).vocabsize == 301
+    both = Parser("Cut.")
+    both.add_argument("--version", nargs="+")
+    assert both.parse_args(["--source", "a", "b"]).version == ["a", "b"]
+    assert both.parse_args(["--version", "a=--source"]).version == ["a=--source"]
 
 
 @pytest.mark.parametrize("knob", ["bias", "norm"])

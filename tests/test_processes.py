@@ -98,7 +98,7 @@ train_gpt.Optimizer.sum_gradients = sum_gradients
     assert plain(done.stderr).count("the gradient of embed is not finite in step 3") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_torchrun_told_to_stop_lets_all_processes_save(lab, number):
     name = f"told{int(number)}"
     job = subprocess.Popen([*torchrun(2), "train_gpt.py",

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -674,3 +675,15 @@ def test_a_disk_full_while_logging_ends_in_one_line(here, monkeypatch):
     monkeypatch.setattr(RunLog, "row", full)
     with pytest.raises(UserError, match=r"No space left .*; the last good checkpoint is of step 2; go on"):
         train_here(here)
+
+
+def test_a_folder_that_is_removed_while_its_run_trains_ends_it_in_one_line(here, monkeypatch):
+    real = Run.between_steps
+
+    def between_steps(run):
+        real(run)
+        if run.step == 2:
+            shutil.rmtree(run.log.folder)
+    monkeypatch.setattr(Run, "between_steps", between_steps)
+    with pytest.raises(UserError, match=r"^No such file or directory: .*; there is no checkpoint$"):
+        train_here(here, save_every_steps=1)

@@ -61,6 +61,8 @@ def test_an_epoch_has_each_token_at_most_once_in_rows_that_start_like_documents(
         for here, there in pairwise(read):
             assert there == here + 1 or EOT in (here, there)
     assert max(seen.values(), default=1) == 1
+    # besides, an epoch has the <|endoftext|> of documents, and not those that parts get
+    assert seen.total() <= rows.num_tokens <= min(seen.total() + sum(map(len, shards)), rows.bases[-1])
 
 
 @settings(max_examples=150, deadline=None)

@@ -4,14 +4,17 @@ Run: ./run.sh test tests/test_sampling.py
 """
 
 import dataclasses
+import io
+import sys
 
 import pytest
 import torch
-from tiny_runs import TINY
+from tiny_runs import TINY, train_here
 
 from benchtop import sampling
+from benchtop.errors import UserError
 from benchtop.sampling import choose, generate
-from train_gpt import GPT, Config
+from train_gpt import EXPERIMENT, GPT, Config
 
 
 def talkative(**knobs) -> tuple[GPT, Config]:
@@ -96,6 +99,20 @@ def test_a_model_that_cannot_read_all_of_a_text_reads_its_end(longest):
     assert made == [one_by_one(model, prompt, cfg, seed) for seed, prompt in enumerate(PROMPTS)]
 
 
+@pytest.mark.parametrize("length", [34, 35, 300])
+def test_of_a_long_text_no_more_is_read_than_the_last_token_sees(length):
+    """One layer sees 34 tokens of a text, and more would take time and memory that grow with its square."""
+    model, cfg = talkative(num_layers=1, sample_tokens=5)
+    prompt = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    wanted, lengths, real = one_by_one(model, prompt, cfg, 0), [], model.hidden
+
+    def hidden(inputs):
+        lengths.append(inputs.size(1))
+        return real(inputs)
+    model.hidden = hidden
+    assert generate(model, [prompt], cfg) == [wanted] and max(lengths) == 34
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100, 127, 128, 129])
 def test_generation_crosses_any_length(length):
     model, cfg = talkative(sample_tokens=3, temperature=1.0)
@@ -138,6 +155,41 @@ def test_sampling_keeps_to_the_top_k():
     generator = torch.Generator().manual_seed(0)
     drawn = {choose(logits, cfg, generator) for _ in range(200)}
     assert drawn == set(logits.topk(3).indices.tolist())
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 301, 10**6])
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-30, 2.0**52])
+def test_any_temperature_and_top_k_give_a_token(temperature, top_k):
+    cfg = Config(**{**TINY, "vocab_size": 301, "top_k": top_k, "temperature": temperature})
+    logits = torch.randn(301, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = {choose(logits, cfg, generator) for _ in range(30)}
+    if temperature < 1 or top_k == 1:
+        assert drawn == {int(logits.argmax())}
+    else:
+        assert len(drawn) > 20 and drawn <= {*range(301)}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("temperature", -1), ("temperature", float("nan")),
+                                             ("temperature", float("inf")), ("top_k", -1),
+                                             ("sample_tokens", 0), ("num_samples", -1)])
+def test_knobs_of_sampling_that_mean_nothing_are_refused_by_their_name(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} must be .*; it is {value}"):
+        Config(**{**TINY, flag: value})
+
+
+def test_any_prompt_is_continued(here, monkeypatch, capsys):
+    """Also one that is empty but for a space, or that names the special token, or is no valid UTF-8."""
+    run = train_here(here, save_model=True)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    for prompt in (" ", "<|endoftext|>", "a" * 10_000, "\0", "\udcff\ud800", "東京 🙂"):
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", f"--sample={run}", f"--prompt={prompt}",
+                                          "--sample_tokens=2", "--device=cpu"])
+        EXPERIMENT.main()
+        said = sys.stdout.buffer.getvalue()
+        assert said.startswith(prompt.encode(errors="backslashreplace"))
+        sys.stdout.buffer.seek(0)
+        sys.stdout.buffer.truncate()
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

@@ -15,7 +15,7 @@ from benchtop import places
 from benchtop.files import sha256_of
 from benchtop.groups import SavedRun
 from benchtop.identity import bench_files
-from benchtop.repeats import changed_code
+from benchtop.repeats import changed_code, run_seed
 
 TRAIN = ["--", sys.executable, "train_gpt.py", *flags(num_samples=0, data="tiny")]
 
@@ -81,6 +81,13 @@ def test_sigterm_is_passed_on_so_that_the_run_saves(lab):
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 1 and said.count("seeds.py: error") == 1 and "exit code 143" in said
     assert (folders(lab, "told")[0] / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["HUP", "TERM", "USR1", "USR2", "XCPU"])
+def test_every_stop_signal_is_passed_on(name):
+    """The run tells its driver to stop, hears of it from there, and ends with a number of its own."""
+    script = f'trap "exit 7" {name}; while :; do kill -{name} $PPID; sleep 0.01; done'
+    assert run_seed(["sh", "-c", script]) == 7
 
 
 def test_a_run_that_diverged_is_counted(lab):

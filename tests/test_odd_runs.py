@@ -12,6 +12,7 @@ from test_compare import say, write_run
 
 from benchtop import curves, places
 from benchtop.groups import Group, open_groups, read_run
+from benchtop.loss_picture import loss_figure
 from benchtop.page import page
 from benchtop.tables import as_markdown, groups_table, index, runs_table
 
@@ -132,6 +133,23 @@ def test_a_run_that_failed_shows_the_last_number_that_is_one(runs):
     titles, line = runs_table(open_groups(["failed"]))
     assert line[titles.index("val_loss")] == "2.5000" and line[titles.index("time")] == "1:01"
     assert "- `failed`: failed: the loss is nan" in index(runs)
+
+
+def row_of(step: int, train: float = 3.0, **validation: float) -> dict:
+    return {"step": step, "tokens": 100 * step, "train_loss": train, **validation}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("rows", "validations"), [
+    ([], 0), ([row_of(1)], 0), ([row_of(1, val_loss=2.0, val_bpb=1.0)], 1),
+    ([row_of(0, val_loss=0.0, val_bpb=0.0)], 1),
+    ([row_of(1, float("nan")), row_of(2, val_loss=float("nan"), val_bpb=float("nan"))], 0),
+    ([row_of(1, float("inf")), *2 * [row_of(2, val_loss=2.0, val_bpb=1.0)]], 2)])
+def test_the_picture_of_a_run_is_drawn_of_any_rows(rows, validations):
+    figure = loss_figure(rows, "odd", 44, {})
+    figure.canvas.draw()
+    models = [line for line in figure.axes[1].lines if line.get_label() == "this model"]
+    assert [len(line.get_xdata()) for line in models] == [validations]
 
 
 @pytest.mark.parametrize("flag", ["--target", "--effect"])

@@ -111,12 +111,16 @@ def in_markdown(cell: object) -> str:
     return " ".join(str(cell).split()).replace("|", r"\|")
 
 
+def in_latex(cell: object) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+               "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+               **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
+    return "".join(special.get(sign, sign) for sign in " ".join(str(cell).split()))
+
+
 def as_latex(table: list[list[str]]) -> str:
     """A tabular of the package booktabs."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-               **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
-    lines = [" & ".join("".join(special.get(sign, sign) for sign in cell) for cell in line) + r" \\"
-             for line in table]
+    lines = [" & ".join(map(in_latex, line)) + r" \\" for line in table]
     lines[1:1] = [r"\midrule"]
     begin = r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}"
     return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"])

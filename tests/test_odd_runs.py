@@ -14,7 +14,7 @@ from benchtop import curves, places
 from benchtop.groups import Group, open_groups, read_run
 from benchtop.loss_picture import loss_figure
 from benchtop.page import page
-from benchtop.tables import as_markdown, groups_table, index, runs_table
+from benchtop.tables import as_latex, as_markdown, groups_table, index, runs_table
 
 
 @pytest.fixture
@@ -224,3 +224,10 @@ def test_cells_of_markdown_keep_to_their_column(runs):
     assert {line.replace(r"\|", "").count("|") for line in lines if line.startswith("|")} == {10}
     table = as_markdown(groups_table(open_groups(["a|b"])))
     assert {line.replace(r"\|", "").count("|") for line in table.splitlines()} == {9}
+
+
+def test_cells_of_latex_hold_no_command():
+    table = as_latex([["run", "x"], ["a_b\n&%$#{}~^\\ <1|2>", "1"]])
+    cell = (r"a\_b \&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} "
+            r"\textless{}1\textbar{}2\textgreater{}")
+    assert cell + r" & 1 \\" in table.splitlines()

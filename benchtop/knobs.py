@@ -146,6 +146,17 @@ class RunConfig:
         """The Config with the budget that this much data allows; an experiment has the rule."""
         return self
 
+    def require_vocabulary(self, tokenizer: str, size: int) -> None:
+        """raises  UserError if the preset or --vocab_size asks for a vocabulary that the tokenizer has not"""
+        if self.vocab_size in (0, size):
+            return
+        if self.preset and self.preset_knobs(self.preset).get("vocab_size") == self.vocab_size:
+            raise UserError(f"--preset {self.preset} is for a tokenizer of {self.vocab_size:,} tokens, and "
+                            f"{tokenizer} has {size:,}; make its data and tokenizer with: "
+                            f"./run.sh {self.preset}")
+        raise UserError(f"--vocab_size must be {size}, the tokens of {tokenizer} with <|endoftext|>; it is "
+                        f"{self.vocab_size}")
+
     def require_machine(self, device: "torch.device", dtype: "torch.dtype") -> None:
         """raises  UserError if to train by these knobs needs another machine; an experiment's own check"""
 

@@ -364,9 +364,7 @@ class Data:
 def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
     """The verified data of a run, and its Config with the vocabulary and the budget that follow from them."""
     dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
-    if cfg.vocab_size not in (0, tokenizer.n_vocab):
-        raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
-                        f"<|endoftext|>; it is {cfg.vocab_size}")
+    cfg.require_vocabulary(tokenizer.name, tokenizer.n_vocab)
     dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
     rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
     cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)

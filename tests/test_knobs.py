@@ -273,3 +273,14 @@ def test_a_copy_of_the_script_has_its_own_knobs(tmp_path):
     assert re.search(r"mine:\n  --slope FLOAT +steepness, 50% or more \[-1\]\n"
                      r"  --gate, --no_gate, --no-gate\n +\[True\]\n", done.stdout)
     assert done.stdout.index("mine:") < done.stdout.index("the run:")
+
+
+@pytest.mark.parametrize(("flags", "complaint"), [
+    (["--preset", "five-minutes"], "--preset five-minutes is for a tokenizer of 8,192 tokens, and demo has "
+                                   "4,097; make its data and tokenizer with: ./run.sh five-minutes"),
+    (["--preset", "five-minutes", "--vocab_size", "100"], "--vocab_size must be 4097, .*; it is 100"),
+    (["--vocab_size", "8192"], "--vocab_size must be 4097, the tokens of demo")])
+def test_a_preset_whose_data_are_not_here_is_named_and_not_its_knob(flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_config(flags, Config).require_vocabulary("demo", 4097)
+    parse_config(["--preset", "five-minutes"], Config).require_vocabulary("climbmix", 8192)

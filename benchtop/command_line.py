@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchtop import places
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
+from benchtop.processes import places_by_torchrun
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -74,6 +75,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @wraps(main)
     def run(*parts) -> None:
         try:
+            places_by_torchrun()        # what it complains of is no matter of one script
             main(*parts)
         except UserError as error:
             end(str(error))

@@ -35,20 +35,24 @@ def test_whoever_waited_for_a_removed_lock_holds_the_new_one(tmp_path, monkeypat
 
 def test_threads_are_never_inside_a_lock_together(tmp_path):
     """Each flock is of its own open file, so threads exclude each other as processes do."""
-    inside, most = [], []
+    marker, entered, together = tmp_path / "inside", [], []
 
     def work():
         for _ in range(200):
             with files.locked(tmp_path / "folder" / "it.lock", wait=True):
-                inside.append(1)
-                most.append(len(inside))
-                inside.pop()
+                entered.append(1)
+                try:
+                    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    together.append(1)
+                else:
+                    os.unlink(marker)
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(most) == 800 and max(most) == 1 and not list((tmp_path / "folder").iterdir())
+    assert len(entered) == 800 and not together and not list((tmp_path / "folder").iterdir())
 
 
 def test_those_that_share_a_lock_keep_others_out_until_the_last_is_gone(tmp_path):

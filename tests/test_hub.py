@@ -550,6 +550,17 @@ def test_ready_made_shards_get_a_manifest(bench_of_hub, gpt2):
     assert not list(bench.home.rglob("*.bin"))
 
 
+def test_ready_made_shards_never_replace_others(bench_of_hub, gpt2):
+    bench = bench_of_hub
+    for line in (["--num_shards", "1"], ["--version", "10B-gpt2", "--name", "ready"]):
+        bench.run("--name", "mine", *line)
+    before = [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")]
+    for name, why, flags in [("mine", "source", []), ("ready", "num_shards", ["--num_shards", "1"])]:
+        refused = bench.run("--version", "10B-gpt2", "--name", name, *flags, code=1)
+        assert f"data/{name} exists and was made with another {why}" in refused.stderr
+    assert [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")] == before
+
+
 def test_ready_made_shards_of_another_vocabulary_are_refused(bench_of_hub, gpt2):
     bench = bench_of_hub
     bench.hub.files["kjj0/fineweb10B-gpt2"]["fineweb_train_000001.bin"] = shard_of([256, 300, 4])

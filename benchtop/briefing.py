@@ -71,7 +71,7 @@ def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
 
 
 def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[str]:
-    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
+    used = rows.num_tokens / rows.bases[-1]
     lines = [f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, of which rows hold {used:.0%}",
              f"held out    {len(held_out.tokens):,} tokens of {counted(held_out.num_documents, 'document')}"]
     if cfg.num_steps:

@@ -350,15 +350,20 @@ class Data:
 
 
 def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
-    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them."""
-    dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
-    if cfg.vocab_size not in (0, tokenizer.n_vocab):
-        raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
-                        f"<|endoftext|>; it is {cfg.vocab_size}")
-    dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
-    rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
-    return cfg, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer))
+    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them.
+
+    raises  UserError on all processes at once
+    """
+    dataset, tokenizer = world.raise_on_all_ranks(lambda: open_dataset(cfg.data, cfg.tokenizer))
+    dataset = dataset.verified(world)
+
+    def plan() -> tuple[RunConfig, Data]:
+        cfg.require("vocab_size", cfg.vocab_size in (0, tokenizer.n_vocab),
+                    f"{tokenizer.n_vocab}, the tokens of {tokenizer.name} with <|endoftext|>")
+        rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
+        full = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
+        return full, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), full, tokenizer))
+    return world.raise_on_all_ranks(plan)
 
 
 def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, dict | None]:
@@ -422,7 +427,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     cfg, text, saved = open_run(cfg, world)
     on_all(lambda: cfg.require_machine(world.device, world.dtype))
     cfg = with_speed(cfg, world)
-    cfg, data = on_all(lambda: open_data(cfg, world))
+    cfg, data = open_data(cfg, world)
     tasks = on_all(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(experiment.script, cfg, world, data.tokenizer, data.dataset)

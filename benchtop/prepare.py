@@ -451,12 +451,7 @@ def grows(folder: Path, facts: dict, num_shards: int) -> bool:
 
     raises  UserError if it was made from something else
     """
-    remove = f"rm -r {shlex.quote(str(folder))}"
-    try:
-        manifest = read_manifest(folder / "manifest.json")
-        Dataset(folder, manifest).verify()
-    except UserError as error:
-        raise UserError(f"{error}; first remove the old with: {remove}") from error
+    manifest = manifest_of_whole(folder)
     wanted = num_shards or sys.maxsize
     ended = all(unit["done"] for unit in manifest.get("units", ()))
     had = manifest.get("num_shards") or sys.maxsize
@@ -469,6 +464,16 @@ def grows(folder: Path, facts: dict, num_shards: int) -> bool:
         return True
     print(f"reusing {describe(folder, manifest)}")
     return False
+
+
+def manifest_of_whole(folder: Path) -> dict:
+    """raises  UserError if the dataset that is there is damaged"""
+    try:
+        manifest = read_manifest(folder / "manifest.json")
+        Dataset(folder, manifest).verify()
+        return manifest
+    except UserError as error:
+        raise UserError(f"{error}; first remove the old with: rm -r {shlex.quote(str(folder))}") from error
 
 
 def refuse_differing(folder: Path, differing: list[str]) -> None:

@@ -18,13 +18,14 @@ from benchtop.prepare import (
     differing_facts,
     empty,
     hold,
+    manifest_of_whole,
     new_whole,
     partial_of,
     publish,
     refuse_differing,
     take_up,
 )
-from benchtop.shards import FORMAT_VERSION, read_manifest, read_shard
+from benchtop.shards import FORMAT_VERSION, read_shard
 from benchtop.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
 
 
@@ -71,10 +72,10 @@ def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
 
 
 def refuse_another(folder: Path, facts: dict, num_train: int) -> None:
-    """raises  UserError if the folder is there and has other shards, or more of them"""
+    """raises  UserError if the folder is there and has other shards, damaged ones, or more of them"""
     if not folder.exists():
         return
-    manifest = read_manifest(folder / "manifest.json")
+    manifest = manifest_of_whole(folder)
     differing = differing_facts(manifest, facts)
     if num_train < sum(shard["split"] == "train" for shard in manifest["shards"]):
         differing.append("num_shards")

@@ -312,6 +312,17 @@ def test_torchrun_makes_the_same_as_one_process(bench_of_hub, undisturbed):
     assert done.stdout.count("wrote data/ranks") == 1
 
 
+def test_torchrun_adds_what_one_process_adds(bench_of_hub, undisturbed):
+    bench = bench_of_hub
+    bench.run("--name", "ranks", "--num_shards", "2")
+    done = subprocess.run([*torchrun(2), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
+                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert bench.hashes("ranks") == undisturbed[:10]
+    said = bench.run("--name", "ranks", "--part", "2/2").stdout
+    assert said == "data/ranks is there already; to add shards to it, leave out --part\n"
+
+
 def test_a_dry_run_only_talks(bench_of_hub):
     bench = bench_of_hub
     said = bench.run("--name", "dry", "--num_shards", "1", "--dry_run").stdout
@@ -559,6 +570,10 @@ def test_ready_made_shards_never_replace_others(bench_of_hub, gpt2):
         refused = bench.run("--version", "10B-gpt2", "--name", name, *flags, code=1)
         assert f"data/{name} exists and was made with another {why}" in refused.stderr
     assert [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")] == before
+    shard = bench.data("ready") / "train_000001.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    refused = bench.run("--version", "10B-gpt2", "--name", "ready", code=1)
+    assert re.search("train_000001.bin has changed .*; first remove the old with: rm -r ", refused.stderr)
 
 
 def test_ready_made_shards_of_another_vocabulary_are_refused(bench_of_hub, gpt2):

@@ -119,15 +119,15 @@ def test_rows_hold_as_many_tokens_as_they_say(shards, seq_len, max_doc_len, seed
         held += len(read)
         added += sum(here == EOT and there not in (EOT, None) and there not in first_of_document
                      for here, there in pairwise(read))
-    ends = sum(rows.row(number)[0].tolist()[-1] == EOT or rows.row(number)[1].tolist()[-1] in (EOT, -1)
-               for number in range(rows.num_rows))      # where it is not seen what follows
+    last = [[int(part[-1]) for part in rows.row(number)] for number in range(rows.num_rows)]
+    ends = sum(token == EOT or target in (EOT, -1) for token, target in last)       # not seen what follows
     assert held - added - ends <= rows.num_tokens <= min(held - added, rows.bases[-1])
 
 
 @pytest.mark.parametrize(("documents", "seq_len", "max_doc_len", "held"), [
     ([9] * 4, 8, 100, 36), ([9, 9, 9, 5], 8, 100, 27), ([25], 8, 100, 25), ([17], 8, 5, 15), ([9], 3, 2, 9)])
 def test_the_tokens_of_rows_are_those_of_the_data(documents, seq_len, max_doc_len, held):
-    """[17] in parts of 5 and thrice 4 with an <|endoftext|> each: of two rows of 9, three are not the data's."""
+    """[17] is 5 and thrice 4 with an <|endoftext|> each: in two rows of 9, three are not of the data."""
     assert rows_of(shards_of(documents), seq_len, max_doc_len).num_tokens == held
 
 

@@ -90,17 +90,16 @@ def sha256_of(path: Path) -> str:
 def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Hold a file against other processes, and remove it afterwards.
 
-    shared  let others that share it hold it at the same time
+    shared  let others that share it hold it at the same time; who holds it alone removes it
     raises  UserError if another process holds it and `wait` is off
     """
     file = _hold(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     try:
         yield
     finally:
-        with file, contextlib.suppress(OSError):    # others share it, and the last one removes it
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, file):
-                path.unlink()
+        if not shared and _is_at(path, file):
+            path.unlink(missing_ok=True)
+        file.close()
 
 
 def _hold(path: Path, how: int) -> IO:

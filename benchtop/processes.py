@@ -29,7 +29,7 @@ def places_by_torchrun() -> tuple[int, int, int, int]:
     if not (0 <= local_rank < local_size <= size and local_rank <= rank < size and said.get("MASTER_ADDR")
             and 0 <= port < 2**16):
         shown = " ".join(f"{name}={value}" for name, value in said.items())
-        missing = " and ".join(name for name in TORCHRUNS if name not in said)
+        missing = ", ".join(name for name in TORCHRUNS if name not in said)
         raise UserError(f"the environment has {shown}{f' without {missing}' if missing else ''}, as torchrun "
                         f"never sets it; start with torchrun, or unset them: unset {' '.join(said)}")
     return rank, size, local_rank, local_size

@@ -339,10 +339,19 @@ def test_a_link_to_nowhere_is_no_place_for_data(bench, command, refusal, small):
     (bench / "data").mkdir()
     (bench / "data/set").symlink_to(bench / "elsewhere")
     assert f"data/set is a link to {bench}/elsewhere, which is not there; make " in refusal(SHARD)
-    command(f"{SHARD} --name other")
+
+
+def test_a_dataset_may_move_and_be_a_link(bench, command, small):
+    line = f"{SHARD} --shard_size 2000"
+    command(f"{line} --name undisturbed")
+    command(f"{line} --name other --num_shards 1")
     (bench / "data/other").rename(bench / "elsewhere")
-    command(SHARD)
-    assert open_dataset("set", "")[0].sha256
+    (bench / "data/set").symlink_to(bench / "elsewhere")
+    before = open_dataset("set", "")[0].tokens("train")[0]
+    command(line)
+    assert content(bench / "data/set") == content(bench / "data/undisturbed") == content(bench / "elsewhere")
+    assert (bench / "data/set").is_symlink() and not (bench / "data/other").exists()
+    assert before.tolist() == open_dataset("set", "")[0].tokens("train")[0].tolist(), "whoever trains goes on"
 
 
 def test_a_full_disk_names_the_file_and_loses_no_shard(bench, command, refusal, small, monkeypatch):

@@ -60,9 +60,10 @@ def test_those_that_share_a_lock_keep_others_out_until_the_last_is_gone(tmp_path
     with files.locked(path, shared=True):
         with files.locked(path, shared=True):
             pass
-        assert path.exists()
         with pytest.raises(UserError), files.locked(path):
             pytest.fail("it is shared")
+    with files.locked(path), pytest.raises(UserError), files.locked(path, shared=True):
+        pytest.fail("it is not shared")
     assert not path.exists()
 
 

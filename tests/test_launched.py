@@ -43,7 +43,7 @@ def test_some_of_torchruns_variables_are_one_line(variables):
             places_by_torchrun()
         said = str(error.value)
         assert said.endswith(f"start with torchrun, or unset them: unset {' '.join(names)}")
-        assert f" without {' and '.join(name for name in WHOLE if name not in names)}, as" in said
+        assert f" without {', '.join(name for name in WHOLE if name not in names)}, as" in said
 
 
 @pytest.mark.parametrize("change", [

@@ -26,7 +26,7 @@ import time
 
 import tiktoken
 
-from benchtop import files, host, hub, places
+from benchtop import host, hub, places
 from benchtop.command_line import Parser, command, counted, positive
 from benchtop.documents import Source
 from benchtop.errors import UserError
@@ -106,18 +106,20 @@ def main() -> None:
              "shard_size": args.shard_size, "val_tokens": args.val_tokens}
     units = source.units(args.seed)
     preparation = Preparation(folder, units, tokenizer, facts, args)
-    if folder.exists() and (part or not grows(folder, facts, args.num_shards)):
+    is_there = folder.exists()
+    if is_there and args.part:
+        print(f"data/{folder.name} is there already; to add shards to it, leave out --part")
         return
-    parts = min(parts, len(units))      # text that is one unit is prepared by the first process
-    if part >= parts:
+    # text that is one unit is prepared by the first process, and so is what is added to a dataset
+    parts = 1 if is_there else min(parts, len(units))
+    if part >= parts or (is_there and not grows(folder, facts, args.num_shards)):
         return
-    preparation.begin()
     if parts > 1:
         prepare_part(preparation, rule_or_complaint(source), part, parts)
         if args.part or part:
             return
         wait_for_parts(preparation, parts)
-    with files.locked(preparation.partial / "whole.lock", wait=False):
+    with preparation.held(wait=parts > 1):
         held_out = preparation.held_out(source)
         rule = Rule.of_facts(held_out)
         preparation.units = rule.documents(source).units(args.seed) if rule.part else units

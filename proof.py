@@ -47,10 +47,10 @@ from benchtop.knobs import parse_config
 from benchtop.machine import Kernels, World, choose_device, choose_dtype, choose_kernels
 from benchtop.measure import relative_error, seconds_of
 from benchtop.processes import places_by_torchrun
-from benchtop.run import make_model
 from benchtop.speed import with_speed
 from benchtop.synthetic import SyntheticRun, zipf_tokens
 from benchtop.throughput import speed
+from benchtop.warm_up import make_model
 from train_gpt import (
     EXPERIMENT,
     GPT,

@@ -18,6 +18,7 @@ from typing import TextIO
 
 from benchtop import places
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
+from benchtop.processes import places_by_torchrun
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -138,6 +139,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(*parts) -> None:
         open_streams()
         try:
+            places_by_torchrun()        # what it complains of is no matter of one script
             main(*parts)
             sys.stdout.flush()
         except UserError as error:

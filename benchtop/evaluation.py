@@ -83,7 +83,9 @@ class HeldOut:
         self.num_bytes = torch.tensor([len(token) for token in self.token_bytes])           # (V)
         self.num_windows = math.ceil(len(self.tokens) / self.seq_len)
         if not self.num_bytes[self.tokens].any():
-            raise UserError(f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
+            raise UserError(f"the {len(stream):,} tokens of the val shards have no text to validate on; make "
+                            "the data again" if self.is_whole else
+                            f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
                             "for all")
 
     def text(self) -> bytes:

@@ -58,11 +58,10 @@ from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_o
 from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.folder import locked_log
 from benchtop.identity import changes_since, identity_of, require_equal_machines
-from benchtop.initial import draw_weights, drawn_in_one_stream
+from benchtop.initial import drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
 from benchtop.log import RunLog, last_lines
-from benchtop.machine import Kernels, World, choose_kernels, is_recompile_limit
-from benchtop.recorded import record
+from benchtop.machine import World, choose_kernels, is_recompile_limit
 from benchtop.sampling import sample_held_out
 from benchtop.saved import check_shapes, sample_run, score, scored_on
 from benchtop.shards import Dataset, open_dataset
@@ -71,6 +70,7 @@ from benchtop.smoke import smoke
 from benchtop.speed import with_speed
 from benchtop.steps import CURE, LossScale, Report, check_weights, collector_at_rest, prepared_batches
 from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
+from benchtop.warm_up import make_model, ready
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
            "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib", "flops")
@@ -362,13 +362,19 @@ class Data:
 
 
 def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
-    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them."""
-    dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
-    cfg.require_vocabulary(tokenizer.name, tokenizer.n_vocab)
-    dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
-    rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
-    return cfg, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer))
+    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them.
+
+    raises  UserError on all processes at once
+    """
+    dataset, tokenizer = world.raise_on_all_ranks(lambda: open_dataset(cfg.data, cfg.tokenizer))
+    dataset = dataset.verified(world)
+
+    def plan() -> tuple[RunConfig, Data]:
+        cfg.require_vocabulary(tokenizer.name, tokenizer.n_vocab)
+        rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
+        full = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
+        return full, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), full, tokenizer))
+    return world.raise_on_all_ranks(plan)
 
 
 def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, dict | None]:
@@ -392,60 +398,13 @@ def tasks_of(cfg: RunConfig) -> dict[str, Task | None]:
     return {name: benchmark_if_here(name, cfg.hellaswag_rows if name == "hellaswag" else 0) for name in names}
 
 
-def make_model(experiment: Experiment, cfg: RunConfig, eot_id: int, world: World, kernels: Kernels,
-               ) -> tuple[nn.Module, object]:
-    torch.manual_seed(cfg.seed)
-    model = experiment.Model(cfg, eot_id, world.dtype, kernels.flex)
-    draw_weights(model, cfg.seed)
-    model.to(world.device)
-    world.share_weights(model)
-    products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
-    optimizer = experiment.Optimizer(model, cfg, world, products)
-    if kernels.compiled:
-        model.compile_parts()
-    return model, optimizer
-
-
-def eot_rows(model: nn.Module, cfg: RunConfig, world: World) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a micro-batch that predicts nothing, (B, T) on the device."""
-    _, rows = micro_batch_shape(cfg, world.size)
-    inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
-    return inputs, torch.full_like(inputs, -1)
-
-
-def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
-    """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
-    model = losses_of.model
-    inputs, targets = eot_rows(model, cfg, world)
-    model.progress = 0.0
-    for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
-        model(inputs, targets).backward()
-    optimizer.sum_gradients()       # names a parameter without a gradient now
-    losses_of(inputs, torch.full(inputs.shape, -1))
-    optimizer.clear_gradients()
-    world.synchronize()
-
-
-def ready(experiment: Experiment, cfg: RunConfig, world: World, kernels: Kernels, losses_of: TokenLosses,
-          optimizer, say: Callable[[str], None]) -> RunConfig:
-    """Compile, find micro-batches that fit, record one where that is faster; the Config with their size."""
-    cfg = memory.fit_micro_batch(
-        cfg, world, lambda sized: warm_up(losses_of, optimizer, sized, world), optimizer.clear_gradients, say,
-        lambda: memory.memory_advice(experiment, cfg, world, kernels))
-    if kernels.compiled:
-        model = losses_of.model
-        for line in record(model, *eot_rows(model, cfg, world), cfg, world):
-            say(line)
-    return cfg
-
-
 def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     on_all = world.raise_on_all_ranks
     cfg, text, saved = open_run(cfg, world)
     on_all(lambda: cfg.require_machine(world.device, world.dtype))
     cfg = with_speed(cfg, world)
-    cfg, data = on_all(lambda: open_data(cfg, world))
+    cfg, data = open_data(cfg, world)
     tasks = on_all(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(experiment.script, cfg, world, data.tokenizer, data.dataset)

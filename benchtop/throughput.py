@@ -26,9 +26,9 @@ from benchtop.evaluation import TokenLosses
 from benchtop.fitness import Proof
 from benchtop.machine import World
 from benchtop.measure import by_kind, kernels_of, product_flops, seconds_of
-from benchtop.run import make_model, ready
 from benchtop.smoke import stir
 from benchtop.synthetic import SyntheticRun
+from benchtop.warm_up import make_model, ready
 
 NEVER = 2**40               # steps between what a measurement must not meet
 SECONDS_OF_STEPS = 8        # that are measured

@@ -469,7 +469,8 @@ def convert(path: Path, name: str | None = None) -> Path:
         raise UserError(f"{path} is no tokenizer made by gpt-lab ({reason})") from error
     facts = {"converted_from": path.name, "converted_from_sha256": files.sha256_of(path),
              "statistics": statistics_of(tokens, pattern, [])}
-    return save_tokenizer(name, merges, tokens, pattern, facts, script)
+    with files.locked(places.TOKENIZERS / f".{name}.lock"):
+        return save_tokenizer(name, merges, tokens, pattern, facts, script)
 
 
 def halves_of(token: bytes, ranks: dict[bytes, int]) -> tuple[int, int]:

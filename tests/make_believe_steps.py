@@ -39,8 +39,9 @@ from benchtop.budget import Clock  # noqa: E402
 from benchtop.evaluation import TokenLosses  # noqa: E402
 from benchtop.knobs import parse_config  # noqa: E402
 from benchtop.machine import Kernels, World, choose_kernels  # noqa: E402
-from benchtop.run import Experiment, Run, warm_up  # noqa: E402
+from benchtop.run import Experiment, Run  # noqa: E402
 from benchtop.steps import LossScale  # noqa: E402
+from benchtop.warm_up import warm_up  # noqa: E402
 
 VOCABULARY = {"demo": 1024}     # of the tokenizers that presets are for; all others: GPT-2's, 50,257
 # tokens of a micro-batch, about as many as an H100 takes

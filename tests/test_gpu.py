@@ -15,11 +15,11 @@ import train_gpt
 from benchtop import memory, places, recorded
 from benchtop.evaluation import TokenLosses
 from benchtop.machine import World, choose_kernels
-from benchtop.run import eot_rows, make_model, warm_up
 from benchtop.sampling import generate
 from benchtop.saved import score
 from benchtop.tasks import Question
 from benchtop.tokenizer import load_tokenizer
+from benchtop.warm_up import eot_rows, make_model, warm_up
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -14,8 +14,8 @@ import train_nanogpt
 from benchtop.errors import UserError
 from benchtop.evaluation import TokenLosses
 from benchtop.machine import World
-from benchtop.run import warm_up
 from benchtop.steps import LossScale, NonFinite
+from benchtop.warm_up import warm_up
 from train_gpt import GPT, Config, Optimizer, adam_update, group_of, lr_scale, newton_schulz
 
 

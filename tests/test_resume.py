@@ -33,7 +33,8 @@ from benchtop.identity import identity_of
 from benchtop.knobs import parse_config
 from benchtop.log import RunLog
 from benchtop.machine import World
-from benchtop.run import Run, start, warm_up
+from benchtop.run import Run, start
+from benchtop.warm_up import warm_up
 from train_gpt import EXPERIMENT, Config
 
 TIMES = ("train_seconds", "tokens_per_second", "mfu", "peak_memory_mib")
@@ -209,7 +210,7 @@ def test_time_for_compiling_is_that_of_all_sessions(here, monkeypatch):
     def slow(*arguments):
         time.sleep(0.3)
         real(*arguments)
-    monkeypatch.setattr("benchtop.run.warm_up", slow)
+    monkeypatch.setattr("benchtop.warm_up.warm_up", slow)
     folder = stop_here(here)
     first = last_state(folder)["compile_seconds"]
     resume_here("--resume", str(folder))

@@ -674,11 +674,23 @@ def test_two_of_the_same_do_not_mix(bench, refusal, pages):
         assert "another process makes the same" in refusal(f"{TRAIN} pages")
 
 
+def test_two_conversions_of_one_name_do_not_mix(bench, monkeypatch):
+    def convert_old(*_):
+        return benchtop.tokenizer.convert(bench / "old.pkl", "mine")
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    (bench / "old.pkl").write_bytes(pickle.dumps({"pat_str": PATTERNS["gpt4"], "mergeable_ranks": ranks}))
+    monkeypatch.setattr(benchtop.tokenizer, "huggingface_json", convert_old)      # while the first is saved
+    with pytest.raises(UserError, match="another process makes the same"):
+        convert_old()
+    assert not list((bench / "tokenizers").iterdir())
+
+
 def test_a_full_disk_is_one_line(bench, refusal, pages, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, "fsync", full)
-    assert refusal(f"{TRAIN} pages") == "train_tokenizer.py: error: No space left on device"
+    said = refusal(f"{TRAIN} pages")
+    assert re.fullmatch("train_tokenizer.py: error: No space left on device: .*/ranks.tiktoken", said)
     assert not list((bench / "tokenizers").iterdir())
 
 

@@ -760,11 +760,11 @@ benchtop.run.Run.between_steps = between_steps
     done = drive(lab, dropout, "--resume", str(newest(lab, "dropped")))
     assert done.returncode == 0, done.stderr
     twice = """
-real_warm_up = benchtop.run.warm_up
+real_warm_up = benchtop.warm_up.warm_up
 def warm_up(*arguments):
     real_warm_up(*arguments)
     real_warm_up(*arguments)
-benchtop.run.warm_up = warm_up
+benchtop.warm_up.warm_up = warm_up
 """
     done = drive(lab, dropout + twice, *flags(num_steps=8, save_every_steps=1, model_name="warmer"))
     assert done.returncode == 0, done.stderr

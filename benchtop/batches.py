@@ -85,12 +85,6 @@ class Rows:
         cut = np.concatenate([[0], np.cumsum(~self.ends[self.order])])
         self.num_targets = self.length - 1 - (cut[self.last - 1] - cut[self.first])
 
-    @property
-    def num_tokens(self) -> int:
-        """How many of the data's tokens an epoch has, without the <|endoftext|> that parts get."""
-        added = self.continues[self.order[:self.last[-1]]]
-        return self.num_rows * self.length - int(added.sum())
-
     def numbers(self, step: int, rows_per_step: int) -> np.ndarray:
         """(rows_per_step) numbers of the rows of a step, counted from 0."""
         position = np.arange(step * rows_per_step, (step + 1) * rows_per_step)

@@ -128,7 +128,8 @@ def test_encodings_of_other_scripts_are_refused(tmp_path, encoding, text):
 
 @pytest.mark.parametrize("raw", [
     b"a\0b", b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0\3\0>", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
-    b"PK\3\4\x14\0\0\0\x08\0", gzip.compress(b"text"), random.Random(0).randbytes(500)])
+    b"PK\3\4\x14\0\0\0\x08\0", gzip.compress(b"text", mtime=0), random.Random(0).randbytes(500)],
+    ids=["a NUL", "ELF", "PNG", "zip", "gzip", "noise"])
 def test_a_binary_file_that_is_called_text_is_refused(tmp_path, raw):
     (tmp_path / "a.txt").write_bytes(raw)
     refused(tmp_path / "a.txt")

@@ -94,7 +94,7 @@ class Source:
             try:
                 yield from self._read(name, path)
             except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+                raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
 
     def units(self, seed: int | None) -> list[Unit]:
         """All of it as one unit, in an order that the seed decides; without one, as it comes."""

@@ -63,7 +63,7 @@ class SavedRun:
         """
         path = self.folder / "metrics.csv"
         try:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 return [{column: float(cell) for column, cell in row.items() if cell}
                         for row in csv.DictReader(file)]
         except FileNotFoundError:
@@ -137,8 +137,10 @@ def read_run(folder: Path) -> SavedRun:
         path, problem = folder / "config.json", "its gpu_cost_per_hour is no number from 0 on"
     if problem:
         raise UserError(f"{path} is not what a run writes: {problem}")
-    if not run.is_finished:
-        _ = run.rows        # a table shows the last of them
+    last = run.rows[-1].get("step") if run.rows else None
+    if run.is_finished and (folder / "metrics.csv").is_file() and last != summary.get("step", last):
+        raise UserError(f"{folder / 'metrics.csv'} is cut off or damaged: its rows end at step {last}, the "
+                        f"run at {summary['step']}")
     return run
 
 
@@ -286,7 +288,8 @@ def runs_in(path: Path) -> list[SavedRun]:
 
 
 def is_run(folder: Path) -> bool:
-    return os.path.isfile(folder / "config.json")       # no error where a folder may not be read
+    """Also one whose files are damaged. No error where a folder may not be read."""
+    return os.path.lexists(folder / "config.json") or os.path.isfile(folder / "summary.json")
 
 
 def holds_runs(path: Path) -> bool:

@@ -23,7 +23,7 @@ import tiktoken
 
 from benchtop import files, places
 from benchtop.command_line import counted
-from benchtop.errors import UserError
+from benchtop.errors import UserError, first_line
 from benchtop.places import FOLDER_NAME
 from benchtop.sources import is_text, word_for
 from benchtop.tokenizer import (
@@ -112,7 +112,7 @@ class Dataset:
             try:
                 found[path.name] = self._verify_shard(path, shard)
             except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+                raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
         return found
 
     def _verify_shard(self, path: Path, shard: dict) -> str:

@@ -13,6 +13,8 @@ tokens, or in files of the bench that decide a run's numbers, are not compared, 
 may differ. Where the held-out text is the same, bits per byte can be compared even between tokenizers.
 """
 
+import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -37,6 +39,14 @@ from benchtop.redaction import without_secrets
 from benchtop.tables import as_csv, as_latex, as_markdown, as_text, groups_table, index, runs_table
 
 
+def loss(text: str) -> float:
+    """The type of a flag that takes a loss, or a difference of losses."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, is {text}")
+    return value
+
+
 def make_parser() -> Parser:
     parser = Parser("Compare runs: a table, statistics between groups, curves, a page.",
                     usage="%(prog)s EXP [EXP ...] [flags]",
@@ -49,9 +59,9 @@ def make_parser() -> Parser:
                         help="metric to compare and to plot; without it val_bpb, or val_loss with --target")
     parser.add_argument("--although", choices=tuple(CONDITIONS), action="append",
                         help="compare even though the runs differ in this; may be repeated")
-    parser.add_argument("--target", type=float, metavar="LOSS",
+    parser.add_argument("--target", type=loss, metavar="LOSS",
                         help="test whether the mean of each group is below this value")
-    parser.add_argument("--effect", type=float, metavar="DIFFERENCE",
+    parser.add_argument("--effect", type=loss, metavar="DIFFERENCE",
                         help="smallest difference you care about: print the number of runs that it needs")
     parser.add_argument("--plot", type=Path, metavar="BASE",
                         help="write curves to BASE_step.png, BASE_tokens.svg, ...")

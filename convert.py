@@ -8,31 +8,40 @@ one that transformers knows. After it, with transformers installed,
 
     model = AutoModelForCausalLM.from_pretrained("experiments/RUN/transformers")
 
-gives the same logits. The second makes a run folder of any GPT-2 in model.safetensors (such as the one that
-OpenAI published), to be sampled from (train_nanogpt.py --sample) and scored (download_hellaswag.py --score).
+gives the same logits for a text without <|endoftext|> inside, which begins a new document here. The second
+makes a run folder of any GPT-2 in model.safetensors (such as the one that OpenAI published), to be sampled
+from (train_nanogpt.py --sample) and scored (download_hellaswag.py --score). Where transformers is installed,
+both compare the logits, and refuse a model whose logits differ.
 """
 
 import dataclasses
+import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from benchtop import places
 from benchtop.command_line import Parser, command
-from benchtop.errors import UserError
+from benchtop.errors import UserError, first_line
 from benchtop.files import whole_file, whole_path, write_text
 from benchtop.folder import load_script, new_folder, read_object, read_weights
-from benchtop.identity import facts_about_code, tokenizer_meta
+from benchtop.identity import facts_about_code, name_some, tokenizer_meta
 from benchtop.redaction import without_secrets
 from benchtop.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from tiktoken import Encoding
+    from torch import Tensor, nn
 
 # what train_nanogpt.py has no knob for
 BUILT_IN = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx", "add_cross_attention")
+GELU_BY_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")      # names of one function
+ELSEWHERE = ("auto_map", "quantization_config")     # of a config.json: the model is not what its type says
+NO_WEIGHT = re.compile(r".*\.attn\.(masked_)?bias")    # a causal mask, which old versions saved
+PADDING = 8, 128    # a vocabulary is padded to a multiple of the first, by less than the second
 
 
 def to_transformers(run: Path) -> Path:
@@ -69,6 +78,11 @@ def to_transformers(run: Path) -> Path:
         facts = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
                  "eos_token": END_OF_TEXT, "model_max_length": cfg.seq_len}
         write(folder / "tokenizer_config.json", facts)
+    try:
+        compare_logits(folder, model, cfg, tokenizer)
+    except UserError:
+        (folder / "model.safetensors").unlink()
+        raise
     return folder
 
 
@@ -76,33 +90,61 @@ def write(path: Path, facts: dict) -> None:
     write_text(path, without_secrets(json.dumps(facts, indent=2) + "\n"))
 
 
+def compare_logits(folder: Path, model: "nn.Module", cfg, tokenizer: "Encoding") -> None:
+    """Say whether transformers has the same logits for a folder in its layout, where it is installed.
+
+    raises  UserError if they differ
+    """
+    if not importlib.util.find_spec("transformers"):
+        return print("logits not compared: transformers is not installed")
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    draw, vocabulary = torch.Generator().manual_seed(0), cfg.vocab_size
+    others = torch.randint(1, vocabulary, (1, min(cfg.seq_len, 64)), generator=draw)
+    tokens = (tokenizer.eot_token + others) % vocabulary        # (1, T), none of them <|endoftext|>
+    try:
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()(tokens)
+            wanted = theirs.logits[..., :vocabulary]                                            # (1, T, V)
+    except Exception as error:      # whatever another library's version cannot do
+        return print(f"logits not compared: transformers cannot load {folder} ({first_line(error)})")
+    with torch.no_grad():
+        found = model.logits(model.hidden(tokens))[..., :vocabulary]                            # (1, T, V)
+    error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+    if not error < 1e-3:        # float32 rounds at 1e-7; some hundred products in a row
+        raise UserError(f"transformers computes other logits for {folder} (they differ by {error:.1%} of the "
+                        "largest); it has no such model")
+    print(f"logits compared with those of transformers: equal up to {error:.0e} of the largest")
+
+
 def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     """Make a run folder of a GPT-2 in the layout of transformers, in one model.safetensors.
 
     raises  UserError if it is no GPT-2, or not complete, or not of this tokenizer
     """
-    if not (source / "config.json").is_file():
-        raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
-    theirs = read_object(source / "config.json")
-    if theirs.get("model_type") != "gpt2":
-        raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 can be read")
-    if not (source / "model.safetensors").is_file():
-        raise UserError(f"{source} has no model.safetensors; fetch the weights in that format, in one file")
+    import torch
+
     import train_nanogpt as script
-    tokenizer = load_tokenizer(tokenizer_name)
-    try:
-        knobs = script.knobs_of_transformers(theirs)
-    except KeyError as error:
-        raise UserError(f"{source / 'config.json'} has no {error.args[0]}") from error
-    cfg = script.Config(model_name=name, tokenizer=tokenizer.name, **knobs)
-    for setting, value in script.transformers_config(cfg).items():
-        # where it is silent, transformers means GPT-2 as it was published, and so do we
-        if setting in BUILT_IN and theirs.get(setting, value) != value:
-            raise UserError(f"{source} has {setting} {theirs[setting]}; train_nanogpt.py has {value}")
-    if tokenizer.n_vocab != cfg.vocab_size:
+    theirs, tokenizer = gpt2_settings(source), load_tokenizer(tokenizer_name)
+    cfg = our_config(script, theirs, source / "config.json", model_name=name, tokenizer=tokenizer.name)
+    padding = cfg.vocab_size - tokenizer.n_vocab
+    if padding and not (0 < padding < PADDING[1] and cfg.vocab_size % PADDING[0] == 0):
         raise UserError(f"{source} has {cfg.vocab_size:,} tokens, the tokenizer {tokenizer.name} "
                         f"{tokenizer.n_vocab:,}; name its own with --tokenizer")
     weights = our_weights(script, cfg, read_weights(source), source)
+    if padding:
+        print(f"left out: the last {padding} rows of the embedding, which pad the vocabulary")
+        weights["embed"] = weights["embed"][:tokenizer.n_vocab]
+    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+    embed = weights["embed"]
+    behind = embed.new_zeros(cfg.padded_vocab_size - len(embed), embed.size(1))
+    weights["embed"] = torch.cat([embed, behind])
+    model = script.EXPERIMENT.Model(cfg, tokenizer.eot_token, torch.float32)
+    model.load_state_dict(weights)
+    compare_logits(source, model, cfg, tokenizer)
     from safetensors.torch import save_file
     folder = new_folder(name)
     with whole_path(folder / "model.safetensors") as partial:
@@ -117,29 +159,81 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     return folder
 
 
-def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Path) -> "dict[str, Tensor]":
-    """The parameters of our model, by name and of its shapes.
+def gpt2_settings(source: Path) -> dict:
+    """What config.json says of a GPT-2.
 
-    raises  UserError that names a weight that is missing or of another shape
+    raises  UserError if it is another model, or not in one file
+    """
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
+    theirs = read_object(source / "config.json")
+    if theirs.get("model_type") != "gpt2":
+        raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 can be read")
+    other = next((setting for setting in ELSEWHERE if theirs.get(setting)), None)
+    if other:
+        raise UserError(f"{source / 'config.json'} has {other}, so this is not a plain GPT-2; only that can "
+                        "be read")
+    if not (source / "model.safetensors").is_file():
+        raise UserError(f"{source} has no model.safetensors; fetch the weights in that format, in one file")
+    return theirs
+
+
+def our_config(script: ModuleType, theirs: dict, path: Path, **names: str):
+    """The Config of the same model.
+
+    raises  UserError that names a setting which is missing, or which our model does not have
+    """
+    try:
+        knobs = script.knobs_of_transformers(theirs)
+    except KeyError as error:
+        raise UserError(f"{path} has no {error.args[0]}") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has sizes that are none ({error})") from error
+    for knob, value in knobs.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path} gives {knob} {value!r}; it must be a whole number above 0")
+    cfg = script.Config(**names, **knobs)
+    for setting, value in script.transformers_config(cfg).items():
+        # where it is silent, transformers means GPT-2 as it was published, and so do we
+        same = GELU_BY_TANH if value in GELU_BY_TANH else (value,)
+        if setting in BUILT_IN and theirs.get(setting, value) not in same:
+            raise UserError(f"{path.parent} has {setting} {theirs[setting]}; train_nanogpt.py has {value}")
+    return cfg
+
+
+def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Path) -> "dict[str, Tensor]":
+    """The parameters of our model, by name and of its shapes, but for the padding of the embedding.
+
+    raises  UserError that names a weight which is missing, of another shape or kind, or not used
     """
     import torch
     with torch.device("meta"):
         model = script.EXPERIMENT.Model(cfg, 0, torch.float32)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    ours = {}
+    shapes["embed"] = torch.Size([cfg.vocab_size, cfg.model_dim])
+    ours, path = {}, source / "model.safetensors"
+    left = dict(theirs)
     for name, (their_name, transposed) in script.transformers_names(cfg).items():
         # OpenAI's own file lacks the first part of the names
-        weight = theirs.get(their_name, theirs.get(their_name.removeprefix("transformer.")))
+        weight = left.pop(their_name, None)
+        weight = left.pop(their_name.removeprefix("transformer."), None) if weight is None else weight
         if weight is None:
-            raise UserError(f"{source / 'model.safetensors'} has no {their_name}; weights in several files "
-                            "must be joined first")
+            raise UserError(f"{path} has no {their_name}; weights in several files must be joined first")
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{their_name} in {path} is {weight.dtype}; only float32, float16 and bfloat16 "
+                            "can be read")
         weight = (weight.T if transposed else weight).float()
-        missing = shapes[name][0] - len(weight) if name == "embed" else 0
-        weight = torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])]) if missing > 0 else weight
         if weight.shape != shapes[name]:
             raise UserError(f"{their_name} has shape {tuple(weight.shape)}; its config.json makes it "
                             f"{tuple(shapes[name])}")
         ours[name] = weight.contiguous()
+    head = left.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head.float(), ours["embed"]):
+        raise UserError(f"{path} has an lm_head.weight of its own; the head of train_nanogpt.py is the "
+                        "embedding")
+    unused = [name for name in left if not NO_WEIGHT.fullmatch(name)]
+    if unused:
+        raise UserError(f"{path} has weights that its config.json does not speak of: {name_some(unused)}")
     return ours
 
 

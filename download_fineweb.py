@@ -26,7 +26,7 @@ import time
 
 import tiktoken
 
-from benchtop import files, host, hub, places
+from benchtop import host, hub, places
 from benchtop.command_line import Parser, command, counted, positive
 from benchtop.documents import Source
 from benchtop.errors import UserError
@@ -44,7 +44,7 @@ from benchtop.processes import is_first_process, places_by_torchrun
 from benchtop.ready_made import fetch_ready_made
 from benchtop.shards import few_held_out, shard_format
 from benchtop.sources import open_source
-from benchtop.tokenizer import load_tokenizer, only_tokenizer, tokenizer_sha256
+from benchtop.tokenizer import load_tokenizer, may_have_seen, only_tokenizer, tokenizer_sha256
 
 TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, by GPT-2's tokenizer; only --dry_run guesses with it
 
@@ -106,33 +106,35 @@ def main() -> None:
              "shard_size": args.shard_size, "val_tokens": args.val_tokens}
     units = source.units(args.seed)
     preparation = Preparation(folder, units, tokenizer, facts, args)
-    if folder.exists() and (part or not grows(folder, facts, args.num_shards)):
+    is_there = folder.exists()
+    if is_there and args.part:
+        print(f"data/{folder.name} is there already; to add shards to it, leave out --part")
         return
-    parts = min(parts, len(units))      # text that is one unit is prepared by the first process
-    if part >= parts:
+    # text that is one unit is prepared by the first process, and so is what is added to a dataset
+    parts = 1 if is_there else min(parts, len(units))
+    if part >= parts or (is_there and not grows(folder, facts, args.num_shards)):
         return
-    preparation.begin()
     if parts > 1:
         prepare_part(preparation, rule_or_complaint(source), part, parts)
         if args.part or part:
             return
         wait_for_parts(preparation, parts)
-    with files.locked(preparation.partial / "whole.lock", wait=False):
+    with preparation.held(wait=parts > 1):
         held_out = preparation.held_out(source)
         rule = Rule.of_facts(held_out)
         preparation.units = rule.documents(source).units(args.seed) if rule.part else units
         all_progress = preparation.write_units(range(len(units)), rule, args.num_shards)
         manifest = preparation.finish(all_progress, held_out)
     if source.replaced:
-        print(f"replaced {source.replaced:,} invalid UTF-8 sequences by U+FFFD")
+        print(source.replaced_in_words())
     for trouble, why in (("split", "too long or odd to encode whole"),
                          ("skipped", "that tiktoken cannot encode")):
         count, first = manifest[trouble]["count"], manifest[trouble]["first"]
         if count:
             print(f"{trouble} {counted(count, 'document')} {why}: {', '.join(first[:5])}"
                   + (" ..." if count > 5 else ""))
-    if few := few_held_out(manifest):
-        print(f"note: {few}")
+    for note in filter(None, (few_held_out(manifest), may_have_seen(manifest))):
+        print(f"note: {note}")
     print(f"wrote {describe(folder, manifest)}")
 
 

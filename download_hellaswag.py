@@ -51,9 +51,10 @@ def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
     if not re.fullmatch(places.FOLDER_NAME, task.name) or task.name in taken:
         raise UserError(f"the result would be written to {task.name}.jsonl of the run; rename {path}, using "
                         f"only letters, digits, '.', '_' and '-', but not {' or '.join(taken)}")
-    before = summary_of(folder).get("benchmarks", {}).get(task.name)
-    if before and (before["sha256"] != task.sha256 or before["rows"] > len(task.questions)):
-        raise UserError(f"{folder} has a score on {counted(before['rows'], 'row')} of {task.name}, which "
+    before = (summary_of(folder).get("benchmarks") or {}).get(task.name) or {}
+    scored = before.get("rows", 0)
+    if before and (before.get("sha256") != task.sha256 or scored > len(task.questions)):
+        raise UserError(f"{folder} has a score on {counted(scored, 'row')} of {task.name}, which "
                         f"this one on {len(task.questions):,} would replace; rename the task, or score all "
                         "rows")
     from benchtop.saved import score_saved  # which imports torch

@@ -13,8 +13,9 @@ neither a judge that always takes the first text nor a text that tells the judge
 An answer other than A, B or tie is asked for again, a bounded number of times, and then counts as no verdict.
 
 Each answer is kept in A's folder as it comes. If this is interrupted, run the same command again: it asks
-only what is missing. The file's name ends in a hash of the address and of all requests, so answers of another
-judge, about other texts or other prompts never mix. The result is written to both folders, as seen from each.
+only what is missing or was no verdict. The file's name ends in a hash of the address and of all requests, so
+answers of another judge, about other texts or other prompts never mix. The result is written to both folders,
+as seen from each.
 source  Zheng et al. 2023, arXiv:2306.05685, for judging in both orders
 """
 
@@ -89,15 +90,17 @@ def ask_all(judgement: Judgement, endpoint: Endpoint, missing: list[Asked],
             answers: dict[tuple[int, str], Answer], file: BinaryIO) -> None:
     """Add what is missing to the answers and to their file; whatever stops it, those that came are kept."""
     def kept() -> str:
-        return (f"{len(answers)} of {counted(len(judgement.questions), 'answer')} are kept, and the same "
-                "command resumes from there")
+        given = sum(bool(answer.said) for answer in answers.values())
+        return (f"{given} of {counted(len(judgement.questions), 'answer')} are kept, and the same command "
+                "resumes from there")
     try:
         for answer in tqdm(endpoint.answers(missing), total=len(missing), unit="answer", disable=None,
                            leave=False):
             if not answers:
                 add_line(file, judgement.heading())
-            add_line(file, dataclasses.asdict(answer))
-            answers[answer.number, answer.first] = answer
+            place = answer.number, answer.first
+            answers[place] = answer.after(answers.get(place))
+            add_line(file, dataclasses.asdict(answers[place]))
     except UserError as error:
         raise UserError(f"{error}; {kept()}") from error
     except KeyboardInterrupt:
@@ -142,8 +145,9 @@ def main() -> None:
     judgement = Judgement(a, b, source, pairs, endpoint.url, args.model, args.max_tokens)
     with contextlib.nullcontext() if args.dry_run else held(judgement.path) as file:
         answers = read_answers(judgement, file)
+        given = {place for place, answer in answers.items() if answer.said}
         missing = [question for question in judgement.questions
-                   if (question.number, question.first) not in answers]
+                   if (question.number, question.first) not in given]
         print(*plan(judgement, missing, prices), sep="\n", flush=True)
         if args.dry_run:
             return print("", example(endpoint, judgement.questions[0]), "", "nothing was sent", sep="\n")

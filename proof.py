@@ -44,13 +44,13 @@ from benchtop.fitness import Proof, machine, product, short_name
 from benchtop.folder import new_folder
 from benchtop.identity import facts_about_session
 from benchtop.knobs import parse_config
-from benchtop.machine import Kernels, World, choose_kernels
+from benchtop.machine import Kernels, World, choose_device, choose_dtype, choose_kernels
 from benchtop.measure import relative_error, seconds_of
 from benchtop.processes import places_by_torchrun
-from benchtop.run import make_model
 from benchtop.speed import with_speed
 from benchtop.synthetic import SyntheticRun, zipf_tokens
 from benchtop.throughput import speed
+from benchtop.warm_up import make_model
 from train_gpt import (
     EXPERIMENT,
     GPT,
@@ -403,13 +403,22 @@ def config_of(preset: str, flags: list[str]) -> Config:
 def proof_here(cfg: Config) -> Proof:
     """What the parts share, with the budget that the Config has where there is text enough."""
     world = World(cfg)
+    cfg.require_machine(world.device, world.dtype)
     return Proof(EXPERIMENT, with_speed(cfg, world).with_budget(10**12), world)
+
+
+def require_possible(cfg: Config) -> None:
+    """raises  UserError if the knobs ask for what this machine does not have"""
+    if places_by_torchrun()[1] > 1:
+        raise UserError("start proof.py without torchrun; it starts processes by itself")
+    device = choose_device(cfg, 0, 1)
+    if device.type != "cuda":       # what asks a GPU takes some of its memory; the parts' own process does
+        cfg.require_machine(device, choose_dtype(cfg, device)[0])
 
 
 def show(cfg: Config, names: list[str], seconds: float) -> int:
     """Print each finding as it comes, and leave all of them in a folder; the exit code."""
-    if places_by_torchrun()[1] > 1:
-        raise UserError("start proof.py without torchrun; it starts processes by itself")
+    require_possible(cfg)
     folder, begun, findings = new_folder("proof"), time.perf_counter(), []
     command = [sys.executable, __file__, *sys.argv[1:]]
     for finding in findings_of(command, names, folder / "output.txt", SILENCE, seconds):

@@ -127,6 +127,10 @@ def train_together(args: argparse.Namespace, world: Processes) -> None:
     say_what_it_takes(growth, samples, args, world)
     with files.locked(places.TOKENIZERS / f".{name}.lock"):
         pieces, sizes = bpe.count_sample(sample, pattern, args.num_workers, world)
+        if source.replaced:
+            print(source.replaced_in_words())
+        if not rule:
+            print("note: too little text to hold some out; the tokenizer learns from all of it")
         facts = settings | {"source_fingerprint": source.fingerprint} | sizes
         facts["held_out"] = rule.facts() if rule else None
         learn_and_save(name, pieces, pattern, facts, sample.held_out, args)
@@ -148,8 +152,6 @@ def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict,
     """From the counts to the folder."""
     print(f"counted {facts['unique_pieces']:,} distinct pieces in {counted(facts['documents'], 'document')}, "
           f"{facts['characters']:,} characters")
-    if facts["invalid_utf8_replaced"]:
-        print(f"replaced {facts['invalid_utf8_replaced']:,} invalid UTF-8 sequences by U+FFFD")
     some_pieces = list(islice(pieces, 20_000))
     merges = learn(pieces, args.vocabsize - 256, pattern, args.demo, args.device)
     if len(merges) < args.vocabsize - 256:

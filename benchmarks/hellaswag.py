@@ -70,7 +70,7 @@ def main() -> None:
                 torch.nn.init.normal_(parameter, std=0.02)
     begun = time.perf_counter()
     model.compile_parts()
-    losses_of = TokenLosses(model, compiled=True)
+    losses_of = TokenLosses(model, world, compiled=True)
     rows_at_once = max(1, 2**14 // cfg.seq_len)
     score(losses_of, tokenizer, questions[:8], rows_at_once, world)
     print(f"compiled in {time.perf_counter() - begun:.1f} s, as training has done already")

@@ -24,8 +24,8 @@ from benchtop.command_line import Parser, command
 from benchtop.knobs import parse_config
 from benchtop.machine import World, choose_kernels
 from benchtop.memory import choose_micro_batch, chunk_rows
-from benchtop.run import make_model
 from benchtop.speed import with_speed
+from benchtop.warm_up import make_model
 from train_gpt import EXPERIMENT, GPT, PRESETS, Config, group_of
 
 

@@ -9,7 +9,7 @@ ORDER = (
     "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "apart",
     "command_line", "significance",
     # text -> tokenizer folder
-    "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
+    "decoding", "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest
     "shards", "xz", "prepare", "ready_made",
     # -> batches, on a machine
@@ -20,7 +20,7 @@ ORDER = (
     # -> run folder
     "identity", "checkpoints", "folder", "knobs", "trackers", "loss_picture", "log", "budget", "saved",
     # -> what can be concluded from runs; a run that ends with --compare_to asks it, too
-    "groups", "conclusions", "briefing", "smoke", "compiled_check", "run", "synthetic",
+    "groups", "conclusions", "briefing", "smoke", "compiled_check", "warm_up", "run", "synthetic",
     "fitness", "throughput",
     # -> how it is shown
     "repeats", "tables", "curves", "page", "endpoint", "judging",

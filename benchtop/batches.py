@@ -78,6 +78,9 @@ class Rows:
         self.first = np.concatenate([np.arange(len(whole)), first + len(whole)])
         self.last = np.concatenate([np.arange(len(whole)) + 1, last + len(whole)])
         self.num_rows = len(self.first)
+        # what an epoch has of the data: all but the <|endoftext|> of parts
+        own = np.concatenate([[0], np.cumsum(self.continues[self.order])])
+        self.num_tokens = self.num_rows * self.length - int((own[self.last] - own[self.first]).sum())
         # a part cut short in the middle of a row is followed by a token that its document does not have there
         cut = np.concatenate([[0], np.cumsum(~self.ends[self.order])])
         self.num_targets = self.length - 1 - (cut[self.last - 1] - cut[self.first])

@@ -16,7 +16,7 @@ from benchtop.errors import UserError
 from benchtop.evaluation import HeldOut
 from benchtop.groups import read_run
 from benchtop.machine import Kernels, World
-from benchtop.shards import Dataset
+from benchtop.shards import Dataset, too_few
 from benchtop.tasks import Task, command_to_fetch
 from benchtop.xz import bar_in_words
 
@@ -76,9 +76,11 @@ def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
 
 
 def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[str]:
-    used = rows.num_rows * cfg.seq_len / rows.bases[-1]
+    used = rows.num_tokens / rows.bases[-1]
     lines = [f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, of which rows hold {used:.0%}",
              f"held out    {len(held_out.tokens):,} tokens of {counted(held_out.num_documents, 'document')}"]
+    if few := too_few(held_out.num_documents, len(held_out.tokens)):
+        lines.append(f"note        {few}{'' if held_out.is_whole else '; --val_tokens 0 takes all'}")
     if cfg.num_steps:
         epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
         advice = f" (beyond {MOST_EPOCHS}, repeated text teaches little: take more text or fewer steps)"

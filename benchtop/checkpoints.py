@@ -48,6 +48,9 @@ def keep_best_checkpoint(folder: Path) -> None:
 def withdraw_checkpoint(folder: Path) -> int:
     """Take the last checkpoint back; the step of the one before, which goes on in its place, or 0."""
     (folder / LAST).unlink(missing_ok=True)
+    if not (folder / PREVIOUS).exists():
+        return 0
+    os.replace(folder / PREVIOUS, folder / LAST)
     try:
         return read_checkpoint(folder)["step"]
     except UserError:

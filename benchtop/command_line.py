@@ -18,6 +18,7 @@ from typing import TextIO
 
 from benchtop import places
 from benchtop.errors import UserError, exit_quietly_on_other_ranks
+from benchtop.processes import places_by_torchrun
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -30,12 +31,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
 
 
+# what one script calls so, another calls otherwise; each takes both, and its help names its own
+OTHER_NAMES = {"--vocabsize": "--vocab_size", "--version": "--source"}
+OTHER_NAMES |= {other: name for name, other in OTHER_NAMES.items()}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, with the flag that was perhaps meant."""
 
     def __init__(self, description: str, **options):
         options.setdefault("formatter_class", Help)
         super().__init__(description=description, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        return super().parse_known_args(list(map(self._own_name, sys.argv[1:] if args is None else args)),
+                                        namespace)
+
+    def _own_name(self, word: str) -> str:
+        """The word, or this parser's name of the flag that it is."""
+        flag, *value = word.split("=", 1)
+        known, other = self._option_string_actions, OTHER_NAMES.get(flag)
+        return "=".join([other if other in known and flag not in known else flag, *value])
 
     def error(self, message: str) -> None:
         exit_quietly_on_other_ranks()
@@ -123,6 +139,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(*parts) -> None:
         open_streams()
         try:
+            places_by_torchrun()        # what it complains of is no matter of one script
             main(*parts)
             sys.stdout.flush()
         except UserError as error:

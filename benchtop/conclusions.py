@@ -21,6 +21,8 @@ from benchtop.groups import (
     without_copies,
 )
 
+ROUNDING = 1e-9     # of a mean: a spread below this is none, and no test can be made of it
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -49,7 +51,7 @@ class Comparison:
                  f"({counted(len(b), 'run')}) against {fmean(a):.4f} ({counted(len(a), 'run')})"]
         test = self.test
         if not test:
-            return [*lines, self.of_one_run(a, b)]
+            return [*lines, self.without_test(a, b)]
         for one, kind in ((self.paired, f"paired by {len(self.seeds)} seeds"), (self.welch, "Welch")):
             if one:
                 lines.append(f"  {kind:<18}{one.mean:+.4f}, 95 % interval {one.low:+.4f} to {one.high:+.4f}, "
@@ -59,9 +61,12 @@ class Comparison:
                      "  no significant difference, which does not show that there is none")
         return lines + self.power_lines(test)
 
-    def of_one_run(self, a: list[float], b: list[float]) -> str:
-        """What can be said where one side, or both, have a single run."""
+    def without_test(self, a: list[float], b: list[float]) -> str:
+        """What can be said without a test: one side, or both, have a single run, or runs without a spread."""
         difference = f"  difference {fmean(b) - fmean(a):+.4f}"
+        if min(len(a), len(b)) > 1:
+            return (f"{difference}; the runs of each side agree to the last digit, whatever their seed, so "
+                    "there is no spread to test it by")
         many, group, one = (a, self.a, self.b) if len(a) > len(b) else (b, self.b, self.a)
         if len(many) == 1 or not stdev(many):
             return f"{difference}; one run per side cannot tell this from chance: repeat both with more seeds"
@@ -75,8 +80,6 @@ class Comparison:
         Never for the effect that was seen: its power says no more than its p, and tempts one to add runs
         until p is small.
         """
-        if test.error == 0:
-            return []
         have = [len(self.seeds)] if self.paired else [len(self.a.finished), len(self.b.finished)]
         runs = f"{have[0]} pairs" if self.paired else " and ".join(map(str, have)) + " runs"
         line = (f"  With {runs}, the smallest difference detectable with 80 % power is "
@@ -105,6 +108,8 @@ def compare(a: Group, b: Group, metric: str, effect: float = 0.0) -> Comparison:
         welch = significance.welch(a.values(metric), b.values(metric))
         if len(seeds) == min(len(first), len(second)) > 1:
             paired = significance.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+        least = ROUNDING * fmean(a.values(metric))
+        welch, paired = (one if one and one.error > least else None for one in (welch, paired))
     return Comparison(a, b, metric, seeds, welch, paired, effect)
 
 
@@ -121,6 +126,9 @@ def target_line(group: Group, metric: str, target: float) -> str:
     if len(values) < 2:
         return (f"{group.name}: {metric} {values[0]:.4f}, the target {target:g}; a test needs two runs or "
                 "more")
+    if stdev(values) < ROUNDING * fmean(values):
+        return (f"{group.name}: {metric} {values[0]:.4f} of all {len(values)} runs, to the last digit and "
+                f"whatever their seed, the target {target:g}; a test needs a spread")
     p = significance.p_below(values, target)
     verdict = "reached" if p < 0.01 else "not shown to be reached"
     return (f"{group.name}: mean {metric} {fmean(values):.4f} of {len(values)} runs; the target {target:g} "

@@ -1,6 +1,7 @@
 """Loss curves of groups of runs, over steps, tokens, time, FLOPs and cost, for a paper or a page."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +12,21 @@ from benchtop.groups import Group, SavedRun
 
 
 def _price(run: SavedRun) -> float:
-    return run.knobs.get("gpu_cost_per_hour", 0)
+    return run.knobs.get("gpu_cost_per_hour") or 0
+
+
+def _share(value: float | None, whole: float) -> float | None:
+    return None if value is None else value / whole
 
 
 # how far a run was at a row of metrics.csv: what the axis says, and the value or None
 AXES: dict[str, tuple[str, Callable[[SavedRun, dict], float | None]]] = {
     "step": ("steps", lambda run, row: row.get("step")),
-    "tokens": ("million tokens", lambda run, row: row["tokens"] / 1e6),
-    "time": ("minutes of training", lambda run, row: row["train_seconds"] / 60),
+    "tokens": ("million tokens", lambda run, row: _share(row.get("tokens"), 1e6)),
+    "time": ("minutes of training", lambda run, row: _share(row.get("train_seconds"), 60)),
     "flops": ("training FLOPs", lambda run, row: row.get("flops")),
     "cost": ("cost of the training time",
-             lambda run, row: _price(run) * row["train_seconds"] / 3600 if _price(run) else None),
+             lambda run, row: _share(row.get("train_seconds"), 3600 / _price(run)) if _price(run) else None),
 }
 METRICS = {"val_bpb": "bits per byte, held-out text", "val_loss": "nats per token, held-out text"}
 # Okabe and Ito's colours, which people who see colours differently can tell apart
@@ -33,12 +38,16 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
 
 
 def curve(run: SavedRun, axis: str, metric: str) -> tuple[list[float], list[float]]:
-    """Where a run was validated, and the metric there; empty if the run does not know the axis."""
+    """Where a run was validated, and the metric there; empty if the run does not know the axis.
+
+    What is not finite is left out; of two values at one place, the later one counts.
+    """
     place = AXES[axis][1]
-    points = [(place(run, row), row[metric]) for row in run.rows if metric in row]
+    points = [(place(run, row), row[metric]) for row in run.rows if math.isfinite(row.get(metric, math.nan))]
     if any(x is None for x, _ in points):
         return [], []
-    return [x for x, _ in points], [y for _, y in points]
+    kept = sorted((x, y) for x, y in dict(points).items() if math.isfinite(x))
+    return [x for x, _ in kept], [y for _, y in kept]
 
 
 def draw(groups: list[Group], axis: str, metric: str):

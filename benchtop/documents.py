@@ -12,10 +12,13 @@ import random
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchtop import decoding
+from benchtop.command_line import counted
 from benchtop.errors import UserError, first_line
 
 Document = tuple[str, str]      # (id, text)
@@ -27,6 +30,8 @@ COMPRESSIONS = (".gz", ".zst")
 HELD_OUT_ONE_IN = 64            # of a large source, this share of all distinct documents is held out
 SHUFFLE_CHARACTERS = 200_000_000    # how much text the shuffle may hold in memory
 BATCH_CHARACTERS = 1_000_000    # text that travels to a worker process at a time
+BEGINNING = 1 << 20             # bytes of a file of rows that tell its encoding
+NAMED_LINES = 20                # bad ones of a file that a complaint names
 
 
 # ------------------------------------------------------------------------------------------------
@@ -58,7 +63,7 @@ class Source:
 
     fingerprint  SHA-256 over the names and contents of the files; changes when the source changes
     label        `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
-    replaced     invalid UTF-8 sequences that were replaced by U+FFFD so far
+    replaced_in  invalid sequences of each file that were replaced by U+FFFD when it was last read
     is_large     whether it surely has thousands of documents, so that nobody need count them
     held_out_file  the unit that is held out, and nothing else is; empty: documents by a hash of their text
     """
@@ -67,17 +72,29 @@ class Source:
 
     def __init__(self, word: str, files: list[tuple[str, Path]], stamp: list):
         self.files = files
-        self.replaced = 0
+        self.replaced_in: Counter[str] = Counter()
         self.fingerprint = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
         self.label = f"{word}-{self.fingerprint[:8]}"
 
+    @property
+    def replaced(self) -> int:
+        return self.replaced_in.total()
+
+    def replaced_in_words(self) -> str:
+        """For people; empty if nothing was replaced."""
+        if not self.replaced:
+            return ""
+        worst = [f"{decoding.shown(name)} ({count:,})" for name, count in self.replaced_in.most_common(4)]
+        files = "" if len(self.replaced_in) == 1 else f"{counted(len(self.replaced_in), 'file')}: "
+        return (f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} by U+FFFD in {files}"
+                + ", ".join(worst[:3]) + (" ..." if len(worst) > 3 else ""))
+
     def __iter__(self) -> Iterator[Document]:
-        self.replaced = 0
         for name, path in self.files:
             try:
                 yield from self._read(name, path)
             except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+                raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
 
     def units(self, seed: int | None) -> list[Unit]:
         """All of it as one unit, in an order that the seed decides; without one, as it comes."""
@@ -88,35 +105,37 @@ class Source:
 
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         kind = kind_of(path)
+        self.replaced_in.pop(name, None)
         if kind in FILE_IS_DOCUMENT:
             with open_bytes(path) as file:
-                yield name, self._decode(file.read())
+                raw = file.read()
+                yield name, self._decode(raw, name, decoding.encoding_of(raw, path, kind))
         elif kind == ".jsonl":
-            with open_bytes(path) as file:
-                for number, line in enumerate(file, 1):
-                    text = self._field(line, f"{path} line {number}") if line.strip() else None
-                    if text is not None:
-                        yield f"{name}:{number}", text
+            yield from self._read_lines(name, path)
         else:
             yield from self._read_parquet(name, path)
 
-    def _field(self, line: bytes, where: str) -> str | None:
-        """The text of a row; None where it is null, as in parquet."""
-        try:
-            row = json.loads(self._decode(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error})") from error
-        if isinstance(row, dict) and row.get("text", "") is None:
-            return None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            has = ("its columns are " + ", ".join(map(str, row)) if isinstance(row, dict)
-                   else "it is no object")
-            raise UserError(f"{where} has no text in a column named text; {has}")
-        return self._valid(row["text"])
+    def _read_lines(self, name: str, path: Path) -> Iterator[Document]:
+        with open_bytes(path) as file:
+            encoding = decoding.encoding_of(file.read(BEGINNING), path, ".jsonl")
+            file.seek(0)
+            lines = (self._decode(line, name) for line in file)
+            if encoding != "utf-8":     # a line ends there in two bytes or four
+                lines = self._decode(file.read(), name, encoding).split("\n")
+            numbered = enumerate(lines, 1)
+            for number, line in numbered:
+                try:
+                    text = text_of_row(line)
+                except ValueError as error:
+                    more = without_bad_lines(path, number, numbered) if encoding == "utf-8" else ""
+                    raise UserError(f"{path} line {number} {error}{more}") from error
+                if text is not None:
+                    yield f"{name}:{number}", self._valid(text, name)
 
     def _read_parquet(self, name: str, path: Path) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
+        self.replaced_in.pop(name, None)
         with open_bytes(path) as file:
             try:
                 table = pyarrow.parquet.ParquetFile(file)
@@ -128,27 +147,60 @@ class Source:
                     for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
                         number += 1
                         if text is not None:
-                            yield f"{name}:{number}", self._decode(text)
+                            yield f"{name}:{number}", self._decode(text, name)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
                 raise UserError(f"{path} is no readable parquet file ({first_line(error)})") from error
 
-    def _decode(self, raw: bytes) -> str:
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            text = raw.decode(errors="replace")
-            self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
-            return text
+    def _decode(self, raw: bytes, name: str, encoding: str = "utf-8") -> str:
+        text, invalid = decoding.decode(raw, encoding)
+        if invalid:
+            self.replaced_in[name] += invalid
+        return text
 
-    def _valid(self, text: str) -> str:
+    def _valid(self, text: str, name: str) -> str:
         """JSON can spell half a surrogate pair, which is no text."""
         try:
             text.encode()
             return text
         except UnicodeEncodeError:
             clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            self.replaced += clean.count("\ufffd") - text.count("\ufffd")
+            self.replaced_in[name] += clean.count("\ufffd") - text.count("\ufffd")
             return clean
+
+
+def text_of_row(line: str) -> str | None:
+    """The text of a line of JSON; None where it is null, as in parquet, or the line empty.
+
+    raises  ValueError with the rest of a sentence that begins with the line
+    """
+    line = line.lstrip(decoding.MARK)       # also within a file, where two were joined
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    text = row.get("text", "") if isinstance(row, dict) else ""
+    if not isinstance(row, dict) or "text" not in row or not isinstance(text, str | None):
+        has = "its columns are " + ", ".join(map(str, row)) if isinstance(row, dict) else "it is no object"
+        raise ValueError(f"has no text in a column named text; {has}")
+    return text and text.lstrip(decoding.MARK)
+
+
+def without_bad_lines(path: Path, first: int, others: Iterable[tuple[int, str]]) -> str:
+    """How to drop the bad lines of a file, of which the first is known; `others` are those behind it."""
+    bad, good = [first], first - 1
+    for number, line in others:
+        try:
+            text_of_row(line)
+            good += 1
+        except ValueError:
+            bad.append(number)
+        if len(bad) > NAMED_LINES:
+            return f"; {NAMED_LINES} or more other lines are bad, too"
+    sed = "sed '" + ";".join(f"{number}d" for number in bad) + "'"
+    lines = "it" if len(bad) == 1 else f"all {len(bad)} bad lines"
+    return f"; drop {lines} with: {decoding.rewriting(path, sed)}" if good else ""
 
 
 def parquet_rows(path: Path) -> int:
@@ -178,6 +230,8 @@ def open_bytes(path: Path):
             yield file
         return
     try:
+        if not path.stat().st_size:     # nothing, compressed, has some bytes
+            raise EOFError("it has no bytes")
         with tempfile.TemporaryFile() as plain:
             with open_compressed(path, suffix) as packed:
                 shutil.copyfileobj(packed, plain, 1 << 20)

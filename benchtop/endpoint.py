@@ -4,6 +4,7 @@ It is asked again where that may help, a bounded number of times. A key goes int
 """
 
 import contextlib
+import dataclasses
 import ipaddress
 import json
 import os
@@ -61,6 +62,12 @@ class Answer:
         if self.said in ("A", "B"):
             return self.first if self.said == "A" else "AB".replace(self.first, "")
         return self.said
+
+    def after(self, earlier: "Answer | None") -> "Answer":
+        """This answer, with what an earlier one to the same question has cost."""
+        costs = ("requests", "with_usage", "tokens_in", "tokens_out")
+        return self if earlier is None else dataclasses.replace(
+            self, **{cost: getattr(self, cost) + getattr(earlier, cost) for cost in costs})
 
 
 class Again(Exception):
@@ -159,12 +166,13 @@ class Endpoint:
 
     def _wait(self, attempt: int, error: Again) -> None:
         """Before the next try, if there is one."""
+        complaint = self._quoted(str(error))
         if attempt == self.attempts:
-            raise UserError(f"{self.url}: {error}, {counted(attempt, 'time')}; try later, or look at "
+            raise UserError(f"{self.url}: {complaint}, {counted(attempt, 'time')}; try later, or look at "
                             "--base_url") from error
         seconds = hub.pause(attempt, error.seconds)
         if not self.stop.is_set():
-            tqdm.write(f"{self.url}: {error}; trying again in {seconds:.0f} s ({attempt} of "
+            tqdm.write(f"{self.url}: {complaint}; trying again in {seconds:.0f} s ({attempt} of "
                        f"{self.attempts - 1})", file=sys.stderr)
         if self.stop.wait(seconds):
             raise error
@@ -239,14 +247,20 @@ def message_in(reply: object) -> str:
 
 
 def content_of(reply: dict) -> str:
-    """What the model wrote; empty where it wrote nothing, as one does that thinks until its tokens are used.
+    """What the model wrote, in one text or in parts; what it says where it refuses; else empty, as of one
+    that thinks until its tokens are used, or calls a tool.
 
     raises  Again if this is no chat completion
     """
     try:
-        return str(reply["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError) as error:
-        raise Again("an answer without choices[0].message.content") from error
+        message = reply["choices"][0]["message"]
+        content = message.get("content") or message.get("refusal") or ""
+        parts = [content] if isinstance(content, str) else [
+            part["text"] if part["type"] in ("text", "output_text") else part.get("refusal") or ""
+            for part in content]
+        return "".join(parts)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise Again(f"an answer without choices[0].message.content{message_in(reply)}") from error
 
 
 def usage_of(reply: dict) -> tuple[int, int] | None:

@@ -42,19 +42,19 @@ class TokenLosses:
     compiled  whether to compile what is behind the hidden states
     """
 
-    def __init__(self, model: nn.Module, compiled: bool = False):
-        self.model, self.compiled = model, compiled
+    def __init__(self, model: nn.Module, world: World, compiled: bool = False):
+        self.model, self.world, self.compiled = model, world, compiled
         self.kernel = torch.compile(chunk_losses, dynamic=False) if compiled else chunk_losses
 
     def __call__(self, inputs: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
         """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph.
 
-        Targets that are on the CPU save a GPU from being waited for.
+        targets    (B, T) on the CPU, which saves a GPU from being waited for; inputs are on the device
         likeliest  the result is (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
         """
         wanted, columns = targets.flatten(), self.model.cfg.padded_vocab_size               # (BT)
         places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
-        wanted, places = (sent(tensor, inputs.device) for tensor in (wanted, places))
+        wanted, places = self.world.sent(wanted), self.world.sent(places)
         # detached only here: with gradients on, the layers compiled for training serve for validation too
         x = self.model.hidden(inputs).detach().flatten(0, 1)                                # (BT, D)
         found = torch.zeros(1 + likeliest, len(wanted), device=x.device)
@@ -65,13 +65,6 @@ class TokenLosses:
                 found[:, some] = self.kernel(self.model, x[filled], wanted[filled], likeliest)[:, :len(some)]
         found = found.view(1 + likeliest, *targets.shape)
         return found if likeliest else found[0]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; to a GPU it is on its way, and nobody waits for it."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class HeldOut:
@@ -90,7 +83,9 @@ class HeldOut:
         self.num_bytes = torch.tensor([len(token) for token in self.token_bytes])           # (V)
         self.num_windows = math.ceil(len(self.tokens) / self.seq_len)
         if not self.num_bytes[self.tokens].any():
-            raise UserError(f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
+            raise UserError(f"the {len(stream):,} tokens of the val shards have no text to validate on; make "
+                            "the data again" if self.is_whole else
+                            f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
                             "for all")
 
     def text(self) -> bytes:
@@ -121,8 +116,8 @@ class HeldOut:
             inputs, targets = self.windows(list(range(start, start + rows)))
             byte_count = self.num_bytes[targets.clamp(min=0)] * (targets >= 0)              # (B, T)
             counts += torch.stack([(targets >= 0).sum(), byte_count.sum()])
-            of_text = world.to_device(world.pinned(byte_count > 0))                         # (B, T)
-            losses = losses_of(world.to_device(world.pinned(inputs)), targets)              # (B, T)
+            of_text = world.sent(byte_count > 0)                                                # (B, T)
+            losses = losses_of(world.sent(inputs), targets)                                     # (B, T)
             # in two steps, since a device without float64 cannot convert on the way
             losses = torch.stack([losses, losses * of_text]).to(nats.device).to(nats.dtype)     # (2, B, T)
             nats += losses.sum((1, 2))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -28,6 +29,9 @@ def whole_path(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)    # a full disk names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)     # still there after an error, or as a second link to `path`
 
@@ -83,19 +87,50 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Hold a file against other processes, and remove it afterwards.
 
+    shared  let others that share it hold it at the same time; who holds it alone removes it
     raises  UserError if another process holds it and `wait` is off
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    file = _hold(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    try:
+        yield
+    finally:
+        if not shared and _is_at(path, file):
+            path.unlink(missing_ok=True)
+        file.close()
+
+
+def _hold(path: Path, how: int) -> IO:
+    """The file, open and locked. One that was removed while we waited holds nobody off: a new one is made."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = open(path, "a", encoding="utf-8")    # noqa: SIM115
+        except FileNotFoundError:       # the folder was removed, too
+            continue
+        try:
+            fcntl.flock(file, how)
         except BlockingIOError as error:
+            file.close()
             raise UserError(f"another process makes the same in {path.parent}; wait for it, or choose "
                             "another --name") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else "
+                  f"works in {path.parent}", file=sys.stderr)
+            return file
+        except BaseException:
+            file.close()
+            raise
+        if _is_at(path, file):
+            return file
+        file.close()
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -25,7 +25,7 @@ from tiktoken import Encoding
 
 from benchtop import places
 from benchtop.checkpoints import LAST, PREVIOUS
-from benchtop.errors import UserError
+from benchtop.errors import UserError, first_line
 from benchtop.files import sha256_of, write_text
 from benchtop.redaction import without_secrets
 from benchtop.tokenizer import load_tokenizer, tokenizer_sha256
@@ -153,9 +153,9 @@ def require_script(folder: Path, name: str) -> None:
 def read_object(path: Path) -> dict:
     """The JSON object of a file in a run folder; raises UserError if it holds something else"""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not what a run writes") from error
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not what a run writes ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not what a run writes")
     return content

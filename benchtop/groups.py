@@ -49,7 +49,7 @@ class SavedRun:
     @property
     def status(self) -> str:
         """finished, failed and why, or unfinished"""
-        return str(self.summary.get("status", "unfinished"))
+        return " ".join(str(self.summary.get("status", "unfinished")).split())
 
     @property
     def is_finished(self) -> bool:
@@ -57,20 +57,23 @@ class SavedRun:
 
     @functools.cached_property
     def rows(self) -> list[dict[str, float]]:
-        """metrics.csv, without the cells in which nothing was measured."""
+        """metrics.csv, without the cells in which nothing was measured.
+
+        raises  UserError if it is not what a run writes
+        """
         path = self.folder / "metrics.csv"
         try:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 return [{column: float(cell) for column, cell in row.items() if cell}
                         for row in csv.DictReader(file)]
         except FileNotFoundError:
             return []
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"{path} is not what a run writes ({error})") from error
 
     @functools.cached_property
     def samples(self) -> list[dict]:
-        return lines_of(self.folder / "samples.jsonl")
+        return texts_of(self.folder / "samples.jsonl")
 
     @property
     def bench(self) -> dict[str, str]:
@@ -83,29 +86,94 @@ class SavedRun:
         return self.summary.get("benchmarks") or {}
 
     def items(self, benchmark: str) -> list[dict]:
-        """Each row of a benchmark that it was scored on."""
-        return lines_of(self.folder / f"{benchmark}.jsonl")
+        """Each row of a benchmark that it was scored on: its name, its label, and what was chosen."""
+        path = self.folder / f"{benchmark}.jsonl"
+        items = lines_of(path)
+        for item in items:
+            if not ({"name", "label"} <= item.keys() and isinstance(item.get("acc"), dict)
+                    and "choice" in item["acc"]):
+                raise UserError(f"{path} is not what a run writes: each line needs name, label and acc")
+        return items
 
 
 def lines_of(path: Path) -> list[dict]:
-    """The objects of a .jsonl file of a run folder; none where it is missing."""
+    """The objects of a .jsonl file of a run folder; none where it is missing.
+
+    raises  UserError if it holds anything else
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")    # splitlines() would cut at U+2028 in a sample
-        return [json.loads(line) for line in lines if line]
+        rows = [json.loads(line) for line in lines if line]
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not what a run writes ({error})") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not what a run writes: each line must be an object")
+    return rows
+
+
+def texts_of(path: Path) -> list[dict]:
+    """Prompts and texts of a .jsonl file of a run folder; none where it is missing."""
+    rows = lines_of(path)
+    if not all(isinstance(row.get(field), str) for row in rows for field in ("prompt", "text")):
+        raise UserError(f"{path} is not what a run writes: each line needs a prompt and a text")
+    return rows
+
+
+# what a finished run measured, and what else of a run is counted or named
+MEASURED = ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second")
+COUNTED = ("parameters", "cost", "held_out_documents", "held_out_tokens", "peak_memory_mib")
+NAMED = ("sources", "bench", "benchmarks")
 
 
 def read_run(folder: Path) -> SavedRun:
     """raises  UserError if the folder's files are not what a run writes"""
-    summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    if summary.get("status") == "finished":
-        for fact in ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second"):
-            if not isinstance(summary.get(fact), int | float):
-                raise UserError(f"{folder / 'summary.json'} is not what a run writes: it lacks {fact}")
-    return SavedRun(folder, read_object(folder / "config.json"), summary)
+    path = folder / "summary.json"
+    summary = read_object(path) if path.is_file() else {}
+    run = SavedRun(folder, read_object(folder / "config.json"), summary)
+    problem = problem_of(summary)
+    if not problem and run.knobs.get("gpu_cost_per_hour") and not is_measured(run.knobs["gpu_cost_per_hour"]):
+        path, problem = folder / "config.json", "its gpu_cost_per_hour is no number from 0 on"
+    if problem:
+        raise UserError(f"{path} is not what a run writes: {problem}")
+    last = run.rows[-1].get("step") if run.rows else None
+    if run.is_finished and (folder / "metrics.csv").is_file() and last != summary.get("step", last):
+        raise UserError(f"{folder / 'metrics.csv'} is cut off or damaged: its rows end at step {last}, the "
+                        f"run at {summary['step']}")
+    return run
+
+
+def problem_of(summary: dict) -> str:
+    """What a summary has that no run writes; empty where it is in order."""
+    finished = summary.get("status") == "finished"
+    missing = [fact for fact in MEASURED if summary.get(fact) is None]
+    if finished and missing:
+        return f"it lacks {missing[0]}"
+    if type(summary.get("seed", 0)) is not int:
+        return f"its seed is {summary['seed']!r}, no whole number"
+    for fact in (*MEASURED, *COUNTED):
+        value = summary.get(fact)
+        # a run that failed may say of what: a loss that is not finite
+        right = is_measured(value) or (not finished and isinstance(value, float))
+        if fact != "seed" and value is not None and not right:
+            return f"its {fact} is {str(value)[:40]}, no number from 0 on"
+    for fact in NAMED:
+        if not isinstance(summary.get(fact, {}), dict):
+            return f"its {fact} are no object"
+    for name, result in summary.get("benchmarks", {}).items():
+        parts = result.get("acc") if isinstance(result, dict) else None
+        if not isinstance(parts, dict) or not all(is_measured(parts.get(part), 1)
+                                                  for part in ("value", "low", "high")):
+            return f"its accuracy on {name} has not value, low and high from 0 to 1"
+        if not is_measured(result.get("perplexity", 1)):
+            return f"its perplexity on {name} is {str(result['perplexity'])[:40]}"
+    return ""
+
+
+def is_measured(value: object, most: float = 1e300) -> bool:
+    """Whether this is a number from 0 on, and neither infinite nor a NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 @dataclass(frozen=True)
@@ -142,7 +210,7 @@ def benchmarks_of(groups: list[Group]) -> list[str]:
 def open_groups(specs: list[str]) -> list[Group]:
     """The groups that the words of a command line mean, each run once.
 
-    raises  UserError if one means no run, or a run stands in two groups
+    raises  UserError if one means no run, all runs are damaged, or a run stands in two groups
     """
     groups, seen = [], {}
     for spec in specs:
@@ -164,9 +232,13 @@ def open_groups(specs: list[str]) -> list[Group]:
             groups.append(Group(name, without_copies(run for path in holding for run in runs_in(path))))
             continue
         for path in holding:
-            runs = without_copies(runs_in(path))
             alone = is_run(path)
+            # a damaged run that was named alone is no side matter
+            only = alone and len(specs) == len(holding) == 1
+            runs = [read_run(path)] if only else without_copies(runs_in(path))
             groups += [Group(runs[0].name if alone else path.name, runs, alone)] if runs else []
+    if not any(group.runs for group in groups):
+        raise UserError(f"{' '.join(specs)} has no run that can be read")
     for group in groups:
         for run in group.runs:
             other = seen.setdefault(run.folder.resolve(), group.name)
@@ -182,13 +254,15 @@ def open_groups(specs: list[str]) -> list[Group]:
 def without_copies(runs: Iterable[SavedRun]) -> list[SavedRun]:
     """Each run once, also where links or --keep made it appear under two names."""
     kept: list[SavedRun] = []
+    known: dict[object, SavedRun] = {}      # by folder, and by what the summary says
     for run in runs:
-        twin = next((other for other in kept if other.folder.resolve() == run.folder.resolve()
-                     or (run.summary and other.summary == run.summary)), None)
+        marks = [run.folder.resolve(), *([json.dumps(run.summary, sort_keys=True)] if run.summary else [])]
+        twin = next((known[mark] for mark in marks if mark in known), None)
         if twin:
             print(f"left out: {run.name} is a copy of {twin.name}", file=sys.stderr)
-        else:
-            kept.append(run)
+            continue
+        kept.append(run)
+        known |= dict.fromkeys(marks, run)
     return kept
 
 
@@ -208,15 +282,18 @@ def runs_in(path: Path) -> list[SavedRun]:
             runs += [read_run(folder)] if is_run(folder) else []
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"left out: {folder} cannot be read ({error.strerror})", file=sys.stderr)
     return runs
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    """Also one whose files are damaged. No error where a folder may not be read."""
+    return os.path.lexists(folder / "config.json") or os.path.isfile(folder / "summary.json")
 
 
 def holds_runs(path: Path) -> bool:
-    return is_run(path) or (path.is_dir() and any(map(is_run, path.iterdir())))
+    return is_run(path) or any(map(is_run, path.glob("*")))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -65,6 +65,13 @@ class Rule:
         number = hash_of(text)
         return (self.one_in and number % self.one_in == 0) or _name(number) in self.chosen
 
+    def covers(self, other: "Rule") -> bool:
+        """Whether all that the other rule holds out is held out by this one, too."""
+        if self.file or other.file or self.part != other.part or other.one_in not in (0, self.one_in):
+            return self == other
+        return all(name in self.chosen or (self.one_in and int(name, 16) % self.one_in == 0)
+                   for name in other.chosen)
+
     def documents(self, source: Source) -> "Source | Parts":
         """What is held out or trained on: the source's documents, or their parts."""
         return Parts(source, self.part) if self.part else source

@@ -9,6 +9,7 @@ they always mean.
 
 import contextlib
 import hashlib
+import os
 import random
 import sys
 import threading
@@ -70,12 +71,15 @@ def fetch(file: HubFile) -> Path:
 
     raises  UserError when waiting does not help
     """
-    hub = _library()
+    hub, damaged = _library(), []
 
     def ask() -> Path:
-        path = Path(hub.hf_hub_download(file.repo, file.path, repo_type="dataset", revision=file.revision))
+        # by force, since a damaged content stays in the cache where another revision points to it, too
+        path = Path(hub.hf_hub_download(file.repo, file.path, repo_type="dataset", revision=file.revision,
+                                        force_download=bool(damaged)))
         problem = problem_of(path, file)
         if problem:
+            damaged.append(path)
             forget(path)
             raise _Damaged(f"{problem}; it is fetched anew")
         return path
@@ -114,9 +118,24 @@ def problem_of(path: Path, file: HubFile) -> str:
 
 
 def forget(path: Path) -> None:
-    """Remove a copy from the cache: the name, and the content that it points to."""
-    for name in (path.resolve(), path):
-        name.unlink(missing_ok=True)
+    """Remove a copy from the cache, and its content unless another revision or repository has it, too.
+
+    huggingface_hub removes it, and counts the repositories. Revisions are counted here: its own count gives
+    up where one link of a repository leads nowhere.
+    """
+    hub = _library()
+    cache = Path(hub.constants.HF_HUB_CACHE)
+    snapshots = cache / path.relative_to(cache).parts[0] / "snapshots"
+    content = content_of(path)
+    is_shared = any(content_of(name) == content for name in snapshots.rglob("*") if name != path)
+    hub.DeleteCacheStrategy(expected_freed_size=0, files=frozenset([path]), cache_dir=cache,
+                            blobs=frozenset() if is_shared or content == path else frozenset([content]),
+                            refs=frozenset(), repos=frozenset(), snapshots=frozenset()).execute()
+
+
+def content_of(name: Path) -> Path:
+    """What a name in the cache points to: one link further, since behind it contents may be shared."""
+    return Path(os.path.abspath(name.parent / os.readlink(name))) if name.is_symlink() else name
 
 
 class Download(threading.Thread):
@@ -282,7 +301,6 @@ class HubText(Source):
 
     def __iter__(self) -> Iterator[Document]:
         """All documents, in an order of files that depends on nothing but their names."""
-        self.replaced = 0
         for unit in self.units(seed=None):
             yield from unit.read()
 

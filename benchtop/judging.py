@@ -25,7 +25,7 @@ from benchtop.endpoint import Answer, Asked
 from benchtop.errors import UserError, first_line
 from benchtop.files import write_text
 from benchtop.folder import load_script
-from benchtop.groups import SavedRun, lines_of, open_groups
+from benchtop.groups import SavedRun, open_groups, texts_of
 from benchtop.redaction import without_secrets
 from benchtop.significance import wilson_interval
 
@@ -84,7 +84,7 @@ def can_write(run: SavedRun) -> bool:
 
 def kept_texts(run: SavedRun, prompts: list[str]) -> list[str]:
     """What prompts.jsonl has, if it is of these prompts and of this way of sampling; else nothing."""
-    rows = rows_of(run.folder / "prompts.jsonl")
+    rows = texts_of(run.folder / "prompts.jsonl")
     fit = ([row["prompt"] for row in rows] == prompts
            and all(row.get(knob) == value for row in rows for knob, value in SAMPLING.items()))
     return [row["text"] for row in rows] if fit else []
@@ -106,7 +106,7 @@ def write_texts(run: SavedRun, prompts: list[str]) -> list[str]:
 
 def sampled_pairs(a: SavedRun, b: SavedRun) -> list[Pair]:
     """The texts of both samples.jsonl, each beginning once. Their seeds may differ: they only draw."""
-    rows = [rows_of(run.folder / "samples.jsonl") for run in (a, b)]
+    rows = [run.samples for run in (a, b)]
     for run, mine in zip((a, b), rows, strict=True):
         if not mine:
             raise UserError(f"{run.name} has no text to judge: samples.jsonl is missing or empty "
@@ -124,15 +124,6 @@ def sampled_pairs(a: SavedRun, b: SavedRun) -> list[Pair]:
                             f"{run.name} has, such as {min(missing)[:60]!r}; train both on the same data and "
                             "tokenizer with as many --num_samples, or with --save_model")
     return [Pair(prompt, text, second[prompt]) for prompt, text in reversed(first.items())]
-
-
-def rows_of(path: Path) -> list[dict]:
-    """Prompts and texts of a .jsonl file of a run folder; none where it is missing."""
-    rows = lines_of(path)
-    if not all(isinstance(row, dict) and isinstance(row.get(field), str)
-               for row in rows for field in ("prompt", "text")):
-        raise UserError(f"{path} is not what a run writes: each line needs a prompt and a text")
-    return rows
 
 
 @dataclass(frozen=True)

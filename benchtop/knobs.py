@@ -15,6 +15,7 @@ the knobs of its model and optimizer, and has the budget (seq_len, batch_tokens,
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -145,6 +146,17 @@ class RunConfig:
         """The Config with the budget that this much data allows; an experiment has the rule."""
         return self
 
+    def require_vocabulary(self, tokenizer: str, size: int) -> None:
+        """raises  UserError if the preset or --vocab_size asks for a vocabulary that the tokenizer has not"""
+        if self.vocab_size in (0, size):
+            return
+        if self.preset and self.preset_knobs(self.preset).get("vocab_size") == self.vocab_size:
+            raise UserError(f"--preset {self.preset} is for a tokenizer of {self.vocab_size:,} tokens, and "
+                            f"{tokenizer} has {size:,}; make its data and tokenizer with: "
+                            f"./run.sh {self.preset}")
+        raise UserError(f"--vocab_size must be {size}, the tokens of {tokenizer} with <|endoftext|>; it is "
+                        f"{self.vocab_size}")
+
     def require_machine(self, device: "torch.device", dtype: "torch.dtype") -> None:
         """raises  UserError if to train by these knobs needs another machine; an experiment's own check"""
 
@@ -253,6 +265,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: typ
         raise UserError(f"the knob {field.name} is of type {kind}; it must be int, float, str or bool")
 
 
+@functools.cache
 def comments_of(config: type[RunConfig]) -> tuple[dict[str, str], dict[str, str]]:
     """The heading over each field in the source of its class, and the comment behind it, if any."""
     headings, helps = {}, {}

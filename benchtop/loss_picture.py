@@ -54,7 +54,7 @@ def loss_figure(rows: list[dict], title: str, documents: int, bar: dict) -> "Fig
         right.annotate(f"{last['val_bpb']:.3f}", (last["tokens"] / 1e6, last["val_bpb"]),
                        textcoords="offset points", xytext=(0, 8 if rises else -14), ha="right",
                        color=HELD_OUT, weight="bold")
-        right.set_ylim(0, 1.1 * max([row["val_bpb"] for row in shown] + [xz_bpb or 0]))
+        right.set_ylim(0, 1.1 * max([row["val_bpb"] for row in shown] + [xz_bpb or 0]) or 1)
     if xz_bpb:
         right.axhline(xz_bpb, color=BAR, linestyle="--", linewidth=1,
                       label=f"{bar_in_words(bar)}: {xz_bpb:.3f}")

@@ -208,6 +208,10 @@ class World(Processes):
         """A copy on the device; one of a pinned tensor is on its way."""
         return tensor.to(self.device, non_blocking=self.queues)
 
+    def sent(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor of the CPU, on its way to the device."""
+        return self.to_device(self.pinned(tensor))
+
     def fetch(self, tensor: Tensor) -> tuple[Tensor, torch.Event | None]:
         """A copy of a tensor on the CPU, on its way, and the mark to wait_for before the copy is read."""
         return tensor.to("cpu", non_blocking=self.queues), self.mark()

@@ -98,10 +98,14 @@ def kept_mib(make_model: Callable[..., nn.Module], cfg, dtype: torch.dtype, kern
     return sum(kept.values()) / 2**20, copies / 2**20
 
 
-def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels) -> float:
+def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels,
+                        kept: tuple[float, float] | None = None) -> float:
     """What a process needs, within a tenth where kernels are compiled and roughly where not: weights,
     gradients, optimizer state, what is kept for backward, and a chunk of the loss. On a CPU torch itself
-    counts, too."""
+    counts, too.
+
+    kept  what kept_mib finds, where that is known; it is the same for all sizes of micro-batches
+    """
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype)
     named, optimizer = dict(model.named_parameters()), experiment.Optimizer
@@ -111,8 +115,8 @@ def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels) -> floa
     tokens, columns, bytes_each = rows * cfg.seq_len, cfg.padded_vocab_size, world.dtype.itemsize
     chunk = min(largest_chunk(world.device) // 4, tokens * columns)     # logits in it
     head = model.head.numel() * (4 + bytes_each) + tokens * cfg.model_dim * bytes_each
-    torch_itself = 450 * 2**20 if world.device.type == "cpu" else 0
-    by_row, once = kept_mib(experiment.Model, cfg, world.dtype, kernels)
+    torch_itself = 550 * 2**20 if world.device.type == "cpu" else 0
+    by_row, once = kept or kept_mib(experiment.Model, cfg, world.dtype, kernels)
     if kernels.compiled:
         loss, kept = COMPILED_LOSS_COPIES * bytes_each * chunk, once + rows * by_row
     else:
@@ -132,7 +136,8 @@ def choose_micro_batch(experiment, cfg, world: World, kernels: Kernels, saved: d
         share = min(share, max(cfg.seq_len, LARGEST_CPU_MICRO_BATCH))
     most = MOST_OF_CPU if world.device.type == "cpu" else MOST_OF_GPU
     cfg, limit = dataclasses.replace(cfg, micro_batch_tokens=share), most * world.free_memory_mib()
-    while memory_estimate_mib(experiment, cfg, world, kernels) > limit:
+    kept = kept_mib(experiment.Model, cfg, world.dtype, kernels)
+    while memory_estimate_mib(experiment, cfg, world, kernels, kept) > limit:
         if cfg.micro_batch_tokens <= cfg.seq_len:
             break
         cfg = with_half_micro_batch(cfg)

@@ -4,6 +4,7 @@ It needs no network and no other file: curves are inline SVG, and a few lines of
 runs say (names, samples) is text and never markup.
 """
 
+import re
 from html import escape
 from statistics import fmean
 
@@ -11,6 +12,9 @@ from benchtop.command_line import counted
 from benchtop.curves import AXES, as_bytes
 from benchtop.groups import Group, SavedRun
 from benchtop.tables import groups_table, used_columns
+
+# what stands in no page, though a sample may hold it: control characters, and halves of surrogate pairs
+NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 
 STYLE = """
 :root { --ink: #1d2733; --soft: #5d6b7a; --line: #dde3ea; --back: #ffffff; --tint: #f4f7fa;
@@ -83,10 +87,11 @@ def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool 
     if said:
         parts += ["<h2>Conclusions</h2>", f"<pre>{escape(chr(10).join(said).strip())}</pre>"]
     parts += [_curves(groups, metric), _samples(groups)]
+    body = NO_TEXT.sub("\ufffd", "\n".join(parts))
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts)
-            + f"\n<script>{SCRIPT}</script></body></html>\n")
+            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}"
+            f"\n<script>{SCRIPT}</script></body></html>\n")
 
 
 def _groups_table(groups: list[Group]) -> str:

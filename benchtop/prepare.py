@@ -6,6 +6,7 @@ all of it is there.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -124,26 +125,36 @@ class Preparation:
         self.folder, self.units, self.tokenizer, self.facts = folder, units, tokenizer, facts
         self.args = args
         self.goal = args.num_shards
-        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.partial = partial_of(folder)
+        self.manifest_before = manifest_text(folder)
         self.bar = tqdm(unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False,
                         total=self.goal * args.shard_size or None)
         self.begun, self.tokens_now = time.perf_counter(), 0
 
-    def begin(self) -> None:
-        """Take up what an earlier start left, or clear away what another command left."""
-        places.DATA.mkdir(exist_ok=True)
-        with files.locked(self.partial.with_suffix(".lock"), wait=True):
-            made_by = self.partial / "made_by.json"
-            if made_by.is_file() and read_json(made_by) == self.facts:
-                return
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir()
-            # text that was here before stays
-            was_here = [unit.name for unit in self.units if unit.is_here()]
-            files.write_json(self.partial / "was_here.json", was_here)
-            files.write_json(made_by, self.facts)
-            if self.folder.exists():
-                self._take_over(read_manifest(self.folder / "manifest.json"))
+    @contextlib.contextmanager
+    def held(self, wait: bool = False, shared: bool = False) -> Iterator[None]:
+        """Hold the dataset's name against other commands, and take up what an earlier start left.
+
+        shared  with the processes that make other parts of it
+        raises  UserError if another command holds it, finished it meanwhile or left unfinished shards
+        """
+        with hold(self.partial, wait, shared):
+            if manifest_text(self.folder) != self.manifest_before:
+                raise UserError(f"another process finished {self.folder.relative_to(places.ROOT)} meanwhile; "
+                                "start the same command again")
+            with files.locked(self.partial / "begin.lock", wait=True):
+                take_up(self.partial, self.facts)
+                self._begin()
+            yield
+
+    def _begin(self) -> None:
+        was_here = self.partial / "was_here.json"
+        if was_here.is_file():
+            return
+        if self.manifest_before:
+            self._take_over(read_manifest(self.folder / "manifest.json"))
+        # text that was here before stays
+        files.write_json(was_here, [unit.name for unit in self.units if unit.is_here()])
 
     def _take_over(self, manifest: dict) -> None:
         """Begin with the shards of a finished dataset, which is to grow."""
@@ -282,9 +293,7 @@ class Preparation:
 
     def finish(self, all_progress: list[Progress], held_out: dict) -> dict:
         """Give all shards their final names, write the manifest last, and return it."""
-        whole = self.folder.with_name(f".{self.folder.name}.whole.partial")
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir()
+        whole = new_whole(self.folder)
         files.link(self.partial / "val_000000.bin", whole / "val_000000.bin")
         left, entries, units = self.goal or sys.maxsize, [held_out["entry"]], []
         for number, progress in enumerate(all_progress):
@@ -321,8 +330,7 @@ class Preparation:
 
     def clear(self) -> None:
         """Remove what only an unfinished dataset needs."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.with_suffix(".lock").unlink(missing_ok=True)
+        empty(self.partial)
 
 
 def rule_or_complaint(source: Source) -> Rule:
@@ -338,6 +346,72 @@ def rule_or_complaint(source: Source) -> Rule:
         raise UserError(f"the source {source.label} is empty: no text to tokenize")
     raise UserError(f"the source {source.label} has only {characters:,} characters, too few to train on one "
                     "part and validate on another; give it more text")
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a dataset is made."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+@contextlib.contextmanager
+def hold(partial: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
+    """Hold the folder of an unfinished dataset; it is removed when nothing is left in it."""
+    try:
+        with files.locked(partial / "whole.lock", wait, shared):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            partial.rmdir()
+
+
+def empty(partial: Path) -> None:
+    """Remove all from the folder of an unfinished dataset but what holds it."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".lock":
+            path.unlink()
+
+
+def take_up(partial: Path, facts: dict) -> None:
+    """Go on in the folder of an unfinished dataset, or begin one there.
+
+    raises  UserError if another command left finished shards in it
+    """
+    made_by = partial / "made_by.json"
+    before = read_json(made_by) if made_by.is_file() else {}
+    if before == facts:
+        return
+    shards = len([*partial.rglob("*.bin")])
+    if shards:
+        shown = partial.relative_to(places.ROOT)
+        raise UserError(f"{shown} has {counted(shards, 'finished shard')} of an interrupted command with "
+                        f"another {', '.join(differing_facts(before, facts))}; start that one again, choose "
+                        f"another --name, or throw them away with: rm -r {shlex.quote(str(partial))}")
+    empty(partial)
+    files.write_json(made_by, facts)
+
+
+def differing_facts(before: dict, facts: dict) -> list[str]:
+    """What a dataset was made from otherwise, and only `source` where that is another."""
+    differing = [key for key, value in facts.items() if before.get(key) != value]
+    if "source" in differing:
+        differing = [key for key in differing if key not in ("source_fingerprint", "revision")]
+    return differing
+
+
+def manifest_text(folder: Path) -> str:
+    """The manifest as it is now; empty without one."""
+    path = folder / "manifest.json"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def new_whole(folder: Path) -> Path:
+    """An empty folder for all that a dataset will have."""
+    whole = folder.with_name(f".{folder.name}.whole.partial")
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    return whole
 
 
 def publish(whole: Path, folder: Path, manifest: dict) -> None:
@@ -357,7 +431,11 @@ def data_folder(typed: str) -> Path:
     if not re.fullmatch(places.FOLDER_NAME, name):
         raise UserError("--name must have only letters, digits, '.', '_' and '-', since it becomes a folder; "
                         f"it is {typed!r}")
-    return places.DATA / name
+    folder = places.DATA / name
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, "
+                        "or choose another --name")
+    return folder
 
 
 def read_json(path: Path) -> dict:
@@ -373,47 +451,61 @@ def grows(folder: Path, facts: dict, num_shards: int) -> bool:
 
     raises  UserError if it was made from something else
     """
-    remove = f"rm -r {shlex.quote(str(folder))}"
-    try:
-        manifest = read_manifest(folder / "manifest.json")
-        Dataset(folder, manifest).verify()
-    except UserError as error:
-        raise UserError(f"{error}; first remove the old with: {remove}") from error
+    manifest = manifest_of_whole(folder)
     wanted = num_shards or sys.maxsize
     ended = all(unit["done"] for unit in manifest.get("units", ()))
     had = manifest.get("num_shards") or sys.maxsize
-    differing = [key for key, value in facts.items() if manifest.get(key) != value]
+    differing = differing_facts(manifest, facts)
     if wanted < had or ("units" not in manifest and wanted != had):
         differing.append("num_shards")
-    if "source" in differing:
-        differing = [key for key in differing if key not in ("source_fingerprint", "revision")]
     if differing:
-        raise UserError(f"{folder.relative_to(places.ROOT)} exists and was made with another "
-                        f"{', '.join(differing)}; choose another --name or remove it with: {remove}")
+        refuse_differing(folder, differing)
     if wanted > had and not (ended and "units" in manifest and not manifest["num_shards"]):
         return True
     print(f"reusing {describe(folder, manifest)}")
     return False
 
 
+def manifest_of_whole(folder: Path) -> dict:
+    """raises  UserError if the dataset that is there is damaged"""
+    try:
+        manifest = read_manifest(folder / "manifest.json")
+        Dataset(folder, manifest).verify()
+        return manifest
+    except UserError as error:
+        raise UserError(f"{error}; first remove the old with: rm -r {shlex.quote(str(folder))}") from error
+
+
+def refuse_differing(folder: Path, differing: list[str]) -> None:
+    """raises  UserError that names what a dataset was made from otherwise"""
+    raise UserError(f"{folder.relative_to(places.ROOT)} exists and was made with another "
+                    f"{', '.join(differing)}; choose another --name or remove it with: "
+                    f"rm -r {shlex.quote(str(folder))}")
+
+
 def prepare_part(preparation: Preparation, rule: Rule, part: int, parts: int) -> None:
     """Write the shards of every parts-th unit; too many or too few are mended when all are put together."""
-    name = f"part_{part + 1}_of_{parts}"
-    with files.locked(preparation.partial / f"{name}.lock", wait=False):
-        goal = -(-preparation.goal // parts)
-        found = preparation.write_units(range(part, len(preparation.units), parts), rule, goal)
-        (preparation.partial / f"{name}.done").touch()
-    shards = sum(len(progress.entries) for progress in found)
-    print(f"part {part + 1} of {parts}: {counted(shards, 'shard')} in "
+    done = done_by(preparation, part, parts)
+    if not done.exists():
+        with preparation.held(shared=True), files.locked(done.with_suffix(".lock")):
+            goal = -(-preparation.goal // parts)
+            preparation.write_units(range(part, len(preparation.units), parts), rule, goal)
+            done.touch()
+    shards = len([*preparation.partial.glob("unit_*/*.bin")])
+    print(f"part {part + 1} of {parts} is done, {counted(shards, 'shard')} in "
           f"{preparation.partial.relative_to(places.ROOT)}; when all parts are there, put them together with "
           "the same command without --part (machines that share no disk: copy these folders into one first)",
           flush=True)
 
 
+def done_by(preparation: Preparation, part: int, parts: int) -> Path:
+    """What is there when a part of so many shards is."""
+    return preparation.partial / f"part_{part + 1}_of_{parts}_for_{preparation.goal}.done"
+
+
 def wait_for_parts(preparation: Preparation, parts: int) -> None:
     """Under torchrun the first process puts together what all made; torchrun ends it if another one fails."""
-    while missing := [part for part in range(1, parts + 1)
-                      if not (preparation.partial / f"part_{part}_of_{parts}.done").exists()]:
+    while missing := [part for part in range(parts) if not done_by(preparation, part, parts).exists()]:
         time.sleep(min(1.0, 0.1 * len(missing)))
 
 

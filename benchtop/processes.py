@@ -2,29 +2,37 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 
 from benchtop.errors import SharedError, UserError, first_line
 
+TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def is_first_process() -> bool:
     """Whether this process does the work; under torchrun the others leave it to the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return places_by_torchrun()[0] == 0
 
 
 def places_by_torchrun() -> tuple[int, int, int, int]:
     """Rank and number of processes, in all and on this machine; 0, 1, 0, 1 without torchrun.
 
-    raises  UserError if only some of torchrun's variables are set
+    raises  UserError unless all of torchrun's variables are set, to what torchrun may set them to, or none
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not any(name in os.environ for name in names):
+    said = {name: os.environ[name] for name in TORCHRUNS if name in os.environ}
+    if not said:
         return 0, 1, 0, 1
-    try:
-        return tuple(int(os.environ[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{' '.join(names)} come from torchrun, and here not all are there ({error}); "
-                        "start with torchrun, or unset them") from error
+    numbers = [int(said[name]) if re.fullmatch("[0-9]{1,9}", said.get(name, "")) else -1
+               for name in TORCHRUNS if name != "MASTER_ADDR"]
+    rank, size, local_rank, local_size, port = numbers
+    if not (0 <= local_rank < local_size <= size and local_rank <= rank < size and said.get("MASTER_ADDR")
+            and 0 <= port < 2**16):
+        shown = " ".join(f"{name}={value}" for name, value in said.items())
+        missing = ", ".join(name for name in TORCHRUNS if name not in said)
+        raise UserError(f"the environment has {shown}{f' without {missing}' if missing else ''}, as torchrun "
+                        f"never sets it; start with torchrun, or unset them: unset {' '.join(said)}")
+    return rank, size, local_rank, local_size
 
 
 class Processes:

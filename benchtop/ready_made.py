@@ -12,7 +12,19 @@ from tqdm import tqdm
 from benchtop import files, hub
 from benchtop.command_line import counted
 from benchtop.errors import UserError
-from benchtop.prepare import data_folder, describe, publish
+from benchtop.prepare import (
+    data_folder,
+    describe,
+    differing_facts,
+    empty,
+    hold,
+    manifest_of_whole,
+    new_whole,
+    partial_of,
+    publish,
+    refuse_differing,
+    take_up,
+)
 from benchtop.shards import FORMAT_VERSION, read_shard
 from benchtop.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
 
@@ -32,25 +44,43 @@ def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
         print(f"{counted(len(val + train), 'file')}, {size / 1e6:,.1f} MB to download and on disk, about "
               f"{(size - 1024 * len(val + train)) / 2e6:,.1f} million tokens")
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, file in enumerate(tqdm(val + train, unit=" shards", disable=not sys.stderr.isatty(),
-                                       leave=False)):
-        name = f"{'train' if number else 'val'}_{number:06d}.bin"
-        finished = next((path for path in (folder / name, partial / name)
-                         if path.is_file() and not hub.problem_of(path, file)), None)
-        if finished:
-            files.link(finished, partial / name)
-        else:
-            bring(file, partial / name, args.keep_text)
-        entries.append(entry_of(partial / name, "train" if number else "val", tokenizer))
-    manifest = {"format_version": FORMAT_VERSION, "source": hub.READY_MADE[version],
-                "revision": val[0].revision, "tokenizer": tokenizer.name,
-                "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
-                "eot_id": tokenizer.eot_token, "shards": entries}
-    publish(partial, folder, manifest)
+    facts = {"source": hub.READY_MADE[version], "revision": val[0].revision, "tokenizer": tokenizer.name}
+    partial = partial_of(folder)
+    with hold(partial):
+        refuse_another(folder, facts, len(train))
+        take_up(partial, facts)
+        entries = []
+        for number, file in enumerate(tqdm(val + train, unit=" shards", disable=not sys.stderr.isatty(),
+                                           leave=False)):
+            name = f"{'train' if number else 'val'}_{number:06d}.bin"
+            finished = next((path for path in (folder / name, partial / name)
+                             if path.is_file() and not hub.problem_of(path, file)), None)
+            if finished:
+                files.link(finished, partial / name)
+            else:
+                bring(file, partial / name, args.keep_text)
+            entries.append(entry_of(partial / name, "train" if number else "val", tokenizer))
+        whole = new_whole(folder)
+        for entry in entries:
+            files.link(partial / entry["file"], whole / entry["file"])
+        manifest = {"format_version": FORMAT_VERSION, **facts,
+                    "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
+                    "eot_id": tokenizer.eot_token, "shards": entries}
+        publish(whole, folder, manifest)
+        empty(partial)
     print(f"wrote {describe(folder, manifest)}")
+
+
+def refuse_another(folder: Path, facts: dict, num_train: int) -> None:
+    """raises  UserError if the folder is there and has other shards, damaged ones, or more of them"""
+    if not folder.exists():
+        return
+    manifest = manifest_of_whole(folder)
+    differing = differing_facts(manifest, facts)
+    if num_train < sum(shard["split"] == "train" for shard in manifest["shards"]):
+        differing.append("num_shards")
+    if differing:
+        refuse_differing(folder, differing)
 
 
 def bring(file: hub.HubFile, path: Path, keep: bool) -> None:

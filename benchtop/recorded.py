@@ -24,7 +24,7 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     """
     if world.device.type != "cuda":
         return []
-    started, done = seconds_of(model, inputs, targets, world)
+    started, done = launch_seconds(model, inputs, targets, world)
     pace = f"its kernels are started in {1000 * started:.1f} ms and done in {1000 * done:.1f} ms"
     if started < WORTH_IT * done:
         return []
@@ -48,11 +48,11 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     # gradients arrive in memory that the next micro-batch writes over
     for parameter in model.parameters():
         parameter.register_hook(torch.clone)
-    _, recorded = seconds_of(model, inputs, targets, world)
+    _, recorded = launch_seconds(model, inputs, targets, world)
     return [f"launches    a micro-batch is recorded as one CUDA graph, {1000 * recorded:.1f} ms; else {pace}"]
 
 
-def seconds_of(model: nn.Module, inputs: Tensor, targets: Tensor, world: World) -> tuple[float, float]:
+def launch_seconds(model: nn.Module, inputs: Tensor, targets: Tensor, world: World) -> tuple[float, float]:
     """How long it takes to start all kernels of a micro-batch, and until they are done."""
     for _ in range(2):      # the first time warms up
         world.synchronize()

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from benchtop import places, significance
 from benchtop.command_line import counted
 from benchtop.errors import UserError
-from benchtop.files import sha256_of
+from benchtop.files import sha256_of, write_text
 from benchtop.groups import Group, SavedRun, read_run, runs_in
 from benchtop.identity import bench_files, differing
 from benchtop.signals import heard_signals
@@ -106,7 +106,7 @@ def keep(runs: list[SavedRun], folder: Path) -> None:
     if "train_gpt.py" not in runs[0].summary.get("sources", {"train_gpt.py": ""}):     # it is a changed copy
         sides = [path.read_text(encoding="utf-8").splitlines(keepends=True)
                  for path in (places.ROOT / "train_gpt.py", runs[0].folder / f"{Path(script).stem}.txt")]
-        (folder / "changes.diff").write_text("".join(difflib.unified_diff(*sides, "train_gpt.py", script)))
+        write_text(folder / "changes.diff", "".join(difflib.unified_diff(*sides, "train_gpt.py", script)))
 
 
 def verdict(group: Group) -> str:

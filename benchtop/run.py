@@ -54,15 +54,14 @@ from benchtop.checkpoints import read_checkpoint, remove_checkpoints
 from benchtop.command_line import command, counted
 from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
-from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks
+from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks, first_line
 from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.folder import locked_log
 from benchtop.identity import changes_since, identity_of, require_equal_machines
-from benchtop.initial import draw_weights, drawn_in_one_stream
+from benchtop.initial import drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
 from benchtop.log import RunLog, last_lines
-from benchtop.machine import Kernels, World, choose_kernels, is_recompile_limit
-from benchtop.recorded import record
+from benchtop.machine import World, choose_kernels, is_recompile_limit
 from benchtop.sampling import sample_held_out
 from benchtop.saved import check_shapes, sample_run, score, scored_on
 from benchtop.shards import Dataset, open_dataset
@@ -71,6 +70,7 @@ from benchtop.smoke import smoke
 from benchtop.speed import with_speed
 from benchtop.steps import CURE, LossScale, Report, check_weights, collector_at_rest, prepared_batches
 from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
+from benchtop.warm_up import make_model, ready
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
            "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib", "flops")
@@ -187,8 +187,7 @@ class Run:
         # whether it is time to save, and how much of the budget is used
         clock_share = self.clock.share(self.cfg) if self.world.is_main else 0.0
         told = torch.tensor([float(self.told_to_stop), float(self.is_time_to_save), clock_share])
-        told = self.world.to_device(self.world.pinned(told))                                # (3)
-        shared = self.world.sum(torch.cat([loss[None], told]))                              # (4)
+        shared = self.world.sum(torch.cat([loss[None], self.world.sent(told)]))             # (4)
         fits = self.loss_scale.unscale(self.optimizer, norms)
         report = Report(self.step + 1, lr_scale, torch.cat([shared, norms]), fits, self.world)
         if not self.world.reports_behind:
@@ -363,15 +362,19 @@ class Data:
 
 
 def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
-    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them."""
-    dataset, tokenizer = open_dataset(cfg.data, cfg.tokenizer)
-    if cfg.vocab_size not in (0, tokenizer.n_vocab):
-        raise UserError(f"--vocab_size must be {tokenizer.n_vocab}, the tokens of {tokenizer.name} with "
-                        f"<|endoftext|>; it is {cfg.vocab_size}")
-    dataset.verify(world.local_rank, world.local_size)      # each machine has its own disk
-    rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
-    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
-    return cfg, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), cfg, tokenizer))
+    """The verified data of a run, and its Config with the vocabulary and the budget that follow from them.
+
+    raises  UserError on all processes at once
+    """
+    dataset, tokenizer = world.raise_on_all_ranks(lambda: open_dataset(cfg.data, cfg.tokenizer))
+    dataset = dataset.verified(world)
+
+    def plan() -> tuple[RunConfig, Data]:
+        cfg.require_vocabulary(tokenizer.name, tokenizer.n_vocab)
+        rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
+        full = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
+        return full, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), full, tokenizer))
+    return world.raise_on_all_ranks(plan)
 
 
 def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, dict | None]:
@@ -395,47 +398,13 @@ def tasks_of(cfg: RunConfig) -> dict[str, Task | None]:
     return {name: benchmark_if_here(name, cfg.hellaswag_rows if name == "hellaswag" else 0) for name in names}
 
 
-def make_model(experiment: Experiment, cfg: RunConfig, eot_id: int, world: World, kernels: Kernels,
-               ) -> tuple[nn.Module, object]:
-    torch.manual_seed(cfg.seed)
-    model = experiment.Model(cfg, eot_id, world.dtype, kernels.flex)
-    draw_weights(model, cfg.seed)
-    model.to(world.device)
-    world.share_weights(model)
-    products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
-    optimizer = experiment.Optimizer(model, cfg, world, products)
-    if kernels.compiled:
-        model.compile_parts()
-    return model, optimizer
-
-
-def eot_rows(model: nn.Module, cfg: RunConfig, world: World) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a micro-batch that predicts nothing, (B, T) on the device."""
-    _, rows = micro_batch_shape(cfg, world.size)
-    inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
-    return inputs, torch.full_like(inputs, -1)
-
-
-def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
-    """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
-    model = losses_of.model
-    inputs, targets = eot_rows(model, cfg, world)
-    model.progress = 0.0
-    for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
-        model(inputs, targets).backward()
-    optimizer.sum_gradients()       # names a parameter without a gradient now
-    losses_of(inputs, targets)
-    optimizer.clear_gradients()
-    world.synchronize()
-
-
 def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
     on_all = world.raise_on_all_ranks
     cfg, text, saved = open_run(cfg, world)
     on_all(lambda: cfg.require_machine(world.device, world.dtype))
     cfg = with_speed(cfg, world)
-    cfg, data = on_all(lambda: open_data(cfg, world))
+    cfg, data = open_data(cfg, world)
     tasks = on_all(lambda: tasks_of(cfg) if world.is_main else None)
     tasks = world.same(tasks)   # other machines need not have the files
     identity = identity_of(experiment.script, cfg, world, data.tokenizer, data.dataset)
@@ -447,7 +416,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     on_all(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
     kernels = trusted_kernels(experiment, cfg, world, choose_kernels(cfg, world))
     model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
-    losses_of = TokenLosses(model, kernels.compiled)
+    losses_of = TokenLosses(model, world, kernels.compiled)
     on_all(lambda: saved and check_shapes(saved["model"], model))
     log = on_all(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
     with log, say_how_to_resume(log):
@@ -459,12 +428,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
                            *describe_tasks(tasks), *describe_git(identity), *model.remarks(),
                            *optimizer.remarks(), *drawn_in_one_stream(model)]))
         begun = time.perf_counter()
-        sized = memory.fit_micro_batch(
-            sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients,
-            log.say, lambda: memory.memory_advice(experiment, sized, world, kernels))
-        if kernels.compiled:
-            for line in record(model, *eot_rows(model, sized, world), sized, world):
-                log.say(line)
+        sized = ready(experiment, sized, world, kernels, losses_of, optimizer, log.say)
         compile_seconds = time.perf_counter() - begun
         run = Run(experiment, sized, world, model, optimizer, data, losses_of, log, Clock(world),
                   LossScale(enabled=world.dtype == torch.float16), compile_seconds=compile_seconds)
@@ -498,7 +462,8 @@ def say_how_to_resume(log: RunLog) -> Iterator[None]:
         log.say(f"interrupted; {log.last_good()}")
         raise
     except OSError as error:
-        raise UserError(f"{error.strerror}: {error.filename or log.folder}; {log.last_good()}") from error
+        where = error.filename or log.folder
+        raise UserError(f"{error.strerror or first_line(error)}: {where}; {log.last_good()}") from error
     except UserError:
         raise
     except Exception as error:
@@ -546,8 +511,7 @@ def finish(run: Run, tasks: list[Task]) -> None:
     results["held_out_tokens"], results["held_out_bytes"] = len(held_out.tokens), len(text)
     results["held_out_documents"] = held_out.num_documents
     results["held_out_sha256"] = hashlib.sha256(text).hexdigest()
-    results["budget"] = what_ended(cfg, run.step, run.target)
-    results["target"] = run.target
+    results["budget"], results["target"] = what_ended(cfg, run.step, run.target), run.target
     results["checkpoint_seconds"] = round(run.save_seconds, 2)
     for phase in ("validation", "evaluation"):
         results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)

@@ -145,7 +145,7 @@ def score_saved(experiment, folder: Path, task: Task) -> tuple[Scores, dict, boo
             model.compile_parts()
         with torch.no_grad():
             rows = max(1, 2**14 // cfg.seq_len)
-            scores = score(TokenLosses(model, compiled), tokenizer, task.questions, rows, world)
+            scores = score(TokenLosses(model, world, compiled), tokenizer, task.questions, rows, world)
         return scores, scored_on(experiment, world), world.is_main
     finally:
         world.close()

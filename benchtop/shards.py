@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import tiktoken
 
 from benchtop import files, places
 from benchtop.command_line import counted
-from benchtop.errors import UserError
+from benchtop.errors import UserError, first_line
 from benchtop.places import FOLDER_NAME
 from benchtop.sources import is_text, word_for
 from benchtop.tokenizer import (
@@ -93,34 +94,71 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """What identifies the data, wherever they were made: the shards in order and their tokenizer."""
+        """What identifies the data, wherever they were made: the shards in order and their tokenizer.
+
+        Of shards whose manifest lacks a SHA-256, or that have none, only `verified` tells it.
+        """
         shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
         return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
 
-    def verify(self, part: int = 0, num_parts: int = 1) -> None:
-        """Read every num_parts-th shard, and raise UserError if one is not what the manifest says."""
+    def verify(self, part: int = 0, num_parts: int = 1) -> dict[str, str]:
+        """Read every num_parts-th shard, and raise UserError if one is not what the manifest says.
+
+        returns  the SHA-256 of each file that was read
+        """
+        found = {}
         for shard in self.manifest["shards"][part::num_parts]:
             path = self.folder / shard["file"]
-            tokens = read_shard(path, shard["tokens"])
-            if shard["sha256"] and files.sha256_of(path) != shard["sha256"]:
-                raise UserError(f"{path} has changed since it was written (its SHA-256 is not that of the "
-                                "manifest); make the data again with download_fineweb.py")
-            if len(tokens) and int(tokens.max()) >= self.manifest["vocab_size"]:
-                raise UserError(f"{path} has token {int(tokens.max())}, but {self.manifest['tokenizer']} has "
-                                f"{self.manifest['vocab_size']}; name the tokenizer it was made with")
+            try:
+                found[path.name] = self._verify_shard(path, shard)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+        return found
+
+    def _verify_shard(self, path: Path, shard: dict) -> str:
+        tokens, manifest = read_shard(path, shard["tokens"]), self.manifest
+        sha256 = files.sha256_of(path)
+        if shard["sha256"] not in ("", sha256):
+            raise UserError(f"{path} has changed since it was written (its SHA-256 is not that of the "
+                            "manifest); make the data again with download_fineweb.py")
+        if len(tokens) and int(tokens.max()) >= manifest["vocab_size"]:
+            raise UserError(f"{path} has token {int(tokens.max())}, but {manifest['tokenizer']} has "
+                            f"{manifest['vocab_size']}; name the tokenizer it was made with")
+        if len(tokens) and not (tokens == manifest["eot_id"]).any():
+            raise UserError(f"{path} has no <|endoftext|> (token {manifest['eot_id']} of "
+                            f"{manifest['tokenizer']}); name the tokenizer it was made with")
+        return sha256
+
+    def verified(self, world) -> "Dataset":
+        """The same, with the SHA-256 of each shard, when all of them are what the manifest says.
+
+        Each machine has its own disk, whose shards its processes share out.
+        raises  UserError on all processes at once
+        """
+        mine = world.raise_on_all_ranks(lambda: self.verify(world.local_rank, world.local_size))
+        found = world.gather(mine)
+        of_machine = found[world.rank - world.local_rank:][:world.local_size]
+        sha256 = {name: value for hashes in (*found, *of_machine) for name, value in hashes.items()}
+        shards = [shard | {"sha256": sha256[shard["file"]]} for shard in self.manifest["shards"]]
+        return Dataset(self.folder, self.manifest | {"shards": shards})
 
     def tokens(self, split: str) -> list[np.ndarray]:
         """The memory-mapped tokens of each shard of "train" or "val"."""
         entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
         if not entries:
-            raise UserError(f"{self.folder} has no {split} shard; make it again with download_fineweb.py")
+            raise UserError(f"{self.folder} has no {split} shard, a .bin with {split} in its name; make it "
+                            "again with download_fineweb.py")
         return [read_shard(self.folder / entry["file"], entry["tokens"]) for entry in entries]
 
 
 def few_held_out(manifest: dict) -> str:
     """A warning where too little is held out to tell models apart; empty where it is enough."""
     val = [shard for shard in manifest["shards"] if shard["split"] == "val"]
-    documents, tokens = (sum(shard[what] for shard in val) for what in ("documents", "tokens"))
+    return too_few(*(sum(shard[what] for shard in val) for what in ("documents", "tokens")))
+
+
+def too_few(documents: int, tokens: int) -> str:
+    """As few_held_out, of what is validated on."""
     if (documents >= FEW_DOCUMENTS or not documents) and tokens >= FEW_TOKENS:    # 0: nobody counted them
         return ""
     those = f"{counted(documents, 'document')} with " if documents else ""
@@ -211,6 +249,9 @@ def read_manifest(path: Path) -> dict:
                            "sha256": str})
             if not re.fullmatch(FOLDER_NAME, shard["file"]):
                 raise ValueError(f"file is {shard['file']!r}, which is no file beside it")
+        names = Counter(shard["file"] for shard in manifest["shards"])
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise ValueError(f"{twice[0]} is listed more than once")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); "
@@ -218,16 +259,34 @@ def read_manifest(path: Path) -> dict:
 
 
 def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
-    """A manifest for llm.c or Modded-NanoGPT shards, *train*.bin and *val*.bin; nothing else is known."""
-    shards = [{"file": path.name, "split": "train" if "train" in path.name else "val",
-               "tokens": len(read_shard(path, None)), "documents": 0, "bytes": 0, "sha256": ""}
-              for path in sorted(folder.glob("*.bin"))]
+    """A manifest for llm.c or Modded-NanoGPT shards, *train*.bin and *val*.bin; nothing else is known.
+
+    In the order of a manifest's own, so that the same shards are the same data with or without it. Files that
+    say test are left alone.
+    """
+    splits = {path: split_of(path) for path in sorted(folder.glob("*.bin"))}
+    paths = sorted((path for path in splits if splits[path] != "test"),
+                   key=lambda path: splits[path] == "train")
+    shards = [{"file": path.name, "split": splits[path], "tokens": len(read_shard(path, None)),
+               "documents": 0, "bytes": 0, "sha256": ""} for path in paths]
     if not shards:
         raise UserError(f"{folder} holds neither a manifest nor .bin shards; "
                         "make it again with download_fineweb.py")
     return {"format_version": FORMAT_VERSION, "source": folder.name, "tokenizer": tokenizer.name,
             "tokenizer_sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.n_vocab,
             "eot_id": tokenizer.eot_token, "shards": shards}
+
+
+def split_of(path: Path) -> str:
+    """train, val or test: what a shard without a manifest is for, by the last such word of its name.
+
+    raises  UserError if it has none
+    """
+    words = re.findall(r"(?<![a-z])(train|val|test)", path.stem.lower())
+    if not words:
+        raise UserError(f"{path} says neither train, val nor test in its name, and no manifest tells what it "
+                        "is for; rename it, or move it away")
+    return words[-1]
 
 
 def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:

@@ -7,7 +7,9 @@
     rows.jsonl  rows.parquet     one row is one document, in the column `text`
     corpus/  'corpus/*.jsonl'    a folder (searched to its depths) or a glob of such files
 
-Files may be plain, .gz or .zst. A document is a pair (id, text):
+Files may be plain, .gz or .zst. In folders and globs, links are followed, each file counts once, and what
+nobody wrote to be read is left out: hidden files, virtual environments, caches, other kinds; one line says
+what was left out. A document is a pair (id, text):
 
     >>> next(iter(open_source("stdlib")))[0]
     'stdlib/__future__.py'
@@ -19,14 +21,22 @@ import glob
 import os
 import re
 import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchtop import hub, places
 from benchtop.command_line import Parser, command, counted
+from benchtop.decoding import shown
 from benchtop.documents import FILE_IS_DOCUMENT, ROW_IS_DOCUMENT, Source, kind_of
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
 from benchtop.held_out import rule_for
+from benchtop.processes import is_first_process
+
+MADE_BY_TOOLS = ("__MACOSX", "__pycache__", "node_modules")   # folders of these names, and environments
+HIDDEN, TOOLS, KIND, NOWHERE, LOCKED, AGAIN = ("hidden", "made by tools", "of unknown kind",
+                                               "linked to nothing", "unreadable", "found twice")
 
 
 def open_source(spec: str | list[str]) -> Source:
@@ -47,13 +57,17 @@ def open_source(spec: str | list[str]) -> Source:
                             + ("cannot be mixed with other sources" if name in hub.CORPORA else
                                "has tokens, no text; get it with: python download_fineweb.py --version "
                                f"{name}"))
+    search = Search()
     try:
-        paths = list(dict.fromkeys(path for item in specs for path in find_files(item)))
+        for item in specs:
+            search.find(item)
+        paths = list(search.found.values())
         stamp = [[os.fsencode(path.name).hex(), sha256_of(path)] for path in paths]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    # a file's name need not be UTF-8, an id must be
-    ids = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]
+    if search.left_out and is_first_process():
+        print(f"note: left out {search.left_out_in_words()}")
+    ids = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]       # an id must be UTF-8
     return Source(word_for(specs), list(zip(ids, paths, strict=True)), stamp)
 
 
@@ -69,23 +83,104 @@ def python_library() -> Source:
     return Source("stdlib", files, [[name, sha256_of(path)] for name, path in files])
 
 
-def find_files(item: str) -> list[Path]:
-    path = Path(item)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and is_known(file))
-        if not found:
-            raise UserError(f"{item} holds no .txt, .md, .py, .jsonl or .parquet file")
-        return found
-    found = [path] if path.is_file() else sorted(map(Path, glob.glob(item, recursive=True)))
-    found = [file for file in found if file.is_file()]
-    if not found:
-        raise UserError(f"no source named {item}: not stdlib, and no file, folder or glob of that name")
-    for file in found:
-        if not is_known(file):
-            raise UserError(f"{file} is of no known kind; text files end in "
-                            f"{' '.join(FILE_IS_DOCUMENT + ROW_IS_DOCUMENT)}, "
-                            "plain or with .gz or .zst behind")
-    return found
+class Search:
+    """Finds the files that names, folders and globs stand for.
+
+    found     where a file really is -> its path as it was found first
+    left_out  why -> the paths that are no part of the source
+    """
+
+    def __init__(self):
+        self.found: dict[str, Path] = {}
+        self.left_out: dict[str, list[Path]] = defaultdict(list)
+
+    def find(self, item: str) -> None:
+        """raises  UserError if the item stands for no file, or for one of an unknown kind"""
+        path = Path(item)
+        if os.path.isdir(path):
+            if not self._take(self._below(path)):
+                raise UserError(f"{item} holds no .txt, .md, .py, .jsonl or .parquet file{self._because()}")
+        elif os.path.isfile(path):
+            if not is_known(path):
+                raise UserError(f"{path} is of no known kind; text files end in "
+                                f"{' '.join(FILE_IS_DOCUMENT + ROW_IS_DOCUMENT)}, "
+                                "plain or with .gz or .zst behind")
+            self.found.setdefault(os.path.realpath(path), path)
+        elif path.is_symlink():
+            raise UserError(f"{item} is a link to {os.readlink(path)}, which is not there")
+        elif not self._take(self._matching(item)):
+            raise UserError(f"no source named {item}: not stdlib, and no file, folder or glob of that name"
+                            f"{self._because()}")
+
+    def _take(self, paths: list[Path]) -> bool:
+        """Add the files among these that can be read and hold documents; whether there are any."""
+        some = False
+        for path in sorted(paths):
+            real = os.path.realpath(path)
+            why = (NOWHERE if not os.path.exists(path) else
+                   KIND if not os.path.isfile(path) or not is_known(path) else
+                   LOCKED if not os.access(path, os.R_OK) else
+                   AGAIN if self.found.get(real, path) != path else "")
+            some |= why in ("", AGAIN)
+            if why:
+                self.left_out[why].append(path)
+            else:
+                self.found[real] = path
+        return some
+
+    def _below(self, top: Path) -> list[Path]:
+        return [file for _, files in self._walk(top) for file in files]
+
+    def _walk(self, top: Path) -> Iterator[tuple[Path, list[Path]]]:
+        """Each folder from this one on, with its files; of two ways to one, that through no link counts."""
+        folders, links, seen = [top], [], set()
+        while folders or links:
+            folder, files = folders.pop() if folders else links.pop(0), []
+            real = os.path.realpath(folder)
+            if real in seen:
+                self.left_out[AGAIN].append(folder)
+                continue
+            seen.add(real)
+            for path in self._listed(folder):
+                is_folder = os.path.isdir(path)
+                if path.name.startswith("."):
+                    self.left_out[HIDDEN].append(path)
+                elif is_folder and (path.name in MADE_BY_TOOLS or os.path.isfile(path / "pyvenv.cfg")):
+                    self.left_out[TOOLS].append(path)
+                elif is_folder:
+                    (links if path.is_symlink() else folders).append(path)
+                else:
+                    files.append(path)
+            yield folder, files
+
+    def _listed(self, folder: Path) -> list[Path]:
+        try:
+            return sorted(folder.iterdir())
+        except PermissionError:
+            self.left_out[LOCKED].append(folder)
+            return []
+
+    def _matching(self, pattern: str) -> list[Path]:
+        """What a glob finds; where it has a `**`, in the same folders as a search below a folder."""
+        parts = pattern.split("/")
+        if "**" not in parts:
+            return list(map(Path, glob.glob(pattern)))
+        place = parts.index("**")
+        tops = "/".join(parts[:place]) or ("/" if place else ".")
+        rest = "/".join(parts[place + 1:]) or "*"
+        folders = {folder for top in map(Path, glob.glob(tops)) if os.path.isdir(top)
+                   for folder, _ in self._walk(top)}
+        matching = {path for folder in folders
+                    for path in self._matching(f"{glob.escape(str(folder))}/{rest}")}
+        return [path for path in matching if not os.path.isdir(path)]
+
+    def _because(self) -> str:
+        return f"; left out {self.left_out_in_words()}" if self.left_out else ""
+
+    def left_out_in_words(self) -> str:
+        """`2 hidden (.git, ...), 1 linked to nothing (a.txt)`, in one line."""
+        return ", ".join(f"{len(paths):,} {why} ({shown(min(paths))}{', ...' if len(paths) > 1 else ''})"
+                         for why, paths in self.left_out.items())
 
 
 def is_known(path: Path) -> bool:
@@ -123,8 +218,8 @@ def main() -> None:
         characters += len(text)
     if not characters:
         raise UserError("the source is empty")
-    print(f"{counted(documents, 'document')}, {characters:,} characters, {source.replaced:,} invalid UTF-8 "
-          f"sequences replaced; label {source.label}")
+    print(f"{counted(documents, 'document')}, {characters:,} characters, "
+          f"{source.replaced_in_words() or '0 invalid UTF-8 sequences replaced'}; label {source.label}")
     rule = rule_for(source)
     if not rule:
         print("held out: too little text to hold some out")

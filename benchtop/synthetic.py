@@ -42,7 +42,7 @@ class SyntheticRun(Run):
         count = min(4_000_000, max(20 * cfg.seq_len, 8 * cfg.batch_tokens))
         rows = Rows([zipf_tokens(count, cfg.vocab_size, model.eot_id, mean)], cfg, model.eot_id)
         super().__init__(experiment, cfg, world, model, optimizer, SimpleNamespace(rows=rows),
-                         TokenLosses(model, compiled), None, Clock(world),
+                         TokenLosses(model, world, compiled), None, Clock(world),
                          LossScale(enabled=world.dtype == torch.float16))
         self.after_step, self.rows = after_step, []
 

@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 
 from benchtop import significance
 from benchtop.command_line import minutes
-from benchtop.groups import Group, SavedRun, benchmarks_of, runs_in
+from benchtop.groups import Group, SavedRun, benchmarks_of, is_measured, runs_in
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,9 @@ def short(number: float) -> str:
 
 
 def _last(run: SavedRun, column: str) -> float | None:
-    """What a run ended with; of one that did not, the last that was measured."""
-    if column in run.summary:
-        return run.summary[column]
-    return next((row[column] for row in reversed(run.rows) if column in row), None)
+    """What a run ended with; of one that did not, the last that was measured and is a number."""
+    found = (values.get(column) for values in (run.summary, *reversed(run.rows)))
+    return next((value for value in found if is_measured(value)), None)
 
 
 COLUMNS = (
@@ -103,17 +102,25 @@ def as_text(table: list[list[str]]) -> str:
 
 
 def as_markdown(table: list[list[str]]) -> str:
-    lines = [[cell.replace("|", r"\|") for cell in line] for line in table]
+    lines = [list(map(in_markdown, line)) for line in table]
     ruler = ["---", *["--:"] * (len(table[0]) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ruler, *lines[1:]])
 
 
+def in_markdown(cell: object) -> str:
+    return " ".join(str(cell).split()).replace("|", r"\|")
+
+
+def in_latex(cell: object) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+               "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+               **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
+    return "".join(special.get(sign, sign) for sign in " ".join(str(cell).split()))
+
+
 def as_latex(table: list[list[str]]) -> str:
     """A tabular of the package booktabs."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-               **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
-    lines = [" & ".join("".join(special.get(sign, sign) for sign in cell) for cell in line) + r" \\"
-             for line in table]
+    lines = [" & ".join(map(in_latex, line)) + r" \\" for line in table]
     lines[1:1] = [r"\midrule"]
     begin = r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}"
     return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"])
@@ -165,7 +172,7 @@ def index(experiments: Path) -> str:
                  mean_and_spread(group.values("val_loss")), mean_and_spread(group.values("val_bpb")),
                  f"{median(group.values('tokens_per_second')):,.0f}",
                  f"{facts.get('processes', 1)} x {facts.get('device', '')}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(in_markdown, cells))} |")
     if failures:
         lines += ["", "## Not finished", "", *failures]
     lines += ["", "[RECIPE.md](RECIPE.md) lists what was tried for the recipe, including what did not help; "

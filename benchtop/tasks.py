@@ -40,6 +40,11 @@ class Question:
     endings: tuple[str, ...]
     label: int
 
+    @property
+    def right(self) -> str:
+        """The ending that follows."""
+        return self.endings[self.label]
+
 
 # ------------------------------------------------------------------------------------------------
 # Benchmarks
@@ -246,7 +251,11 @@ class Task:
     @property
     def note(self) -> str:
         """What to say behind the number of rows."""
-        return f", a fixed sample of {self.rows_in_file:,}" if len(self.questions) < self.rows_in_file else ""
+        note = f", a fixed sample of {self.rows_in_file:,}" if len(self.questions) < self.rows_in_file else ""
+        unclear = sum(question.endings.count(question.right) > 1 for question in self.questions)
+        if unclear:
+            note += f"; in {unclear:,} the right ending stands twice, so that no model can tell which it is"
+        return note
 
 
 def open_task(path: Path, name: str, rows: int) -> Task:
@@ -313,7 +322,8 @@ def question_of(line: str, where: str, number: int, labelled: bool, fewest: int)
             f"endings must be a list of {'two texts' if fewest > 1 else 'a text'} or more")
     if labelled:
         right = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(endings)
-        require(right, f"label must be the number of an ending, from 0 to {len(endings) - 1}")
+        require(right, f"label must be the number of an ending, from 0 to {len(endings) - 1}; it is "
+                       f"{label!r}")
     name = row.get("ind")
     return Question(name if isinstance(name, int | str) else number, ctx, tuple(endings),
                     label if labelled else -1)

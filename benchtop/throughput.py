@@ -26,10 +26,9 @@ from benchtop.evaluation import TokenLosses
 from benchtop.fitness import Proof
 from benchtop.machine import World
 from benchtop.measure import by_kind, kernels_of, product_flops, seconds_of
-from benchtop.recorded import record
-from benchtop.run import eot_rows, make_model, warm_up
 from benchtop.smoke import stir
 from benchtop.synthetic import SyntheticRun
+from benchtop.warm_up import make_model, ready
 
 NEVER = 2**40               # steps between what a measurement must not meet
 SECONDS_OF_STEPS = 8        # that are measured
@@ -110,14 +109,9 @@ def prepared(proof: Proof, say: Callable[[str], None]) -> tuple:
     cfg, world, kernels, experiment = proof.cfg, proof.world, proof.kernels, proof.experiment
     sized = memory.choose_micro_batch(experiment, cfg, world, kernels)
     model, optimizer = make_model(experiment, cfg, cfg.vocab_size - 1, world, kernels)
-    losses_of = TokenLosses(model, kernels.compiled)
-    sized = memory.fit_micro_batch(
-        sized, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world), optimizer.clear_gradients, say,
-        lambda: memory.memory_advice(experiment, sized, world, kernels))
     stir(model)     # products of zeros take less power, and less time, than those of a run
-    if kernels.compiled:
-        for line in record(model, *eot_rows(model, sized, world), sized, world):
-            say(line)
+    sized = ready(experiment, sized, world, kernels, TokenLosses(model, world, kernels.compiled), optimizer,
+                  say)
     return sized, model, optimizer
 
 

@@ -28,6 +28,7 @@ import tiktoken
 from benchtop import files, hub, places
 from benchtop.command_line import counted
 from benchtop.errors import UserError
+from benchtop.held_out import Rule
 from benchtop.sources import is_text
 
 FORMAT_VERSION = 1
@@ -170,6 +171,22 @@ def source_of(name: str) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):      # none, or one that does not tell
         return "stdlib"
     return source if source in ("stdlib", *hub.CORPORA) else "YOUR_TEXTS"
+
+
+def may_have_seen(manifest: dict) -> str:
+    """A warning where a dataset's tokenizer learned from another version of the same text, which held out
+    other documents; empty where it did not, or nobody knows."""
+    name = manifest["tokenizer"]
+    try:
+        there = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
+        words = {source.rpartition("-")[0] for source in (there["source"], manifest["source"])}
+        covered = Rule.of_facts(there["held_out"]).covers(Rule.of_facts(manifest["held_out"]))
+    except (OSError, ValueError, KeyError, TypeError):      # GPT-2's has no folder, an old one does not tell
+        return ""
+    if covered or len(words) > 1 or there["source"] == manifest["source"]:
+        return ""
+    return (f"the tokenizer {name} was learned from another version of this text ({there['source']}) and may "
+            "have seen documents that are held out now; to be sure, learn one from the same text")
 
 
 def clean_name(typed: str) -> str:
@@ -452,7 +469,8 @@ def convert(path: Path, name: str | None = None) -> Path:
         raise UserError(f"{path} is no tokenizer made by gpt-lab ({reason})") from error
     facts = {"converted_from": path.name, "converted_from_sha256": files.sha256_of(path),
              "statistics": statistics_of(tokens, pattern, [])}
-    return save_tokenizer(name, merges, tokens, pattern, facts, script)
+    with files.locked(places.TOKENIZERS / f".{name}.lock"):
+        return save_tokenizer(name, merges, tokens, pattern, facts, script)
 
 
 def halves_of(token: bytes, ranks: dict[bytes, int]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchtop.errors import UserError, first_line
+from benchtop.redaction import without_secrets
 
 
 class Tracker(Protocol):
@@ -53,13 +54,18 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:      # whatever it is, the run has its own files
                 self.trackers.remove(tracker)
-                print(f"warning: nothing more goes to {type(tracker).__name__} ({first_line(error)})",
-                      file=sys.stderr)
+                print(f"warning: nothing more goes to {type(tracker).__name__} "
+                      f"({without_secrets(first_line(error))})", file=sys.stderr)
 
 
 def numbers_in(values: dict) -> dict[str, float]:
     return {name: value for name, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def knobs_without_secrets(cfg) -> dict:
+    return {knob: without_secrets(value) if isinstance(value, str) else value
+            for knob, value in dataclasses.asdict(cfg).items()}
 
 
 class WandB:
@@ -70,14 +76,16 @@ class WandB:
 
     def __init__(self, cfg, folder: Path):
         import wandb
+        # command line and uncommitted changes may hold secrets; the run folder has both without them
+        settings = wandb.Settings(silent=True, x_disable_stats=True, console="off", x_disable_meta=True,
+                                  disable_git=True, disable_code=True)
         try:
             # the folder's name is the run's id, so a resumed run goes on in its curve
             self.run = wandb.init(project=cfg.wandb, name=folder.name, id=folder.name, resume="allow",
-                                  dir=folder, config=dataclasses.asdict(cfg),
-                                  settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"))
+                                  dir=folder, config=knobs_without_secrets(cfg), settings=settings)
         except wandb.Error as error:
-            raise UserError(f"--wandb {cfg.wandb} does not work here ({first_line(error)}); type `wandb "
-                            "login`, or set WANDB_MODE=offline") from error
+            raise UserError(f"--wandb {cfg.wandb} does not work here ({without_secrets(first_line(error))}); "
+                            "type `wandb login`, or set WANDB_MODE=offline") from error
 
     def row(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -34,7 +34,7 @@ from benchtop.errors import UserError
 from benchtop.files import sha256_of
 from benchtop.groups import PERSONAL_KNOBS, Group, SavedRun, check_comparable, open_groups
 from benchtop.knobs import parser_of
-from benchtop.tables import as_latex, groups_table
+from benchtop.tables import as_latex, groups_table, in_latex
 from train_gpt import PRESETS, Config
 
 HERE = Path(__file__).resolve().parent
@@ -121,7 +121,7 @@ def remarks() -> list[str]:
 def number(value: float) -> str:
     """A number as it stands in a text: 524,288, 0.05, 10^{-10}; words, too."""
     if isinstance(value, str | bool):
-        return str(value).replace("_", r"\_")
+        return in_latex(value)
     if isinstance(value, int):
         return f"{value:,}"
     digits, _, power = f"{value:g}".partition("e")

@@ -39,8 +39,9 @@ from benchtop.budget import Clock  # noqa: E402
 from benchtop.evaluation import TokenLosses  # noqa: E402
 from benchtop.knobs import parse_config  # noqa: E402
 from benchtop.machine import Kernels, World, choose_kernels  # noqa: E402
-from benchtop.run import Experiment, Run, warm_up  # noqa: E402
+from benchtop.run import Experiment, Run  # noqa: E402
 from benchtop.steps import LossScale  # noqa: E402
+from benchtop.warm_up import warm_up  # noqa: E402
 
 VOCABULARY = {"demo": 1024}     # of the tokenizers that presets are for; all others: GPT-2's, 50,257
 # tokens of a micro-batch, about as many as an H100 takes
@@ -238,7 +239,7 @@ def measure(experiment: Experiment, flags: list[str]) -> dict:
         optimizer = experiment.Optimizer(model, sized, world, torch.bfloat16)
         model.compile_parts()
         found["states"] = mib(card.live)
-        losses_of = TokenLosses(model, compiled=True)
+        losses_of = TokenLosses(model, world, compiled=True)
         with card.during("warm-up"):
             warm_up(losses_of, optimizer, sized, world)
         found |= {"warm-up": mib(card.peaks["warm-up"]), "graphs": graphs()}
@@ -248,7 +249,7 @@ def measure(experiment: Experiment, flags: list[str]) -> dict:
         found["steps"] = steps_of(run, card)
         inputs = torch.zeros(rows, cfg.seq_len, dtype=torch.int64, device="cuda")
         with card.during("validation"):
-            losses_of(inputs, inputs)
+            losses_of(inputs, torch.zeros(rows, cfg.seq_len, dtype=torch.int64, device="cpu"))
     return found | {"validation": mib(card.peaks["validation"]), "graphs_after": graphs(),
                     "breaks": dict(torch._dynamo.utils.counters["graph_break"]), "waits": card.waits,
                     "seconds": round(time.process_time() - began, 1)}

@@ -3,6 +3,7 @@
 Run: ./run.sh test tests/test_budget.py
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,15 +14,17 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import CALM, DRIVE, TINY, drive, flags, newest, rows_of, summary_of, train_here
 
+from benchtop.briefing import time_estimate
 from benchtop.budget import VALIDATIONS, validates
 from benchtop.knobs import parse_config
-from train_gpt import Config, lr_scale
+from train_gpt import GPT, Config, lr_scale
 
 # ------------------------------------------------------------------------------------------------
 # The rule
@@ -231,3 +234,16 @@ def test_a_terminal_shows_a_bar_that_moves(lab, budget):
     assert sorted(map(int, percents)) == list(map(int, percents)) and len(set(percents)) > 1
     assert sorted(map(int, steps)) == list(map(int, steps))
     assert set(of) == ({"/40"} if budget["num_steps"] else {""})
+
+
+@pytest.mark.parametrize(("knobs", "peak", "wanted"), [
+    (dict(train_minutes=30), 0, "about 1.00 for that time"), (dict(num_steps=10), 1e9, "about 0."),
+    (dict(num_steps=10), 0, "not known without the time; with --peak_tflops 989 it is that of H100s")])
+def test_a_cost_that_was_asked_for_is_said_or_why_it_is_not_known(knobs, peak, wanted):
+    knobs = {**TINY, "num_steps": 0, "vocab_size": 301, "gpu_cost_per_hour": 2.0, **knobs}
+    cfg = Config(**knobs).with_budget(10**6)
+    world = SimpleNamespace(peak_flops=lambda _: peak)
+    cost, = (line for line in time_estimate(cfg, GPT(cfg, 300), world) if line.startswith("cost "))
+    assert wanted in cost
+    free = dataclasses.replace(cfg, gpu_cost_per_hour=0.0)
+    assert not any(line.startswith("cost ") for line in time_estimate(free, GPT(free, 300), world))

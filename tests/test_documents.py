@@ -180,6 +180,7 @@ def test_another_file_has_another_label_and_a_change_another_fingerprint(bench):
 ])
 def test_a_label_is_safe_in_a_file_name(bench, name):
     (bench / name).write_text("text")
+    (bench / "other.txt").write_text("text")        # of a folder, hidden files are no part
     for label in (open_source(name).label, open_source(".").label, open_source([name, "."]).label):
         assert label[0].isalnum() and label.replace("-", "").isalnum() and label.isascii() and len(label) < 40
 
@@ -200,6 +201,7 @@ def decoded(raw: bytes) -> tuple[str, int]:
     [b"a", "é".encode(), b"\xc3", b"\xff", b"\xed\xa0\x80", b"\xf0\x9f", "\ufffd".encode()])).map(b"".join))
 def test_invalid_utf8_is_replaced_and_counted(tmp_path_factory, raw):
     folder = tmp_path_factory.getbasetemp()
+    raw = "é".encode() * 40 + raw.translate(None, delete=b"\0")     # more of UTF-8 than of something else
     in_json = raw.translate(None, delete=bytes([*range(32), *b'"\\']))
     for name, content, plain in [("a.txt", raw, raw), ("a.jsonl", b'{"text": "%s"}' % in_json, in_json),
                                  ("a.parquet", parquet_of([raw]), raw)]:

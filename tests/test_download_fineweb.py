@@ -1,13 +1,17 @@
 """Token shards and their manifest, written and read. Run: ./run.sh test tests/test_download_fineweb.py"""
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -250,6 +254,118 @@ def test_an_interruption_leaves_nothing(bench, command, small, monkeypatch, caps
     assert names(bench / "data") == [".set.partial"]        # what is finished; the next start goes on with it
     command(f"{SHARD} --shard_size 2000")
     command(f"{SHARD} --shard_size 2000 --name undisturbed")
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
+
+
+# ------------------------------------------------------------------------------------------------
+# Two commands of one name
+# ------------------------------------------------------------------------------------------------
+
+def while_it_writes(monkeypatch, name: str, deed: Callable[[], None]) -> None:
+    """Do something once, right before a shard of this name is written."""
+    write, deeds = ShardWriter.write, [deed]
+
+    def writes(writer, its_name, split):
+        if its_name == name and deeds:
+            deeds.pop()()
+        return write(writer, its_name, split)
+    monkeypatch.setattr(ShardWriter, "write", writes)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_at_once_do_not_disturb_each_other(bench, command, refusal, small, monkeypatch):
+    line, said = f"{SHARD} --shard_size 2000", []
+    command(f"{line} --name undisturbed")
+
+    def others():
+        monkeypatch.setattr(sys, "argv", ["download_fineweb.py"])
+        for more in ("", "--shard_size 500", "--val_tokens 7", "--part 1/2"):
+            said.append(refusal(f"{line} {more}"))
+    while_it_writes(monkeypatch, "000002.bin", others)
+    command(line)
+    assert len(said) == 4 and all("another process makes the same in " in words for words in said)
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
+    assert names(bench / "data") == ["set", "undisturbed"]
+
+
+def test_unfinished_shards_of_another_command_stay(bench, command, refusal, small, monkeypatch):
+    line = f"{SHARD} --shard_size 2000"
+    command(f"{line} --name undisturbed")
+    with monkeypatch.context() as patch:
+        while_it_writes(patch, "000003.bin", interrupt)
+        with pytest.raises(SystemExit):
+            command(line)
+    before = {path: path.stat().st_mtime_ns for path in bench.glob("data/.set.partial/**/*.*")}
+    said = refusal(f"{line} --val_tokens 7 --seed 3")
+    assert "data/.set.partial has 3 finished shards of an interrupted command with another " in said
+    assert "another seed, val_tokens; start that one again, choose another --name, or throw" in said
+    assert said.endswith(f"rm -r {bench}/data/.set.partial")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    command(line)
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
+
+
+def test_a_command_that_left_no_shard_leaves_its_name(bench, command, small, monkeypatch):
+    with monkeypatch.context() as patch:
+        while_it_writes(patch, "val_000000.bin", interrupt)
+        with pytest.raises(SystemExit):
+            command(SHARD)
+    command(f"{SHARD} --val_tokens 7 --seed 3")
+    assert names(bench / "data") == ["set"]
+
+
+@pytest.mark.parametrize("flags", ["", "--num_shards 3"])
+def test_what_another_finished_is_not_made_again(bench, command, refusal, small, monkeypatch, flags):
+    """It was not there, or had fewer shards, when this command looked."""
+    line = f"{SHARD} --shard_size 2000"
+    if flags:
+        command(f"{line} --num_shards 1")
+    real = prepare.Preparation.held
+
+    def held(preparation, **how):
+        monkeypatch.setattr(prepare.Preparation, "held", real)
+        command(line)
+        return real(preparation, **how)
+    monkeypatch.setattr(prepare.Preparation, "held", held)
+    assert refusal(f"{line} {flags}").endswith(
+        "another process finished data/set meanwhile; start the same command again")
+    assert names(bench / "data") == ["set"]
+
+
+def test_a_link_to_nowhere_is_no_place_for_data(bench, command, refusal, small):
+    (bench / "data").mkdir()
+    (bench / "data/set").symlink_to(bench / "elsewhere")
+    assert f"data/set is a link to {bench}/elsewhere, which is not there; make " in refusal(SHARD)
+
+
+def test_a_dataset_may_move_and_be_a_link(bench, command, small):
+    line = f"{SHARD} --shard_size 2000"
+    command(f"{line} --name undisturbed")
+    command(f"{line} --name other --num_shards 1")
+    (bench / "data/other").rename(bench / "elsewhere")
+    (bench / "data/set").symlink_to(bench / "elsewhere")
+    before = open_dataset("set", "")[0].tokens("train")[0]
+    command(line)
+    assert content(bench / "data/set") == content(bench / "data/undisturbed") == content(bench / "elsewhere")
+    assert (bench / "data/set").is_symlink() and not (bench / "data/other").exists()
+    assert before.tolist() == open_dataset("set", "")[0].tokens("train")[0].tolist(), "whoever trains goes on"
+
+
+def test_a_full_disk_names_the_file_and_loses_no_shard(bench, command, refusal, small, monkeypatch):
+    line = f"{SHARD} --shard_size 2000"
+    command(f"{line} --name undisturbed")
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real = os.fsync
+    with monkeypatch.context() as patch:
+        while_it_writes(patch, "000003.bin", lambda: patch.setattr(os, "fsync", lambda file: full()))
+        assert re.search(r"No space left on device: .*/000003\.bin$", refusal(line))
+    assert os.fsync is real
+    command(line)
     assert content(bench / "data/set") == content(bench / "data/undisturbed")
 
 
@@ -500,10 +616,17 @@ def test_a_wrong_flag_ends_in_one_line(bench, refusal, small, flags, hint):
 
 
 def test_replaced_bytes_are_told(bench, command, capsys, small):
-    (bench / "latin.txt").write_bytes("Größe\n".encode("latin-1") * 5000)
+    (bench / "odd.txt").write_bytes("Größe ".encode() * 5000 + b"\xff\n" * 9000)
     (bench / "other.txt").write_text("".join(f"{number}\n" for number in range(9000)))
-    command(f"{SHARD} --version latin.txt other.txt")
-    assert "replaced 10,000 invalid UTF-8 sequences" in capsys.readouterr().out
+    command(f"{SHARD} --version odd.txt other.txt")
+    assert "replaced 9,000 invalid UTF-8 sequences by U+FFFD in odd.txt (9,000)" in capsys.readouterr().out
+
+
+def test_another_encoding_is_one_line_that_names_its_file_and_leaves_nothing(bench, refusal, small, pages):
+    (bench / "latin.txt").write_bytes("Größe\n".encode("latin-1") * 5000)
+    said = refusal(f"{SHARD} --version pages.jsonl latin.txt")
+    assert "latin.txt is not UTF-8 (10,000 invalid" in said and "iconv -f CP1252" in said
+    assert not names(bench / "data")
 
 
 def test_git_keeps_of_data_and_tokenizers_only_what_says_what_they_are():
@@ -712,7 +835,7 @@ def test_a_shard_entry_that_does_not_fit_is_noticed(made, good, change):
 
 def test_torchrun_gives_the_same_dataset(bench, small, pages, command, monkeypatch, capsys):
     """Each process of torchrun runs the script; the first does the work."""
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "3")
     for rank in ("1", "0", "2"):
         for name in ("RANK", "LOCAL_RANK"):

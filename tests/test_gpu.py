@@ -15,11 +15,11 @@ import train_gpt
 from benchtop import memory, places, recorded
 from benchtop.evaluation import TokenLosses
 from benchtop.machine import World, choose_kernels
-from benchtop.run import eot_rows, make_model, warm_up
 from benchtop.sampling import generate
 from benchtop.saved import score
 from benchtop.tasks import Question
 from benchtop.tokenizer import load_tokenizer
+from benchtop.warm_up import eot_rows, make_model, warm_up
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -85,7 +85,7 @@ def steps_of(folder) -> list[dict]:
 
 def test_a_micro_batch_that_does_not_fit_is_halved_until_it_does():
     cfg, world, model, optimizer = made(batch_tokens=2**17, micro_batch_tokens=2**17)
-    losses_of, said = TokenLosses(model, compiled=True), []
+    losses_of, said = TokenLosses(model, world, compiled=True), []
     # leave room for some rows only
     hog = torch.empty(int(torch.cuda.mem_get_info()[0] - 600 * 2**20), dtype=torch.uint8, device="cuda")
     try:
@@ -103,7 +103,7 @@ def test_a_recorded_micro_batch_has_the_losses_and_gradients_of_one_that_is_not(
     for worth_it in (1e9, 0):       # never, always
         monkeypatch.setattr(recorded, "WORTH_IT", worth_it)
         cfg, world, model, optimizer = made()
-        warm_up(TokenLosses(model, True), optimizer, cfg, world)
+        warm_up(TokenLosses(model, world, True), optimizer, cfg, world)
         said = recorded.record(model, *eot_rows(model, cfg, world), cfg, world)
         assert bool(said) == (worth_it == 0) and all("is recorded as one" in line for line in said)
         found.append([])
@@ -121,7 +121,7 @@ def test_a_recorded_micro_batch_has_the_losses_and_gradients_of_one_that_is_not(
 def test_what_changes_with_progress_is_not_recorded(monkeypatch):
     monkeypatch.setattr(recorded, "WORTH_IT", 0)
     cfg, world, model, optimizer = made(window_warmup_frac=1)
-    warm_up(TokenLosses(model, True), optimizer, cfg, world)
+    warm_up(TokenLosses(model, world, True), optimizer, cfg, world)
     line, = recorded.record(model, *eot_rows(model, cfg, world), cfg, world)
     assert "changes with model.progress" in line
     model.progress = 0.5
@@ -130,7 +130,7 @@ def test_what_changes_with_progress_is_not_recorded(monkeypatch):
 
 def test_no_step_waits_for_the_device():
     cfg, world, model, optimizer = made()
-    warm_up(TokenLosses(model, True), optimizer, cfg, world)
+    warm_up(TokenLosses(model, world, True), optimizer, cfg, world)
     rows = some_rows(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -151,7 +151,7 @@ def test_choices_in_a_benchmark_are_those_of_the_cpu(lab, monkeypatch):
                                ("cuda", "bfloat16", "auto")):
         _, world, model, _ = made(device=device, dtype=dtype, compile=how, vocab_size=tokenizer.n_vocab)
         model.eot_id = tokenizer.eot_token
-        items = score(TokenLosses(model, how == "auto"), tokenizer, questions, 2, world).items
+        items = score(TokenLosses(model, world, how == "auto"), tokenizer, questions, 2, world).items
         chosen.append([max(range(4), key=item["log_probabilities"].__getitem__) for item in items])
     assert chosen[0] == chosen[1]
     assert sum(a == b for a, b in zip(chosen[0], chosen[2], strict=True)) >= 36

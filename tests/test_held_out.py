@@ -9,12 +9,14 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchtop import held_out
+from benchtop.briefing import describe_data
 from benchtop.documents import Document, Source, hash_of
 from benchtop.held_out import Parts, Rule, choose_held_out, documents_to_validate_on, rule_for
 from benchtop.hub import HubText
@@ -189,6 +191,19 @@ def test_the_rules_of_earlier_manifests_still_hold():
         text for text in texts if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 16 == 0]
 
 
+@given(st.lists(st.integers(0, 300), max_size=20), st.booleans(), st.booleans(), st.sampled_from([0, 200]))
+def test_a_rule_covers_another_if_it_holds_out_all_that_the_other_does(numbers, here, there, part):
+    texts = [f"document {number}" for number in range(300)]
+    names = [f"{hash_of(texts[number % 300]):016x}" for number in numbers]
+    mine = Rule(64 * here, frozenset(names), part)
+    other = Rule(64 * there, frozenset(names[:len(names) // 2]), part)
+    for first, second in ((mine, other), (other, mine)):
+        covered = all(first.holds_out(text) for text in texts if second.holds_out(text))
+        assert first.covers(second) == (covered and first.one_in >= second.one_in)
+    assert not Rule(64).covers(Rule(64, part=50)) and not Rule(0, file="a").covers(Rule(0, file="b"))
+    assert Rule(0, file="a").covers(Rule(0, file="a"))
+
+
 # ------------------------------------------------------------------------------------------------
 # Documents to validate on, and parts
 # ------------------------------------------------------------------------------------------------
@@ -231,3 +246,17 @@ def test_a_line_as_long_as_a_book_is_cut_quickly():
     started = time.perf_counter()
     parts = sum(1 for _ in Parts([("", "word " * 4_000_000)], 20_000))
     assert parts == 1000 and time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("documents, tokens, is_whole, note", [
+    (44, 20_000, True, ""),
+    (3, 900, True, "note        only 3 documents with 900 tokens are held out; on fewer than 16 documents or "
+                   "20,000 tokens, similar models cannot be told apart"),
+    (16, 19_999, False, "; --val_tokens 0 takes all")])
+def test_a_run_begins_with_a_warning_of_too_little_to_validate_on(documents, tokens, is_whole, note):
+    held = SimpleNamespace(tokens=range(tokens), num_documents=documents, is_whole=is_whole)
+    said = describe_data(SimpleNamespace(num_steps=0, seq_len=8),
+                         SimpleNamespace(folder=SimpleNamespace(name="mine")),
+                         SimpleNamespace(num_rows=10, bases=[0, 80]), held)
+    assert said[1].startswith(f"held out    {tokens:,} tokens of {documents}")
+    assert len(said) == 2 + bool(note) and said[-1].endswith(note)

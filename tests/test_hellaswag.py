@@ -354,7 +354,8 @@ def model_and_tokenizer(lab):
 
 def log_probabilities_of(model):
     def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
-        found = TokenLosses(model)(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest)
+        losses_of = TokenLosses(model, World(model.cfg))
+        found = losses_of(torch.from_numpy(inputs), torch.from_numpy(targets), likeliest)
         return np.stack([-found[0], found[1]]) if likeliest else -found.numpy()
     return log_probabilities
 
@@ -472,7 +473,7 @@ def test_training_asks_the_model_what_this_file_does(model_and_tokenizer, name):
     model, tokenizer = lover_of_words(*model_and_tokenizer), model_and_tokenizer[1]
     questions = as_questions(name, OTHERS[name][0](300))
     with torch.no_grad():
-        found = score(TokenLosses(model), tokenizer, questions, 2, World(Config(**TINY)))
+        found = score(TokenLosses(model, World(model.cfg)), tokenizer, questions, 2, World(Config(**TINY)))
     wanted = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (2, 48))
     assert found.items == wanted.items and found.accuracies["acc"].correct > 0
 
@@ -644,12 +645,51 @@ def test_a_sample_is_always_the_same(tmp_path):
     ('{"ctx": "a", "endings": ["b", "c"], "label": -1}', "from 0 to 1"),
     ('{"ctx": "a", "endings": ["b", "c"]}', "from 0 to 1"),
     ('{"ctx": 7, "endings": ["b", "c"], "label": 1}', "ctx must be a text"),
-    ("{", "is not JSON")])
+    ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "from 0 to 1; it is 2"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": "1"}', "from 0 to 1; it is '1'"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": "B"}', "from 0 to 1; it is 'B'"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": 1.0}', "from 0 to 1; it is 1.0"),
+    ('{"ctx": "a", "endings": [], "label": 0}', "a list of two texts or more"),
+    ('{"ctx": "a", "endings": "bc", "label": 0}', "a list of two texts or more"),
+    ('{"question": "a", "choices": ["b", "c"], "answer": 0}', "ctx must be a text"),
+    ('[{"ctx": "a", "endings": ["b", "c"], "label": 0}]', "must be an object"),
+    ("ctx,endings,label", "is not JSON"), ("{", "is not JSON")])
 def test_a_row_of_something_else_is_named(tmp_path, line, complaint):
     path = tmp_path / "task.jsonl"
     path.write_text('{"ctx": "a", "endings": ["b", "c"], "label": 1}\n\n' + line + "\n")
     with pytest.raises(UserError, match=rf"task.jsonl line 3 .*{complaint}"):
         read_questions(path)
+
+
+ROW = '{"ctx": "a", "endings": ["b", "c"], "label": 1}'
+
+
+@pytest.mark.parametrize("content", [
+    ROW.encode() + b"\n", b"\xef\xbb\xbf" + ROW.encode(), ROW.encode() + b"\r\n\r\n",
+    b"\n" + ROW.encode(), ROW.encode()])
+def test_a_file_of_any_system_has_its_rows(tmp_path, content):
+    (tmp_path / "task.jsonl").write_bytes(content)
+    question, = read_questions(tmp_path / "task.jsonl")
+    assert (question.ctx, question.endings, question.right) == ("a", ("b", "c"), "c")
+
+
+@pytest.mark.parametrize(("content", "complaint"), [
+    (ROW.encode("utf-16"), "is not UTF-8 text"), (b"", "has no rows"), (b"\n \n", "has no rows"),
+    (ROW.encode()[:-9], "line 1 is not JSON"), (ROW.encode() + b"\0", "line 1 is not JSON")])
+def test_a_file_of_something_else_is_named(tmp_path, content, complaint):
+    (tmp_path / "task.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"task.jsonl {complaint}"):
+        read_questions(tmp_path / "task.jsonl")
+
+
+@pytest.mark.parametrize(("endings", "label", "is_told"), [
+    (["b", "b"], 0, True), (["b", "c", "c"], 2, True), (["b", "c", "c"], 0, False), (["", "b"], 0, False)])
+def test_a_right_ending_that_stands_there_twice_is_told(tmp_path, endings, label, is_told):
+    row = {"ctx": "a", "endings": endings, "label": label}
+    (tmp_path / "task.jsonl").write_text(f"{ROW}\n{json.dumps(row)}\n")
+    note = open_task(tmp_path / "task.jsonl", "task", 0).note
+    assert note == ("; in 1 the right ending stands twice, so that no model can tell which it is" if is_told
+                    else "")
 
 
 # ------------------------------------------------------------------------------------------------

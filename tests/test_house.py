@@ -24,6 +24,7 @@ TEXT = ["sources", "tokenizer", "bpe", "hub", "shards", "prepare", "tasks", "sco
 TEXT_SCRIPTS = ["train_tokenizer", "download_fineweb", "download_hellaswag", "compare", "convert", "judge"]
 # who may rename: whole files, checkpoints, and folders that get their final name
 RENAMES = {("benchtop/files.py", "whole_path"), ("benchtop/checkpoints.py", "write_checkpoint"),
+           ("benchtop/checkpoints.py", "withdraw_checkpoint"),
            ("benchtop/checkpoints.py", "read_checkpoint"), ("benchtop/identity.py", "_write_code"),
            ("benchtop/tokenizer.py", "save_tokenizer"), ("benchtop/prepare.py", "publish")}
 

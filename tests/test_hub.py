@@ -1,8 +1,10 @@
 """FineWeb from a Hub that misbehaves. Run: ./run.sh test tests/test_hub.py"""
 
+import hashlib
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -11,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -169,6 +172,68 @@ def test_text_is_kept_when_asked_and_when_it_was_there(bench_of_hub):
     assert all(count == 1 for (method, _), count in bench.hub.asked.items() if method == "GET")
 
 
+@pytest.mark.parametrize("damage", [False, True], ids=["whole", "damaged"])
+def test_what_an_older_revision_has_in_the_cache_stays(bench_of_hub, undisturbed, damage):
+    """The user has the same file of another commit: a download of ours ends with it as it was, or whole."""
+    bench = bench_of_hub
+    names = []
+    for path in FILES:
+        content = bench.hub.files[REPO][path]
+        blob = bench.home / "hub/datasets--HuggingFaceFW--fineweb/blobs" / hashlib.sha256(content).hexdigest()
+        names.append(bench.home / f"hub/datasets--HuggingFaceFW--fineweb/snapshots/{'a' * 40}" / path)
+        for folder in (blob.parent, names[-1].parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(bytes(len(content)) if damage else content)
+        names[-1].symlink_to(os.path.relpath(blob, names[-1].parent))
+    bench.run("--name", "older")
+    assert bench.hashes("older") == undisturbed
+    assert [name.read_bytes() for name in names] == [bench.hub.files[REPO][path] for path in FILES]
+    assert len(bench.cached()) == len(FILES), "and nothing else is left"
+    assert bool(bench.hub.bytes_of("GET")) == damage
+
+
+def cached_file(cache: Path, repo: str, commit: str, content: Path) -> Path:
+    """A name in the cache that points to the repository's own link to this content, as in a shared store."""
+    blob = cache / f"datasets--{repo}" / "blobs" / "etag"
+    name = cache / f"datasets--{repo}" / "snapshots" / commit / "sample" / "x.parquet"
+    for link, target in ((blob, content), (name, blob)):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(target, link.parent))
+    return name
+
+
+@pytest.mark.parametrize(("other_commit", "other_repo"), [("", ""), ("b" * 40, ""), ("", "me--copy")])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_content_goes_with_the_last_name_that_has_it(tmp_path, monkeypatch, other_commit, other_repo,
+                                                       dangling):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    store = tmp_path / "blobs" / "ab" / ("ab" + 62 * "0")
+    store.parent.mkdir(parents=True)
+    store.write_bytes(b"payload")
+    (tmp_path / "blobs/.huggingface-shared-blobs").write_text("1\n")
+    mine = cached_file(tmp_path, "a--b", "c" * 40, store)
+    others = [cached_file(tmp_path, "a--b", other_commit, store)] if other_commit else []
+    others += [cached_file(tmp_path, other_repo, "d" * 40, store)] if other_repo else []
+    store.with_suffix(".refs").write_text("".join(f"datasets--{repo}/blobs/etag\n"
+                                                  for repo in ("a--b", other_repo) if repo))
+    if dangling:
+        (mine.parent / "lost").symlink_to("../../../blobs/lost")
+    hub.forget(mine)
+    assert not mine.is_symlink() and all(name.read_bytes() == b"payload" for name in others)
+    assert store.exists() == bool(others)
+    assert (tmp_path / "datasets--a--b/blobs/etag").is_symlink() == bool(other_commit)
+
+
+def test_a_copy_where_links_are_not_supported_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    copy = tmp_path / "datasets--a--b/snapshots" / ("c" * 40) / "x.parquet"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"content")
+    hub.forget(copy)
+    assert not copy.exists()
+
+
 def test_more_shards_later_leave_the_old_ones(bench_of_hub, undisturbed):
     bench = bench_of_hub
     bench.run("--name", "grows", "--num_shards", "2")
@@ -245,6 +310,17 @@ def test_torchrun_makes_the_same_as_one_process(bench_of_hub, undisturbed):
     assert done.returncode == 0, done.stderr
     assert bench.hashes("ranks") == undisturbed[:10]
     assert done.stdout.count("wrote data/ranks") == 1
+
+
+def test_torchrun_adds_what_one_process_adds(bench_of_hub, undisturbed):
+    bench = bench_of_hub
+    bench.run("--name", "ranks", "--num_shards", "2")
+    done = subprocess.run([*torchrun(2), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
+                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert bench.hashes("ranks") == undisturbed[:10]
+    said = bench.run("--name", "ranks", "--part", "2/2").stdout
+    assert said == "data/ranks is there already; to add shards to it, leave out --part\n"
 
 
 def test_a_dry_run_only_talks(bench_of_hub):
@@ -483,6 +559,21 @@ def test_ready_made_shards_get_a_manifest(bench_of_hub, gpt2):
     assert len(bench.hashes("10B-gpt2")) == 4
     assert bench.hub.asked["GET", "fineweb_train_000001.bin"] == asked == 1
     assert not list(bench.home.rglob("*.bin"))
+
+
+def test_ready_made_shards_never_replace_others(bench_of_hub, gpt2):
+    bench = bench_of_hub
+    for line in (["--num_shards", "1"], ["--version", "10B-gpt2", "--name", "ready"]):
+        bench.run("--name", "mine", *line)
+    before = [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")]
+    for name, why, flags in [("mine", "source", []), ("ready", "num_shards", ["--num_shards", "1"])]:
+        refused = bench.run("--version", "10B-gpt2", "--name", name, *flags, code=1)
+        assert f"data/{name} exists and was made with another {why}" in refused.stderr
+    assert [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")] == before
+    shard = bench.data("ready") / "train_000001.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    refused = bench.run("--version", "10B-gpt2", "--name", "ready", code=1)
+    assert re.search("train_000001.bin has changed .*; first remove the old with: rm -r ", refused.stderr)
 
 
 def test_ready_made_shards_of_another_vocabulary_are_refused(bench_of_hub, gpt2):

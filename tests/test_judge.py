@@ -23,7 +23,7 @@ from tiny_runs import TINY
 
 import judge
 from benchtop import hub, judging, places, saved
-from benchtop.endpoint import verdict_of
+from benchtop.endpoint import Again, content_of, verdict_of
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
 from benchtop.places import ROOT
@@ -297,15 +297,50 @@ def test_nonsense_is_asked_again_and_then_no_verdict(ask, desk, server, fault, s
     found = result(desk / "experiments/a")
     assert (found["no_verdict"], found["wins"] + found["ties"] + found["losses"]) == (1, 3)
     assert found["said"]["nonsense"] == 1 and found["requests"] == 10 and found["tokens_in"] == 1000
-    server.asked.clear()        # no verdict is an answer, too: it has been paid for
-    assert "8 of 8 answers are in" in ask(*words(server, "--attempts", "3")) and not server.asked
+    server.asked.clear()        # by the same command, too, which adds up what was paid
+    out = ask(*words(server, "--attempts", "3"))
+    assert "7 of 8 answers are in" in out and "of 4 prompts" in out and len(server.asked) == 1
+    assert "used 11 answered requests, 1,100 tokens in" in out
+    assert "8 of 8 answers are in" in ask(*words(server)) and len(server.asked) == 1
 
 
-def test_nonsense_alone_gives_no_rate(refusal, desk, server):
+def test_nonsense_alone_gives_no_rate(refusal, ask, desk, server):
     write_two(desk, PAIRS)
     server.always = "nonsense"
-    assert "gave no verdict on any prompt" in refusal(*words(server, "--attempts", "1"))
+    for _ in range(2):
+        assert "gave no verdict on any prompt" in refusal(*words(server, "--attempts", "1"))
     assert not list(desk.glob("experiments/*/judge_*.json"))
+    server.always = ""      # a mended server, and the same command
+    assert "of 4 prompts" in ask(*words(server, "--attempts", "1"))
+
+
+def text(part: str, **more) -> dict:
+    return {"type": "text", "text": part, **more}
+
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(("message", "content"), [
+    ({"content": "A"}, "A"), ({"content": [text("A")]}, "A"), ({"content": [text("ti"), text("e")]}, "tie"),
+    ({"content": [{"type": "reasoning", "reasoning": "A or B?"}, text("B", annotations=[])]}, "B"),
+    ({"content": [{"type": "output_text", "text": "B"}]}, "B"), ({"content": []}, ""), ({}, ""),
+    ({"content": None}, ""), ({"content": None, "reasoning_content": "A, I think"}, ""),
+    ({"content": None, "refusal": "I will not."}, "I will not."), ({"content": "A", "refusal": None}, "A"),
+    ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+    ({"content": None, "tool_calls": CALL}, "")])
+def test_what_a_model_wrote_is_found_in_every_common_form(message, content):
+    assert content_of({"choices": [{"message": {"role": "assistant", **message}}]}) == content
+
+
+@pytest.mark.parametrize("reply", [
+    {}, {"choices": []}, {"choices": {}}, {"choices": [{}]}, {"choices": [{"message": "A"}]}, {"choices": 3},
+    {"choices": [{"message": {"content": 5}}]}, {"choices": [{"message": {"content": [5]}}]},
+    {"choices": [{"message": {"content": {"text": "A"}}}]}, {"choices": None},
+    {"choices": [{"message": {"content": [text(None)]}}]}])
+def test_what_is_no_chat_completion_is_asked_again(reply):
+    with pytest.raises(Again, match=r"without choices\[0\].message.content: too busy"):
+        content_of(reply | {"error": {"message": "too busy"}})
 
 
 def test_tokens_that_the_server_does_not_tell_are_not_made_up(ask, desk, server):
@@ -344,8 +379,8 @@ def test_pauses_grow_and_scatter(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "MY_JUDGE"])
-@pytest.mark.parametrize("fault", ["401 key", "400 key", "500 key", "429 key", "nonsense with key", "babble",
-                                   "", "dry"])
+@pytest.mark.parametrize("fault", ["401 key", "400 key", "500 key", "429 key", "200 key", "nonsense with key",
+                                   "babble", "", "dry"])
 def test_the_key_goes_into_the_header_and_nowhere_else(desk, server, monkeypatch, capsys, variable, fault):
     write_two(desk, PAIRS)
     monkeypatch.setenv(variable, KEY)

@@ -17,6 +17,7 @@ from tiny_runs import ROOT
 import train_gpt
 import train_llama3
 import train_nanogpt
+from benchtop.command_line import Parser
 from benchtop.errors import UserError
 from benchtop.knobs import RunConfig, comments_of, parse_config
 from train_gpt import PRESETS, Config
@@ -139,6 +140,20 @@ def test_numbers_are_taken_as_people_write_them(edited, words, wanted):
     assert value == wanted and type(value) is type(wanted)
 
 
+@pytest.mark.parametrize("words", [["--vocabsize", "301"], ["--vocab_size", "301"], ["--vocabsize=301"],
+                                   ["--vocab_size=301"]])
+def test_a_flag_that_scripts_call_differently_is_taken_by_either_name(words, capsys):
+    assert parse_config(words, Config).vocab_size == 301
+    assert "--vocabsize" not in help_of(Config, capsys)
+    parser = Parser("Learn.")
+    parser.add_argument("--vocabsize", type=int)
+    assert parser.parse_args(words).vocabsize == 301
+    both = Parser("Cut.")
+    both.add_argument("--version", nargs="+")
+    assert both.parse_args(["--source", "a", "b"]).version == ["a", "b"]
+    assert both.parse_args(["--version", "a=--source"]).version == ["a=--source"]
+
+
 @pytest.mark.parametrize("knob", ["bias", "norm"])
 def test_a_switch_goes_on_and_off_and_the_last_word_counts(edited, knob):
     for off in (f"--no_{knob}", f"--no-{knob}"):
@@ -258,3 +273,14 @@ def test_a_copy_of_the_script_has_its_own_knobs(tmp_path):
     assert re.search(r"mine:\n  --slope FLOAT +steepness, 50% or more \[-1\]\n"
                      r"  --gate, --no_gate, --no-gate\n +\[True\]\n", done.stdout)
     assert done.stdout.index("mine:") < done.stdout.index("the run:")
+
+
+@pytest.mark.parametrize(("flags", "complaint"), [
+    (["--preset", "five-minutes"], "--preset five-minutes is for a tokenizer of 8,192 tokens, and demo has "
+                                   "4,097; make its data and tokenizer with: ./run.sh five-minutes"),
+    (["--preset", "five-minutes", "--vocab_size", "100"], "--vocab_size must be 4097, .*; it is 100"),
+    (["--vocab_size", "8192"], "--vocab_size must be 4097, the tokens of demo")])
+def test_a_preset_whose_data_are_not_here_is_named_and_not_its_knob(flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse_config(flags, Config).require_vocabulary("demo", 4097)
+    parse_config(["--preset", "five-minutes"], Config).require_vocabulary("climbmix", 8192)

@@ -581,7 +581,7 @@ def test_token_losses_are_the_cross_entropy_of_the_logits(rows, monkeypatch):
     targets[1, 5:9] = -1
     wanted = F.cross_entropy(logits_of(model, tokens).flatten(0, 1), targets.flatten(), ignore_index=-1,
                              reduction="none")
-    losses = TokenLosses(model)(tokens, targets)
+    losses = TokenLosses(model, World(model.cfg))(tokens, targets)
     assert losses.shape == (2, 32) and not losses.requires_grad
     torch.testing.assert_close(losses.flatten(), wanted)
     torch.testing.assert_close(model(tokens, targets), wanted.sum())
@@ -596,7 +596,7 @@ def test_likeliest_tokens_are_those_of_the_logits(rows, how, monkeypatch):
         # padding columns would win, if they took part; tokens 7 and 9 tie wherever they do
         model.head[101:] = 100 * torch.sign(model.hidden(tokens)[0, 0])
         model.head[7] = model.head[9] = 3 * model.head[9]
-    losses_of = TokenLosses(model, compiled=how == "compiled")
+    losses_of = TokenLosses(model, World(model.cfg), compiled=how == "compiled")
     best = logits_of(model, tokens).argmax(-1)
     assert (best == 7).any() and not (best == 9).any()      # the first of equal ones
     targets = torch.where(torch.arange(64).view(2, 32) % 3 == 0, (best + 1) % 101, best)
@@ -770,8 +770,9 @@ def test_shape_comments_are_true(monkeypatch):
     def work() -> None:
         for model in models:
             held_out = HeldOut([tokens.flatten().numpy()], cfg, letters)
-            held_out.evaluate(TokenLosses(model), 2, World(cfg))
-            TokenLosses(model)(tokens, tokens, likeliest=True)
+            losses_of = TokenLosses(model, World(cfg))
+            held_out.evaluate(losses_of, 2, World(cfg))
+            losses_of(tokens, tokens, likeliest=True)
             train_gpt.train(one_step(model, tokens))
         for flex.blocks in (seen_blocks, evaluated_blocks):
             context = flex.contexts(tokens)[0]

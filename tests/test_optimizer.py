@@ -14,8 +14,8 @@ import train_nanogpt
 from benchtop.errors import UserError
 from benchtop.evaluation import TokenLosses
 from benchtop.machine import World
-from benchtop.run import warm_up
 from benchtop.steps import LossScale, NonFinite
+from benchtop.warm_up import warm_up
 from train_gpt import GPT, Config, Optimizer, adam_update, group_of, lr_scale, newton_schulz
 
 
@@ -226,7 +226,7 @@ def test_warming_up_changes_nothing():
     optimizer = Optimizer(model, model.cfg, World(model.cfg))
     before = [value.clone() for value in model.state_dict().values()]
     cfg = replace(model.cfg, micro_batch_tokens=64)
-    warm_up(TokenLosses(model), optimizer, cfg, World(cfg))
+    warm_up(TokenLosses(model, World(cfg)), optimizer, cfg, World(cfg))
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert all(not tensor.any() for piece in optimizer.pieces for tensor in piece.state.values())
     assert optimizer.steps_done == 0

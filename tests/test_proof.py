@@ -24,7 +24,7 @@ from torch.autograd.profiler_util import FunctionEvent
 import benchtop.speed
 import proof
 import train_gpt
-from benchtop import apart, compiled_check, fitness, gpus, measure, throughput
+from benchtop import apart, compiled_check, fitness, gpus, measure, places, throughput
 from benchtop import run as bench_run
 from benchtop.apart import FAILED, OK, SKIPPED, WARNING, Finding
 from benchtop.command_line import figure
@@ -523,3 +523,21 @@ def test_knobs_of_the_experiment_are_for_the_speed():
     assert (cfg.preset, cfg.micro_batch_tokens, cfg.vocab_size) == ("gpt2-small", 8192, 50257)
     with pytest.raises(UserError, match="one of"):
         proof.config_of("huge", [])
+
+
+@pytest.mark.parametrize(("flags", "complaint"), [
+    (["--device", "mps"], "--device mps needs an Apple GPU that torch can use"),
+    (["--device", "xpu"], "--device xpu needs an Intel GPU"), (["--bogus"], "there is no flag --bogus"),
+    (["--device", "cpu", "--dtype", "float32", "--fp8"], "--fp8 needs --dtype bfloat16"),
+    (["--only", "machin"], "there is no part 'machin'"), (["--seconds", "0"], "--seconds must be above 0"),
+    (["--seconds", "nan"], "--seconds must be above 0"), (["--preset", "nope"], "--preset must be one of")])
+def test_what_this_machine_cannot_do_is_said_before_a_folder_is_made(tmp_path, monkeypatch, capsys, flags,
+                                                                     complaint):
+    monkeypatch.setattr(places, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(sys, "argv", ["proof.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        proof.main()
+    said = f"{end.value.code}{capsys.readouterr().err}"
+    assert end.value.code != 0 and complaint in said, said
+    assert not (tmp_path / "experiments").exists()

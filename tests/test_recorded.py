@@ -34,7 +34,7 @@ def said(monkeypatch):
     world = SimpleNamespace(device=torch.device("cuda"), synchronize=lambda: None, empty_cache=lambda: None)
 
     def said(model, started: float, done: float, deterministic: bool = False) -> str:
-        monkeypatch.setattr(recorded, "seconds_of", lambda *_: (started, done))
+        monkeypatch.setattr(recorded, "launch_seconds", lambda *_: (started, done))
         rows = torch.ones(3), torch.ones(3)
         return " ".join(record(model, *rows, SimpleNamespace(deterministic=deterministic), world))
     return said

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from benchtop.identity import identity_of
 from benchtop.knobs import parse_config
 from benchtop.log import RunLog
 from benchtop.machine import World
-from benchtop.run import Run, start, warm_up
+from benchtop.run import Run, start
+from benchtop.warm_up import warm_up
 from train_gpt import EXPERIMENT, Config
 
 TIMES = ("train_seconds", "tokens_per_second", "mfu", "peak_memory_mib")
@@ -208,7 +210,7 @@ def test_time_for_compiling_is_that_of_all_sessions(here, monkeypatch):
     def slow(*arguments):
         time.sleep(0.3)
         real(*arguments)
-    monkeypatch.setattr("benchtop.run.warm_up", slow)
+    monkeypatch.setattr("benchtop.warm_up.warm_up", slow)
     folder = stop_here(here)
     first = last_state(folder)["compile_seconds"]
     resume_here("--resume", str(folder))
@@ -674,3 +676,15 @@ def test_a_disk_full_while_logging_ends_in_one_line(here, monkeypatch):
     monkeypatch.setattr(RunLog, "row", full)
     with pytest.raises(UserError, match=r"No space left .*; the last good checkpoint is of step 2; go on"):
         train_here(here)
+
+
+def test_a_folder_that_is_removed_while_its_run_trains_ends_it_in_one_line(here, monkeypatch):
+    real = Run.between_steps
+
+    def between_steps(run):
+        real(run)
+        if run.step == 2:
+            shutil.rmtree(run.log.folder)
+    monkeypatch.setattr(Run, "between_steps", between_steps)
+    with pytest.raises(UserError, match=r"^No such file or directory: .*; there is no checkpoint$"):
+        train_here(here, save_every_steps=1)

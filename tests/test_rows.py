@@ -61,6 +61,8 @@ def test_an_epoch_has_each_token_at_most_once_in_rows_that_start_like_documents(
         for here, there in pairwise(read):
             assert there == here + 1 or EOT in (here, there)
     assert max(seen.values(), default=1) == 1
+    # besides, an epoch has the <|endoftext|> of documents, and not those that parts get
+    assert seen.total() <= rows.num_tokens <= min(seen.total() + sum(map(len, shards)), rows.bases[-1])
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,6 +102,35 @@ def test_little_is_dropped():
     shards = shards_of(rng.integers(2, 400, 200).tolist())
     rows = rows_of(shards, seq_len=64)
     assert rows.num_rows * 64 > 0.85 * len(shards[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths, st.integers(2, 12), st.integers(2, 30), st.integers(0, 3))
+def test_rows_hold_as_many_tokens_as_they_say(shards, seq_len, max_doc_len, seed):
+    """Counted one by one; an <|endoftext|> that was added stands before the middle of a document."""
+    try:
+        rows = rows_of(shards_of(*shards), seq_len, max_doc_len, seed)
+    except UserError:
+        return
+    first_of_document = {int(shard[begin + 1]) for shard in rows.shards
+                         for begin in np.flatnonzero(shard[:-1] == EOT) if shard[begin + 1] != EOT}
+    held = added = 0
+    for number in range(rows.num_rows):
+        inputs, targets = (part.tolist() for part in rows.row(number))
+        read = [*inputs, targets[-1] if targets[-1] >= 0 else None]
+        held += len(read)
+        added += sum(here == EOT and there not in (EOT, None) and there not in first_of_document
+                     for here, there in pairwise(read))
+    last = [[int(part[-1]) for part in rows.row(number)] for number in range(rows.num_rows)]
+    ends = sum(token == EOT or target in (EOT, -1) for token, target in last)       # not seen what follows
+    assert held - added - ends <= rows.num_tokens <= min(held - added, rows.bases[-1])
+
+
+@pytest.mark.parametrize(("documents", "seq_len", "max_doc_len", "held"), [
+    ([9] * 4, 8, 100, 36), ([9, 9, 9, 5], 8, 100, 27), ([25], 8, 100, 25), ([17], 8, 5, 15), ([9], 3, 2, 9)])
+def test_the_tokens_of_rows_are_those_of_the_data(documents, seq_len, max_doc_len, held):
+    """[17] is 5 and thrice 4 with an <|endoftext|> each: in two rows of 9, three are not of the data."""
+    assert rows_of(shards_of(documents), seq_len, max_doc_len).num_tokens == held
 
 
 def test_a_step_is_a_pure_function_of_the_seed():

@@ -1,10 +1,12 @@
 """Weights & Biases and TensorBoard beside the run folder; both optional. No network."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import drive, flags, newest, rows_of, summary_of, train_here
 
+import train_gpt
 from benchtop import trackers
 from benchtop.errors import UserError
 
@@ -27,8 +29,10 @@ def init(**options):
     return run
 wandb.init = init
 """
-    environment = {"WANDB_MODE": "offline", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = drive(lab, spy, *flags(wandb="bench", model_name="followed", num_samples=0), env=environment)
+    environment = {"WANDB_MODE": "offline", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path),
+                   "MY_API_KEY": "very-secret-value"}
+    done = drive(lab, spy, *flags(wandb="bench", model_name="followed", num_samples=0,
+                                  prompt="very-secret-value"), env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = newest(lab, "followed")
     logged = [line.split() for line in done.stdout.splitlines() if line.startswith("LOGGED")]
@@ -36,6 +40,30 @@ wandb.init = init
         (int(row["step"]), float(row["train_loss"])) for row in rows_of(folder)]
     assert "INIT bench 4" in done.stdout
     assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    # not even in what it writes on its own: the command line, uncommitted changes
+    files = [path for place in (folder, tmp_path) for path in place.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"very-secret-value" in path.read_bytes()]
+
+
+def test_wandb_is_told_no_secret(here, monkeypatch, capsys):
+    told = {}
+
+    class Fake(SimpleNamespace):
+        Error = RuntimeError
+        Settings = dict
+
+        @staticmethod
+        def init(**options):
+            told.update(options)
+            raise RuntimeError("the key very-secret-value is too short")
+    monkeypatch.setitem(sys.modules, "wandb", Fake())
+    monkeypatch.setenv("MY_API_KEY", "very-secret-value")
+    with pytest.raises(UserError, match=r"the key \[MY_API_KEY\] is too short"):
+        trackers.WandB(train_gpt.Config(wandb="bench", prompt="say very-secret-value"), here)
+    assert told["config"]["prompt"] == "say [MY_API_KEY]" and "very-secret" not in str(told)
+    assert told["config"]["num_layers"] == 6
+    settings = told["settings"]
+    assert settings["x_disable_meta"] and settings["disable_git"] and settings["disable_code"]
 
 
 def test_tensorboard_has_the_curves(here):

@@ -15,6 +15,7 @@ import pickle
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ from benchtop.tokenizer import (
     visible,
 )
 
+GPT2_IF_AT_HAND = benchtop.tokenizer.gpt2_if_at_hand        # which the fixture `bench` puts aside
 LIBRARY = Path(argparse.__file__).read_text()
 
 
@@ -535,11 +537,12 @@ def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkey
     assert f"{num_bytes / len(ids):.3f} bytes a token (GPT-2's: 1.000)" in capsys.readouterr().out
 
 
-def test_a_tokenizer_without_held_out_text_has_no_made_up_numbers(bench, command):
+def test_a_tokenizer_without_held_out_text_says_so_and_has_no_made_up_numbers(bench, command, capsys):
     (bench / "one.txt").write_text("some text and some more text\n" * 9)
     command("train_tokenizer.py --source one.txt --vocabsize 260 --samples 99 --name one --num_workers 1")
-    statistics = json.loads((bench / "tokenizers/one/meta.json").read_text())["statistics"]
-    assert set(statistics) == {"longest_tokens"}
+    meta = json.loads((bench / "tokenizers/one/meta.json").read_text())
+    assert set(meta["statistics"]) == {"longest_tokens"} and meta["held_out"] is None
+    assert "note: too little text to hold some out; the tokenizer learns from all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "TMPDIR"])
@@ -566,6 +569,38 @@ def test_gpt2_comes_from_tiktokens_cache_and_never_from_the_network(tmp_path, mo
     damaged = next(path for path in tmp_path.rglob("*") if path.is_file())
     damaged.write_bytes(b"cut")
     assert benchtop.tokenizer.gpt2_if_at_hand() is None
+
+
+@pytest.mark.parametrize("more, warns", [([], False), (["a word"], True)])
+def test_a_tokenizer_of_other_text_of_the_same_name_is_warned_of(bench, command, pages, write_rows, capsys,
+                                                                 more, warns):
+    command(f"{TRAIN} pages --vocabsize 256")
+    small = "\n".join(pages[:200])
+    for name in ("one", "two"):     # both called `texts`
+        (bench / name / "texts").mkdir(parents=True)
+    (bench / "one/texts/book.txt").write_text(small)
+    (bench / "two/texts/book.txt").write_text(small)
+    if more:
+        write_rows(bench / "two/texts/pages.jsonl", pages)      # now documents are held out, not parts
+    command("train_tokenizer.py --source one/texts --name texts --vocabsize 256 --num_workers 1")
+    command("download_fineweb.py --version two/texts --tokenizer texts --name texts --num_workers 1")
+    note = "note: the tokenizer texts was learned from another version of this text (texts-"
+    assert (note in capsys.readouterr().out) == warns
+
+
+def test_text_is_made_ready_without_the_network(bench, command, pages, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(benchtop.tokenizer, "gpt2_if_at_hand", GPT2_IF_AT_HAND)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(bench / "empty"))
+    command(f"{TRAIN} pages")
+    command("benchtop/sources.py pages.jsonl")
+    command("download_fineweb.py --version pages.jsonl --tokenizer pages --name pages --num_workers 1")
+    assert "wrote data/pages" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="the network was asked"):
+        tiktoken.get_encoding("gpt2")       # so the watch sees it
 
 
 def test_gpt2s_files_are_those_that_tiktoken_wants():
@@ -639,11 +674,23 @@ def test_two_of_the_same_do_not_mix(bench, refusal, pages):
         assert "another process makes the same" in refusal(f"{TRAIN} pages")
 
 
+def test_two_conversions_of_one_name_do_not_mix(bench, monkeypatch):
+    def convert_old(*_):
+        return benchtop.tokenizer.convert(bench / "old.pkl", "mine")
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    (bench / "old.pkl").write_bytes(pickle.dumps({"pat_str": PATTERNS["gpt4"], "mergeable_ranks": ranks}))
+    monkeypatch.setattr(benchtop.tokenizer, "huggingface_json", convert_old)      # while the first is saved
+    with pytest.raises(UserError, match="another process makes the same"):
+        convert_old()
+    assert not list((bench / "tokenizers").iterdir())
+
+
 def test_a_full_disk_is_one_line(bench, refusal, pages, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, "fsync", full)
-    assert refusal(f"{TRAIN} pages") == "train_tokenizer.py: error: No space left on device"
+    said = refusal(f"{TRAIN} pages")
+    assert re.fullmatch("train_tokenizer.py: error: No space left on device: .*/ranks.tiktoken", said)
     assert not list((bench / "tokenizers").iterdir())
 
 
@@ -742,9 +789,9 @@ def test_the_smallest_vocabulary_is_the_bytes(bench, command, pages):
 
 
 def test_replaced_bytes_are_told(bench, command, capsys):
-    (bench / "latin.txt").write_bytes("Größe und Maß ".encode("latin-1") * 9)
-    command("train_tokenizer.py --source latin.txt --vocabsize 260 --name latin --num_workers 1")
-    assert "replaced 27 invalid UTF-8 sequences" in capsys.readouterr().out
+    (bench / "cut.txt").write_bytes("Größe und Maß ".encode() * 9 + b"Gr\xc3")
+    command("train_tokenizer.py --source cut.txt --vocabsize 260 --name cut --num_workers 1")
+    assert "replaced 1 invalid UTF-8 sequence by U+FFFD in cut.txt (1)" in capsys.readouterr().out
 
 
 def test_the_demo_shows_the_text_in_coloured_tokens(command, capsys, pages):

@@ -343,7 +343,7 @@ def test_validation_is_the_same_for_any_batch(lab, here, rows):
                                                reduction="none").view(targets.shape)
     num_bytes = torch.tensor([len(held_out.token_bytes[token]) for token in range(301)])
     lengths = num_bytes[targets.clamp(min=0)] * (targets >= 0)
-    result = held_out.evaluate(TokenLosses(model), rows, world)
+    result = held_out.evaluate(TokenLosses(model, world), rows, world)
     assert result.val_loss == pytest.approx(losses.sum().item() / len(held_out.tokens), rel=1e-6)
     bits = losses[lengths > 0].sum().item() / math.log(2)
     assert result.val_bpb == pytest.approx(bits / len(held_out.text()), rel=1e-6)
@@ -362,7 +362,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(lab, here):
                       for begin, end in pairwise(begins)]
     assert all(any(text in whole for whole in texts) for text in held_out_texts)
     assert val["bytes"] == sum(len(text.encode()) for text in held_out_texts)
-    result = held_out.evaluate(TokenLosses(GPT(cfg, 300)), 4, World(cfg))
+    result = held_out.evaluate(TokenLosses(GPT(cfg, 300), World(cfg)), 4, World(cfg))
     assert result.val_loss == pytest.approx(math.log(301))
     assert result.val_bpb == pytest.approx(math.log2(301) * (val["tokens"] - val["documents"]) / val["bytes"])
 
@@ -376,9 +376,9 @@ def test_the_losses_of_the_bench_are_those_that_training_reports(lab, here):
     torch.nn.init.normal_(model.head)
     inputs = torch.randint(0, 300, (4, 32))
     targets = torch.randint(-1, 300, (4, 32))
-    losses = TokenLosses(model)(inputs, targets)
+    losses = TokenLosses(model, World(cfg))(inputs, targets)
     assert losses.sum().item() == pytest.approx(model(inputs, targets).item(), rel=1e-6)
-    found, likeliest = TokenLosses(model)(inputs, targets, likeliest=True)
+    found, likeliest = TokenLosses(model, World(cfg))(inputs, targets, likeliest=True)
     assert torch.equal(found, losses)
     assert torch.equal(likeliest.bool(), model.logits(model.hidden(inputs)).argmax(-1) == targets)
 
@@ -708,7 +708,7 @@ def test_memory_is_counted_for_training_validation_and_evaluation_apart(lab, her
     assert phases["_validation"] > 250 and phases[""] < 100 and phases["_evaluation"] < 100
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 8192), ("bfloat16", 4096)])
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 8192), ("auto", 4096)])
 def test_the_estimate_is_near_what_is_used(lab, dtype, tokens):
     done = drive(lab, "", *flags(num_steps=1, batch_tokens=tokens, seq_len=512, model_dim=256, num_layers=4,
                                  model_name=f"estimate_{dtype}", dtype=dtype))
@@ -760,11 +760,11 @@ benchtop.run.Run.between_steps = between_steps
     done = drive(lab, dropout, "--resume", str(newest(lab, "dropped")))
     assert done.returncode == 0, done.stderr
     twice = """
-real_warm_up = benchtop.run.warm_up
+real_warm_up = benchtop.warm_up.warm_up
 def warm_up(*arguments):
     real_warm_up(*arguments)
     real_warm_up(*arguments)
-benchtop.run.warm_up = warm_up
+benchtop.warm_up.warm_up = warm_up
 """
     done = drive(lab, dropout + twice, *flags(num_steps=8, save_every_steps=1, model_name="warmer"))
     assert done.returncode == 0, done.stderr

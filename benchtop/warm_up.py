@@ -1,0 +1,63 @@
+"""A model made ready to train: compiled, warmed up with micro-batches that fit, and recorded where that is
+faster.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchtop import memory
+from benchtop.batches import micro_batch_shape
+from benchtop.evaluation import TokenLosses
+from benchtop.initial import draw_weights
+from benchtop.knobs import RunConfig
+from benchtop.machine import Kernels, World
+from benchtop.recorded import record
+
+
+def make_model(experiment, cfg: RunConfig, eot_id: int, world: World, kernels: Kernels,
+               ) -> tuple[nn.Module, object]:
+    torch.manual_seed(cfg.seed)
+    model = experiment.Model(cfg, eot_id, world.dtype, kernels.flex)
+    draw_weights(model, cfg.seed)
+    model.to(world.device)
+    world.share_weights(model)
+    products = torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float32
+    optimizer = experiment.Optimizer(model, cfg, world, products)
+    if kernels.compiled:
+        model.compile_parts()
+    return model, optimizer
+
+
+def eot_rows(model: nn.Module, cfg: RunConfig, world: World) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a micro-batch that predicts nothing, (B, T) on the device."""
+    _, rows = micro_batch_shape(cfg, world.size)
+    inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
+    return inputs, torch.full_like(inputs, -1)
+
+
+def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
+    """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
+    model = losses_of.model
+    inputs, targets = eot_rows(model, cfg, world)
+    model.progress = 0.0
+    for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
+        model(inputs, targets).backward()
+    optimizer.sum_gradients()       # names a parameter without a gradient now
+    losses_of(inputs, torch.full(inputs.shape, -1))
+    optimizer.clear_gradients()
+    world.synchronize()
+
+
+def ready(experiment, cfg: RunConfig, world: World, kernels: Kernels, losses_of: TokenLosses,
+          optimizer, say: Callable[[str], None]) -> RunConfig:
+    """Compile, find micro-batches that fit, record one where that is faster; the Config with their size."""
+    cfg = memory.fit_micro_batch(
+        cfg, world, lambda sized: warm_up(losses_of, optimizer, sized, world), optimizer.clear_gradients, say,
+        lambda: memory.memory_advice(experiment, cfg, world, kernels))
+    if kernels.compiled:
+        model = losses_of.model
+        for line in record(model, *eot_rows(model, cfg, world), cfg, world):
+            say(line)
+    return cfg

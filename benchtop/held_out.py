@@ -1,11 +1,12 @@
 """Which documents of a source are held out: neither model nor tokenizer sees them, both are measured on them.
 
-Of a large source about one document in 64 is held out, chosen by a hash of its own text: the same ones for
-everybody, with any tokenizer, seed or number of shards. Where that gives fewer than 64 documents, those with
-the smallest hashes join them, until there are 64 or 5 % of the text, whichever is less. Where documents are
-too large for that, since they are books or the source is a single file, all of them are cut into parts first,
-and parts are held out in the same way. A corpus that names a file to validate on (hub.py) holds out that
-file as a whole, and nothing else.
+There are two such splits. Every run is validated on VAL, and whoever picks the best of many runs picks some
+of their luck. TEST is for `trial.py --confirm` alone. Of a large source about one document in 64 is held out
+for each, chosen by a hash of its own text: the same ones for everybody, with any tokenizer, seed or number of
+shards. Where that gives fewer than 64 documents, those with the next hashes join them, until there are 64 or
+5 % of the text, whichever is less. Where documents are too large for that, since they are books or the source
+is a single file, all of them are cut into parts first, and parts are held out in the same way. A corpus that
+names a file to validate on (hub.py) holds out that file as a whole, and nothing else.
 
 What is decided here depends on the texts of the source and on nothing else.
 """
@@ -23,6 +24,7 @@ NEARLY_MOST = 0.045         # a document that would be too much is passed over u
 LEAST_OF_TEXT = 1 / HELD_OUT_ONE_IN     # which must give this much, since parts are not as small as one likes
 PARTS = 512                 # that a source is cut into, so that 5 % of them are some 25,
 LONGEST_PART, SHORTEST_PART, SHORTEST_AT_FIRST = 20_000, 50, 200     # within these numbers of characters
+VAL, TEST = "val", "test"   # the splits that are held out, by residues 0 and 1 of the hash
 BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the same one for every tokenizer
 
 
@@ -30,47 +32,66 @@ BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the sam
 class Rule:
     """How documents are held out.
 
-    one_in   one document in so many, by a hash of its text; 0: only those chosen
-    chosen   hashes of the texts that are held out
+    one_in   one document in so many for each split, by a hash of its text; 0: only those chosen
+    chosen   hashes of the texts that are held out for VAL
     part     characters of the parts that documents are cut into, at least; 0: they stay whole
     file     the file whose documents are held out, and no others
+    test     hashes of those held out for TEST, beside one in `one_in`; None: there is no such split, as in
+             data made by earlier versions
     """
     one_in: int = HELD_OUT_ONE_IN
     chosen: frozenset[str] = frozenset()
     part: int = 0
     file: str = ""
+    test: frozenset[str] | None = frozenset()
 
     @classmethod
     def of_facts(cls, facts: dict) -> "Rule":
         """The rule that a manifest tells; those of earlier versions name no documents."""
+        test = facts.get("chosen_for_test")
         return cls(facts["one_in"], frozenset(facts.get("chosen", ())), facts["cut_characters"],
-                   facts.get("file", ""))
+                   facts.get("file", ""), None if test is None else frozenset(test))
 
     def facts(self) -> dict:
         """For a manifest, and for its reader."""
+        test = {} if self.test is None else {"chosen_for_test": sorted(self.test)}
         if self.file:
             return {"rule": f"the documents of {self.file}", "one_in": 0, "cut_characters": 0, "chosen": [],
-                    "file": self.file}
+                    "file": self.file} | test
         what = "parts" if self.part else "documents"
         words = (f"one in {self.one_in} {what}, by a hash of its text" if self.one_in else
                  f"the {what} with the smallest hashes, up to {ENOUGH_DOCUMENTS} or {MOST_OF_TEXT:.0%} "
                  "of the text")
-        return {"rule": words, "one_in": self.one_in, "cut_characters": self.part,
-                "chosen": sorted(self.chosen)}
+        return {"rule": words + (", and as much again for the test split" if test else ""),
+                "one_in": self.one_in, "cut_characters": self.part, "chosen": sorted(self.chosen)} | test
+
+    def split_of(self, text: str, name: str = "") -> str:
+        """VAL or TEST where a document is held out, by its text, or by its id where a file is; else empty."""
+        if self.file and not name.startswith(f"{self.file}:"):
+            return ""
+        number = hash_of(text)
+        if self.file:
+            return TEST if self.test is not None and number % HELD_OUT_ONE_IN == 1 else VAL
+        if (self.one_in and number % self.one_in == 0) or _name(number) in self.chosen:
+            return VAL
+        if self.test is None:
+            return ""
+        return TEST if (self.one_in and number % self.one_in == 1) or _name(number) in self.test else ""
 
     def holds_out(self, text: str, name: str = "") -> bool:
-        """Whether a document is held out, by its text, or by its id where a file is."""
-        if self.file:
-            return name.startswith(f"{self.file}:")
-        number = hash_of(text)
-        return (self.one_in and number % self.one_in == 0) or _name(number) in self.chosen
+        """Whether a document is held out, for either split."""
+        return bool(self.split_of(text, name))
 
     def covers(self, other: "Rule") -> bool:
         """Whether all that the other rule holds out is held out by this one, too."""
         if self.file or other.file or self.part != other.part or other.one_in not in (0, self.one_in):
             return self == other
-        return all(name in self.chosen or (self.one_in and int(name, 16) % self.one_in == 0)
-                   for name in other.chosen)
+        if other.one_in and other.test is not None and self.test is None:
+            return False
+        own = self.chosen | (self.test or frozenset())
+        residues = (0,) if self.test is None else (0, 1)
+        return all(name in own or (self.one_in and int(name, 16) % self.one_in in residues)
+                   for name in other.chosen | (other.test or frozenset()))
 
     def documents(self, source: Source) -> "Source | Parts":
         """What is held out or trained on: the source's documents, or their parts."""
@@ -137,17 +158,29 @@ def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule, float,
             if held_out >= ENOUGH_DOCUMENTS and len(sizes) > held_out:
                 return Rule(part=part), 1.0, characters
     total = sum(sizes.values())
-    chosen, size = [], 0
-    for number in sorted(sizes, key=lambda number: (number % HELD_OUT_ONE_IN > 0, number)):
+    chosen, size = _chosen(sizes, 0, total)
+    share = 1.0 if len(chosen) == ENOUGH_DOCUMENTS else size / max(1, total)
+    test, _ = _chosen({number: sizes[number] for number in sizes.keys() - chosen}, 1, total)
+    return Rule(0, frozenset(map(_name, chosen)), part, test=frozenset(map(_name, test))), share, characters
+
+
+def _chosen(sizes: dict[int, int], residue: int, total: int) -> tuple[set[int], int]:
+    """The hashes of a small source that are held out for a split, and the bytes of their texts.
+
+    sizes    hash -> bytes, of the texts to choose from
+    residue  of the hashes that a large source would hold out, which come first
+    total    bytes of the source
+    """
+    chosen, size = set(), 0
+    for number in sorted(sizes, key=lambda number: (number % HELD_OUT_ONE_IN != residue, number)):
         if size + sizes[number] <= MOST_OF_TEXT * total:
-            chosen.append(_name(number))
+            chosen.add(number)
             size += sizes[number]
         elif size >= NEARLY_MOST * total:
             break
         if len(chosen) == ENOUGH_DOCUMENTS:
             break
-    share = 1.0 if len(chosen) == ENOUGH_DOCUMENTS else size / max(1, total)
-    return Rule(0, frozenset(chosen), part), share, characters
+    return chosen, size
 
 
 def _name(number: int) -> str:
@@ -159,35 +192,38 @@ def _name(number: int) -> str:
 # Choose
 # ------------------------------------------------------------------------------------------------
 
-def documents_to_validate_on(source: Source, rule: Rule, val_tokens: int) -> list[Document]:
-    """About as many held-out documents as make that many tokens; of a large source, from the first files.
+def documents_to_hold_out(source: Source, rule: Rule, tokens: int) -> dict[str, list[Document]]:
+    """For VAL and TEST about as many documents as make that many tokens; of a large source, from the first
+    files.
 
-    raises  UserError if there are none
+    raises  UserError if there are none for VAL
     """
-    budget = BYTES_PER_TOKEN * val_tokens
+    budget = BYTES_PER_TOKEN * tokens
     chosen = choose_held_out(_enough_of(rule.documents(source), budget, rule), budget, rule)
-    if not chosen:
+    if not chosen[VAL]:
         raise UserError(f"the source {source.label} has no document to hold out; give it more text")
     return chosen
 
 
-def choose_held_out(stream: Iterable[Document], budget: int, rule: Rule) -> list[Document]:
-    """Of all held-out texts those with the smallest hashes, each once, in the order of their hashes.
+def choose_held_out(stream: Iterable[Document], budget: int, rule: Rule) -> dict[str, list[Document]]:
+    """For VAL and TEST: of the texts held out for it those with the smallest hashes, each once, in order.
 
     budget   UTF-8 bytes after which to stop
     """
-    held: dict[int, Document] = {}
-    size = 0
+    held: dict[str, dict[int, Document]] = {VAL: {}, TEST: {}}
+    sizes = {VAL: 0, TEST: 0}
     for name, text in stream:
-        if not text or not rule.holds_out(text, name):
+        split = rule.split_of(text, name)
+        if not text or not split:
             continue
         number = hash_of(text)
-        size += 0 if number in held else len(text.encode())
-        held[number] = name, text
-        if size > 4 * budget:
-            held = dict(_up_to(held, budget))
-            size = sum(len(text.encode()) for _, text in held.values())
-    return [document for _, document in _up_to(held, budget)]
+        sizes[split] += 0 if number in held[split] else len(text.encode())
+        held[split][number] = name, text
+        if sizes[split] > 4 * budget:
+            held[split] = dict(_up_to(held[split], budget))
+            sizes[split] = sum(len(text.encode()) for _, text in held[split].values())
+    return {split: [document for _, document in _up_to(documents, budget)]
+            for split, documents in held.items()}
 
 
 def _up_to(held: dict[int, Document], budget: int) -> list[tuple[int, Document]]:
@@ -205,7 +241,7 @@ def _enough_of(stream: Source | Parts, budget: int, rule: Rule) -> Iterator[Docu
     size = 0
     for unit in stream.units(seed=None):
         for name, text in unit.read():
-            size += len(text.encode()) if rule.holds_out(text, name) else 0
+            size += len(text.encode()) if rule.split_of(text, name) == VAL else 0
             yield name, text
         if size >= budget or rule.file:     # no other file has more of them
             return

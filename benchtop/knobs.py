@@ -31,6 +31,7 @@ from benchtop.command_line import Parser, whole_number
 from benchtop.errors import UserError
 from benchtop.folder import find_run, require_script, saved_knobs
 from benchtop.gpus import ACCELERATORS
+from benchtop.held_out import TEST, VAL
 
 if typing.TYPE_CHECKING:
     import torch
@@ -60,6 +61,7 @@ class RunConfig:
     log_every: int = 10               # steps between rows of metrics.csv
     val_every: int = 0                # steps between validations; 0: ten over the run
     val_tokens: int = 0               # held-out tokens to validate on; 0: all
+    held_out: str = "val"             # split to validate on; test is for trial.py --confirm alone
     benchmarks: str = "hellaswag"     # to score if downloaded: hellaswag, arc_easy, piqa, lambada; or all
     hellaswag_rows: int = 0           # rows of HellaSwag to score, a fixed subset; 0: all 10,042
     num_samples: int = 4              # texts to sample at the end
@@ -95,6 +97,7 @@ class RunConfig:
                             f"since it becomes a folder; it is {self.model_name!r}")
         for knob, allowed in (("device", ("auto", "cpu", *ACCELERATORS)), ("compile", ("auto", "on", "off")),
                               ("dtype", ("auto", "bfloat16", "float16", "float32")),
+                              ("held_out", (VAL, TEST)),
                               ("preset", ("", *self.presets()))):
             self.require(knob, getattr(self, knob) in allowed, f"one of {', '.join(filter(None, allowed))}")
         self.require_at_least(0, "seed", "save_every_steps", "save_every_minutes", "val_every", "val_tokens",

@@ -28,7 +28,7 @@ from benchtop import files, places
 from benchtop.command_line import counted
 from benchtop.documents import Document, Source, Unit, batched
 from benchtop.errors import UserError
-from benchtop.held_out import Rule, documents_to_validate_on, rule_for
+from benchtop.held_out import TEST, VAL, Rule, documents_to_hold_out, rule_for
 from benchtop.shards import FORMAT_VERSION, Dataset, ShardWriter, read_manifest, shard_format
 from benchtop.tokenizer import CannotEncode, encode, load_tokenizer, token_bytes, tokenizer_sha256
 from benchtop.workers import in_parallel
@@ -158,9 +158,11 @@ class Preparation:
 
     def _take_over(self, manifest: dict) -> None:
         """Begin with the shards of a finished dataset, which is to grow."""
-        val, *train = manifest["shards"]
-        files.link(self.folder / val["file"], self.partial / val["file"])
-        files.write_json(self.partial / "val.json", manifest["held_out"] | {"entry": val})
+        held_out, train = ([entry for entry in manifest["shards"] if (entry["split"] == "train") == wanted]
+                           for wanted in (False, True))
+        for entry in held_out:
+            files.link(self.folder / entry["file"], self.partial / entry["file"])
+        files.write_json(self.partial / "val.json", manifest["held_out"] | {"entries": held_out})
         for number, unit in enumerate(manifest["units"]):
             progress = Progress(**{key: unit[key] for key in ("name", "done", "split", "skipped")})
             while train and len(progress.entries) < unit["shards"]:
@@ -172,30 +174,37 @@ class Preparation:
             self._save(number, progress)
 
     def held_out(self, source: Source) -> dict:
-        """Write the shard to validate on, unless it is there; how documents are held out, for the manifest.
+        """Write the shards to validate and to test on, unless they are there; how documents are held out, for
+        the manifest.
 
         raises  UserError if the source has too little text
         """
         path = self.partial / "val.json"
         if path.is_file():
-            return read_json(path)
+            facts = read_json(path)
+            # an earlier version, which made no test split, began this
+            return facts if "entries" in facts else facts | {"entries": [facts.pop("entry")]}
         try:
             rule = rule_or_complaint(source)
-            chosen = documents_to_validate_on(source, rule, self.args.val_tokens)
+            chosen = documents_to_hold_out(source, rule, self.args.val_tokens)
         except UserError:
             self.clear()
             raise
         if rule.part:
             print(f"note: the documents of {source.label} are too large to hold some out; they are cut into "
                   f"parts of about {rule.part:,} characters, and some of those are held out")
-        writer, trouble = self._writer(self.partial), Progress("")
-        for number, document in enumerate(self._tokenized(chosen)):
-            self._take(document, number, writer, trouble)
-        if not writer.pending:
-            raise UserError(f"tiktoken can encode none of the held-out documents of {source.label}")
-        entry = writer.write("val_000000.bin", "val")
-        files.write_json(path, {"documents": entry["documents"], "bytes": entry["bytes"], **rule.facts(),
-                                "split": trouble.split, "skipped": trouble.skipped, "entry": entry})
+        entries, trouble = [], Progress("")
+        for split in (VAL, TEST):
+            writer = self._writer(self.partial)
+            for number, document in enumerate(self._tokenized(chosen[split])):
+                self._take(document, number, writer, trouble)
+            if writer.pending:
+                entries.append(writer.write(f"{split}_000000.bin", split))
+            elif split == VAL:
+                raise UserError(f"tiktoken can encode none of the held-out documents of {source.label}")
+        val = entries[0]
+        files.write_json(path, {"documents": val["documents"], "bytes": val["bytes"], **rule.facts(),
+                                "split": trouble.split, "skipped": trouble.skipped, "entries": entries})
         return read_json(path)
 
     def write_units(self, numbers: Iterable[int], rule: Rule, goal: int) -> list[Progress]:
@@ -294,8 +303,10 @@ class Preparation:
     def finish(self, all_progress: list[Progress], held_out: dict) -> dict:
         """Give all shards their final names, write the manifest last, and return it."""
         whole = new_whole(self.folder)
-        files.link(self.partial / "val_000000.bin", whole / "val_000000.bin")
-        left, entries, units = self.goal or sys.maxsize, [held_out["entry"]], []
+        val, *others = held_out.pop("entries")
+        for entry in (val, *others):
+            files.link(self.partial / entry["file"], whole / entry["file"])
+        left, entries, units = self.goal or sys.maxsize, [val], []
         for number, progress in enumerate(all_progress):
             progress = progress.cut_back(left)
             left -= len(progress.entries)
@@ -307,13 +318,12 @@ class Preparation:
             del units[-1]["entries"]
         trouble = {kind: [name for part in [held_out, *units] for _, name in part[kind]]
                    for kind in ("split", "skipped")}
-        del held_out["entry"]
         manifest = {"format_version": FORMAT_VERSION, **self.facts, "num_shards": self.goal,
                     "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
                     "vocab_size": self.tokenizer.n_vocab, "eot_id": self.tokenizer.eot_token,
                     **{kind: {"count": len(names), "first": names[:NAMED_TROUBLES]}
                        for kind, names in trouble.items()},
-                    "held_out": held_out, "units": units, "shards": entries}
+                    "held_out": held_out, "units": units, "shards": [*entries, *others]}
         manifest |= self._xz_bar(Dataset(whole, manifest))
         self.give_back(range(len(self.units)))
         publish(whole, self.folder, manifest)
@@ -321,7 +331,7 @@ class Preparation:
         return manifest
 
     def _xz_bar(self, dataset: Dataset) -> dict:
-        if len(dataset.manifest["shards"]) == 1:
+        if all(shard["split"] != "train" for shard in dataset.manifest["shards"]):
             return {}       # tiktoken could encode no document to train on
         train, val = dataset.tokens("train"), dataset.tokens("val")
         if sum(map(len, train)) >= TRAINING_BYTES / 8:

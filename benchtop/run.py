@@ -57,6 +57,7 @@ from benchtop.conclusions import baseline
 from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks, first_line
 from benchtop.evaluation import HeldOut, TokenLosses
 from benchtop.folder import locked_log
+from benchtop.held_out import VAL
 from benchtop.identity import changes_since, identity_of, require_equal_machines
 from benchtop.initial import drawn_in_one_stream
 from benchtop.knobs import RunConfig, parse_config, script_of
@@ -353,11 +354,12 @@ class Data:
     tokenizer: Encoding
     rows: Rows
     held_out: HeldOut
+    split: str
 
     @property
     def bar(self) -> dict:
         """What the manifest says of xz, where all the text is validated that it says it of."""
-        facts = self.dataset.manifest if self.held_out.is_whole else {}
+        facts = self.dataset.manifest if self.held_out.is_whole and self.split == VAL else {}
         return {fact: facts.get(fact) for fact in ("xz_bpb", "xz_training_bytes")}
 
 
@@ -373,7 +375,8 @@ def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
         cfg.require_vocabulary(tokenizer.name, tokenizer.n_vocab)
         rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
         full = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
-        return full, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens("val"), full, tokenizer))
+        return full, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens(cfg.held_out), full, tokenizer),
+                          cfg.held_out)
     return world.raise_on_all_ranks(plan)
 
 

@@ -143,7 +143,7 @@ class Dataset:
         return Dataset(self.folder, self.manifest | {"shards": shards})
 
     def tokens(self, split: str) -> list[np.ndarray]:
-        """The memory-mapped tokens of each shard of "train" or "val"."""
+        """The memory-mapped tokens of each shard of "train", "val" or "test"."""
         entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
         if not entries:
             raise UserError(f"{self.folder} has no {split} shard, a .bin with {split} in its name; make it "

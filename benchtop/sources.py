@@ -31,7 +31,7 @@ from benchtop.decoding import shown
 from benchtop.documents import FILE_IS_DOCUMENT, ROW_IS_DOCUMENT, Source, kind_of
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
-from benchtop.held_out import rule_for
+from benchtop.held_out import VAL, rule_for
 from benchtop.processes import is_first_process
 
 MADE_BY_TOOLS = ("__MACOSX", "__pycache__", "node_modules")   # folders of these names, and environments
@@ -226,7 +226,7 @@ def main() -> None:
         return
     count = ""
     if not source.is_large:     # whose text need not be here to read it again
-        texts = {text for _, text in rule.documents(source) if rule.holds_out(text)}
+        texts = {text for name, text in rule.documents(source) if rule.split_of(text, name) == VAL}
         count = f"; {len(texts):,} of {sum(map(len, texts)):,} characters"
     print(f"held out: {rule.facts()['rule']}{count}")
 

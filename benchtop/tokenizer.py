@@ -174,8 +174,8 @@ def source_of(name: str) -> str:
 
 
 def may_have_seen(manifest: dict) -> str:
-    """A warning where a dataset's tokenizer learned from another version of the same text, which held out
-    other documents; empty where it did not, or nobody knows."""
+    """A warning where a dataset's tokenizer learned from another version of the same text, or held out less
+    of it, as earlier versions did; empty where it did not, or nobody knows."""
     name = manifest["tokenizer"]
     try:
         there = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
@@ -183,8 +183,11 @@ def may_have_seen(manifest: dict) -> str:
         covered = Rule.of_facts(there["held_out"]).covers(Rule.of_facts(manifest["held_out"]))
     except (OSError, ValueError, KeyError, TypeError):      # GPT-2's has no folder, an old one does not tell
         return ""
-    if covered or len(words) > 1 or there["source"] == manifest["source"]:
+    if covered or len(words) > 1:
         return ""
+    if there["source"] == manifest["source"]:
+        return (f"the tokenizer {name} was learned when less of this text was held out, so it has seen "
+                "documents that are held out now; to be sure, learn one anew")
     return (f"the tokenizer {name} was learned from another version of this text ({there['source']}) and may "
             "have seen documents that are held out now; to be sure, learn one from the same text")
 

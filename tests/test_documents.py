@@ -315,7 +315,7 @@ def test_the_command_counts_a_source(command, capsys, pages):
     assert said.startswith(f"pages.jsonl:1:\n{pages[0]}"[:500])
     assert f"400 documents, {sum(map(len, pages)):,} characters, 0 invalid" in said
     rule = rule_for(open_source("pages.jsonl"))
-    held_out = list(filter(rule.holds_out, pages))
+    held_out = [text for text in pages if rule.split_of(text) == "val"]
     assert f"; {len(held_out):,} of {sum(map(len, held_out)):,} characters" in said
 
 

@@ -71,6 +71,10 @@ def texts(folder: Path, split: str) -> list[str]:
             for shard in documents_by_shard(folder, split) for ids in shard]
 
 
+def all_texts(folder: Path) -> list[str]:
+    return [text for split in ("train", "val", "test") for text in texts(folder, split)]
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -87,8 +91,8 @@ def test_every_document_comes_back_once_on_its_own_side(bench, command, small, p
     command(f"{SHARD} --shard_size 2000")
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
     rule = rule_for(open_source("pages.jsonl"))
-    assert Counter(train) == Counter(text for text in pages if not rule.holds_out(text))
-    assert Counter(val) == Counter(text for text in pages if rule.holds_out(text)) and val
+    for split, found in (("", train), ("val", val), ("test", texts(bench / "data/set", "test"))):
+        assert Counter(found) == Counter(text for text in pages if rule.split_of(text) == split) and found
     assert train != [text for text in pages if text in train], "the order is shuffled"
     assert names(bench / "data") == ["set"]
 
@@ -98,10 +102,10 @@ def test_the_manifest_is_true(bench, command, small, pages):
     folder = bench / "data/set"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert names(folder) == sorted(["manifest.json", *(entry["file"] for entry in manifest["shards"])])
-    assert names(folder)[1:4] == ["train_000001.bin", "train_000002.bin", "train_000003.bin"]
+    assert names(folder)[1:4] == ["test_000000.bin", "train_000001.bin", "train_000002.bin"]
     assert names(folder)[-1] == "val_000000.bin"
     tokenizer = load_tokenizer(small)
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         for entry, shard in zip(entries, documents_by_shard(folder, split), strict=True):
             assert entry["documents"] == len(shard)
@@ -183,22 +187,24 @@ def test_the_seed_changes_the_order_of_training_alone(bench, command, small):
 def test_a_duplicate_never_stands_on_both_sides(bench, command, small, pages, write_rows):
     write_rows(bench / "pages.jsonl", pages + pages[::-1] + pages)
     command(SHARD)
-    train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
-    assert not set(train) & set(val) and len(set(val)) == len(val)
-    assert set(train) | set(val) == set(pages)
+    train, val, test = (texts(bench / "data/set", split) for split in ("train", "val", "test"))
+    for one, other in ((train, val), (train, test), (val, test)):
+        assert not set(one) & set(other)
+    assert len(set(val)) == len(val) and len(set(test)) == len(test)
+    assert set(train) | set(val) | set(test) == set(pages)
 
 
 def test_empty_documents_are_left_out(bench, command, small, pages, write_rows):
     write_rows(bench / "pages.jsonl", ["", *pages, "", ""])
     command(SHARD)
-    found = texts(bench / "data/set", "train") + texts(bench / "data/set", "val")
+    found = all_texts(bench / "data/set")
     assert Counter(found) == Counter(pages)
 
 
 def test_a_text_that_spells_end_of_text_begins_no_document(bench, command, small, pages, write_rows):
     write_rows(bench / "pages.jsonl", [f"{text}<|endoftext|>!" for text in pages])
     command(SHARD)
-    found = texts(bench / "data/set", "train") + texts(bench / "data/set", "val")
+    found = all_texts(bench / "data/set")
     assert sorted(found) == sorted(f"{text}<|endoftext|>!" for text in pages)
 
 
@@ -300,7 +306,7 @@ def test_unfinished_shards_of_another_command_stay(bench, command, refusal, smal
             command(line)
     before = {path: path.stat().st_mtime_ns for path in bench.glob("data/.set.partial/**/*.*")}
     said = refusal(f"{line} --val_tokens 7 --seed 3")
-    assert "data/.set.partial has 3 finished shards of an interrupted command with another " in said
+    assert "data/.set.partial has 4 finished shards of an interrupted command with another " in said
     assert "another seed, val_tokens; start that one again, choose another --name, or throw" in said
     assert said.endswith(f"rm -r {bench}/data/.set.partial")
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -388,7 +394,7 @@ def test_a_single_file_is_cut_into_parts_with_a_note(bench, command, small, page
     cut = json.loads((bench / "data/set/manifest.json").read_text())["held_out"]["cut_characters"]
     parts = [text for _, text in Parts(open_source("book.txt"), cut)]
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
-    assert train and val and sorted(train + val) == sorted(parts)
+    assert train and val and sorted(all_texts(bench / "data/set")) == sorted(parts)
 
 
 @given(text=st.text(), part=st.integers(1, 5))
@@ -452,8 +458,7 @@ def test_documents_that_make_trouble_are_named(bench, command, write_rows, pages
     said = capsys.readouterr().out
     assert re.search(r"skipped 7 documents that tiktoken cannot encode: (\S+jsonl:10\d,? ){5}\.\.\.\n", said)
     assert "split 1 document too long or odd to encode whole: pages.jsonl:108\n" in said
-    everything = texts(bench / "data" / "set", "train") + texts(bench / "data" / "set", "val")
-    assert Counter(everything) == Counter([*pages[:100], long])
+    assert Counter(all_texts(bench / "data/set")) == Counter([*pages[:100], long])
 
 
 @pytest.mark.parametrize("name", ["pages.jsonl", "book.txt"])
@@ -471,7 +476,7 @@ def test_the_tokenizer_has_not_seen_what_is_held_out(bench, command, pages, monk
 
 def test_a_dataset_of_an_earlier_version_grows_by_the_rule_of_then(bench, command, small, pages, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "rule_for", lambda source: Rule(16))
+        patch.setattr(prepare, "rule_for", lambda source: Rule(16, test=None))
         command(f"{SHARD} --shard_size 2000 --num_shards 1")
     path = bench / "data/set/manifest.json"
     manifest = json.loads(path.read_text())
@@ -483,8 +488,9 @@ def test_a_dataset_of_an_earlier_version_grows_by_the_rule_of_then(bench, comman
     assert "xz_bpb" not in open_dataset("set", "")[0].manifest
     command(f"{SHARD} --shard_size 2000")
     train, val = texts(bench / "data/set", "train"), texts(bench / "data/set", "val")
-    assert Counter(train) == Counter(text for text in pages if not Rule(16).holds_out(text))
-    assert Counter(val) == Counter(text for text in pages if Rule(16).holds_out(text))
+    assert Counter(train) == Counter(text for text in pages if not Rule(16, test=None).holds_out(text))
+    assert Counter(val) == Counter(text for text in pages if Rule(16, test=None).holds_out(text))
+    assert not texts(bench / "data/set", "test")
     assert open_dataset("set", "")[0].manifest["xz_bpb"] > 0
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchtop import held_out
 from benchtop.briefing import describe_data
 from benchtop.documents import Document, Source, hash_of
-from benchtop.held_out import Parts, Rule, choose_held_out, documents_to_validate_on, rule_for
+from benchtop.held_out import TEST, VAL, Parts, Rule, choose_held_out, documents_to_hold_out, rule_for
 from benchtop.hub import HubText
 from benchtop.sources import open_source
 
@@ -35,10 +35,10 @@ class Texts:
         yield from ((str(number), text) for number, text in enumerate(self.texts))
 
 
-def sides(source: Texts, rule: Rule) -> tuple[set[str], set[str]]:
-    """Held-out texts and the others; the empty one is on no side."""
+def sides(source: Texts, rule: Rule, split: str = VAL) -> tuple[set[str], set[str]]:
+    """The texts of a split and all others; the empty one is on no side."""
     texts = {text for _, text in rule.documents(source) if text}
-    held_out = set(filter(rule.holds_out, texts))
+    held_out = {text for text in texts if rule.split_of(text) == split}
     return held_out, texts - held_out
 
 
@@ -53,12 +53,15 @@ def num_bytes(texts: set[str]) -> int:
 @given(st.text())
 def test_of_a_large_source_the_text_alone_decides(text):
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert Rule().holds_out(text) == (int(digest[:16], 16) % 64 == 0)
+    number = int(digest[:16], 16)
+    assert Rule().split_of(text) == {0: VAL, 1: TEST}.get(number % 64, "")
+    assert Rule().holds_out(text) == (number % 64 < 2)
+    assert Rule(test=None).split_of(text) == (VAL if number % 64 == 0 else "")
 
 
 def test_one_document_in_64_is_held_out():
     number, share = 64_000, 1 / 64
-    held_out = sum(Rule().holds_out(f"document {index}") for index in range(number))
+    held_out = sum(Rule().split_of(f"document {index}") == VAL for index in range(number))
     assert abs(held_out - number * share) < 4 * math.sqrt(number * share * (1 - share))
 
 
@@ -72,7 +75,7 @@ def test_a_large_source_is_read_no_further_than_it_takes_to_know_that():
                 read += 1
                 yield "", f"document {read}"
     assert rule_for(Endless([])) == Rule()
-    assert sum(Rule().holds_out(f"document {number}") for number in range(1, read + 1)) == 64
+    assert sum(Rule().split_of(f"document {number}") == VAL for number in range(1, read + 1)) == 64
 
 
 def test_fineweb_is_large_without_a_look_at_it(monkeypatch):
@@ -82,7 +85,7 @@ def test_fineweb_is_large_without_a_look_at_it(monkeypatch):
 
 def test_what_is_held_out_of_a_few_thousand_documents_goes_on_from_what_one_in_64_gives():
     texts = [f"document {number}" for number in range(20_000)]
-    places = [place for place, text in enumerate(texts) if Rule().holds_out(text)]
+    places = [place for place, text in enumerate(texts) if Rule().split_of(text) == VAL]
     assert rule_for(Texts(texts[:places[63] + 1])) == Rule()
     small = rule_for(Texts(texts[:places[63]]))
     kept_out, _ = sides(Texts(texts[:places[63]]), small)
@@ -123,15 +126,15 @@ def test_what_a_small_source_holds_out_is_enough_and_not_too_much(sizes, many, r
 
 def test_copies_of_a_document_do_not_make_a_source_large():
     texts = [f"document {number}" for number in range(400)]
-    again = next(text for text in texts if Rule().holds_out(text))
+    again = next(text for text in texts if Rule().split_of(text) == VAL)
     assert rule_for(Texts([*texts, *[again] * 99])) == rule_for(Texts(texts))
 
 
 def test_a_document_too_large_to_hold_out_is_passed_over():
     texts = [f"document {number}" for number in range(400)]
-    first = min(texts, key=lambda text: (not Rule().holds_out(text), hash_of(text)))
+    first = min(texts, key=lambda text: (Rule().split_of(text) != VAL, hash_of(text)))
     large = next(text for text in ("x" * 400 + str(number) for number in range(10**6))
-                 if Rule().holds_out(text) and hash_of(text) < hash_of(first))
+                 if Rule().split_of(text) == VAL and hash_of(text) < hash_of(first))
     source = Texts([*texts, large])
     kept_out, _ = sides(source, rule_for(source))
     assert first in kept_out and large not in kept_out and len(kept_out) > 15
@@ -179,24 +182,46 @@ def test_the_library_holds_out_enough_to_measure_on():
 @pytest.mark.parametrize("texts", [[f"document {number}" for number in range(400)],
                                    [f"document {number}" for number in range(9000)],
                                    ["\n".join(map(str, range(9000)))]])
+def test_as_much_is_held_out_for_the_test_split_and_all_of_it_is_other_text(texts):
+    source, rule = Texts(texts), rule_for(Texts(texts))
+    val, _ = sides(source, rule)
+    test, _ = sides(source, rule, TEST)
+    assert not val & test and num_bytes(test) == pytest.approx(num_bytes(val), rel=0.2)
+    assert all(rule.holds_out(text) for text in val | test)
+
+
+def test_of_a_file_that_is_held_out_one_document_in_64_is_for_the_test_split():
+    rule, texts = Rule(0, file="last"), [f"document {number}" for number in range(6400)]
+    splits = [rule.split_of(text, f"last:{number}") for number, text in enumerate(texts)]
+    assert {*splits} == {VAL, TEST} and splits.count(TEST) == pytest.approx(100, abs=35)
+    assert not any(rule.split_of(text, "first:1") for text in texts[:100])
+    assert {Rule(0, file="last", test=None).split_of(text, "last:1") for text in texts} == {VAL}
+
+
+@pytest.mark.parametrize("texts", [[f"document {number}" for number in range(400)],
+                                   [f"document {number}" for number in range(9000)],
+                                   ["\n".join(map(str, range(9000)))]])
 def test_a_manifest_tells_the_rule(texts):
     rule = rule_for(Texts(texts))
     assert Rule.of_facts(json.loads(json.dumps(rule.facts()))) == rule
 
 
 def test_the_rules_of_earlier_manifests_still_hold():
-    assert Rule.of_facts({"one_in": 16, "cut_characters": 200, "split": []}) == Rule(16, frozenset(), 200)
+    earlier = Rule.of_facts({"one_in": 16, "cut_characters": 200, "split": []})
+    assert earlier == Rule(16, frozenset(), 200, test=None)
     texts = [f"document {number}" for number in range(999)]
-    assert [text for text in texts if Rule(16).holds_out(text)] == [
+    assert [text for text in texts if earlier.holds_out(text)] == [
         text for text in texts if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 16 == 0]
 
 
-@given(st.lists(st.integers(0, 300), max_size=20), st.booleans(), st.booleans(), st.sampled_from([0, 200]))
-def test_a_rule_covers_another_if_it_holds_out_all_that_the_other_does(numbers, here, there, part):
+@given(st.lists(st.integers(0, 300), max_size=20), st.booleans(), st.booleans(), st.sampled_from([0, 200]),
+       st.tuples(st.booleans(), st.booleans()))
+def test_a_rule_covers_another_if_it_holds_out_all_that_the_other_does(numbers, here, there, part, tests):
     texts = [f"document {number}" for number in range(300)]
     names = [f"{hash_of(texts[number % 300]):016x}" for number in numbers]
-    mine = Rule(64 * here, frozenset(names), part)
-    other = Rule(64 * there, frozenset(names[:len(names) // 2]), part)
+    mine = Rule(64 * here, frozenset(names), part, test=frozenset(names[::3]) if tests[0] else None)
+    other = Rule(64 * there, frozenset(names[:len(names) // 2]), part,
+                 test=frozenset(names[1::4]) if tests[1] else None)
     for first, second in ((mine, other), (other, mine)):
         covered = all(first.holds_out(text) for text in texts if second.holds_out(text))
         assert first.covers(second) == (covered and first.one_in >= second.one_in)
@@ -211,20 +236,21 @@ def test_a_rule_covers_another_if_it_holds_out_all_that_the_other_does(numbers, 
 @given(st.lists(st.text(max_size=3), max_size=40), st.integers(1, 20))
 def test_the_held_out_documents_of_smallest_hash_are_chosen(given_texts, budget):
     rule = Rule(2)
-    held_out = sorted({text for text in given_texts if text and rule.holds_out(text)},
+    held_out = sorted({text for text in given_texts if text and rule.split_of(text) == VAL},
                       key=lambda text: hashlib.sha256(text.encode()).digest())
     expected = []
     while held_out and num_bytes(expected) < budget:
         expected.append(held_out.pop(0))
-    chosen = choose_held_out([(text, text) for text in given_texts], budget, rule)
+    chosen = choose_held_out([(text, text) for text in given_texts], budget, rule)[VAL]
     assert chosen == [(text, text) for text in expected]
 
 
 def test_all_that_a_small_source_holds_out_is_validated_on():
     source = Texts([f"document {number}" for number in range(400)])
     rule = rule_for(source)
-    chosen = [text for _, text in documents_to_validate_on(source, rule, 10**6)]
-    assert set(chosen) == sides(source, rule)[0] and chosen == sorted(chosen, key=hash_of)
+    for split, documents in documents_to_hold_out(source, rule, 10**6).items():
+        chosen = [text for _, text in documents]
+        assert set(chosen) == sides(source, rule, split)[0] and chosen == sorted(chosen, key=hash_of)
 
 
 @given(st.lists(st.text("ab\n\r\u2028", max_size=30)), st.integers(1, 12))

@@ -30,7 +30,8 @@ def whole_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        error.filename = error.filename or str(path)    # a full disk names no file
+        if error.strerror and not error.filename:       # a full disk names no file
+            error.filename = str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)     # still there after an error, or as a second link to `path`

@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ from benchtop import machine, places, sources, tokenizer
 
 SCRIPTS = {"benchtop/sources.py": sources, "train_tokenizer.py": train_tokenizer,
            "download_fineweb.py": download_fineweb}
+
+# a shell that starts the tests in the background, or nohup, has stop signals ignored, and they would stay so
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 machine.keep_kernels_by_cpu()       # also for tests that compile parts of a model by themselves
 

@@ -152,6 +152,7 @@ class ShortRun(Run):
     """The steps of STEPS; windows grow with progress."""
     card: Card
     steps: list
+    told_to_stop = 0
 
     def batches(self) -> Iterator[Batch]:
         most, rows = micro_batch_shape(self.cfg, 1)

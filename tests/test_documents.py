@@ -301,7 +301,7 @@ def test_a_shell_sees_one_line_and_a_failure(bench, shell):
     (bench / "half.jsonl").write_text('{"text": "a')
     for line in ("-m benchtop.sources half.jsonl", "-m benchtop.sources nowhere",
                  "train_tokenizer.py --source half.jsonl", "download_fineweb.py --tokenizer nosuch",
-                 "train_tokenizer.py --vocab_size 300"):
+                 "train_tokenizer.py --vocabsiz 300"):
         result = shell(line)
         script = "sources.py" if line.startswith("-m") else line.split()[0]
         assert result.returncode in (1, 2)
@@ -336,11 +336,11 @@ def test_a_command_ends_without_a_traceback(monkeypatch, capsys, error, code, sa
 
 
 def test_a_flag_that_was_perhaps_meant_is_named(refusal):
-    assert "did you mean --vocabsize?" in refusal("train_tokenizer.py --vocab_size 300")
+    assert "did you mean --vocabsize?" in refusal("train_tokenizer.py --vocabsiz 300")
 
 
 def test_advice_names_the_command_that_was_typed(refusal):
-    assert "(python train_tokenizer.py --help lists" in refusal("train_tokenizer.py --vocab_size 300")
+    assert "(python train_tokenizer.py --help lists" in refusal("train_tokenizer.py --vocabsiz 300")
     assert "(python -m benchtop.sources --help lists" in refusal("benchtop/sources.py stdlib --verbos")
 
 

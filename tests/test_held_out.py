@@ -283,6 +283,6 @@ def test_a_run_begins_with_a_warning_of_too_little_to_validate_on(documents, tok
     held = SimpleNamespace(tokens=range(tokens), num_documents=documents, is_whole=is_whole)
     said = describe_data(SimpleNamespace(num_steps=0, seq_len=8),
                          SimpleNamespace(folder=SimpleNamespace(name="mine")),
-                         SimpleNamespace(num_rows=10, bases=[0, 80]), held)
+                         SimpleNamespace(num_rows=10, num_tokens=80, bases=[0, 80]), held)
     assert said[1].startswith(f"held out    {tokens:,} tokens of {documents}")
     assert len(said) == 2 + bool(note) and said[-1].endswith(note)

@@ -12,6 +12,7 @@ import pytest
 
 from benchtop import sources
 from benchtop.errors import UserError
+from benchtop.processes import TORCHRUNS
 from benchtop.sources import open_source
 
 
@@ -75,7 +76,8 @@ def test_nothing_left_out_is_nothing_said(bench, said):
 
 def test_under_torchrun_the_first_process_says_it(bench, said, monkeypatch):
     write("h/a.txt", "h/.b.txt")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in zip(TORCHRUNS, ("1", "2", "1", "2", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
     assert ids("h") and said() == ""
 
 

@@ -19,6 +19,7 @@ Exit status: 0 if an idea was kept (or confirmed), 1 if all were discarded or fa
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -27,7 +28,10 @@ import sys
 
 from benchtop import ledger, places
 from benchtop.command_line import Parser, command, positive
+from benchtop.confirm import read, selection, trial_to_confirm
 from benchtop.errors import UserError
+from benchtop.files import write_text
+from benchtop.held_out import VAL
 from benchtop.ideas import (
     BASELINE,
     NAME,
@@ -39,6 +43,8 @@ from benchtop.ideas import (
     open_idea,
 )
 from benchtop.knobs import parse_config
+from benchtop.ledger_page import as_text, page
+from benchtop.redaction import without_secrets
 from benchtop.shards import open_dataset
 from benchtop.trials import Plan, Trial
 from benchtop.turns import Turns
@@ -60,6 +66,10 @@ def make_parser() -> Parser:
                     usage="%(prog)s IDEA [IDEA ...] [flags] -- FLAGS OF EVERY RUN")
     parser.add_argument("ideas", nargs="*", metavar="IDEA",
                         help="a changed script, a patch (.diff), or 'NAME: flags'; none: only the baseline")
+    parser.add_argument("--confirm", default="", metavar="NAME",
+                        help="look once at the test split with what the trial NAME kept, with fresh seeds")
+    parser.add_argument("--ledger", action="store_true",
+                        help="show all that was tried, and write experiments/ledger.html")
     parser.add_argument("--against", default="train_gpt.py", help="script of the baseline")
     parser.add_argument("--name", default="", help="name of the trial; empty: the ideas' names")
     parser.add_argument("--seeds", type=seeds_of, default="3..8", metavar="FIRST..MOST",
@@ -116,9 +126,9 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
     hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
     keys = {side.name: key_of(side, flags, hashes, machine) for side in (baseline, *ideas)}
     first, most = args.seeds
-    plan = Plan(args.margin, args.alpha, first, most, flags, args.minutes is not None,
-                {idea.name: [idea.typed, idea.change_sha256] for idea in ideas}, keys, dataset.sha256[:12],
-                "val", machine, args.description)
+    plan = Plan(args.against, args.margin, args.alpha, first, most, flags, args.minutes is not None,
+                {idea.name: {"typed": idea.typed, "flags": list(idea.flags), "change": idea.change_sha256}
+                 for idea in ideas}, keys, dataset.sha256[:12], VAL, machine, args.description)
     return Trial(name, plan, baseline, ideas, Turns.on_this_machine(args.processes, cfg.device), say)
 
 
@@ -129,18 +139,25 @@ def status_of(verdicts: list[str]) -> int:
 
 
 def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
+    """Make a trial, or confirm one, from where it was left; the exit status."""
     say = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    trial = make_trial(args, flags, say)
-    results_file = trial.folder / "results.json"
+    if args.confirm:
+        if args.ideas or flags:
+            raise UserError("--confirm takes ideas and flags from the trial; leave them out")
+        trial, before = trial_to_confirm(args.confirm, say)
+    else:
+        trial, before = make_trial(args, flags, say), None
     if trial.begin():
         say(f"the trial {trial.name} has ended; this is what it found")
-        results = json.loads(results_file.read_text(encoding="utf-8"))
+        results = read(trial.folder / "results.json")
     else:
-        if not args.no_check:
+        if not args.no_check and not before:
             trial.check()
         trial.run()
         results = trial.finish()
     report(results, say)
+    for line in selection(before, results) if before else ():
+        say(line)
     if args.json:
         print(json.dumps(results, indent=2))
     verdicts = [result["verdict"] for result in results["ideas"].values()]
@@ -158,6 +175,19 @@ def report(results: dict, say) -> None:
         f"{places.EXPERIMENTS.name}/{ledger.path().name}")
 
 
+def show_ledger(as_json: bool) -> None:
+    entries = ledger.read()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
+        return
+    if not entries:
+        raise UserError("nothing was tried yet; begin with: python trial.py IDEA -- FLAGS")
+    print(as_text(entries))
+    file = ledger.path().with_suffix(".html")
+    write_text(file, without_secrets(page(entries)))
+    print(f"wrote {file.relative_to(places.ROOT)}", file=sys.stderr)
+
+
 @command
 def main() -> None:
     parser = make_parser()
@@ -165,7 +195,10 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:place])
     flags = sys.argv[place + 1:]
     try:
-        sys.exit(run_trial(args, flags))
+        if args.ledger:
+            show_ledger(args.json)
+        else:
+            sys.exit(run_trial(args, flags))
     except UserError as error:
         print(f"trial.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(NO_TRIAL)

@@ -24,4 +24,6 @@ ORDER = (
     "fitness", "throughput",
     # -> how it is shown
     "repeats", "tables", "curves", "page", "endpoint", "judging",
+    # -> from an idea to a verdict
+    "sequential", "ledger", "ledger_page", "ideas", "turns", "trials", "confirm",
 )

@@ -19,6 +19,7 @@ from benchtop.command_line import counted, minutes
 from benchtop.errors import UserError
 from benchtop.files import write_json, write_text
 from benchtop.groups import SavedRun
+from benchtop.held_out import TEST, VAL
 from benchtop.ideas import BASELINE, Side
 from benchtop.redaction import without_secrets
 from benchtop.repeats import ended_run
@@ -39,17 +40,18 @@ class Plan:
     alpha        chance of keeping an idea without gain, over all ideas of the trial
     first, most  pairs of runs before the first verdict, and at most
     flags        of every run, with the budget
-    ideas        name -> what was typed and the hash of its change
+    ideas        name -> what was typed, its own flags, and the hash of its change
     keys         name -> key of its runs (benchtop/ideas.py), of the baseline, too
     split        held-out text that decides: val, or test to confirm
     """
+    against: str
     margin: float
     alpha: float
     first: int
     most: int
     flags: list[str]
     by_clock: bool
-    ideas: dict[str, list[str]]
+    ideas: dict[str, dict]
     keys: dict[str, str]
     data: str
     split: str
@@ -146,10 +148,11 @@ class Trial:
             self.train(seeds)
             self.judge(seeds[-1] + 1)
         for idea in self.open_ideas:
-            self.decide(idea, ledger.UNDECIDED, self.what_more_takes(self.fates[idea.name]))
+            verdict = ledger.UNDECIDED if self.plan.split == VAL else ledger.NOT_CONFIRMED
+            self.decide(idea, verdict, self.what_more_takes(self.fates[idea.name]))
 
     def seed_of(self, number: int) -> int:
-        return number + (FIRST_FRESH_SEED if self.plan.split == "test" else 0)
+        return number + (FIRST_FRESH_SEED if self.plan.split == TEST else 0)
 
     def train(self, numbers: list[int]) -> None:
         """Train what is missing of these seeds; who goes first changes from seed to seed."""
@@ -219,12 +222,14 @@ class Trial:
                      f"{fate.look.low:+.4f} to {fate.look.high:+.4f}; pairs scatter by {fate.look.sd:.4f}, "
                      f"so a gain of {self.margin:.4f} is found in {test.power(fate.look.sd):.0%} of such "
                      "trials")
+            good, bad = ((ledger.KEEP, ledger.DISCARD) if self.plan.split == VAL else
+                         (ledger.CONFIRMED, ledger.NOT_CONFIRMED))
             if fate.look.verdict == ledger.KEEP:
-                self.decide(idea, ledger.KEEP, "its interval lies above 0")
+                self.decide(idea, good, "the interval of its gain lies above 0")
             elif fate.look.verdict == ledger.DISCARD:
                 why = "there is a gain, but" if fate.look.low > 0 else "if there is a gain,"
-                self.decide(idea, ledger.DISCARD, f"{why} it is smaller than {self.margin:.4f}, the "
-                            "smallest that matters")
+                self.decide(idea, bad, f"{why} it is smaller than {self.margin:.4f}, the smallest that "
+                            "matters")
 
     def value(self, name: str, seed: int) -> float:
         return self.runs[name, seed].summary[METRIC]

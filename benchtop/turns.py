@@ -82,15 +82,19 @@ class Turns:
             finally:
                 free.put(slot)
         with self._passing_signals_on(), ThreadPoolExecutor(len(self.slots)) as workers:
-            futures = [workers.submit(work, job) for job in jobs]
-            for future in futures:
-                future.result()
-                while not ended.empty():
-                    if not self.stopped_by:
-                        tell(*ended.get())
+            try:
+                for future in [workers.submit(work, job) for job in jobs]:
+                    future.result()
+                    while not ended.empty():
+                        end = ended.get()
+                        if not self.stopped_by:
+                            tell(*end)
+            except BaseException:
+                self.stop(signal.SIGTERM)       # the others save, and the same command goes on with them
+                raise
         if self.stopped_by:
             name = signal.Signals(self.stopped_by).name
-            print(f"stopped by {name}; the same command goes on from here", file=sys.stderr)
+            print(f"stopped by {name}; run the same command again to resume", file=sys.stderr)
             sys.exit(128 + self.stopped_by)
 
     def _run_one(self, job: Job, slot: str, output: Path) -> int:
@@ -110,15 +114,17 @@ class Turns:
                 self.alive.discard(process)
         return code
 
+    def stop(self, number: int, _frame: object = None) -> None:
+        """Begin no more runs, and let those that are on their way save."""
+        self.stopped_by = number
+        for process in list(self.alive):
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+
     @contextlib.contextmanager
     def _passing_signals_on(self) -> Iterator[None]:
         """Let all runs save when this process is told to stop."""
-        def stop(number: int, _frame) -> None:
-            self.stopped_by = number
-            for process in list(self.alive):
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
-        before = {number: signal.signal(number, stop) for number in heard_signals()}
+        before = {number: signal.signal(number, self.stop) for number in heard_signals()}
         try:
             yield
         finally:

@@ -1,0 +1,94 @@
+"""The second look: a kept idea against its baseline once more, with fresh seeds, on text that nobody has seen.
+
+Whoever tries many ideas on one held-out text keeps those that suit its documents and seeds a little better
+than they suit others. What is left of a gain here is what the idea is worth.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from benchtop import ledger, places
+from benchtop.errors import UserError
+from benchtop.held_out import TEST
+from benchtop.ideas import Side, baseline_side, import_script, key_of, machine_facts, with_script
+from benchtop.knobs import parse_config
+from benchtop.shards import open_dataset
+from benchtop.trials import Plan, Trial
+from benchtop.turns import Turns
+
+# only the end of each run looks at the test split
+LOOK_ONCE = ["--held_out", TEST, "--val_every", "1000000000"]
+
+
+def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
+    """The trial that confirms what the trial `name` kept, and the results of that one.
+
+    raises  UserError if it kept nothing, if something of it has changed, or if its idea was looked at before
+    """
+    folder = places.EXPERIMENTS / "trials" / name
+    if not (folder / "results.json").is_file():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/results.json"))
+        raise UserError(f"there is no finished trial {name}" + (f", only {', '.join(known)}" if known else
+                        "; make one with: python trial.py IDEA -- FLAGS"))
+    results = read(folder / "results.json")
+    plan = Plan(**read(folder / "plan.json"))
+    kept = [idea for idea, result in results["ideas"].items() if result["verdict"] == ledger.KEEP]
+    if plan.split == TEST or not kept:
+        raise UserError(f"the trial {name} kept no idea, so there is nothing to confirm")
+    baseline = baseline_side(plan.against)
+    ideas = [again(idea, plan.ideas[idea], folder, baseline) for idea in kept]
+    for idea in ideas:
+        if idea.change_sha256 != plan.ideas[idea.name]["change"]:
+            raise UserError(f"{baseline.script.name} has changed since the trial {name}; try {idea.name} "
+                            "anew")
+    flags = [*plan.flags, *LOOK_ONCE]
+    cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
+    dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
+    if dataset.sha256[:12] != plan.data:
+        raise UserError(f"the data have changed since the trial {name}; try its ideas anew")
+    if not any(shard["split"] == TEST for shard in dataset.manifest["shards"]):
+        raise UserError(f"{dataset.folder.name} has no test split, as data of earlier versions and "
+                        "ready-made shards; make it again with download_fineweb.py, and try the ideas anew")
+    looks = [entry for entry in ledger.read() if entry.split == TEST and entry.data == plan.data]
+    target = places.EXPERIMENTS / "trials" / f"{name}-confirm"
+    for entry in looks:
+        if not (target / "results.json").is_file() and entry.change in {i.change_sha256[:12] for i in ideas}:
+            raise UserError(f"{entry.idea} was looked at on the test split before ({entry.verdict}, "
+                            f"{entry.time}); a second look would make it another validation set")
+    say(f"this is look number {len({entry.trial for entry in looks} | {target.name})} at the test split of "
+        f"{dataset.folder.name}")
+    pairs = max(results["ideas"][idea]["pairs"] for idea in kept)
+    hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
+    machine = machine_facts(plan.machine["processes"])
+    plan = replace(plan, margin=results["margin"], first=pairs, most=pairs, flags=flags, split=TEST,
+                   machine=machine, ideas={idea.name: plan.ideas[idea.name] for idea in ideas},
+                   keys={side.name: key_of(side, flags, hashes, machine) for side in (baseline, *ideas)})
+    turns = Turns.on_this_machine(machine["processes"], cfg.device)
+    return Trial(target.name, plan, baseline, ideas, turns, say), results
+
+
+def read(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); try the idea anew under another --name") from error
+
+
+def again(name: str, facts: dict, folder: Path, baseline: Side) -> Side:
+    """An idea as it was tried, from what the trial kept of it."""
+    patch, flags = folder / f"{name}.diff", tuple(facts["flags"])
+    if patch.is_file():
+        return with_script(name, patch, baseline, facts["typed"], flags)
+    return Side(name, baseline.script, facts["typed"], flags)
+
+
+def selection(before: dict, results: dict) -> list[str]:
+    """How much of each gain is left, in words."""
+    lines = []
+    for name, result in results["ideas"].items():
+        if "gain" in result:
+            then, now = before["ideas"][name]["gain"], result["gain"]
+            lines.append(f"{name}: the gain was {then:+.4f} when it was picked and is {now:+.4f} on text and "
+                         f"seeds that had no part in that; {then - now:+.4f} of it was selection and chance")
+    return lines

@@ -1,0 +1,107 @@
+"""The ledger as a table for the terminal and as one page for any browser."""
+
+import io
+from html import escape
+
+from benchtop import places
+from benchtop.curves import STYLE as FIGURE
+from benchtop.ledger import KEEP, Entry
+from benchtop.page import STYLE
+
+COLUMNS = ("when", "trial", "idea", "verdict", "gain", "interval", "runs", "tokens", "time", "description")
+MORE_STYLE = """
+td.text { white-space: normal; min-width: 14rem; text-align: left; }
+details pre { max-height: 28rem; overflow: auto; }
+.keep, .confirmed { font-weight: 700; }
+"""
+
+
+def cells(entry: Entry) -> list[str]:
+    """A line of the table, in the order of COLUMNS."""
+    known = entry.gain is not None
+    return [entry.time[:16].replace("T", " "), entry.trial, entry.idea,
+            entry.verdict + (" (test)" if entry.split == "test" else ""),
+            f"{entry.gain:+.4f}" if known else "", f"{entry.low:+.4f} to {entry.high:+.4f}" if known else "",
+            str(entry.runs), f"{entry.tokens / 1e6:,.1f}M", f"{entry.seconds / 60:,.1f} min",
+            entry.description]
+
+
+def as_text(entries: list[Entry]) -> str:
+    lines = [list(COLUMNS), *map(cells, entries)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS) - 1)]
+    numbers = {COLUMNS.index(name) for name in ("gain", "runs", "tokens", "time")}
+    return "\n".join("  ".join(cell.rjust(width) if column in numbers else cell.ljust(width)
+                               for column, (cell, width) in enumerate(zip(line, [*widths, 0], strict=True)))
+                     .rstrip() for line in lines)
+
+
+def page(entries: list[Entry]) -> str:
+    """The HTML of the page; it needs no other file and no network."""
+    kept = sum(entry.verdict == KEEP for entry in entries)
+    rows = []
+    for number, entry in reversed(list(enumerate(entries, 1))):
+        *short, description = cells(entry)
+        first = f"<td>{number}</td>" + "".join(f"<td>{escape(cell)}</td>" for cell in short)
+        rows.append(f"<tr class=\"{entry.verdict.replace(' ', '-')}\">{first}"
+                    f"<td class=\"text\">{escape(description)}{patch_of(entry)}</td></tr>")
+    head = "".join(f"<th scope=\"col\">{name}</th>" for name in ("no.", *COLUMNS))
+    return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
+            f"<title>Ledger of trials</title><style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n"
+            f"<h1>Ledger of trials</h1><p>{len(entries)} ideas tried, {kept} kept. Gains are in the metric's "
+            "unit over the trial's own baseline, larger is better; intervals hold although each trial was "
+            f"looked at after every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n<div class=\"wide\"><table>"
+            f"<thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody></table></div>\n"
+            "</body></html>\n")
+
+
+def patch_of(entry: Entry) -> str:
+    """What the idea changed in the script, to unfold; empty if it changed only flags."""
+    path = places.EXPERIMENTS / "trials" / entry.trial / f"{entry.idea}.diff"
+    if not path.is_file():
+        return ""
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    return f"<details><summary>patch</summary><pre>{text}</pre></details>"
+
+
+def curve(entries: list[Entry]) -> str:
+    """The metric of each idea with its interval, and the best that was kept so far, as inline SVG; each
+    metric and data set by itself."""
+    figures = []
+    for metric, data in dict.fromkeys((entry.metric, entry.data) for entry in entries):
+        points = [(number, entry) for number, entry in enumerate(entries, 1)
+                  if (entry.metric, entry.data) == (metric, data) and entry.gain is not None
+                  and entry.split == "val"]
+        if points:
+            figures.append(f"<h2>Best so far, data {escape(data)}</h2>\n<figure>"
+                           f"{drawn(points, metric)}</figure>")
+    return "\n".join(figures)
+
+
+def drawn(points: list[tuple[int, Entry]], metric: str) -> str:
+    from matplotlib import pyplot
+    with pyplot.rc_context(FIGURE):
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+        for is_kept, colour, label in ((False, "#999999", "not kept"), (True, "#0072B2", "kept")):
+            chosen = [(number, entry) for number, entry in points if (entry.verdict == KEEP) == is_kept]
+            if chosen:
+                # the interval is of the gain, so it is drawn around the baseline's mean
+                middle = [entry.baseline - entry.gain for _, entry in chosen]
+                below = [entry.high - entry.gain for _, entry in chosen]
+                above = [entry.gain - entry.low for _, entry in chosen]
+                axes.errorbar([number for number, _ in chosen], middle, [below, above], fmt="o", markersize=4,
+                              color=colour, label=label, capsize=2, linewidth=1)
+        best, line = points[0][1].baseline, []
+        for number, entry in points:
+            if entry.verdict == KEEP:
+                best = min(best, entry.value)
+            line.append((number, best))
+        axes.step(*zip(*line, strict=True), where="post", color="#0072B2", linewidth=1.4, label="best kept")
+        axes.set(xlabel="line of the ledger", ylabel=metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    svg = out.getvalue().decode()
+    return svg[svg.index("<svg"):]

@@ -1,4 +1,4 @@
-"""The second look: a kept idea against its baseline once more, with fresh seeds, on text that nobody has seen.
+"""The second look: a kept idea against its baseline again, with fresh seeds, on text that nobody has seen.
 
 Whoever tries many ideas on one held-out text keeps those that suit its documents and seeds a little better
 than they suit others. What is left of a gain here is what the idea is worth.

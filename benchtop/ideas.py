@@ -55,7 +55,7 @@ class Side:
 
 
 def baseline_side(against: str) -> Side:
-    script = Path(against)
+    script = Path(against) if Path(against).is_file() else places.ROOT / against
     if not script.is_file() or script.suffix != ".py":
         raise UserError(f"--against must be a script such as train_gpt.py; there is no {against}")
     if script.resolve().parent != places.ROOT:
@@ -107,11 +107,10 @@ def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[
         raise UserError(f"the idea {name} needs {file}, which does not exist")
     before = baseline.script.read_text(encoding="utf-8")
     try:
-        after = file.read_text(encoding="utf-8")
+        after = (file.read_text(encoding="utf-8") if file.suffix == ".py" else
+                 patched(file, baseline.script))
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text in UTF-8") from error
-    if file.suffix != ".py":
-        after = patched(file, baseline.script)
     script = file.resolve()
     if file.suffix != ".py" or script.parent != places.ROOT:
         script = places.ROOT / f"idea_{re.sub(r'[^A-Za-z0-9_]', '_', name)}.py"

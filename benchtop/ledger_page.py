@@ -4,6 +4,7 @@ import io
 from html import escape
 
 from benchtop import places
+from benchtop.command_line import minutes
 from benchtop.curves import STYLE as FIGURE
 from benchtop.ledger import KEEP, Entry
 from benchtop.page import STYLE
@@ -22,8 +23,7 @@ def cells(entry: Entry) -> list[str]:
     return [entry.time[:16].replace("T", " "), entry.trial, entry.idea,
             entry.verdict + (" (test)" if entry.split == "test" else ""),
             f"{entry.gain:+.4f}" if known else "", f"{entry.low:+.4f} to {entry.high:+.4f}" if known else "",
-            str(entry.runs), f"{entry.tokens / 1e6:,.1f}M", f"{entry.seconds / 60:,.1f} min",
-            entry.description]
+            str(entry.runs), f"{entry.tokens:,}", minutes(entry.seconds), entry.description]
 
 
 def as_text(entries: list[Entry]) -> str:

@@ -1,0 +1,363 @@
+"""trial.py: from an idea to a verdict. Run: ./run.sh test tests/test_trial.py"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import flags
+
+import trial
+from benchtop import ideas, ledger, places, turns
+from benchtop.errors import UserError
+from benchtop.trials import Trial
+from benchtop.turns import Job, Turns
+
+TINY = flags(num_samples=0, data="tiny")
+NOISE = [0.000, 0.004, -0.003, 0.002, -0.001, 0.003, -0.002, 0.001]
+
+
+class Machine:
+    """Stands for training: writes what a run leaves, with the val_bpb that a test wants.
+
+    worth     name of an idea -> its gain over the baseline
+    scatter   of the pairs
+    broken    name of an idea -> what its run says before it dies
+    started   the --model_name of each run
+    """
+
+    def __init__(self, worth: dict[str, float], scatter: float = 0.001, broken: dict[str, str] | None = None):
+        self.worth, self.scatter, self.broken, self.started = worth, scatter, broken or {}, []
+
+    def run_one(self, turns: Turns, job: Job, slot: str, output: Path) -> int:
+        knobs = {word.lstrip("-").partition("=")[0]: after for word, after
+                 in zip(job.words, [*job.words[1:], ""], strict=True) if word.startswith("--")}
+        name, seed = knobs["model_name"], int(knobs["seed"])
+        self.started.append(name)
+        idea = name.rsplit("-", 2)[-2]      # of TRIAL-IDEA-KEY_seedN; a shared baseline has no TRIAL
+        if idea in self.broken:
+            output.write_text(f"much\n{self.broken[idea]}\n")
+            return 1
+        bpb = 1.25 + NOISE[seed % 8]
+        if idea in self.worth:
+            bpb -= self.worth[idea] + self.scatter * NOISE[(seed + 3) % 8] / 0.003
+        if knobs.get("held_out") == "test":
+            bpb += 0.1
+        folder = places.EXPERIMENTS / f"20261126_000000_{name}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"model_name": name, "seed": seed}))
+        (folder / "summary.json").write_text(json.dumps({
+            "status": "finished", "seed": seed, "val_bpb": bpb, "val_loss": 3.0, "tokens": 1000,
+            "train_seconds": 2.0, "tokens_per_second": 500, "peak_memory_mib": 700.0,
+            "command": " ".join([Path(job.words[0]).name, *job.words[1:]])}))
+        return 0
+
+
+@pytest.fixture
+def run(lab, here, monkeypatch, capsys):
+    """run(machine, "trial's words", *flags of every run) -> its exit status; what it said is in run.said."""
+    def call(machine: Machine, *words: str, checks: bool = False) -> int:
+        monkeypatch.setattr(Turns, "_run_one", lambda self, *rest: machine.run_one(self, *rest))
+        place = words.index("--") if "--" in words else len(words)
+        bare = [] if checks else ["--no_check"]
+        monkeypatch.setattr(sys, "argv", ["trial.py", *words[:place], *bare, *words[place:]])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            trial.main()
+        call.said, call.complaint = capsys.readouterr()
+        return end.value.code
+    monkeypatch.chdir(here)
+    return call
+
+
+def verdicts() -> dict[str, str]:
+    return {entry.idea: entry.verdict for entry in ledger.read()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Verdicts
+# ------------------------------------------------------------------------------------------------
+
+def test_a_gain_is_kept_a_loss_discarded_and_the_ledger_says_so(run):
+    machine = Machine({"good": 0.02, "bad": -0.02})
+    status = run(machine, "good: --muon_lr 0.1", "bad: --muon_lr 9", "--name", "t", "--margin", "0.01", "--",
+                 *TINY)
+    assert status == trial.KEPT and verdicts() == {"good": "keep", "bad": "discard"}
+    entry = ledger.read()[0]
+    assert entry.gain == pytest.approx(0.02, abs=0.002) and entry.low > 0 and entry.runs == 3
+    assert entry.tokens == 3000 and entry.seconds == 6 and entry.memory_mib == 700
+    assert entry.description == "good: --muon_lr 0.1" and entry.split == "val"
+    assert len(machine.started) == 9, "three pairs were enough for both"
+    kept = places.EXPERIMENTS / "trials/t"
+    assert json.loads((kept / "good/seed2/summary.json").read_text())["val_bpb"] < 1.25
+    assert json.loads((kept / "results.json").read_text())["ideas"]["bad"]["verdict"] == "discard"
+
+
+def test_exit_statuses_tell_the_verdict(run):
+    assert run(Machine({"no": -0.02}), "no: --muon_lr 9", "--margin", "0.01", "--", *TINY) == trial.NONE_KEPT
+    machine = Machine({"may": 0.005}, scatter=0.02)
+    assert run(machine, "may: --muon_lr 9", "--margin", "0.01", "--", *TINY) == trial.SOME_UNDECIDED
+    assert "pairs do not tell; to find a gain of 0.0100 in 80 % of cases takes about" in run.said
+    assert len(machine.started) == 13, "5 more pairs; three runs of the baseline were there already"
+    assert run(Machine({}), "nothing", "--", *TINY) == trial.NO_TRIAL and "is no idea" in run.complaint
+
+
+def test_without_a_margin_the_spread_of_the_baseline_is_taken(run):
+    run(Machine({"good": 0.02}), "good: --muon_lr 0.1", "--name", "t", "--", *TINY)
+    results = json.loads((places.EXPERIMENTS / "trials/t/results.json").read_text())
+    assert results["margin"] == pytest.approx(0.0035119, abs=1e-6)      # of 0.000, 0.004 and -0.003
+
+
+def test_more_ideas_need_plainer_gains(run):
+    """The chance of keeping any of them by luck stays alpha."""
+    assert run(Machine({"one": 0.004}, scatter=0.002), "one: --muon_lr 9", "--name", "alone", "--seeds", "3",
+               "--margin", "0.004", "--", *TINY) == trial.KEPT
+    worth = {name: 0.004 for name in ("one", *"abcdefghi")}
+    typed = [f"{name}: --muon_lr 0.{number}1" for number, name in enumerate(worth)]
+    run(Machine(worth, scatter=0.002), *typed, "--name", "many", "--seeds", "3", "--margin", "0.004", "--",
+        *TINY)
+    assert [entry.verdict for entry in ledger.read() if entry.trial == "many"].count("keep") == 0
+
+
+@pytest.mark.parametrize(("says", "verdict"), [
+    ("train_gpt.py: error: the memory does not suffice; a smaller ...", "out of memory"),
+    ("NameError: name 'x' is not defined", "crash"), ("", "crash")])
+def test_an_idea_that_fails_is_written_down_and_the_others_go_on(run, says, verdict):
+    machine = Machine({"good": 0.02, "broken": 0.0}, broken={"broken": says})
+    assert run(machine, "broken: --muon_lr 9", "good: --muon_lr 0.1", "--margin", "0.01", "--", *TINY) == 0
+    assert verdicts() == {"broken": verdict, "good": "keep"}
+    assert says.split(";")[0][-20:] in run.said
+
+
+def test_a_baseline_that_fails_ends_the_trial(run):
+    class Broken(Machine):
+        def run_one(self, turns, job, slot, output):
+            output.write_text("out of luck\n")
+            return 1
+    assert run(Broken({}), "good: --muon_lr 0.1", "--", *TINY) == trial.NO_TRIAL
+    assert "the baseline ended with exit code 1 at seed 0: out of luck" in run.complaint
+    assert ledger.read() == []
+
+
+# ------------------------------------------------------------------------------------------------
+# What is trained, and what is not
+# ------------------------------------------------------------------------------------------------
+
+def test_sides_take_turns(run):
+    machine = Machine({"a": 0.02, "b": 0.02})
+    run(machine, "a: --muon_lr 0.1", "b: --muon_lr 0.2", "--name", "t", "--margin", "0.01", "--", *TINY)
+    order = [name.split("-")[1] if name.startswith("t-") else "baseline" for name in machine.started]
+    assert order == ["baseline", "a", "b", "b", "a", "baseline", "baseline", "a", "b"]
+
+
+def test_runs_of_the_baseline_serve_every_trial_unless_they_race_the_clock(run):
+    first, second = Machine({"a": 0.02}), Machine({"b": 0.02})
+    run(first, "a: --muon_lr 0.1", "--margin", "0.01", "--", *TINY)
+    run(second, "b: --muon_lr 0.2", "--margin", "0.01", "--", *TINY)
+    assert len(first.started) == 6 and len(second.started) == 3
+    assert run.said.count("(trained before)") == 3
+    for idea in "cd":
+        machine = Machine({idea: 0.02})
+        run(machine, f"{idea}: --muon_lr 0.3", "--minutes", "1", "--margin", "0.01", "--", *TINY)
+        assert len(machine.started) == 6, "speeds are compared only between runs that took turns"
+
+
+def test_another_flag_script_or_bench_is_another_baseline(run, monkeypatch):
+    keys = set()
+    for change in (None, "flag", "bench"):
+        if change == "bench":
+            monkeypatch.setattr(ideas, "bench_sha256", lambda bench: "other")
+        machine = Machine({"a": 0.02})
+        run(machine, "a: --muon_lr 0.1", "--margin", "0.01", "--name", f"t{change}", "--", *TINY,
+            *(["--grad_clip", "1"] if change == "flag" else []))
+        keys.add(machine.started[0])
+    assert len(keys) == 3
+
+
+def test_an_interrupted_trial_goes_on_and_a_finished_one_only_tells(run):
+    class Dies(Machine):
+        def run_one(self, *rest):
+            if len(self.started) == 4:
+                raise KeyboardInterrupt
+            return super().run_one(*rest)
+    words = ["a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--", *TINY]
+    assert run(Dies({"a": 0.02}), *words) == 130
+    rest = Machine({"a": 0.02})
+    assert run(rest, *words) == trial.KEPT and len(rest.started) == 2
+    again = Machine({"a": 0.02})
+    assert run(again, *words) == trial.KEPT and not again.started
+    assert "has ended; this is what it found" in run.said and len(ledger.read()) == 1
+
+
+def test_what_was_decided_beforehand_stays(run):
+    words = ["a: --muon_lr 0.1", "--name", "t", "--", *TINY]
+    run(Machine({"a": 0.02}), *words)
+    for changed in (["--margin", "0.5"], ["--alpha", "0.2"], ["--seeds", "3..9"]):
+        assert run(Machine({"a": 0.02}), *words[:3], *changed, *words[3:]) == trial.NO_TRIAL
+        assert f"began with another {changed[0][2:].replace('seeds', 'most')}" in run.complaint
+
+
+def test_without_an_idea_only_the_baseline_is_repeated(run):
+    machine = Machine({})
+    assert run(machine, "--seeds", "4", "--name", "floor", "--", *TINY) == 0 and len(machine.started) == 4
+    assert ledger.read() == [] and "1.2500 1.2540 1.2470 1.2520" in run.said
+
+
+# ------------------------------------------------------------------------------------------------
+# Ideas
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A folder with train_gpt.py that stands for the project's."""
+    (tmp_path / "train_gpt.py").write_text("a = 1\nb = 2\nc = 3\n")
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return ideas.baseline_side("train_gpt.py")
+
+
+def test_an_idea_is_a_script_a_patch_or_flags(scripts, tmp_path):
+    changed = "a = 1\nb = 5\nc = 3\n"
+    (tmp_path / "five.py").write_text(changed)
+    five = ideas.open_idea("five.py", scripts)
+    assert (five.name, five.script, five.flags) == ("five", tmp_path / "five.py", ())
+    (tmp_path / "patch.diff").write_text("Why it should help.\n" + five.patch)
+    patched = ideas.open_idea("patch.diff", scripts)
+    assert patched.script.name == "idea_patch.py" and patched.script.read_text() == changed
+    assert patched.patch == five.patch and patched.change_sha256 == five.change_sha256
+    mixed = ideas.open_idea("mixed: patch.diff --muon_lr 0.1", scripts)
+    assert mixed.flags == ("--muon_lr", "0.1") and mixed.patch == five.patch
+    rate = ideas.open_idea("lr2: --muon_lr 0.1", scripts)
+    assert (rate.name, rate.script, rate.patch) == ("lr2", scripts.script, "")
+    assert len({side.change_sha256 for side in (five, mixed, rate)}) == 3
+
+
+@pytest.mark.parametrize(("typed", "complaint"), [
+    ("gelu", "is no idea"), ("x:", "changes nothing"), ("x: --seed 3", "leave --seed out"),
+    ("x: --held_out=test", "leave --held_out out"), ("../x: --a 1", "name must be"),
+    ("baseline: --a 1", "name must"), ("none.py", "does not exist"), ("none.diff", "does not exist"),
+    ("same.py", "changes nothing in train_gpt.py"),
+    ("x: 'open", "cannot be read"), ("x: a.py b.py", "has 2 files"), ("stale.diff", "does not apply"),
+    ("noise.diff", "does not apply"), ("latin.py", "no text in UTF-8")])
+def test_what_is_no_idea_is_said_in_one_line(scripts, tmp_path, typed, complaint):
+    (tmp_path / "same.py").write_text("a = 1\nb = 2\nc = 3\n")
+    head = "--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1 +1 @@\n"
+    (tmp_path / "stale.diff").write_text(f"{head}-z = 1\n+z = 2\n")
+    (tmp_path / "noise.diff").write_bytes(b"\xff\0\n")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(UserError, match=complaint) as error:
+        ideas.open_idea(typed, scripts)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_idea_is_discarded_before_anything_is_trained(run, lab, monkeypatch):
+    """By the script's own --smoke, in a process of its own."""
+    (lab / "broken.py").write_text((lab / "train_gpt.py").read_text().replace("class GPT(", "class GTP(", 1))
+    monkeypatch.setattr(places, "ROOT", lab)
+    said = Trial._smoke(None, ideas.Side("broken", lab / "broken.py", "broken.py"))
+    assert said == "NameError: name 'GPT' is not defined"
+    monkeypatch.setattr(Trial, "_smoke", lambda self, side: said if side.name == "broken" else "")
+    machine = Machine({"broken": 0.1})
+    assert run(machine, "broken.py", "--", *TINY, checks=True) == trial.NONE_KEPT
+    assert machine.started == [] and verdicts() == {"broken": "crash"} and said in run.said
+
+
+# ------------------------------------------------------------------------------------------------
+# Confirming
+# ------------------------------------------------------------------------------------------------
+
+def test_a_kept_idea_is_confirmed_once_with_fresh_seeds_on_the_test_split(run):
+    run(Machine({"a": 0.02, "b": -0.02}), "a: --muon_lr 0.1", "b: --muon_lr 9", "--name", "t", "--margin",
+        "0.01", "--", *TINY)
+    machine = Machine({"a": 0.012})
+    assert run(machine, "--confirm", "t") == trial.KEPT
+    assert all("seed100" in name for name in machine.started) and len(machine.started) == 6
+    assert "look number 1 at the test split" in run.said
+    assert re.search(r"the gain was \+0\.0\d+ when it was picked and is \+0\.012\d on text", run.said)
+    last = ledger.read()[-1]
+    assert (last.trial, last.idea, last.verdict, last.split) == ("t-confirm", "a", "confirmed", "test")
+    again = Machine({"a": 0.02})
+    assert run(again, "--confirm", "t") == trial.KEPT and not again.started, "it only tells what was found"
+    run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", "other", "--margin", "0.01", "--", *TINY)
+    assert run(Machine({}), "--confirm", "other") == trial.NO_TRIAL
+    assert "was looked at on the test split before (confirmed" in run.complaint
+
+
+def test_what_was_not_kept_cannot_be_confirmed(run):
+    run(Machine({"b": -0.02}), "b: --muon_lr 9", "--name", "t", "--margin", "0.01", "--", *TINY)
+    assert run(Machine({}), "--confirm", "t") == trial.NO_TRIAL and "kept no idea" in run.complaint
+    assert run(Machine({}), "--confirm", "nope") == trial.NO_TRIAL and "only t" in run.complaint
+
+
+# ------------------------------------------------------------------------------------------------
+# Devices
+# ------------------------------------------------------------------------------------------------
+
+def test_runs_work_side_by_side_and_never_two_on_one_device(tmp_path):
+    """Each run notes its device while it works; the test lets them go once two are at work."""
+    script = tmp_path / "work.py"
+    script.write_text("import os, sys, time, pathlib\n"
+                      "here = pathlib.Path(sys.argv[1])\n"
+                      "mine = here / ('gpu' + os.environ['CUDA_VISIBLE_DEVICES'])\n"
+                      "mine.mkdir()\n"
+                      "while not (here / 'go').exists(): time.sleep(0.01)\n"
+                      "mine.rmdir()\n")
+    ended = []
+    both = threading.Thread(target=lambda: (wait_for(lambda: len(list(tmp_path.glob("gpu*"))) == 2),
+                                            (tmp_path / "go").touch()))
+    both.start()
+    jobs = [Job(f"r{number}", [str(script), str(tmp_path)]) for number in range(5)]
+    Turns(["0", "1"]).run(jobs, tmp_path / "out", lambda job, code, seconds: ended.append((job.name, code)))
+    both.join()
+    assert sorted(ended) == [(f"r{number}", 0) for number in range(5)]
+
+
+def wait_for(condition) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def test_each_run_gets_as_many_gpus_as_it_wants(monkeypatch):
+    monkeypatch.setattr(turns, "nvidia_gpus", lambda: [{}] * 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Turns.on_this_machine(1, "auto").slots == list("01234567")
+    assert Turns.on_this_machine(4, "auto").slots == ["0,1,2,3", "4,5,6,7"]
+    assert Turns.on_this_machine(3, "auto").slots == ["0,1,2", "3,4,5"]
+    assert Turns.on_this_machine(1, "cpu").slots == [""]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2")
+    assert Turns.on_this_machine(1, "cuda").slots == ["5", "2"]
+    with pytest.raises(UserError, match="there are 2"):
+        Turns.on_this_machine(3, "auto")
+    monkeypatch.setattr(turns, "nvidia_gpus", lambda: [])
+    assert Turns.on_this_machine(1, "auto").slots == [""]
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_trial_ends_equal_to_an_undisturbed_one(lab, tmp_path):
+    """Real runs in processes of their own; all are killed at once, in the middle of one."""
+    knobs = flags(num_samples=0, data="tiny", save_every_steps=3, val_every=1000)
+    words = [sys.executable, "trial.py", "rate: --muon_lr 0.2", "--seeds", "2", "--steps", "60", "--margin",
+             "0.001", "--no_check", "--json", "--", *knobs]
+    found = {}
+    for name in ("whole", "killed"):
+        line = [*words[:3], "--name", name, *words[3:]]
+        if name == "killed":
+            for path in (lab / "experiments").glob("2*train_gpt-*"):      # the baseline is to be trained anew
+                path.rename(tmp_path / path.name)
+            process = subprocess.Popen(line, cwd=lab, start_new_session=True, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            wait_for(lambda: list((lab / "experiments").glob("2*killed-rate*/checkpoint.pt")))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        done = subprocess.run(line, cwd=lab, text=True, capture_output=True)
+        found[name] = json.loads(done.stdout)
+        assert done.returncode in (0, 1, 2), done.stderr
+    whole, killed = found["whole"], found["killed"]
+    assert killed["baseline"] == whole["baseline"] and len(whole["baseline"]) == 2
+    assert killed["ideas"] == whole["ideas"]

@@ -103,8 +103,9 @@ def check_flags(flags: list[str], whose: str) -> None:
 
 
 def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[str, ...]) -> Side:
+    file = file if file.is_file() else places.ROOT / file
     if not file.is_file():
-        raise UserError(f"the idea {name} needs {file}, which does not exist")
+        raise UserError(f"the idea {name} needs {file.name}, which does not exist")
     before = baseline.script.read_text(encoding="utf-8")
     try:
         after = (file.read_text(encoding="utf-8") if file.suffix == ".py" else

@@ -3,6 +3,7 @@
     data/NAME/
         train_000001.bin ...   documents to train on; none is split over two shards
         val_000000.bin         documents to validate on
+        test_000000.bin        documents that only trial.py --confirm looks at
         manifest.json          what the shards hold: source, tokenizer, counts, SHA-256 of each file
 
 A shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16;
@@ -96,9 +97,11 @@ class Dataset:
     def sha256(self) -> str:
         """What identifies the data, wherever they were made: the shards in order and their tokenizer.
 
-        Of shards whose manifest lacks a SHA-256, or that have none, only `verified` tells it.
+        The test split does not count, since runs neither train nor are validated on it. Of shards whose
+        manifest lacks a SHA-256, or that have none, only `verified` tells it.
         """
-        shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
+        shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]
+                  if shard["split"] != "test"]
         return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
 
     def verify(self, part: int = 0, num_parts: int = 1) -> dict[str, str]:

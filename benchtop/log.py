@@ -18,7 +18,7 @@ from benchtop import places
 from benchtop.checkpoints import keep_best_checkpoint, withdraw_checkpoint, write_checkpoint
 from benchtop.command_line import minutes, program, tell
 from benchtop.files import whole_path, write_text
-from benchtop.folder import locked_log, new_folder, write_items
+from benchtop.folder import HELD_OUT_COLUMNS, HELD_OUT_FILE, locked_log, new_folder, write_items
 from benchtop.identity import Origin
 from benchtop.loss_picture import draw_loss
 from benchtop.redaction import without_secrets
@@ -145,6 +145,13 @@ class RunLog:
         if self.active:
             lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in samples]
             self._write("samples.jsonl", "".join(lines))
+
+    def held_out(self, table: list[tuple]) -> None:
+        """held_out.csv: a line for each held-out document, as benchtop.evaluation.HeldOut.table has it."""
+        if self.active:
+            lines = [f"{number},{tokens},{num_bytes},{nats:.6f},{text_nats:.6f}"
+                     for number, tokens, num_bytes, nats, text_nats in table]
+            self._write(HELD_OUT_FILE, "\n".join([",".join(HELD_OUT_COLUMNS), *lines, ""]))
 
     def benchmark(self, name: str, items: list[dict]) -> None:
         if self.active:

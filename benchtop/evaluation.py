@@ -6,6 +6,7 @@ over model.hidden, for the same tokens in the same windows for any number of pro
 
 import math
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -157,3 +158,17 @@ class HeldOut:
         nats, text_nats, tokens, text_bytes = world.sum(torch.cat([nats, counts.to(nats.device)])).tolist()
         return Validation(nats / tokens, text_nats / math.log(2) / text_bytes,
                           world.sum(by_document).view(2, -1).cpu())
+
+
+def bpb_by_source(table: list[tuple], documents: dict[str, int]) -> dict[str, float]:
+    """Bits per byte of each source of a mixture; of those that are validated on, with fewer tokens not all.
+
+    table      as HeldOut.table has it
+    documents  how many are of each source, one source behind the other
+    """
+    rows, found = iter(table), {}
+    for name, count in documents.items():
+        sizes = [(num_bytes, text_nats) for *_, num_bytes, _, text_nats in islice(rows, count)]
+        if num_bytes := sum(size for size, _ in sizes):
+            found[name] = sum(nats for _, nats in sizes) / math.log(2) / num_bytes
+    return found

@@ -246,7 +246,8 @@ def rise_of_held_out_loss(rows: list[dict]) -> str:
 
 
 def last_lines(summary: dict) -> list[str]:
-    """The end of a run for programs: a line of dashes, then a number a line; mfu_percent only where known.
+    """The end of a run for programs: a line of dashes, then a number a line; mfu_percent only where known,
+    val_bpb_by_source, as JSON, only of a mixture.
 
         ---
         val_bpb: 0.871953
@@ -256,6 +257,8 @@ def last_lines(summary: dict) -> list[str]:
     return ["---",
             f"val_bpb: {summary['val_bpb']:.6f}",
             f"val_loss: {summary['val_loss']:.6f}",
+            *([f"val_bpb_by_source: {rounded(summary['val_bpb_by_source'])}"]
+              if "val_bpb_by_source" in summary else []),
             f"train_seconds: {summary['train_seconds']:.1f}",
             f"total_seconds: {summary['total_seconds']:.1f}",
             f"peak_memory_mib: {summary['peak_memory_mib']:.1f}",
@@ -265,3 +268,8 @@ def last_lines(summary: dict) -> list[str]:
             f"parameters: {summary['parameters']}",
             f"held_out_documents: {summary['held_out_documents']}",
             f"run: {places.EXPERIMENTS.name}/{summary['run']}"]
+
+
+def rounded(numbers: dict[str, float]) -> str:
+    """Numbers by their names, as one line of JSON."""
+    return json.dumps({name: round(number, 6) for name, number in numbers.items()})

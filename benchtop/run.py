@@ -55,7 +55,7 @@ from benchtop.command_line import command, counted
 from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
 from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks, first_line
-from benchtop.evaluation import HeldOut, TokenLosses
+from benchtop.evaluation import HeldOut, TokenLosses, bpb_by_source
 from benchtop.folder import locked_log
 from benchtop.held_out import VAL
 from benchtop.identity import changes_since, identity_of, require_equal_machines
@@ -509,7 +509,10 @@ def finish(run: Run, tasks: list[Task]) -> None:
             samples = sample_held_out(model, tokenizer, held_out, cfg)
     log.samples(samples)
     if run.document_nats is not None:
-        log.held_out(held_out.table(run.document_nats))
+        table = held_out.table(run.document_nats)
+        log.held_out(table)
+        if by_source := bpb_by_source(table, run.data.dataset.documents_by_source(run.data.split)):
+            results["val_bpb_by_source"] = by_source
     text = held_out.text()
     results |= run.data.bar
     log.picture(held_out.num_documents, run.data.bar)

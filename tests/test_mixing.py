@@ -3,7 +3,9 @@
 Run: ./run.sh test tests/test_mixing.py
 """
 
+import csv
 import json
+import math
 import random
 import shutil
 from collections import Counter
@@ -13,10 +15,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import ROOT
 from test_download_fineweb import content, documents_by_shard, interrupt, names, texts, while_it_writes
+from tiny_runs import summary_of, train_here
 
-from benchtop import hub, mixing, prepare
+from benchtop import hub, mixing, places, prepare
 from benchtop.documents import Source, Unit, hash_of
+from benchtop.errors import UserError
+from benchtop.evaluation import bpb_by_source
 from benchtop.held_out import TEST, VAL, Rule, rule_for
 from benchtop.mixing import Lane
 from benchtop.prepare import Encoded
@@ -349,3 +355,54 @@ def test_a_tokenizer_that_saw_held_out_text_of_a_source_is_said(bench, command, 
     command(f"{MIX} --name newer")
     assert "the tokenizer small was learned from another version of this text (words-" in (
         capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------
+# What runs say of the sources
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", [VAL, TEST])
+def test_a_run_says_the_bits_per_byte_of_each_source(bench, command, two, capsys, monkeypatch, split):
+    command(MIX)
+    monkeypatch.setattr(places, "ROOT", ROOT)       # which runs name the code of
+    run = train_here(bench, data="set", held_out=split)
+    summary, said = summary_of(run), capsys.readouterr().out
+    by_name = summary["val_bpb_by_source"]
+    sizes = {source["name"]: len("".join(by_source(texts(bench / "data/set", split))[source["name"]]))
+             for source in manifest_of(bench)["sources"]}
+    with open(run / "held_out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("numbers", "words"):       # in this order
+        own = [rows.pop(0) for _ in range(len(by_source(texts(bench / "data/set", split))[name]))]
+        assert sum(int(row["bytes"]) for row in own) == sizes[name]
+        nats = sum(float(row["text_nats"]) for row in own)
+        assert by_name[name] == pytest.approx(nats / math.log(2) / sizes[name], rel=1e-5)
+        assert f"{by_name[name]:.4f} on the held-out documents of {name}\n" in said
+    together = sum(by_name[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert not rows and together == pytest.approx(summary["val_bpb"], rel=1e-9)
+    line = next(line for line in said.splitlines() if line.startswith("val_bpb_by_source: "))
+    assert json.loads(line.partition(": ")[2]) == pytest.approx(by_name, abs=1e-6)
+
+
+def test_of_a_source_that_is_not_validated_on_no_number_is_made_up(bench, command, two, monkeypatch):
+    command(MIX)
+    command(f"{WORDS} words --name alone")
+    monkeypatch.setattr(places, "ROOT", ROOT)
+    assert bpb_by_source([(0, 9, 8, 9.0, 8 * math.log(2))], {"a": 1, "b": 5}) == {"a": pytest.approx(1)}
+    assert [*summary_of(train_here(bench, data="set", val_tokens=200))["val_bpb_by_source"]] == ["numbers"]
+    assert "val_bpb_by_source" not in summary_of(train_here(bench, data="alone"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda sources: "x", lambda sources: [7], lambda sources: sources[:1], lambda sources: [],
+    lambda sources: [sources[0] | {"val_documents": -1},
+                     sources[1] | {"val_documents": sum(each["val_documents"] for each in sources) + 1}],
+    lambda sources: [{**sources[0], "name": 5}, sources[1]],
+    lambda sources: [{**sources[0], "test_documents": 99}, sources[1]]])
+def test_sources_that_do_not_fit_are_noticed(bench, command, two, damage):
+    command(MIX)
+    manifest = manifest_of(bench)
+    manifest["sources"] = damage(manifest["sources"])
+    (bench / "data/set/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        open_dataset("set", "")

@@ -4,13 +4,14 @@
     python download_fineweb.py --version 10B-gpt2 --num_shards 10           # ready-made, of GPT-2's tokenizer
     python download_fineweb.py --version 'books/*.parquet' --tokenizer books
     python download_fineweb.py --version notes.txt --tokenizer mine -ns 1 -ss 1e5
+    python download_fineweb.py --version books/=0.7 stdlib=0.3 --tokenizer mine
 
 It leaves a folder data/SOURCE_TOKENIZER (benchtop/shards.py says what is in it), whole or not at all. The
 documents come in an order that --seed decides, over all files of a corpus. About one in 64 is held out to
 validate on, chosen by a hash of its own text: the same ones for every tokenizer, seed and number of shards.
 Small sources hold out more, up to 64 documents or 5 % of the text; climbmix holds out its last file and
-nothing else (benchtop/held_out.py). The last line says what xz -9e needs for the held-out text after the
-training text, which a model should beat.
+nothing else (benchtop/held_out.py). Sources with shares are mixed by tokens (benchtop/mixing.py). The last
+line says what xz -9e needs for the held-out text after the training text, which a model should beat.
 
 The next file of a corpus downloads while workers tokenize this one. Killed at any time and started again, the
 script goes on behind the last finished shard and ends with the same bytes, with any number of workers. A
@@ -23,6 +24,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import tiktoken
 
@@ -31,6 +33,7 @@ from benchtop.command_line import Parser, command, counted, positive
 from benchtop.documents import Source
 from benchtop.errors import UserError
 from benchtop.held_out import BYTES_PER_TOKEN, Rule
+from benchtop.mixing import Mixing, mixed_in_words
 from benchtop.prepare import (
     Preparation,
     data_folder,
@@ -43,7 +46,7 @@ from benchtop.prepare import (
 from benchtop.processes import is_first_process, places_by_torchrun
 from benchtop.ready_made import fetch_ready_made
 from benchtop.shards import few_held_out, shard_format
-from benchtop.sources import open_source
+from benchtop.sources import Mixture, open_mixture
 from benchtop.tokenizer import load_tokenizer, may_have_seen, only_tokenizer, tokenizer_sha256
 
 TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, by GPT-2's tokenizer; only --dry_run guesses with it
@@ -62,7 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-v", "--version", "--source", nargs="+", default=["stdlib"],
                         help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` appended; climbmix; "
                              "ready-made GPT-2 shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and "
-                             "globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst)")
+                             "globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst); with shares, as "
+                             "in a/=0.7 b/=0.3, a mixture by tokens")
     parser.add_argument("-ss", "--shard_size", type=positive, default=10**8,
                         help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
@@ -94,7 +98,7 @@ def main() -> None:
             fetch_ready_made(args.version[0], args)
         return
     part, parts = args.part or places_by_torchrun()[:2]
-    source = open_source(args.version)
+    source = open_mixture(args.version)
     tokenizer = load_tokenizer(args.tokenizer or only_tokenizer())
     folder = data_folder(args.name or f"{source.label}_{tokenizer.name}")
     if args.dry_run:
@@ -104,6 +108,10 @@ def main() -> None:
              "source_fingerprint": source.fingerprint, "tokenizer": tokenizer.name,
              "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed,
              "shard_size": args.shard_size, "val_tokens": args.val_tokens}
+    if isinstance(source, Mixture):
+        if part == 0:
+            mix(folder, source, tokenizer, facts, args)
+        return
     units = source.units(args.seed)
     preparation = Preparation(folder, units, tokenizer, facts, args)
     is_there = folder.exists()
@@ -125,14 +133,32 @@ def main() -> None:
         preparation.units = rule.documents(source).units(args.seed) if rule.part else units
         all_progress = preparation.write_units(range(len(units)), rule, args.num_shards)
         manifest = preparation.finish(all_progress, held_out)
-    if source.replaced:
-        print(source.replaced_in_words())
+    say_what_came_out(folder, source, manifest)
+
+
+def mix(folder: Path, source: Mixture, tokenizer: tiktoken.Encoding, facts: dict, args: argparse.Namespace,
+        ) -> None:
+    """Make a dataset of a mixture, or let it grow, in one process."""
+    if folder.exists() and not grows(folder, facts, args.num_shards):
+        return
+    mixing = Mixing(folder, source, tokenizer, facts, args)
+    with mixing.held():
+        manifest = mixing.make()
+    say_what_came_out(folder, source, manifest)
+
+
+def say_what_came_out(folder: Path, source: Source | Mixture, manifest: dict) -> None:
+    """What people should know of a dataset that is ready; where it is comes last."""
+    if words := source.replaced_in_words():
+        print(words)
     for trouble, why in (("split", "too long or odd to encode whole"),
                          ("skipped", "that tiktoken cannot encode")):
         count, first = manifest[trouble]["count"], manifest[trouble]["first"]
         if count:
             print(f"{trouble} {counted(count, 'document')} {why}: {', '.join(first[:5])}"
                   + (" ..." if count > 5 else ""))
+    if isinstance(source, Mixture):
+        print("\n".join(mixed_in_words(manifest)))
     for note in filter(None, (few_held_out(manifest), may_have_seen(manifest))):
         print(f"note: {note}")
     print(f"wrote {describe(folder, manifest)}")
@@ -143,9 +169,10 @@ def say_what_it_takes(source: Source, tokenizer: tiktoken.Encoding, args: argpar
     began, text = time.perf_counter(), "The quick brown fox jumps over the lazy dog, 1234 times. " * 20_000
     tokens_of_text = len(tokenizer.encode_ordinary(text))
     rate = tokens_of_text / (time.perf_counter() - began) * args.num_workers
-    units = [unit for unit in source.units(args.seed) if unit.size]
+    units = [] if isinstance(source, Mixture) else [
+        unit for unit in source.units(args.seed) if unit.size]
     if not units:
-        raise UserError("--dry_run is for text on the Hub; local text needs no download, so just start")
+        raise UserError("--dry_run is for one source on the Hub; local text needs no download, so just start")
     size = sum(unit.size for unit in units)
     per_byte = source.corpus.tokens / size or TOKENS_PER_PARQUET_BYTE
     tokens = size * per_byte

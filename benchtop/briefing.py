@@ -132,7 +132,9 @@ def conclusion(cfg, folder: Path, summary: dict, samples: list[dict]) -> list[st
              f"run         {os.path.relpath(folder)}  (loss.png, summary.json, samples, the code that ran)",
              f"val_loss    {summary['val_loss']:.4f} nats per token on {summary['held_out_tokens']:,} tokens "
              f"of {counted(summary['held_out_documents'], 'held-out document')}",
-             f"val_bpb     {summary['val_bpb']:.4f} bits per byte{verdict_in_words(summary)}"]
+             f"val_bpb     {summary['val_bpb']:.4f} bits per byte{verdict_in_words(summary)}",
+             *(f"            {bpb:.4f} on the held-out documents of {name}"
+               for name, bpb in summary.get("val_bpb_by_source", {}).items())]
     if summary["best_step"] < summary["step"]:
         lines.append(f"best        val_bpb {summary['best_val_bpb']:.4f} at step {summary['best_step']:,}")
     lines.append(f"time        {minutes(summary['train_seconds'])} of training "

@@ -5,7 +5,8 @@ over model.hidden, for the same tokens in the same windows for any number of pro
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,9 +22,13 @@ from benchtop.tokenizer import token_bytes
 
 @dataclass(frozen=True)
 class Validation:
-    """What the model makes of held-out tokens: nats per token, and bits per byte of text without specials."""
+    """What the model makes of held-out tokens: nats per token, and bits per byte of text without specials.
+
+    nats  (2, documents) float64 of each document, of its special tokens and of its text
+    """
     val_loss: float
     val_bpb: float
+    nats: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def chunk_losses(model: nn.Module, x: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
@@ -87,6 +92,8 @@ class HeldOut:
                             "the data again" if self.is_whole else
                             f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
                             "for all")
+        # (N) number of the document that each token is of; what precedes the first <|endoftext|> is one, too
+        self.document_of = np.cumsum(self.tokens == self.eot_id) - (self.tokens[0] == self.eot_id)
 
     def text(self) -> bytes:
         """The bytes that the windows hold, special tokens left out."""
@@ -102,25 +109,66 @@ class HeldOut:
         inputs[:, 0] = self.eot_id
         return torch.from_numpy(np.where(inputs < 0, self.eot_id, inputs)), torch.from_numpy(targets)
 
+    def places(self, numbers: list[int], of_text: Tensor) -> Tensor:
+        """(B, T) where in Validation.nats the losses of these windows are added up.
+
+        of_text  (B, T) whether a target has bytes
+        """
+        documents = np.zeros(of_text.shape, np.int64)   # where no target is, its loss of 0 may go anywhere
+        for place, number in enumerate(numbers):
+            window = self.document_of[number * self.seq_len:(number + 1) * self.seq_len]
+            documents[place, :len(window)] = window
+        return torch.from_numpy(documents) + (self.document_of[-1].item() + 1) * of_text
+
     @property
     def num_documents(self) -> int:
         return int((self.tokens == self.eot_id).sum())
 
+    def table(self, nats: Tensor) -> list[tuple[int, int, int, float, float]]:
+        """Number, tokens, bytes, nats, and nats of the text alone, of each document of Validation.nats.
+
+        All nats over all tokens are val_loss; those of the text, over ln 2 and all bytes, val_bpb.
+        """
+        tokens = np.bincount(self.document_of).tolist()
+        num_bytes = np.bincount(self.document_of, self.num_bytes[self.tokens]).astype(int).tolist()
+        return list(zip(range(len(tokens)), tokens, num_bytes, nats.sum(0).tolist(), nats[1].tolist(),
+                        strict=True))
+
     def evaluate(self, losses_of: TokenLosses, rows: int, world: World) -> Validation:
         """Validate with `rows` rows at a time; sums in float64."""
         nats = torch.zeros(2, dtype=torch.float64, device=world.float64_device)     # of all tokens, of text
+        by_document = nats.new_zeros(2 * (self.document_of[-1].item() + 1))
         counts, model = torch.zeros(2, dtype=torch.float64), losses_of.model        # tokens, bytes of text
         model.eval()
         rounds = math.ceil(self.num_windows / (rows * world.size))
         for start in range(world.rank * rows, rounds * rows * world.size, rows * world.size):
-            inputs, targets = self.windows(list(range(start, start + rows)))
+            numbers = list(range(start, start + rows))
+            inputs, targets = self.windows(numbers)
             byte_count = self.num_bytes[targets.clamp(min=0)] * (targets >= 0)              # (B, T)
             counts += torch.stack([(targets >= 0).sum(), byte_count.sum()])
-            of_text = world.sent(byte_count > 0)                                                # (B, T)
+            of_text = byte_count > 0                                                            # (B, T)
+            places = world.sent(self.places(numbers, of_text))                                  # (B, T)
+            of_text = world.sent(of_text)
             losses = losses_of(world.sent(inputs), targets)                                     # (B, T)
             # in two steps, since a device without float64 cannot convert on the way
             losses = torch.stack([losses, losses * of_text]).to(nats.device).to(nats.dtype)     # (2, B, T)
             nats += losses.sum((1, 2))
+            by_document.index_add_(0, places.flatten().to(nats.device), losses[0].flatten())
         model.train()
         nats, text_nats, tokens, text_bytes = world.sum(torch.cat([nats, counts.to(nats.device)])).tolist()
-        return Validation(nats / tokens, text_nats / math.log(2) / text_bytes)
+        return Validation(nats / tokens, text_nats / math.log(2) / text_bytes,
+                          world.sum(by_document).view(2, -1).cpu())
+
+
+def bpb_by_source(table: list[tuple], documents: dict[str, int]) -> dict[str, float]:
+    """Bits per byte of each source of a mixture; of those that are validated on, with fewer tokens not all.
+
+    table      as HeldOut.table has it
+    documents  how many are of each source, one source behind the other
+    """
+    rows, found = iter(table), {}
+    for name, count in documents.items():
+        sizes = [(num_bytes, text_nats) for *_, num_bytes, _, text_nats in islice(rows, count)]
+        if num_bytes := sum(size for size, _ in sizes):
+            found[name] = sum(nats for _, nats in sizes) / math.log(2) / num_bytes
+    return found

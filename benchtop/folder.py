@@ -1,7 +1,7 @@
 """The folder of a run: finding it, holding it, reading what a run left in it.
 
     experiments/20261121_011504_demo/
-        config.json  metrics.csv  training_log.txt  loss.png  samples.jsonl  summary.json
+        config.json  metrics.csv  held_out.csv  training_log.txt  loss.png  samples.jsonl  summary.json
         hellaswag.jsonl and other .jsonl of benchmarks, model.safetensors        if asked for
         code/  train_gpt.txt  git.diff  requirements.txt  meta.json              what made it (identity.py)
         checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt                while it is unfinished
@@ -32,6 +32,11 @@ from benchtop.tokenizer import load_tokenizer, tokenizer_sha256
 
 if TYPE_CHECKING:       # who only reads what runs left need not wait for it
     import torch
+
+# what the last validation found of each held-out document; text_nats leave out special tokens, which have no
+# bytes
+HELD_OUT_FILE = "held_out.csv"
+HELD_OUT_COLUMNS = ("document", "tokens", "bytes", "nats", "text_nats")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import difflib
 import functools
 import glob
 import json
+import math
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from benchtop import places
 from benchtop.command_line import counted
 from benchtop.errors import UserError
-from benchtop.folder import read_object
+from benchtop.folder import HELD_OUT_COLUMNS, HELD_OUT_FILE, read_object
 from benchtop.identity import NEUTRAL_KNOBS, name_some
 from benchtop.shards import FEW_DOCUMENTS
 
@@ -70,6 +71,27 @@ class SavedRun:
             return []
         except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"{path} is not what a run writes ({error})") from error
+
+    @functools.cached_property
+    def documents(self) -> dict[str, list[float]]:
+        """held_out.csv by columns: what the run found of each held-out document; empty where it has none.
+
+        raises  UserError if it is not what a run writes, as where it does not add up to the run's val_bpb
+        """
+        path = self.folder / HELD_OUT_FILE
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                title, *rows = csv.reader(file)
+            columns = dict(zip(title, map(list, zip(*[map(float, row) for row in rows], strict=True)),
+                               strict=True))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{path} is not what a run writes ({error})") from error
+        problem = problem_of_documents(columns, self.summary)
+        if problem:
+            raise UserError(f"{path} is not what a run writes: {problem}")
+        return columns
 
     @functools.cached_property
     def samples(self) -> list[dict]:
@@ -168,6 +190,22 @@ def problem_of(summary: dict) -> str:
             return f"its accuracy on {name} has not value, low and high from 0 to 1"
         if not is_measured(result.get("perplexity", 1)):
             return f"its perplexity on {name} is {str(result['perplexity'])[:40]}"
+    return ""
+
+
+def problem_of_documents(columns: dict[str, list[float]], summary: dict) -> str:
+    """What a held_out.csv has that no run writes; empty where it is in order."""
+    if tuple(columns) != HELD_OUT_COLUMNS:
+        return f"its columns are {name_some(list(columns))}"
+    if columns["document"] != list(range(len(columns["document"]))):
+        return "its documents are not numbered from 0 on"
+    if not all(is_measured(value) for values in columns.values() for value in values):
+        return "it has what is no number from 0 on"
+    tokens, num_bytes, nats, text_nats = (sum(columns[name]) for name in HELD_OUT_COLUMNS[1:])
+    for fact, whole, part in (("val_loss", tokens, nats), ("val_bpb", num_bytes, text_nats / math.log(2))):
+        # to the digits that each document has
+        if not math.isclose(part, whole * summary.get(fact, math.nan), rel_tol=1e-6):
+            return f"it does not add up to the run's {fact}"
     return ""
 
 

@@ -18,7 +18,7 @@ from benchtop import places
 from benchtop.checkpoints import keep_best_checkpoint, withdraw_checkpoint, write_checkpoint
 from benchtop.command_line import minutes, program, tell
 from benchtop.files import whole_path, write_text
-from benchtop.folder import locked_log, new_folder, write_items
+from benchtop.folder import HELD_OUT_COLUMNS, HELD_OUT_FILE, locked_log, new_folder, write_items
 from benchtop.identity import Origin
 from benchtop.loss_picture import draw_loss
 from benchtop.redaction import without_secrets
@@ -146,6 +146,13 @@ class RunLog:
             lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in samples]
             self._write("samples.jsonl", "".join(lines))
 
+    def held_out(self, table: list[tuple]) -> None:
+        """held_out.csv: a line for each held-out document, as benchtop.evaluation.HeldOut.table has it."""
+        if self.active:
+            lines = [f"{number},{tokens},{num_bytes},{nats:.6f},{text_nats:.6f}"
+                     for number, tokens, num_bytes, nats, text_nats in table]
+            self._write(HELD_OUT_FILE, "\n".join([",".join(HELD_OUT_COLUMNS), *lines, ""]))
+
     def benchmark(self, name: str, items: list[dict]) -> None:
         if self.active:
             write_items(self.folder, name, items)
@@ -239,7 +246,8 @@ def rise_of_held_out_loss(rows: list[dict]) -> str:
 
 
 def last_lines(summary: dict) -> list[str]:
-    """The end of a run for programs: a line of dashes, then a number a line; mfu_percent only where known.
+    """The end of a run for programs: a line of dashes, then a number a line; mfu_percent only where known,
+    val_bpb_by_source, as JSON, only of a mixture.
 
         ---
         val_bpb: 0.871953
@@ -249,6 +257,8 @@ def last_lines(summary: dict) -> list[str]:
     return ["---",
             f"val_bpb: {summary['val_bpb']:.6f}",
             f"val_loss: {summary['val_loss']:.6f}",
+            *([f"val_bpb_by_source: {rounded(summary['val_bpb_by_source'])}"]
+              if "val_bpb_by_source" in summary else []),
             f"train_seconds: {summary['train_seconds']:.1f}",
             f"total_seconds: {summary['total_seconds']:.1f}",
             f"peak_memory_mib: {summary['peak_memory_mib']:.1f}",
@@ -258,3 +268,8 @@ def last_lines(summary: dict) -> list[str]:
             f"parameters: {summary['parameters']}",
             f"held_out_documents: {summary['held_out_documents']}",
             f"run: {places.EXPERIMENTS.name}/{summary['run']}"]
+
+
+def rounded(numbers: dict[str, float]) -> str:
+    """Numbers by their names, as one line of JSON."""
+    return json.dumps({name: round(number, 6) for name, number in numbers.items()})

@@ -162,7 +162,8 @@ class Preparation:
                            for wanted in (False, True))
         for entry in held_out:
             files.link(self.folder / entry["file"], self.partial / entry["file"])
-        files.write_json(self.partial / "val.json", manifest["held_out"] | {"entries": held_out})
+        mixed = {"sources": manifest["sources"]} if "sources" in manifest else {}
+        files.write_json(self.partial / "val.json", manifest["held_out"] | mixed | {"entries": held_out})
         for number, unit in enumerate(manifest["units"]):
             progress = Progress(**{key: unit[key] for key in ("name", "done", "split", "skipped")})
             while train and len(progress.entries) < unit["shards"]:
@@ -185,27 +186,53 @@ class Preparation:
             # an earlier version, which made no test split, began this
             return facts if "entries" in facts else facts | {"entries": [facts.pop("entry")]}
         try:
-            rule = rule_or_complaint(source)
-            chosen = documents_to_hold_out(source, rule, self.args.val_tokens)
+            rule, chosen = self.choose_held_out(source)
         except UserError:
             self.clear()
             raise
+        entries, trouble, _ = self.write_held_out([chosen], source.label)
+        self.save_held_out(rule.facts(), entries, trouble)
+        return read_json(path)
+
+    def choose_held_out(self, source: Source) -> tuple[Rule, dict[str, list[Document]]]:
+        """How documents of a source are held out, and those for VAL and for TEST.
+
+        raises  UserError if it has too little text
+        """
+        rule = rule_or_complaint(source)
+        chosen = documents_to_hold_out(source, rule, self.args.val_tokens)
         if rule.part:
             print(f"note: the documents of {source.label} are too large to hold some out; they are cut into "
                   f"parts of about {rule.part:,} characters, and some of those are held out")
-        entries, trouble = [], Progress("")
+        return rule, chosen
+
+    def write_held_out(self, chosen: list[dict[str, list[Document]]], label: str,
+                       ) -> tuple[list[dict], Progress, list[dict[str, int]]]:
+        """Write the shards to validate and to test on, the documents of one source behind those of the other.
+
+        chosen   documents for VAL and for TEST, of each source
+        returns  what the manifest says of the shards; trouble; how many documents of each source they have
+        """
+        entries, trouble, counts = [], Progress(""), [{} for _ in chosen]
         for split in (VAL, TEST):
-            writer = self._writer(self.partial)
-            for number, document in enumerate(self._tokenized(chosen[split])):
-                self._take(document, number, writer, trouble)
+            writer, number = self._writer(self.partial), 0
+            for documents, count in zip(chosen, counts, strict=True):
+                before = len(writer.pending)
+                for document in self._tokenized(documents[split]):
+                    self._take(document, number, writer, trouble)
+                    number += 1
+                count[split] = len(writer.pending) - before
+                if split == VAL and not count[split]:
+                    raise UserError(f"tiktoken can encode none of the held-out documents of {label}")
             if writer.pending:
                 entries.append(writer.write(f"{split}_000000.bin", split))
-            elif split == VAL:
-                raise UserError(f"tiktoken can encode none of the held-out documents of {source.label}")
+        return entries, trouble, counts
+
+    def save_held_out(self, facts: dict, entries: list[dict], trouble: Progress) -> None:
         val = entries[0]
-        files.write_json(path, {"documents": val["documents"], "bytes": val["bytes"], **rule.facts(),
-                                "split": trouble.split, "skipped": trouble.skipped, "entries": entries})
-        return read_json(path)
+        files.write_json(self.partial / "val.json", {
+            "documents": val["documents"], "bytes": val["bytes"], **facts, "split": trouble.split,
+            "skipped": trouble.skipped, "entries": entries})
 
     def write_units(self, numbers: Iterable[int], rule: Rule, goal: int) -> list[Progress]:
         """Write the shards of these units, in their order, until there are `goal` of them (0: all).
@@ -266,9 +293,10 @@ class Preparation:
             writer.add(document.tokens, document.num_bytes)
             self.bar.update(len(document.tokens))
 
-    def _close_shard(self, number: int, progress: Progress, writer: ShardWriter, seen: int) -> None:
+    def _close_shard(self, number: int, progress: Progress, writer: ShardWriter, seen: int,
+                     facts: dict | None = None) -> None:
         entry = writer.write(f"{len(progress.entries) + 1:06d}.bin", "train")
-        progress.entries.append(entry | {"unit": progress.name, "read": seen})
+        progress.entries.append(entry | {"unit": progress.name, "read": seen} | (facts or {}))
         self._save(number, progress)
         self.tokens_now += entry["tokens"]
         if self.bar.disable and entry["tokens"] >= 10**7:
@@ -300,8 +328,11 @@ class Preparation:
         self._unit_folder(number).mkdir(exist_ok=True)
         files.write_json(self._unit_folder(number) / "progress.json", asdict(progress))
 
-    def finish(self, all_progress: list[Progress], held_out: dict) -> dict:
-        """Give all shards their final names, write the manifest last, and return it."""
+    def finish(self, all_progress: list[Progress], held_out: dict, facts: dict | None = None) -> dict:
+        """Give all shards their final names, write the manifest last, and return it.
+
+        facts  what else it is to say
+        """
         whole = new_whole(self.folder)
         val, *others = held_out.pop("entries")
         for entry in (val, *others):
@@ -323,7 +354,7 @@ class Preparation:
                     "vocab_size": self.tokenizer.n_vocab, "eot_id": self.tokenizer.eot_token,
                     **{kind: {"count": len(names), "first": names[:NAMED_TROUBLES]}
                        for kind, names in trouble.items()},
-                    "held_out": held_out, "units": units, "shards": [*entries, *others]}
+                    "held_out": held_out, **(facts or {}), "units": units, "shards": [*entries, *others]}
         manifest |= self._xz_bar(Dataset(whole, manifest))
         self.give_back(range(len(self.units)))
         publish(whole, self.folder, manifest)

@@ -16,7 +16,7 @@ from benchtop.groups import Group, SavedRun, read_run, runs_in
 from benchtop.identity import bench_files, differing
 from benchtop.signals import heard_signals
 
-KEPT = ("config.json", "summary.json", "metrics.csv", "samples.jsonl")
+KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv", "samples.jsonl")
 
 
 def ended_run(name: str, words: list[str]) -> SavedRun | None:

@@ -55,7 +55,7 @@ from benchtop.command_line import command, counted
 from benchtop.compiled_check import trusted_kernels
 from benchtop.conclusions import baseline
 from benchtop.errors import NonFinite, SharedError, UserError, exit_quietly_on_other_ranks, first_line
-from benchtop.evaluation import HeldOut, TokenLosses
+from benchtop.evaluation import HeldOut, TokenLosses, bpb_by_source
 from benchtop.folder import locked_log
 from benchtop.held_out import VAL
 from benchtop.identity import changes_since, identity_of, require_equal_machines
@@ -143,6 +143,7 @@ class Run:
     logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops of metrics.csv's last row
     best_val_loss: float = math.inf
     best_step: int = 0
+    document_nats: Tensor | None = None     # Validation.nats of the last validation
     reports: list[Report] = dataclasses.field(default_factory=list)     # of steps that were not read yet
     target: dict | None = None          # when val_loss first was as low as --target_loss
     save_seconds: float = 0.0           # time that went into checkpoints
@@ -262,10 +263,11 @@ class Run:
         _, rows_at_once = micro_batch_shape(self.cfg, self.world.size)
         with self.world.memory_of("validation"):
             result = self.data.held_out.evaluate(self.losses_of, rows_at_once, self.world)
-        if not all(map(math.isfinite, dataclasses.astuple(result))):
+        if not math.isfinite(result.val_loss) or not math.isfinite(result.val_bpb):
             self.log.withdraw(self.step)    # nobody should go on from there
             raise NonFinite(f"the val_loss of step {self.step} is {result.val_loss}; {CURE}")
-        self.values |= dataclasses.asdict(result)
+        self.values |= {"val_loss": result.val_loss, "val_bpb": result.val_bpb}
+        self.document_nats = result.nats
         if result.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step = result.val_loss, self.step
             self.log.keep_best(self.step)
@@ -506,6 +508,11 @@ def finish(run: Run, tasks: list[Task]) -> None:
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             samples = sample_held_out(model, tokenizer, held_out, cfg)
     log.samples(samples)
+    if run.document_nats is not None:
+        table = held_out.table(run.document_nats)
+        log.held_out(table)
+        if by_source := bpb_by_source(table, run.data.dataset.documents_by_source(run.data.split)):
+            results["val_bpb_by_source"] = by_source
     text = held_out.text()
     results |= run.data.bar
     log.picture(held_out.num_documents, run.data.bar)

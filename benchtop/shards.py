@@ -3,6 +3,7 @@
     data/NAME/
         train_000001.bin ...   documents to train on; none is split over two shards
         val_000000.bin         documents to validate on
+        test_000000.bin        documents that only trial.py --confirm looks at
         manifest.json          what the shards hold: source, tokenizer, counts, SHA-256 of each file
 
 A shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16;
@@ -15,6 +16,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,9 +98,11 @@ class Dataset:
     def sha256(self) -> str:
         """What identifies the data, wherever they were made: the shards in order and their tokenizer.
 
-        Of shards whose manifest lacks a SHA-256, or that have none, only `verified` tells it.
+        The test split does not count, since runs neither train nor are validated on it. Of shards whose
+        manifest lacks a SHA-256, or that have none, only `verified` tells it.
         """
-        shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]]
+        shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]
+                  if shard["split"] != "test"]
         return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
 
     def verify(self, part: int = 0, num_parts: int = 1) -> dict[str, str]:
@@ -141,6 +145,10 @@ class Dataset:
         sha256 = {name: value for hashes in (*found, *of_machine) for name, value in hashes.items()}
         shards = [shard | {"sha256": sha256[shard["file"]]} for shard in self.manifest["shards"]]
         return Dataset(self.folder, self.manifest | {"shards": shards})
+
+    def documents_by_source(self, split: str) -> dict[str, int]:
+        """Of a mixture: how many documents of "val" or "test" are of each source, one behind the other."""
+        return {source["name"]: source[f"{split}_documents"] for source in self.manifest.get("sources", ())}
 
     def tokens(self, split: str) -> list[np.ndarray]:
         """The memory-mapped tokens of each shard of "train", "val" or "test"."""
@@ -249,6 +257,8 @@ def read_manifest(path: Path) -> dict:
                            "sha256": str})
             if not re.fullmatch(FOLDER_NAME, shard["file"]):
                 raise ValueError(f"file is {shard['file']!r}, which is no file beside it")
+        if "sources" in manifest:
+            expect_sources(manifest, expect)
         names = Counter(shard["file"] for shard in manifest["shards"])
         if twice := [name for name, times in names.items() if times > 1]:
             raise ValueError(f"{twice[0]} is listed more than once")
@@ -256,6 +266,19 @@ def read_manifest(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); "
                         "make the data again") from error
+
+
+def expect_sources(manifest: dict, expect: Callable[[dict, dict[str, type]], None]) -> None:
+    """raises  ValueError if what a mixture's manifest says of its sources cannot be"""
+    expect(manifest, {"sources": list})
+    for split in ("val", "test"):
+        key = f"{split}_documents"
+        for source in manifest["sources"]:
+            expect(source, {"name": str, key: int})
+        counts = [source[key] for source in manifest["sources"]]
+        there = sum(shard["documents"] for shard in manifest["shards"] if shard["split"] == split)
+        if sum(counts) != there or min(counts, default=0) < 0:
+            raise ValueError(f"{key} of the sources are {counts}, and the shards have {there}")
 
 
 def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:

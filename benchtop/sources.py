@@ -9,7 +9,7 @@
 
 Files may be plain, .gz or .zst. In folders and globs, links are followed, each file counts once, and what
 nobody wrote to be read is left out: hidden files, virtual environments, caches, other kinds; one line says
-what was left out. A document is a pair (id, text):
+what was left out. `a/=0.7 b/=0.3` is a Mixture (open_mixture). A document is a pair (id, text):
 
     >>> next(iter(open_source("stdlib")))[0]
     'stdlib/__future__.py'
@@ -18,11 +18,18 @@ Look at a source before you train on it:  python -m benchtop.sources stdlib
 """
 
 import glob
+import hashlib
+import json
+import math
 import os
 import re
+import shlex
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 from benchtop import hub, places
@@ -37,6 +44,7 @@ from benchtop.processes import is_first_process
 MADE_BY_TOOLS = ("__MACOSX", "__pycache__", "node_modules")   # folders of these names, and environments
 HIDDEN, TOOLS, KIND, NOWHERE, LOCKED, AGAIN = ("hidden", "made by tools", "of unknown kind",
                                                "linked to nothing", "unreadable", "found twice")
+WITHOUT_SHARES = "without shares, which download_fineweb.py takes, as in stdlib=0.7 notes/=0.3"
 
 
 def open_source(spec: str | list[str]) -> Source:
@@ -45,18 +53,20 @@ def open_source(spec: str | list[str]) -> Source:
     raises  UserError if a name or path is unknown, a glob matches nothing or a file's kind is not known
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
+    if shared := [item for item in specs if split_share(item)[1]]:
+        raise UserError("shares are for download_fineweb.py, which counts tokens; instead of "
+                        f"{shared[0]}, type {shlex.quote(split_share(shared[0])[0])}")
     if specs == ["stdlib"]:
         return python_library()
     if "stdlib" in specs:
-        raise UserError("stdlib cannot be mixed with files; name one of them")
+        raise UserError(f"stdlib cannot be mixed with files {WITHOUT_SHARES}; name one of them")
     if len(specs) == 1 and specs[0] in hub.CORPORA and not os.path.exists(specs[0]):
         return hub.HubText(specs[0])
     for name in specs:
         if name in (*hub.CORPORA, *hub.READY_MADE) and not os.path.exists(name):
-            raise UserError(f"{name} comes from the Hugging Face Hub and "
-                            + ("cannot be mixed with other sources" if name in hub.CORPORA else
-                               "has tokens, no text; get it with: python download_fineweb.py --version "
-                               f"{name}"))
+            why = (f"cannot be mixed with other sources {WITHOUT_SHARES}" if name in hub.CORPORA else
+                   f"has tokens, no text; get it with: python download_fineweb.py --version {name}")
+            raise UserError(f"{name} comes from the Hugging Face Hub and {why}")
     search = Search()
     try:
         for item in specs:
@@ -199,6 +209,97 @@ def word_for(specs: list[str]) -> str:
     first = Path(specs[0])
     word = first.parent.name if glob.has_magic(first.name) or len(specs) > 1 else first.name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9-]+", "-", word).strip("-")[:30] or "files"
+# ------------------------------------------------------------------------------------------------
+# Mixtures
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources, and the share of the training tokens that each is to have; the shares sum to 1.
+
+    They are sorted by their labels, so it does not matter in which order they were typed.
+    """
+    parts: tuple[tuple[Source, Fraction], ...]
+
+    @property
+    def names(self) -> list[str]:
+        """A word for each source; its label, where another source has the same word."""
+        labels = [source.label for source, _ in self.parts]
+        words = [label.rpartition("-")[0] for label in labels]
+        return [word if words.count(word) == 1 else label for word, label in zip(words, labels, strict=True)]
+
+    @property
+    def fingerprint(self) -> str:
+        stamp = [[source.fingerprint, str(share)] for source, share in self.parts]
+        return hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """`books70-web30-1f0c9a3e`: the sources with their shares in percent, as far as they fit."""
+        words = [f"{name}{100 * float(share):.3g}"
+                 for name, (_, share) in zip(self.names, self.parts, strict=True)]
+        return f"{'-'.join(words)[:80].strip('-.')}-{self.fingerprint[:8]}"
+
+    @property
+    def revision(self) -> str:
+        return " ".join(filter(None, (getattr(source, "revision", "") for source, _ in self.parts)))
+
+    def replaced_in_words(self) -> str:
+        return "; ".join(filter(None, (source.replaced_in_words() for source, _ in self.parts)))
+
+
+def open_mixture(specs: list[str]) -> Source | Mixture:
+    """A Mixture where each source is typed with its share, as in a/=0.7 b/=0.3; without, as open_source.
+
+    Shares that do not sum to 1 are divided by their sum, with a note. One source alone is itself.
+    raises  UserError if a share is no positive number or missing, or sources have text in common
+    """
+    typed = [split_share(item) for item in specs]
+    if not any(share for _, share in typed):
+        return open_source(specs)
+    if without := [name for name, share in typed if not share]:
+        raise UserError(f"{without[0]} has no share; give each source one, as in a/=0.7 b/=0.3, or none")
+    total = sum(share for _, share in typed)
+    if total != 1 and is_first_process():
+        shares = ", ".join(f"{name} {float(share / total):.4g}" for name, share in typed)
+        print(f"note: the shares sum to {float(total):.6g} instead of 1, so they are taken as {shares}")
+    sources = [open_source(name) for name, _ in typed]
+    if len(sources) == 1:
+        return sources[0]
+    names = [name for name, _ in typed]
+    for (name, source), (other, another) in combinations(zip(names, sources, strict=True), 2):
+        refuse_common_text(name, source, other, another)
+    parts = [(source, share / total) for source, (_, share) in zip(sources, typed, strict=True)]
+    return Mixture(tuple(sorted(parts, key=lambda part: part[0].label)))
+
+
+def split_share(item: str) -> tuple[str, Fraction | None]:
+    """(a/, 0.7) for a/=0.7; (item, None) for a file, folder or glob whose name has a `=`, and without one.
+
+    raises  UserError if what stands behind a source and its `=` is no positive number
+    """
+    name, equals, typed = item.rpartition("=")
+    if not (name and equals) or os.path.exists(item) or glob.glob(item):
+        return item, None
+    try:
+        share = float(typed)
+    except ValueError:
+        if name not in ("stdlib", *hub.CORPORA) and not os.path.exists(name) and not glob.glob(name):
+            return item, None
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise UserError(f"the share of {name} must be a positive number, as in {name}=0.5; it is {typed!r}")
+    return name, Fraction(repr(share))
+
+
+def refuse_common_text(name: str, source: Source, other: str, another: Source) -> None:
+    """raises  UserError if two sources of a mixture, known by these names, have text in common"""
+    if source.fingerprint == another.fingerprint:
+        raise UserError(f"{name} and {other} are the same text; name each source once")
+    files, others = ({os.path.realpath(path): path for _, path in each.files} for each in (source, another))
+    if common := sorted(files.keys() & others.keys()):
+        raise UserError(f"{files[common[0]]} is part of {name} and of {other}; mix sources that have no file "
+                        "in common")
 
 # ------------------------------------------------------------------------------------------------
 # Looking at a source

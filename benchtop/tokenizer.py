@@ -176,6 +176,9 @@ def source_of(name: str) -> str:
 def may_have_seen(manifest: dict) -> str:
     """A warning where a dataset's tokenizer learned from another version of the same text, or held out less
     of it, as earlier versions did; empty where it did not, or nobody knows."""
+    for source in manifest.get("sources", ()):      # of a mixture
+        if warning := may_have_seen({"tokenizer": manifest["tokenizer"]} | source):
+            return warning
     name = manifest["tokenizer"]
     try:
         there = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from benchtop.sequential import Look, Sequential
 from benchtop.turns import Job, Turns, last_line
 
 METRIC = "val_bpb"
-KEPT = ("config.json", "summary.json", "metrics.csv")
+KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv")
 FIRST_FRESH_SEED = 1000     # of runs that confirm; trials count from 0
 
 

@@ -195,10 +195,10 @@ def compared_scene(folder: Path) -> Scene:
             compare.main()
         runs = open_groups([group])[0].runs
         assert all(run.samples is not None for run in runs)     # texts, which no number is made of
-        return [(run.name, run.summary, run.rows) for run in runs]
-    kinds = ("config.json", "summary.json", "metrics.csv", "samples.jsonl")
+        return [(run.name, run.summary, run.rows, run.documents) for run in runs]
+    kinds = ("config.json", "summary.json", "metrics.csv", "held_out.csv", "samples.jsonl")
     return Scene([f"experiments/{runs[0].name}/{file}" for file in kinds], read, unsigned=kinds,
-                 optional=("metrics.csv", "samples.jsonl"))
+                 optional=("metrics.csv", "held_out.csv", "samples.jsonl"))
 
 
 def task_scene(folder: Path) -> Scene:

@@ -89,9 +89,11 @@ class Bench:
         return self.folder / "data" / name
 
     def hashes(self, name: str) -> list[str]:
+        """Of the shards of a dataset: to validate on, to test on, then to train on in their order."""
         manifest = json.loads((self.data(name) / "manifest.json").read_text())
         shards.Dataset(self.data(name), manifest).verify()
-        return [entry["sha256"] for entry in manifest["shards"]]
+        entries = sorted(manifest["shards"], key=lambda entry: ("val", "test", "train").index(entry["split"]))
+        return [entry["sha256"] for entry in entries]
 
     def cached(self) -> list[str]:
         return sorted(path.name for path in self.home.rglob("*.parquet"))
@@ -240,7 +242,7 @@ def test_more_shards_later_leave_the_old_ones(bench_of_hub, undisturbed):
     times = {path: path.stat().st_mtime_ns for path in bench.data("grows").glob("*.bin")}
     assert "reusing" in bench.run("--name", "grows", "--num_shards", "2").stdout
     bench.run("--name", "grows", "--num_shards", "9")
-    assert bench.hashes("grows") == undisturbed[:10]
+    assert bench.hashes("grows") == undisturbed[:2 + 9]
     bench.run("--name", "grows")
     assert bench.hashes("grows") == undisturbed
     assert all(path.stat().st_mtime_ns == made for path, made in times.items())
@@ -308,7 +310,7 @@ def test_torchrun_makes_the_same_as_one_process(bench_of_hub, undisturbed):
     done = subprocess.run([*torchrun(3), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
                           cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert bench.hashes("ranks") == undisturbed[:10]
+    assert bench.hashes("ranks") == undisturbed[:2 + 9]
     assert done.stdout.count("wrote data/ranks") == 1
 
 
@@ -318,7 +320,7 @@ def test_torchrun_adds_what_one_process_adds(bench_of_hub, undisturbed):
     done = subprocess.run([*torchrun(2), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
                           cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert bench.hashes("ranks") == undisturbed[:10]
+    assert bench.hashes("ranks") == undisturbed[:2 + 9]
     said = bench.run("--name", "ranks", "--part", "2/2").stdout
     assert said == "data/ranks is there already; to add shards to it, leave out --part\n"
 
@@ -358,7 +360,8 @@ def test_climbmix_validates_on_its_last_file_and_trains_on_all_others(bench_of_h
     climbmix(bench, "whole")
     *others, last = (texts_of(bench.hub.files[CLIMBMIX][path]) for path in CLIMBMIX_FILES)
     train, val = texts_by_side(bench, "whole")
-    assert sorted(train) == sorted(itertools.chain(*others)) and sorted(val) == sorted(last)
+    test = decoded(bench, "whole", "test")
+    assert sorted(train) == sorted(itertools.chain(*others)) and sorted(val + test) == sorted(last) and test
     assert any(Rule().holds_out(text) for text in train), "no hash holds out anything"
     manifest = json.loads((bench.data("whole") / "manifest.json").read_text())
     assert manifest["source"].startswith("climbmix-") and bench.cached() == []

@@ -29,6 +29,7 @@ from benchtop.command_line import program
 from benchtop.errors import UserError
 from benchtop.evaluation import HeldOut, Validation
 from benchtop.folder import find_run, locked_log
+from benchtop.groups import read_run
 from benchtop.identity import identity_of
 from benchtop.knobs import parse_config
 from benchtop.log import RunLog
@@ -114,7 +115,8 @@ def test_a_killed_run_goes_on_to_the_bit(lab, whole, saves, dies_after, saved):
     assert newest(lab, name) == folder
     assert_same_run(folder, whole)
     assert summary_of(folder)["val_loss"] == summary_of(whole)["val_loss"]
-    assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "held_out.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
     sessions = summary_of(folder)["sessions"]
     assert [session["from_step"] for session in sessions] == [0, saved]
 
@@ -283,6 +285,10 @@ def test_any_number_of_processes_ends_where_one_does(lab, four_micro_batches, pr
     for row, wanted in zip(timeless(rows_of(folder)), timeless(rows_of(four_micro_batches)), strict=True):
         for column, value in wanted.items():
             assert value == row[column] or float(value) == pytest.approx(float(row[column]), rel=1e-4), column
+    documents, wanted = read_run(folder).documents, read_run(four_micro_batches).documents
+    assert len(wanted["nats"]) == summary_of(folder)["held_out_documents"] > 1
+    for column, values in wanted.items():
+        assert documents[column] == pytest.approx(values, rel=1e-4), column
 
 
 @pytest.mark.slow

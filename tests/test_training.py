@@ -41,6 +41,7 @@ from benchtop.briefing import num_parameters
 from benchtop.checkpoints import read_checkpoint
 from benchtop.errors import UserError
 from benchtop.evaluation import HeldOut, TokenLosses, Validation
+from benchtop.groups import read_run
 from benchtop.initial import drawn, drawn_in_one_stream, normal_law
 from benchtop.knobs import parse_config
 from benchtop.machine import World
@@ -365,6 +366,53 @@ def test_bits_per_byte_count_the_bytes_of_the_text(lab, here):
     result = held_out.evaluate(TokenLosses(GPT(cfg, 300), World(cfg)), 4, World(cfg))
     assert result.val_loss == pytest.approx(math.log(301))
     assert result.val_bpb == pytest.approx(math.log2(301) * (val["tokens"] - val["documents"]) / val["bytes"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "knobs"), [(1, {}), (3, {}), (1000, {}), (3, {"val_tokens": 333})])
+def test_each_held_out_document_has_its_own_nats(lab, here, rows, knobs):
+    """Windows hold parts of several documents; each token's loss counts for the one that it is of."""
+    held_out, cfg = held_out_of(lab, **knobs)
+    torch.manual_seed(0)
+    model = GPT(cfg, 300)
+    torch.nn.init.normal_(model.head)
+    inputs, targets = held_out.windows(list(range(held_out.num_windows)))
+    logits = model.logits(model.hidden(inputs)).double()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                                               reduction="none")[:len(held_out.tokens)].tolist()
+    wanted = []
+    for token, loss in zip(held_out.tokens.tolist(), losses, strict=True):
+        if token == 300:
+            wanted.append([len(wanted), 0, 0, 0.0, 0.0])
+        num_bytes = len(held_out.token_bytes[token])
+        for column, more in enumerate((1, num_bytes, loss, loss * (num_bytes > 0)), 1):
+            wanted[-1][column] += more
+    assert len(wanted) == held_out.num_documents > 1
+    result = held_out.evaluate(TokenLosses(model, World(cfg)), rows, World(cfg))
+    table = held_out.table(result.nats)
+    assert [row[:3] for row in table] == [tuple(row[:3]) for row in wanted]
+    assert [row[3:] for row in table] == [pytest.approx(row[3:], rel=1e-6) for row in wanted]
+    _, tokens, num_bytes, nats, text_nats = map(sum, zip(*table, strict=True))
+    assert nats / tokens == pytest.approx(result.val_loss, rel=1e-12)
+    assert text_nats / math.log(2) / num_bytes == pytest.approx(result.val_bpb, rel=1e-12)
+
+
+def test_what_stands_before_the_first_document_is_one_too(lab, here):
+    held_out, cfg = held_out_of(lab)
+    cut = HeldOut([held_out.tokens[5:]], cfg, tokenizer_of(lab))
+    assert (cut.document_of == held_out.document_of[5:]).all()
+
+
+def test_a_run_keeps_what_its_last_validation_found_of_each_document(lab, here):
+    """And on any number of rows at a time it finds the same."""
+    one, other = (train_here(here, micro_batch_tokens=tokens, model_name=f"m{tokens}")
+                  for tokens in (32, 128))
+    held_out, _ = held_out_of(lab)
+    documents = read_run(one).documents         # which compares its sums with val_loss and val_bpb
+    assert len(documents["document"]) == held_out.num_documents
+    assert sum(documents["tokens"]) == len(held_out.tokens)
+    for column, values in read_run(other).documents.items():
+        assert values == pytest.approx(documents[column], rel=1e-5)
 
 
 @torch.no_grad()

@@ -1,0 +1,213 @@
+"""Mixtures: one dataset of several sources, each with its share of the training tokens.
+
+The next document is always of the source that stays furthest behind its share with half of it, so any
+beginning of the data has about these shares: of two sources, either is off by at most half of the longest
+document. The mixture ends when the source whose turn it is has no more. Each source is shuffled, and
+documents of it are held out, as if it stood alone; nothing is trained on that any of the sources holds out.
+In the val shard and in the test shard the documents of one source follow those of the other, so runs of any
+mixture of the same sources are validated on the same text, and the manifest tells whose is whose:
+
+    "sources": [{"name": "books", "source": "books-1f0c9a3e", "fingerprint": "1f0c9a3e...", "share": 0.7,
+                 "documents": 812, "tokens": 700123, "bytes": 2712345, "documents_left": 0, "bytes_left": 0,
+                 "val_documents": 44, "test_documents": 43, "held_out": {"rule": ...}}, ...]
+
+What is left over is only counted of text on this machine.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate, islice
+from pathlib import Path
+
+import tiktoken
+
+from benchtop.command_line import counted
+from benchtop.documents import Document, Unit
+from benchtop.errors import UserError
+from benchtop.held_out import TEST, VAL, Rule
+from benchtop.prepare import Encoded, Preparation, Progress, read_json, tokenized
+from benchtop.shards import ShardWriter
+from benchtop.sources import Mixture
+
+NOTHING = {"unit": 0, "read": 0, "documents": 0, "tokens": 0, "bytes": 0}
+FAR_OFF = 0.005         # a share that whole documents miss by more than this gets a note
+
+
+class Lane:
+    """The documents of one source on their way into a mixture.
+
+    far   how much of it is used: documents of earlier units and `read` of this one; what they came to
+    next  the unit and number of its next document, and the document; None behind the last one
+    """
+
+    def __init__(self, units: list[Unit], rules: list[Rule], share: float, far: dict, tokenizer: str,
+                 num_workers: int):
+        self.units, self.rules, self.share, self.far = units, rules, share, far
+        self.tokenizer = tokenizer
+        # at least two, since one would be this process, which waits for each document
+        self.num_workers = max(min(2, num_workers), math.ceil(share * num_workers))
+        self.stream = self._read()
+        self.next = next(self.stream, None)
+
+    def trainable(self, unit: Unit) -> Iterator[Document]:
+        return (document for document in unit.read()
+                if not any(rule.holds_out(document[1], document[0]) for rule in self.rules))
+
+    def _read(self) -> Iterator[tuple[int, int, Encoded]]:
+        read = self.far["read"]
+        for number in range(self.far["unit"], len(self.units)):
+            stream = islice(self.trainable(self.units[number]), read, None)
+            for document in tokenized(stream, self.tokenizer, self.num_workers):
+                yield number, read, document
+                read += 1
+            read = 0
+
+    @property
+    def due(self) -> float:
+        """The lane where this is least goes next; with half of the document, shares are rounded, not exceeded
+        (in elections: the method of Webster and Sainte-Lague)."""
+        tokens = self.next[2].tokens if self.next else None
+        return (self.far["tokens"] + (0 if tokens is None else len(tokens) / 2)) / self.share
+
+    def take(self) -> None:
+        """The next document has been used."""
+        unit, read, document = self.next
+        used = 0 if document.tokens is None else 1
+        self.far = {"unit": unit, "read": read + 1, "documents": self.far["documents"] + used,
+                    "tokens": self.far["tokens"] + (len(document.tokens) if used else 0),
+                    "bytes": self.far["bytes"] + used * document.num_bytes}
+        self.next = next(self.stream, None)
+
+
+class Mixing(Preparation):
+    """A mixture while it is made. Its shards are those of one unit; in each one's entry, `sources` tells how
+    far each source is at its end, and so where a later start goes on."""
+
+    def __init__(self, folder: Path, mixture: Mixture, tokenizer: tiktoken.Encoding, facts: dict,
+                 args: argparse.Namespace):
+        self.mixture = mixture
+        self.units_of = [source.units(args.seed) for source, _ in mixture.parts]
+        units = [replace(unit, name=f"{name}/{unit.name}")
+                 for name, units in zip(mixture.names, self.units_of, strict=True) for unit in units]
+        super().__init__(folder, units, tokenizer, facts, args)
+
+    def make(self) -> dict:
+        """All of it; the manifest."""
+        held_out = self.held_out(self.mixture)
+        rules = [Rule.of_facts(source["held_out"]) for source in held_out["sources"]]
+        progress = self.write_mixed(rules)
+        sources = held_out.pop("sources")
+        far = self.far_of(progress.cut_back(self.goal or len(progress.entries)))
+        for number, (source, rule) in enumerate(zip(sources, rules, strict=True)):
+            used = {key: far[number][key] for key in ("documents", "tokens", "bytes")}
+            source |= used | self.left_of(number, rule, rules, used)
+        return self.finish([progress], held_out, {"sources": sources})
+
+    def held_out(self, mixture: Mixture) -> dict:
+        """As of one source; `sources` has the rule and the counts of each.
+
+        raises  UserError if one of them has too little text
+        """
+        path = self.partial / "val.json"
+        if path.is_file():
+            return read_json(path)
+        try:
+            rules, chosen = zip(*(self.choose_held_out(source) for source, _ in mixture.parts), strict=True)
+        except UserError:
+            self.clear()
+            raise
+        validated = {text for documents in chosen for _, text in documents[VAL]}
+        for documents in chosen:
+            documents[TEST] = [document for document in documents[TEST] if document[1] not in validated]
+        entries, trouble, counts = self.write_held_out(chosen, mixture.label)
+        sources = [{"name": name, "source": source.label, "fingerprint": source.fingerprint,
+                    "share": float(share), "val_documents": count[VAL], "test_documents": count[TEST],
+                    "held_out": rule.facts()}
+                   for name, (source, share), rule, count
+                   in zip(mixture.names, mixture.parts, rules, counts, strict=True)]
+        self.save_held_out({"rule": "of each source by its own rule", "sources": sources}, entries, trouble)
+        return read_json(path)
+
+    def far_of(self, progress: Progress) -> list[dict]:
+        """How far each source is at the end of the last shard."""
+        return progress.entries[-1]["sources"] if progress.entries else [NOTHING] * len(self.units_of)
+
+    def write_mixed(self, rules: list[Rule]) -> Progress:
+        """Write the shards, until there are as many as wanted or a source whose turn it is has ended."""
+        progress = replace(self._progress_of(0), name="mixture")
+        self.bar.update(progress.tokens)
+        if progress.done or 0 < self.goal <= len(progress.entries):
+            return progress
+        lanes = [Lane(rule.documents(source).units(self.args.seed), rules, float(share), far,
+                      self.tokenizer.name, self.args.num_workers)
+                 for (source, share), rule, far
+                 in zip(self.mixture.parts, rules, self.far_of(progress), strict=True)]
+        self._unit_folder(0).mkdir(exist_ok=True)
+        try:
+            self._mix(lanes, progress)
+        finally:
+            for lane in lanes:
+                lane.stream.close()
+            self.bar.close()
+        return progress
+
+    def _mix(self, lanes: list[Lane], progress: Progress) -> None:
+        writer, seen = self._writer(self._unit_folder(0)), progress.documents
+        progress.split, progress.skipped = ([item for item in items if item[0] < seen]
+                                            for items in (progress.split, progress.skipped))
+        while (lane := min(lanes, key=lambda lane: lane.due)).next:
+            document = lane.next[2]
+            if document.tokens is not None and not writer.has_room_for(document.tokens):
+                self._close_mixed(lanes, progress, writer, seen)
+                if len(progress.entries) == self.goal:
+                    return
+            self._take(document, seen, writer, progress)
+            lane.take()
+            seen += 1
+        progress.done = True
+        if writer.pending:
+            self._close_mixed(lanes, progress, writer, seen)
+        self._save(0, progress)
+
+    def _close_mixed(self, lanes: list[Lane], progress: Progress, writer: ShardWriter, seen: int) -> None:
+        self._close_shard(0, progress, writer, seen, {"sources": [lane.far for lane in lanes]})
+        for first, lane in zip(self._firsts(), lanes, strict=True):
+            self.give_back(range(first, first + lane.far["unit"]))
+
+    def _firsts(self) -> list[int]:
+        """The number of each source's first unit among all units."""
+        return list(accumulate(map(len, self.units_of), initial=0))[:-1]
+
+    def left_of(self, number: int, rule: Rule, rules: list[Rule], used: dict) -> dict:
+        """What could be trained on of a source and is not used; of text on the Hub nobody knows."""
+        source, _ = self.mixture.parts[number]
+        if source.is_large:
+            return {}
+        sizes = [len(text.encode()) for name, text in rule.documents(source)
+                 if text and not any(each.holds_out(text, name) for each in rules)]
+        return {"documents_left": len(sizes) - used["documents"], "bytes_left": sum(sizes) - used["bytes"]}
+
+
+def mixed_in_words(manifest: dict) -> list[str]:
+    """What became of the sources, and a note where whole documents do not come near to a share."""
+    sources = manifest["sources"]
+    total = max(1, sum(source["tokens"] for source in sources))
+    lines = ["mixed " + "; ".join(
+        f"{source['tokens'] / total:.1%} {source['name']}, {source['tokens']:,} tokens of "
+        f"{counted(source['documents'], 'document')}, {left_in_words(source)}" for source in sources)]
+    if any(abs(source["tokens"] / total - source["share"]) > FAR_OFF for source in sources):
+        wanted = ", ".join(f"{source['share']:.1%} {source['name']}" for source in sources)
+        lines.append(f"note: the documents are too long to come nearer to {wanted}; more text or "
+                     "shorter documents do")
+    return lines
+
+
+def left_in_words(source: dict) -> str:
+    left = source.get("documents_left")
+    if left is None:
+        return "and the rest not used"
+    if not left:
+        return "all of it"
+    return f"{left:,} left over ({source['bytes_left'] / (source['bytes'] + source['bytes_left']):.0%} of it)"

@@ -177,9 +177,6 @@ def run(parser: Parser, args: argparse.Namespace) -> None:
     metric = args.metric or ("val_bpb" if args.target is None else "val_loss")
     groups = open_groups(args.runs)
     found = weigh(groups, metric, args.although or [], args.effect or 0.0, args.target)
-    if args.json and not found.problem:
-        print_object({"metric": metric, "runs": run_facts(groups), "groups": group_facts(groups),
-                      "comparisons": facts_of(found.compared), "said": [line for line in found.said if line]})
     if not args.json:
         print_tables(groups, args.format, is_comparable=not found.problem)
     if found.said and not args.json:
@@ -189,6 +186,9 @@ def run(parser: Parser, args: argparse.Namespace) -> None:
         print(f"wrote {os.path.relpath(path)}", file=sys.stderr)
     if found.problem:
         raise UserError(found.problem)
+    if args.json:       # last, since what goes wrong before is an object of its own
+        print_object({"metric": metric, "runs": run_facts(groups), "groups": group_facts(groups),
+                      "comparisons": facts_of(found.compared), "said": [line for line in found.said if line]})
 
 
 @command

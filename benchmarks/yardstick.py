@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
 from benchtop.command_line import Parser, command, positive
 from benchtop.conclusions import compare
-from benchtop.curves import curve, save_curves
+from benchtop.curves import save_curves
 from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.groups import Group, check_comparable

@@ -26,6 +26,7 @@ from benchtop.curves import save_curves
 from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.groups import Group, check_comparable
+from benchtop.progress import curve
 from benchtop.redaction import without_secrets
 from benchtop.repeats import check_room, ended_run, keep
 from benchtop.tables import as_markdown, mean_and_spread

@@ -622,12 +622,15 @@ def test_json_has_the_error_and_the_status_is_1(two_groups, monkeypatch, capsys,
 
 def test_json_has_null_for_what_is_not_finite(two_groups, monkeypatch, capsys):
     write_run(two_groups / "demo/seed3", 3, summary={"status": "failed: nan", "val_loss": math.nan})
-    write_run(two_groups / "demo/seed4", 4, summary={"status": ""})
+    quiz = {"acc": {"value": 0.5, "low": 0.4, "high": 0.6}, "margin": -math.inf}
+    write_run(two_groups / "demo/seed4", 4, summary={"status": "", "benchmarks": {"quiz": quiz}})
+    write_run(two_groups / "demo/seed5", 5, summary={"benchmarks": {"quiz": quiz}})
     monkeypatch.setenv("MY_API_KEY", "books_v8192")
     out, _, code = say(monkeypatch, capsys, "demo", "--json")
     found = json.loads(out, parse_constant=pytest.fail)
     assert code == 0 and found["comparisons"] == []
-    assert [run["val_loss"] for run in found["runs"]][3:] == [None, None]
+    assert [run["val_loss"] for run in found["runs"]][3:] == [None, None, 2.4]
+    assert found["runs"][5]["benchmarks"]["quiz"] == quiz | {"margin": None}
     assert found["runs"][0]["tokenizer"] == "[MY_API_KEY]"
     out, _, _ = say(monkeypatch, capsys, "demo/seed0", "gelu/seed0", "--json")
     one, = json.loads(out)["comparisons"]

@@ -113,6 +113,7 @@ def documents_of(rng: np.random.Generator, count: int, spread: float) -> tuple[n
 def test_an_interval_over_documents_is_scipys_bootstrap():
     """Of one seed: all that scatters is which documents were held out."""
     sizes, above = documents_of(np.random.default_rng(1), 50, 0.02)
+    above += 0.1        # so that it matters that both parts of the ratio are drawn together
     ours = significance.over_documents(above * sizes, sizes)
     theirs = stats.bootstrap((above * sizes, sizes), lambda x, y, axis: x.sum(axis) / y.sum(axis),
                              paired=True, n_resamples=10_000, method="percentile",

@@ -3,6 +3,7 @@
     python compare.py experiments/2026*                           a table of these runs
     python compare.py demo 'gelu=experiments/*_gelu_seed*'        groups, and what can be concluded
     python compare.py demo --format latex                         or text, markdown, csv
+    python compare.py demo gelu --json                            all of it for programs, as one JSON object
     python compare.py demo gelu --plot figures/gelu               curves by step, tokens, time, FLOPs and cost
     python compare.py demo gelu --html gelu.html                  one page with all of it, for any browser
     python compare.py --index                                     rewrite experiments/README.md
@@ -14,15 +15,17 @@ may differ. Where the held-out text is the same, bits per byte can be compared e
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchtop import places
-from benchtop.command_line import Help, Parser, command
-from benchtop.conclusions import conclusions, target_line
+from benchtop.command_line import Help, Parser, command, in_one_line
+from benchtop.conclusions import Comparison, compare_all, conclusions, facts_of, target_line
 from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.groups import (
@@ -36,7 +39,17 @@ from benchtop.groups import (
     open_groups,
 )
 from benchtop.redaction import without_secrets
-from benchtop.tables import as_csv, as_latex, as_markdown, as_text, groups_table, index, runs_table
+from benchtop.tables import (
+    as_csv,
+    as_latex,
+    as_markdown,
+    as_text,
+    group_facts,
+    groups_table,
+    index,
+    run_facts,
+    runs_table,
+)
 
 
 def loss(text: str) -> float:
@@ -55,6 +68,8 @@ def make_parser() -> Parser:
                         help="a run folder, a glob, a folder of runs, or a group NAME=GLOB")
     parser.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text",
                         help="format of the tables")
+    parser.add_argument("--json", action="store_true",
+                        help="print one JSON object with runs, groups and comparisons, or an error")
     parser.add_argument("--metric", choices=("val_bpb", "val_loss"),
                         help="metric to compare and to plot; without it val_bpb, or val_loss with --target")
     parser.add_argument("--although", choices=tuple(CONDITIONS), action="append",
@@ -64,7 +79,7 @@ def make_parser() -> Parser:
     parser.add_argument("--effect", type=loss, metavar="DIFFERENCE",
                         help="smallest difference you care about: print the number of runs that it needs")
     parser.add_argument("--plot", type=Path, metavar="BASE",
-                        help="write curves to BASE_step.png, BASE_tokens.svg, ...")
+                        help="write curves to BASE_step.png, BASE_difference_tokens.svg, ...")
     parser.add_argument("--html", type=Path, metavar="FILE",
                         help="write a page with tables, conclusions, curves and samples")
     parser.add_argument("--index", action="store_true",
@@ -72,29 +87,44 @@ def make_parser() -> Parser:
     return parser
 
 
+@dataclass
+class Weighed:
+    """What can be said of groups.
+
+    said      in lines
+    compared  each weighed group against the first
+    groups    those that were weighed
+    problem   what forbids comparing them, if anything does
+    """
+    said: list[str]
+    compared: list[Comparison] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    problem: str = ""
+
+
 def weigh(groups: list[Group], metric: str, although: Iterable[str], effect: float, target: float | None,
-          ) -> tuple[list[str], str]:
-    """What can be said of the groups, in lines; and what forbids comparing them, if anything does."""
+          ) -> Weighed:
     finished = [group for group in groups if group.finished]
     runs = [run for group in finished for run in group.finished]
     # many single runs make a table; two of them, or groups, are also weighed against each other
     weighed = finished if len(finished) == 2 else [group for group in finished if not group.is_alone]
-    said = [line for group in weighed for line in mixed(group)]
-    said += [describe_bench(runs)] if len(runs) > 1 else []
-    said += few_documents(runs)
-    problem = ""
+    found = Weighed([line for group in weighed for line in mixed(group)])
+    found.said += [describe_bench(runs)] if len(runs) > 1 else []
+    found.said += few_documents(runs)
     try:
         if weighed:
             check_comparable(weighed, metric, although)
-            said += ["", *conclusions(weighed, metric, effect)]
+            found.compared, found.groups = compare_all(weighed, metric, effect), weighed
+            found.said += ["", *conclusions(weighed, found.compared)]
         if target is not None:
-            said += ["", *(target_line(group, metric, target) for group in finished)]
+            found.said += ["", *(target_line(group, metric, target) for group in finished)]
     except NotComparable as error:
-        problem = str(error)
+        found.problem = str(error)
     left_out = [group.name for group in finished if group not in weighed] if len(weighed) > 1 else []
-    said += [f"not compared, since they are single runs: {', '.join(left_out)}"] if left_out else []
-    said += [f"{run.name}: {run.status}" for group in groups for run in group.runs if not run.is_finished]
-    return said, problem
+    found.said += [f"not compared, since they are single runs: {', '.join(left_out)}"] if left_out else []
+    found.said += [f"{run.name}: {run.status}" for group in groups for run in group.runs
+                   if not run.is_finished]
+    return found
 
 
 def print_tables(groups: list[Group], style: str, is_comparable: bool) -> None:
@@ -107,25 +137,37 @@ def print_tables(groups: list[Group], style: str, is_comparable: bool) -> None:
         print("\n" + show(groups_table(groups)))
 
 
-def write_files(groups: list[Group], metric: str, plot: Path | None, html: Path | None, said: list[str],
-                problem: str) -> list[Path]:
+def print_object(content: dict) -> None:
+    """One JSON object, in which null stands for what is not finite."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    print(without_secrets(json.dumps(content, indent=2)))
+
+
+def refuse(status: int = 0, message: str | None = None) -> None:
+    """What a parser does instead of leaving, where programs wait for an object."""
+    if status:
+        raise UserError(str(message).strip().partition("error: ")[2])
+    sys.exit()
+
+
+def write_files(groups: list[Group], metric: str, plot: Path | None, html: Path | None, found: Weighed,
+                ) -> list[Path]:
     """What --plot and --html ask for; imported late, since matplotlib takes a while."""
     written = []
     if plot:
         from benchtop.curves import save_curves
-        written += save_curves(groups, metric, plot)
+        written += save_curves(groups, metric, plot, found.groups)
     if html:
         from benchtop.page import page
         html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(html, without_secrets(page(groups, metric, [*said, problem], is_comparable=not problem)))
+        text = page(groups, metric, [*found.said, found.problem], not found.problem, found.groups)
+        write_text(html, without_secrets(text))
         written.append(html)
     return written
 
 
-@command
-def main() -> None:
-    parser = make_parser()
-    args = parser.parse_args()
+def run(parser: Parser, args: argparse.Namespace) -> None:
+    """raises  UserError if the runs cannot be read or compared"""
     if args.index:
         write_text(places.EXPERIMENTS / "README.md", without_secrets(index(places.EXPERIMENTS)))
     if not args.runs:
@@ -134,15 +176,33 @@ def main() -> None:
         raise UserError(f"--plot must be how file names begin, as in figures/demo; it is {args.plot}")
     metric = args.metric or ("val_bpb" if args.target is None else "val_loss")
     groups = open_groups(args.runs)
-    said, problem = weigh(groups, metric, args.although or [], args.effect or 0.0, args.target)
-    print_tables(groups, args.format, is_comparable=not problem)
-    if said:
+    found = weigh(groups, metric, args.although or [], args.effect or 0.0, args.target)
+    if not args.json:
+        print_tables(groups, args.format, is_comparable=not found.problem)
+    if found.said and not args.json:
         out = sys.stdout if args.format == "text" else sys.stderr   # a paper takes the table alone
-        print("\n" + "\n".join(said).strip("\n"), file=out)
-    for path in write_files(groups, metric, args.plot, args.html, said, problem):
+        print("\n" + "\n".join(found.said).strip("\n"), file=out)
+    for path in write_files(groups, metric, args.plot, args.html, found):
         print(f"wrote {os.path.relpath(path)}", file=sys.stderr)
-    if problem:
-        raise UserError(problem)
+    if found.problem:
+        raise UserError(found.problem)
+    if args.json:       # last, since what goes wrong before is an object of its own
+        print_object({"metric": metric, "runs": run_facts(groups), "groups": group_facts(groups),
+                      "comparisons": facts_of(found.compared), "said": [line for line in found.said if line]})
+
+
+@command
+def main() -> None:
+    parser = make_parser()
+    as_json = "--json" in sys.argv[1:]
+    if as_json:
+        parser.exit = refuse
+    try:
+        run(parser, parser.parse_args())
+    except (UserError, OSError) as error:
+        if as_json and not isinstance(error, BrokenPipeError):
+            print_object({"error": in_one_line(error)})
+        raise
 
 
 if __name__ == "__main__":

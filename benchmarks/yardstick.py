@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
 from benchtop.command_line import Parser, command, positive
 from benchtop.conclusions import compare
-from benchtop.curves import curve, save_curves
+from benchtop.curves import save_curves
 from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.groups import Group, check_comparable
+from benchtop.progress import curve
 from benchtop.redaction import without_secrets
 from benchtop.repeats import check_room, ended_run, keep
 from benchtop.tables import as_markdown, mean_and_spread

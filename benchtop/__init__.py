@@ -20,7 +20,7 @@ ORDER = (
     # -> run folder
     "identity", "checkpoints", "folder", "knobs", "trackers", "loss_picture", "log", "budget", "saved",
     # -> what can be concluded from runs; a run that ends with --compare_to asks it, too
-    "groups", "conclusions", "briefing", "smoke", "compiled_check", "warm_up", "run", "synthetic",
+    "groups", "progress", "conclusions", "briefing", "smoke", "compiled_check", "warm_up", "run", "synthetic",
     "fitness", "throughput",
     # -> how it is shown
     "repeats", "tables", "curves", "page", "endpoint", "judging",

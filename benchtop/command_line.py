@@ -124,9 +124,17 @@ def let_go() -> None:
                     os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def end(complaint: str) -> None:
+def in_one_line(error: UserError | OSError) -> str:
+    """What an error says."""
+    words = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        words = error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(words.splitlines())
+
+
+def end(error: UserError | OSError) -> None:
     """Leave with one line and exit code 1."""
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(complaint.splitlines())}")
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}")
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -143,16 +151,17 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             main(*parts)
             sys.stdout.flush()
         except UserError as error:
-            end(str(error))
+            end(error)
         except BrokenProcessPool:
-            end("a worker process was killed, perhaps for want of memory; try again with --num_workers 1")
+            end(UserError("a worker process was killed, perhaps for want of memory; try again with "
+                          "--num_workers 1"))
         except BrokenPipeError:
             let_go()
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
             if error.strerror is None:
                 raise
-            end(error.strerror + (f": {error.filename}" if error.filename else ""))
+            end(error)
         except KeyboardInterrupt:
             tell(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
                  sys.stderr)

@@ -4,12 +4,15 @@ compare() sets two groups against each other, standing() one run against a group
 significance.py.
 """
 
-from dataclasses import dataclass
+import contextlib
+import math
+from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 
 from benchtop import significance
 from benchtop.command_line import counted
 from benchtop.errors import UserError
+from benchtop.folder import HELD_OUT_FILE
 from benchtop.groups import (
     Group,
     NotComparable,
@@ -20,6 +23,7 @@ from benchtop.groups import (
     open_groups,
     without_copies,
 )
+from benchtop.progress import COMPUTE, Multiplier, multiplier, multiplier_line
 
 ROUNDING = 1e-9     # of a mean: a spread below this is none, and no test can be made of it
 
@@ -30,6 +34,9 @@ class Comparison:
 
     seeds   that both have; the test is paired if these are all that the smaller group has
     effect  a difference that would matter, for which to say how many runs it needs; 0: none is named
+    over_documents  the interval that covers the choice of text, too; or why there is none, if it could be
+                    expected
+    multipliers     of what b needs less of than a, or more
     """
     a: Group
     b: Group
@@ -38,6 +45,8 @@ class Comparison:
     welch: significance.Difference | None
     paired: significance.Difference | None
     effect: float = 0.0
+    over_documents: significance.OverDocuments | str = ""
+    multipliers: tuple[Multiplier, ...] = ()
 
     @property
     def test(self) -> significance.Difference | None:
@@ -51,15 +60,63 @@ class Comparison:
                  f"({counted(len(b), 'run')}) against {fmean(a):.4f} ({counted(len(a), 'run')})"]
         test = self.test
         if not test:
-            return [*lines, self.without_test(a, b)]
+            return [*lines, self.without_test(a, b), *self.lines_on_documents(), *self.lines_on_compute()]
         for one, kind in ((self.paired, f"paired by {len(self.seeds)} seeds"), (self.welch, "Welch")):
             if one:
                 lines.append(f"  {kind:<18}{one.mean:+.4f}, 95 % interval {one.low:+.4f} to {one.high:+.4f}, "
                              f"t = {one.t:.2f} with {one.df:.1f} degrees of freedom, {p_in_words(one.p)}")
+        lines += self.lines_on_documents()
         better = "lower, so better" if test.mean < 0 else "higher, so worse"
+        better += ", on this held-out text; on other text it may not be" if self.depends_on_text else ""
         lines.append(f"  {self.b.name} is {better}" if test.p < 0.05 else
                      "  no significant difference, which does not show that there is none")
-        return lines + self.power_lines(test)
+        return lines + self.power_lines(test) + self.lines_on_compute()
+
+    @property
+    def depends_on_text(self) -> bool:
+        """Whether a difference could vanish on other documents."""
+        found = self.over_documents
+        return not isinstance(found, str) and found.low < 0 < found.high
+
+    def lines_on_documents(self) -> list[str]:
+        """The interval that covers the choice of held-out documents, beside those that do not."""
+        found = self.over_documents
+        if isinstance(found, str):
+            return [f"  no interval over documents: {found}"] if found else []
+        kind, over, more = (
+            ("seeds and text", "seeds and ", "those above are over seeds alone") if found.covers_seeds else
+            ("text alone", "", "of these models, and nothing is said of other seeds"))
+        return [f"  {kind:<18}{found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}, over "
+                f"{over}held-out documents ({found.documents:,}, bootstrap); {more}"]
+
+    def facts(self) -> dict:
+        """The comparison for programs; null is what could not be said."""
+        found, test = self.over_documents, self.test
+        tests = {kind: one and {"mean": one.mean, "low": one.low, "high": one.high, "t": one.t, "df": one.df,
+                                "p": one.p, "error": one.error, "sd": one.sd}
+                 for kind, one in (("paired", self.paired), ("welch", self.welch))}
+        return {"baseline": self.a.name, "group": self.b.name, "metric": self.metric, "seeds": self.seeds,
+                "difference": fmean(self.b.values(self.metric)) - fmean(self.a.values(self.metric)),
+                "test": test and ("paired" if self.paired else "welch"), **tests,
+                "power": test and self.power(test),
+                "over_documents": None if isinstance(found, str) else asdict(found),
+                "over_documents_problem": found if isinstance(found, str) else "",
+                "compute_multipliers": [asdict(one) for one in self.multipliers],
+                "differing": differences_of(self.a.finished[0], self.b.finished[0])}
+
+    def power(self, test: significance.Difference) -> dict:
+        """The smallest difference that so many runs detect with 80 % power, and what --effect needs."""
+        needed = None
+        if self.effect:
+            with contextlib.suppress(ValueError):       # more than anybody would make
+                needed = significance.runs_needed(self.effect, test.sd, bool(self.paired), test.df_per_run)
+        return {"detectable_difference": significance.smallest_effect(test.error, test.df),
+                "effect": self.effect or None, "runs_needed": needed}
+
+    def lines_on_compute(self) -> list[str]:
+        if not self.multipliers:
+            return []
+        return [multiplier_line(self.a.name, self.b.name, self.metric, list(self.multipliers))]
 
     def without_test(self, a: list[float], b: list[float]) -> str:
         """What can be said without a test: one side, or both, have a single run, or runs without a spread."""
@@ -110,7 +167,42 @@ def compare(a: Group, b: Group, metric: str, effect: float = 0.0) -> Comparison:
             paired = significance.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
         least = ROUNDING * fmean(a.values(metric))
         welch, paired = (one if one and one.error > least else None for one in (welch, paired))
-    return Comparison(a, b, metric, seeds, welch, paired, effect)
+    shared = seeds if paired else []
+    return Comparison(a, b, metric, seeds, welch, paired, effect,
+                      compare_documents(a, b, metric, shared, paired or welch),
+                      tuple(filter(None, (multiplier(a, b, axis, metric) for axis in COMPUTE))))
+
+
+# of each metric, what held_out.csv has of a document: nats, and what they are divided by
+OF_DOCUMENTS = {"val_bpb": ("text_nats", "bytes", math.log(2)), "val_loss": ("nats", "tokens", 1.0)}
+
+
+def compare_documents(a: Group, b: Group, metric: str, seeds: list[int], test: significance.Difference | None,
+                      ) -> significance.OverDocuments | str:
+    """The difference with an interval over documents and seeds; or why not, nothing where no run has them.
+
+    seeds  that pair the runs; empty: all runs of both
+    """
+    both = [[run for run in group.finished if not seeds or run.summary["seed"] in seeds] for group in (a, b)]
+    runs = [run for group in both for run in group]
+    try:
+        without = [run.name for run in runs if not run.documents]
+        if without:
+            return f"{without[0]} has no {HELD_OUT_FILE}" if len(without) < len(runs) else ""
+    except UserError as error:
+        return str(error)
+    nats, unit, scale = OF_DOCUMENTS[metric]
+    sizes = runs[0].documents[unit]
+    other = next((run for run in runs if run.documents[unit] != sizes), None)
+    if other:
+        return f"{runs[0].name} and {other.name} have other {unit} in their documents"
+    if sum(size > 0 for size in sizes) < 2:
+        return "all held-out text is one document"
+    means = [[fmean(values) for values in zip(*(run.documents[nats] for run in group), strict=True)]
+             for group in both]
+    differences = [second - first for first, second in zip(*means, strict=True)]
+    return significance.over_documents(differences, [scale * size for size in sizes],
+                                       *((test.error, test.df) if test else ()))
 
 
 def p_in_words(p: float) -> str:
@@ -197,9 +289,13 @@ def standing(run: SavedRun, spec: str, metric: str = "val_bpb") -> str:
             f"{stdev(values):.4f})")
 
 
-def conclusions(groups: list[Group], metric: str, effect: float = 0.0) -> list[str]:
-    """Each further group against the first, in words; then what holds for all of these comparisons."""
-    compared = [compare(groups[0], group, metric, effect) for group in groups[1:]]
+def compare_all(groups: list[Group], metric: str, effect: float = 0.0) -> list[Comparison]:
+    """Each further group against the first."""
+    return [compare(groups[0], group, metric, effect) for group in groups[1:]]
+
+
+def conclusions(groups: list[Group], compared: list[Comparison]) -> list[str]:
+    """What compare_all found of groups, in words; then what holds for all of these comparisons."""
     lines = []
     for one in compared:
         lines += [""] if lines else []
@@ -208,6 +304,14 @@ def conclusions(groups: list[Group], metric: str, effect: float = 0.0) -> list[s
         lines.append(f"  they differ in {'; '.join(differing) or 'nothing that the runs recorded'}")
     notes = adjusted_lines(compared) + speed_lines(groups)
     return [*lines, "", *notes] if notes else lines
+
+
+def facts_of(compared: list[Comparison]) -> list[dict]:
+    """What compare_all found, for programs."""
+    tested = [one for one in compared if one.test]
+    adjusted = dict(zip([one.b.name for one in tested], significance.holm([one.test.p for one in tested]),
+                        strict=True))
+    return [one.facts() | {"p_holm": adjusted.get(one.b.name)} for one in compared]
 
 
 def adjusted_lines(compared: list[Comparison]) -> list[str]:

@@ -1,33 +1,16 @@
-"""Loss curves of groups of runs, over steps, tokens, time, FLOPs and cost, for a paper or a page."""
+"""Pictures of validation curves and of their differences, for a paper or a page."""
 
 import io
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchtop.errors import UserError
-from benchtop.groups import Group, SavedRun
+from benchtop.groups import Group
+from benchtop.progress import AXES, curve, differences, on_common_grid
+from benchtop.significance import t_quantile
 
-
-def _price(run: SavedRun) -> float:
-    return run.knobs.get("gpu_cost_per_hour") or 0
-
-
-def _share(value: float | None, whole: float) -> float | None:
-    return None if value is None else value / whole
-
-
-# how far a run was at a row of metrics.csv: what the axis says, and the value or None
-AXES: dict[str, tuple[str, Callable[[SavedRun, dict], float | None]]] = {
-    "step": ("steps", lambda run, row: row.get("step")),
-    "tokens": ("million tokens", lambda run, row: _share(row.get("tokens"), 1e6)),
-    "time": ("minutes of training", lambda run, row: _share(row.get("train_seconds"), 60)),
-    "flops": ("training FLOPs", lambda run, row: row.get("flops")),
-    "cost": ("cost of the training time",
-             lambda run, row: _share(row.get("train_seconds"), 3600 / _price(run)) if _price(run) else None),
-}
 METRICS = {"val_bpb": "bits per byte, held-out text", "val_loss": "nats per token, held-out text"}
 # Okabe and Ito's colours, which people who see colours differently can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,20 +20,7 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
          "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "benchtop"}
 
 
-def curve(run: SavedRun, axis: str, metric: str) -> tuple[list[float], list[float]]:
-    """Where a run was validated, and the metric there; empty if the run does not know the axis.
-
-    What is not finite is left out; of two values at one place, the later one counts.
-    """
-    place = AXES[axis][1]
-    points = [(place(run, row), row[metric]) for row in run.rows if math.isfinite(row.get(metric, math.nan))]
-    if any(x is None for x, _ in points):
-        return [], []
-    kept = sorted((x, y) for x, y in dict(points).items() if math.isfinite(x))
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def draw(groups: list[Group], axis: str, metric: str):
+def draw(groups: Sequence[Group], axis: str, metric: str):
     """A figure of matplotlib: each group's mean in a band of its standard deviation; None without curves."""
     import matplotlib
     matplotlib.use("Agg")
@@ -67,7 +37,7 @@ def draw(groups: list[Group], axis: str, metric: str):
             look = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.4,
                     "linestyle": LINES[number // len(COLOURS) % len(LINES)],
                     "label": f" {name}" + (f" ({len(curves)} runs)" if len(curves) > 1 else "")}
-            grid, values = _common(curves)
+            grid, values = on_common_grid(curves)
             mean = values.mean(0)
             axes.plot(grid, mean, marker="o" if len(grid) < 3 else None, markersize=4, **look)
             if len(curves) > 1:
@@ -84,14 +54,6 @@ def draw(groups: list[Group], axis: str, metric: str):
     return figure
 
 
-def _common(curves: list[tuple[list[float], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Places from the latest begin to the earliest end of the runs, and each run's heights there."""
-    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    places = max((x for x, _ in curves), key=len)
-    grid = np.unique([first, *(x for x in places if first < x < last), max(first, last)])
-    return grid, np.array([np.interp(grid, x, y) for x, y in curves])
-
-
 def _zoom(axes) -> None:
     """Leave the steep beginning out, which hides how the curves differ: show what is at most half above the
     lowest end, and more where the ends themselves lie further apart."""
@@ -102,28 +64,71 @@ def _zoom(axes) -> None:
         axes.set_ylim(heights.min() - 0.03 * (top - heights.min()), top)
 
 
-def save_curves(groups: list[Group], metric: str, base: Path) -> list[Path]:
+def draw_differences(groups: Sequence[Group], axis: str, metric: str):
+    """A figure of matplotlib: how far each further group is above the first, run by run of a shared seed.
+
+    The mean over the seeds in a band of its 95 % interval at each place; None where no seed is shared.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+        late = []       # heights behind the steep beginning, which would hide all else
+        for number, group in enumerate(groups[1:], 1):
+            grid, values = differences(groups[0], group, axis, metric)
+            if not len(grid):
+                continue
+            mean, count = values.mean(0), len(values)
+            colour = COLOURS[number % len(COLOURS)]
+            name = f"{group.name} - {groups[0].name}".replace("$", r"\$")
+            axes.plot(grid, mean, color=colour, linewidth=1.4, marker="o" if len(grid) < 3 else None,
+                      markersize=4, linestyle=LINES[number // len(COLOURS) % len(LINES)],
+                      label=f" {name}" + (f" ({count} seeds)" if count > 1 else ""))
+            half = np.zeros(len(grid))
+            if count > 1:
+                half = t_quantile(0.975, count - 1) * values.std(0, ddof=1) / np.sqrt(count)
+                axes.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+            late += [edge[grid >= grid[-1] / 4] for edge in (mean - half, mean + half)]
+        axes.set(xlabel=AXES[axis][0], ylabel=f"difference, {METRICS[metric].split(',')[0]}")
+        if not axes.lines:
+            pyplot.close(figure)
+            return None
+        axes.axhline(0, color="black", linewidth=0.8)
+        heights = np.append(np.concatenate(late), 0)
+        axes.set_ylim(*(heights.min(), heights.max()) + 0.05 * max(np.ptp(heights), 1e-9) * np.array([-1, 1]))
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False)
+    return figure
+
+
+def save_curves(groups: list[Group], metric: str, base: Path, compared: Sequence[Group] = ()) -> list[Path]:
     """BASE_AXIS.png and .svg for every axis that the runs know.
 
-    raises  UserError if no run was validated
+    compared  groups of which BASE_difference_AXIS.png and .svg are written, too
+    raises    UserError if no run was validated
     """
     base.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    for axis in AXES:
-        for ending in ("png", "svg"):
-            picture = as_bytes(groups, axis, metric, ending)
-            if picture:
-                written.append(base.with_name(f"{base.name}_{axis}.{ending}"))
-                written[-1].write_bytes(picture)
+    for kind, of, drawn in (("", draw, groups), ("difference_", draw_differences, compared)):
+        for axis in AXES:
+            for ending in ("png", "svg"):
+                picture = as_bytes(drawn, axis, metric, ending, of)
+                if picture:
+                    written.append(base.with_name(f"{base.name}_{kind}{axis}.{ending}"))
+                    written[-1].write_bytes(picture)
     if not written:
         raise UserError("none of these runs was validated while it trained, so there is nothing to draw")
     return written
 
 
-def as_bytes(groups: list[Group], axis: str, metric: str, ending: str) -> bytes:
-    """The figure as a file of this kind; empty without curves."""
+def as_bytes(groups: Sequence[Group], axis: str, metric: str, ending: str, of: Callable = draw) -> bytes:
+    """The figure as a file of this kind; empty without curves.
+
+    of  draw or draw_differences
+    """
     from matplotlib import pyplot
-    figure = draw(groups, axis, metric)
+    figure = of(groups, axis, metric)
     if not figure:
         return b""
     out = io.BytesIO()

@@ -36,7 +36,8 @@ BENCH = Path(__file__).parent
 # knobs that leave every result as it is; data and tokenizer are compared by their content
 NEUTRAL_KNOBS = ("check", "smoke", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
                  "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
-                 "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "tensorboard")
+                 "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "trackio",
+                 "tensorboard")
 NAMED_FILES = 5         # of a bench that differs; further ones are counted
 
 

@@ -71,6 +71,7 @@ class RunConfig:
     save_model: bool = False          # keep the weights as model.safetensors
     compare_to: str = ""              # folder or glob of runs to compare with, in their standard deviations
     wandb: str = ""                   # project of Weights & Biases to log to; WANDB_MODE=offline works
+    trackio: str = ""                 # project of Trackio to log to, on this machine
     tensorboard: bool = False         # write event files for TensorBoard into the run folder
     gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
     # the machine

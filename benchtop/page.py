@@ -5,12 +5,14 @@ runs say (names, samples) is text and never markup.
 """
 
 import re
+from collections.abc import Sequence
 from html import escape
 from statistics import fmean
 
 from benchtop.command_line import counted
-from benchtop.curves import AXES, as_bytes
+from benchtop.curves import as_bytes, draw, draw_differences
 from benchtop.groups import Group, SavedRun
+from benchtop.progress import AXES
 from benchtop.tables import groups_table, used_columns
 
 # what stands in no page, though a sample may hold it: control characters, and halves of surrogate pairs
@@ -66,16 +68,19 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
   body.append(...[...body.rows].sort(order));
 });
 for (const input of document.querySelectorAll(".axes input")) input.addEventListener("change", () => {
-  for (const figure of document.querySelectorAll("figure")) figure.hidden = figure.id !== "by-" + input.value;
+  for (const figure of document.querySelectorAll("figure"))
+    figure.hidden = figure.dataset.axis !== input.value;
 });
 """
 
 
-def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool = True) -> str:
+def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool = True,
+         compared: Sequence[Group] = ()) -> str:
     """The HTML of the page.
 
     said           the conclusions in lines
     is_comparable  whether means may be taken of the groups
+    compared       groups of which differences are drawn, too
     """
     title = " and ".join(group.name for group in groups[:3]) + (" and others" if len(groups) > 3 else "")
     runs = [run for group in groups for run in group.runs]
@@ -86,7 +91,7 @@ def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool 
     parts += ["<h2>Runs</h2>", _runs_table(groups)]
     if said:
         parts += ["<h2>Conclusions</h2>", f"<pre>{escape(chr(10).join(said).strip())}</pre>"]
-    parts += [_curves(groups, metric), _samples(groups)]
+    parts += [_curves(groups, compared, metric), _samples(groups)]
     body = NO_TEXT.sub("\ufffd", "\n".join(parts))
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
@@ -120,17 +125,21 @@ def _runs_table(groups: list[Group]) -> str:
             + "\n".join(lines) + "</tbody></table></div>")
 
 
-def _curves(groups: list[Group], metric: str) -> str:
-    """A figure for each axis that the runs know, one of which is shown."""
+def _curves(groups: list[Group], compared: Sequence[Group], metric: str) -> str:
+    """Figures for each axis that the runs know, of which those of one axis are shown."""
     labels, figures = [], []
     for axis, (name, _) in AXES.items():
-        svg = as_bytes(groups, axis, metric, "svg").decode()
-        if not svg:
+        curves, differences = (as_bytes(drawn, axis, metric, "svg", of).decode()
+                               for drawn, of in ((groups, draw), (compared, draw_differences)))
+        if not curves:
             continue
         checked, hidden = ("", " hidden") if figures else (" checked", "")
         labels.append(f"<label><input type=\"radio\" name=\"axis\" value=\"{axis}\"{checked}>"
                       f"{escape(name)}</label>")
-        figures.append(f"<figure id=\"by-{axis}\"{hidden}>{svg[svg.index('<svg'):]}</figure>")
+        for kind, svg in (("by", curves), ("difference-by", differences)):
+            if svg:
+                figures.append(f"<figure id=\"{kind}-{axis}\" data-axis=\"{axis}\"{hidden}>"
+                               f"{svg[svg.index('<svg'):]}</figure>")
     if not figures:
         return ""
     return f"<h2>Curves</h2>\n<fieldset class=\"axes\">{''.join(labels)}</fieldset>\n" + "\n".join(figures)

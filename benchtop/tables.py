@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 
 from benchtop import significance
 from benchtop.command_line import minutes
-from benchtop.groups import Group, SavedRun, benchmarks_of, is_measured, runs_in
+from benchtop.groups import COUNTED, MEASURED, Group, SavedRun, benchmarks_of, is_measured, runs_in
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,31 @@ def as_csv(groups: list[Group]) -> str:
                            map((result or {}).get, ("value", "low", "high")))
             writer.writerow([group.name, *("" if value is None else value for value in values)])
     return out.getvalue().rstrip("\n")
+
+
+def run_facts(groups: list[Group]) -> list[dict]:
+    """The runs for programs, by the names of summary.json; null is what a run did not measure."""
+    def fact(run: SavedRun, name: str) -> float | None:
+        value = run.summary.get(name)
+        return value if is_measured(value) else None
+    return [{"group": group.name, "run": run.name, "status": run.status,
+             **{name: fact(run, name) for name in (*MEASURED, *COUNTED)},
+             **{name: run.summary.get(name) for name in ("data", "tokenizer", "device", "script")},
+             "benchmarks": run.benchmarks}
+            for group in groups for run in group.runs]
+
+
+def group_facts(groups: list[Group]) -> list[dict]:
+    """Mean, standard deviation and interval of each group, for programs."""
+    facts = []
+    for group in groups:
+        facts.append({"group": group.name, "runs": len(group.runs), "finished": len(group.finished)})
+        for metric in ("val_loss", "val_bpb", "tokens_per_second"):
+            values = group.values(metric)
+            low, high = significance.interval(values) if len(values) > 1 else (None, None)
+            facts[-1][metric] = {"mean": fmean(values) if values else None,
+                                 "sd": stdev(values) if len(values) > 1 else None, "low": low, "high": high}
+    return facts
 
 
 def index(experiments: Path) -> str:

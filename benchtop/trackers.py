@@ -1,8 +1,9 @@
-"""Runs followed elsewhere: Weights & Biases and TensorBoard, only when asked for and installed.
+"""Runs followed elsewhere: Weights & Biases, Trackio and TensorBoard, only when asked for and installed.
 
 A tracker gets what metrics.csv gets, on the first process, and is never needed: the run folder has it all.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
@@ -20,14 +21,15 @@ class Tracker(Protocol):
 
 
 def check_packages(cfg) -> None:
-    """raises  UserError if a package is missing that --wandb or --tensorboard needs"""
-    for package, wanted in (("wandb", cfg.wandb), ("tensorboard", cfg.tensorboard)):
+    """raises  UserError if a package is missing that --wandb, --trackio or --tensorboard needs"""
+    for package, wanted in (("wandb", cfg.wandb), ("trackio", cfg.trackio), ("tensorboard", cfg.tensorboard)):
         if wanted and not importlib.util.find_spec(package):
             raise UserError(f"--{package} needs the package {package}: pip install {package}")
 
 
 class Trackers:
-    """What --wandb and --tensorboard ask for. One that fails is given up with a warning, and the run goes on.
+    """What --wandb, --trackio and --tensorboard ask for. One that fails is given up with a warning; the run
+    goes on.
 
     step  that a resumed run goes on from
     """
@@ -36,6 +38,8 @@ class Trackers:
         self.trackers: list[Tracker] = []
         if cfg.wandb:
             self.trackers.append(WandB(cfg, folder))
+        if cfg.trackio:
+            self.trackers.append(Trackio(cfg, folder))
         if cfg.tensorboard:
             self.trackers.append(TensorBoard(folder, step))
 
@@ -95,6 +99,38 @@ class WandB:
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
+
+
+class Trackio:
+    """A run in a project of Trackio on this machine, named as the folder: trackio show
+
+    raises  UserError if it does not let the run begin
+    """
+
+    def __init__(self, cfg, folder: Path):
+        # what it greets with is not for the programs that read our output
+        with contextlib.redirect_stdout(sys.stderr):
+            import trackio
+            try:
+                trackio.init(project=cfg.trackio, name=folder.name, config=knobs_without_secrets(cfg),
+                             resume="allow")
+            except Exception as error:      # it has no kind of its own
+                raise UserError(f"--trackio {cfg.trackio} does not work here "
+                                f"({without_secrets(first_line(error))})") from error
+        self.trackio, self.last_step = trackio, 0
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        self.last_step = step
+        self.trackio.log(values, step=step)
+
+    def summary(self, results: dict[str, float]) -> None:
+        final = {f"final/{name}": results[name] for name in ("val_loss", "val_bpb") if name in results}
+        if final:
+            self.trackio.log(final, step=self.last_step)
+
+    def close(self, failed: bool) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.trackio.finish()
 
 
 class TensorBoard:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -59,6 +60,31 @@ def write_run(folder: Path, seed: int = 0, bpb: float = 1.0, **changes) -> Path:
             json.dumps({"name": name, "label": 0, "acc": {"choice": 0 if right else 1}}) + "\n"
             for name, right in items))
     return folder
+
+
+SIZES = [1000 + 100 * number for number in range(20)]       # bytes of held-out documents
+
+
+def write_documents(run: Path, waves: float = 0.0, sizes: list[int] = SIZES) -> Path:
+    """held_out.csv of a run: all documents at its val_bpb, but by turns so many bits above and below it."""
+    summary = json.loads((run / "summary.json").read_text())
+    tokens = [size // 4 for size in sizes]
+    above = [waves * (-1) ** number / size for number, size in enumerate(sizes)]        # they cancel
+    text = [math.log(2) * size * (summary["val_bpb"] + more) for size, more in zip(sizes, above, strict=True)]
+    rest = (summary["val_loss"] * sum(tokens) - sum(text)) / len(sizes)
+    rows = [f"{number},{count},{size},{nats + rest:.6f},{nats:.6f}"
+            for number, (count, size, nats) in enumerate(zip(tokens, sizes, text, strict=True))]
+    (run / "held_out.csv").write_text("\n".join(["document,tokens,bytes,nats,text_nats", *rows, ""]))
+    return run
+
+
+@pytest.fixture
+def with_documents(two_groups):
+    """The same, with held_out.csv: documents differ by 40 bits or less in what gelu costs."""
+    for seed in range(3):
+        write_documents(two_groups / f"demo/seed{seed}")
+        write_documents(two_groups / f"gelu/seed{seed}", 40.0)
+    return two_groups
 
 
 @pytest.fixture
@@ -253,6 +279,80 @@ def test_conclusions_name_difference_interval_power_and_cause(two_groups, monkey
     # 1 - scipy.stats.nct.cdf(4.3027, 2, 0.00326 / (0.001 / sqrt(3))) is 0.8
     assert "  With 3 pairs, the smallest difference detectable with 80 % power is 0.0033.\n" in out
     assert "they differ in --muon_lr 0.05 against 0.1; the script, train_gpt.py against my.py" in out
+
+
+def test_an_interval_over_documents_stands_beside_those_over_seeds(with_documents, monkeypatch, capsys):
+    out, _, code = say(monkeypatch, capsys, "demo", "gelu")
+    line, = (line for line in out.splitlines() if line.startswith("  seeds and text"))
+    said = re.search(r"\+0\.0200, 95 % interval (\S+) to (\S+), over seeds and held-out documents "
+                     r"\(20, bootstrap\); those above are over seeds alone$", line)
+    low, high = map(float, said.groups())
+    # the paired one is +0.0175 to +0.0225
+    assert code == 0 and low < 0.0175 and high > 0.0225
+    # independently: variances of seeds and of documents add up, with Student's 4.3 for the former
+    waves = [40.0 * (-1) ** number for number in range(20)]
+    of_text = math.sqrt(20 * fmean(wave**2 for wave in waves)) / sum(SIZES)
+    half = math.hypot(4.303 * 0.001 / math.sqrt(3), 1.96 * of_text)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    assert "on other text" not in out
+    # nats over tokens, of the same documents
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu", "--metric", "val_loss")
+    assert "  seeds and text    +0.0480, 95 % interval" in out
+
+
+def test_a_difference_that_other_text_could_undo_is_said(with_documents, monkeypatch, capsys):
+    for seed in range(3):
+        write_documents(with_documents / f"gelu/seed{seed}", 400.0)
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "gelu is higher, so worse, on this held-out text; on other text it may not be\n" in out
+
+
+def test_two_single_runs_have_an_interval_over_documents_alone(with_documents, monkeypatch, capsys):
+    out, _, _ = say(monkeypatch, capsys, "demo/seed0", "gelu/seed0")
+    assert "one run per side cannot tell this from chance" in out and "text alone        +0.0210, 95 %" in out
+    assert "over held-out documents (20, bootstrap); of these models, and nothing is said of other" in out
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda run: (run / "held_out.csv").unlink(), "gelu/seed1 has no held_out.csv"),
+    (lambda run: write_documents(run, sizes=SIZES[:-1]), "demo/seed0 and gelu/seed1 have other bytes"),
+    (lambda run: (run / "held_out.csv").write_text((run / "held_out.csv").read_text()[:300]),
+     "gelu/seed1/held_out.csv is not what a run writes"),
+    (lambda run: (run / "held_out.csv").write_text("document,nats\n0,1\n"), "its columns are document")])
+def test_why_there_is_no_interval_over_documents_is_said_in_one_line(with_documents, monkeypatch, capsys,
+                                                                     damage, reason):
+    damage(with_documents / "gelu/seed1")
+    out, _, code = say(monkeypatch, capsys, "demo", "gelu")
+    line, = (line for line in out.splitlines() if "documents" in line)
+    assert code == 0 and line.startswith("  no interval over documents: ") and reason in line
+    assert "paired by 3 seeds +0.0200" in out
+
+
+def test_nothing_is_said_of_documents_that_no_run_has_kept(two_groups, monkeypatch, capsys):
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    assert "documents" not in out and "held_out.csv" not in out
+
+
+def test_a_held_out_csv_that_does_not_add_up_is_refused(with_documents):
+    path = with_documents / "demo/seed0/held_out.csv"
+    text = path.read_text()
+    assert len(read_run(path.parent).documents["nats"]) == 20
+    for old, new, problem in ((",1000,", ",1001,", "does not add up to the run's val_bpb"),
+                              ("0,250,", "0,251,", "does not add up to the run's val_loss"),
+                              ("0,250,", "1,250,", "not numbered"), ("0,250,", "0,-250,", "no number from"),
+                              ("0,250,", "0,x,", "could not convert"), ("0,250,", "0,", "is not what a run")):
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match=problem):
+            _ = read_run(path.parent).documents
+
+
+def test_what_the_baseline_needs_for_the_same_loss_is_said(two_groups, monkeypatch, capsys):
+    """The runs fall by 1 every 100 steps, so demo is 2 steps early, of 600."""
+    out, _, _ = say(monkeypatch, capsys, "demo", "gelu")
+    value = math.exp(math.log(500) + (1 - 0.02) * math.log(600 / 500)) / 600
+    assert f"  for gelu's final val_bpb, demo needs {value:.2f} times the FLOPs of gelu (95 % int" in out
+    out, _, _ = say(monkeypatch, capsys, "gelu", "demo")
+    assert f"  demo reaches gelu's final val_bpb with {1 / value:.2f} times less FLOPs (95 %" in out
 
 
 def test_a_single_run_a_side_proves_nothing(two_groups, monkeypatch, capsys):
@@ -483,6 +583,61 @@ def test_every_benchmark_that_runs_have_is_shown(two_groups, monkeypatch, capsys
                      "lambada_perplexity": [*empty, "", *empty, "35.126"]}
 
 
+def test_json_is_one_object_with_all_that_is_said(with_documents, monkeypatch, capsys):
+    out, _, code = say(monkeypatch, capsys, "demo", "gelu", "--json", "--effect", "0.001")
+    found = json.loads(out)
+    assert code == 0 and {*found} == {"metric", "runs", "groups", "comparisons", "said"}
+    assert [(run["group"], run["seed"], run["val_bpb"]) for run in found["runs"]][:2] == [
+        ("demo", 0, 0.910), ("demo", 1, 0.914)]
+    demo, gelu = found["groups"]
+    assert demo["val_bpb"]["mean"] == pytest.approx(0.914) and demo["val_bpb"]["sd"] == pytest.approx(0.004)
+    assert (gelu["group"], gelu["runs"], gelu["finished"]) == ("gelu", 3, 3)
+    one, = found["comparisons"]
+    test = compare_groups(*open_groups(["demo", "gelu"]), "val_bpb").test
+    assert (one["baseline"], one["group"], one["test"], one["seeds"]) == ("demo", "gelu", "paired", [0, 1, 2])
+    assert (one["paired"]["mean"], one["paired"]["low"], one["paired"]["p"]) == (test.mean, test.low, test.p)
+    assert one["welch"]["df"] > 3 and one["p_holm"] == test.p
+    assert one["power"] == {"detectable_difference": pytest.approx(0.0033, abs=5e-5), "effect": 0.001,
+                            "runs_needed": 10}
+    assert one["over_documents"]["documents"] == 20 and one["over_documents"]["covers_seeds"]
+    assert one["over_documents"]["low"] < test.low and one["over_documents_problem"] == ""
+    assert [each["axis"] for each in one["compute_multipliers"]] == ["flops", "tokens", "time"]
+    assert any("paired by 3 seeds" in line for line in found["said"])
+
+
+@pytest.mark.parametrize(("words", "problem"), [
+    (["nothing"], "nothing is no run folder"), (["demo", "other"], "differ in tokens"), ([], "name runs"),
+    (["demo", "--metrik", "x"], "there is no flag --metrik; did you mean --metric?"),
+    (["demo", "--effect", "-1"], "argument --effect: must be above 0, is -1"),
+    (["demo", "gelu", "--html", "demo/seed0/config.json/x"], "demo/seed0/config.json")])
+def test_json_has_the_error_and_the_status_is_1(two_groups, monkeypatch, capsys, words, problem):
+    write_run(two_groups / "other", summary={"tokens": 1})
+    if "--html" in words:
+        monkeypatch.chdir(two_groups)
+    out, err, code = say(monkeypatch, capsys, *words, "--json")
+    assert code == 1 and "\n" not in err.strip()
+    objects = out.replace("}\n{", "}\0{").split("\0")
+    assert problem in json.loads(objects[-1])["error"] and len(objects) == 1
+
+
+def test_json_has_null_for_what_is_not_finite(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "demo/seed3", 3, summary={"status": "failed: nan", "val_loss": math.nan})
+    quiz = {"acc": {"value": 0.5, "low": 0.4, "high": 0.6}, "margin": -math.inf}
+    write_run(two_groups / "demo/seed4", 4, summary={"status": "", "benchmarks": {"quiz": quiz}})
+    write_run(two_groups / "demo/seed5", 5, summary={"benchmarks": {"quiz": quiz}})
+    monkeypatch.setenv("MY_API_KEY", "books_v8192")
+    out, _, code = say(monkeypatch, capsys, "demo", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0 and found["comparisons"] == []
+    assert [run["val_loss"] for run in found["runs"]][3:] == [None, None, 2.4]
+    assert found["runs"][5]["benchmarks"]["quiz"] == quiz | {"margin": None}
+    assert found["runs"][0]["tokenizer"] == "[MY_API_KEY]"
+    out, _, _ = say(monkeypatch, capsys, "demo/seed0", "gelu/seed0", "--json")
+    one, = json.loads(out)["comparisons"]
+    assert one["test"] is one["paired"] is one["power"] is one["p_holm"] is None
+    assert one["difference"] == pytest.approx(0.021)
+
+
 # ------------------------------------------------------------------------------------------------
 # Curves and the page
 # ------------------------------------------------------------------------------------------------
@@ -490,13 +645,37 @@ def test_every_benchmark_that_runs_have_is_shown(two_groups, monkeypatch, capsys
 def test_curves_are_drawn_over_every_axis_that_the_runs_know(two_groups, monkeypatch, capsys):
     say(monkeypatch, capsys, "demo", "gelu", "--plot", "figures/gelu")
     written = {path.name for path in Path("figures").iterdir()}
-    assert written == {f"gelu_{axis}.{ending}" for axis in ("step", "tokens", "time", "flops", "cost")
-                       for ending in ("png", "svg")}
+    assert written == {f"gelu_{kind}{axis}.{ending}" for axis in ("step", "tokens", "time", "flops", "cost")
+                       for ending in ("png", "svg") for kind in ("", "difference_")}
     for row in two_groups.glob("*/*/metrics.csv"):
         row.write_text(row.read_text().replace(",flops", ",other"))
     shutil.rmtree("figures")
     say(monkeypatch, capsys, "demo", "gelu", "--plot", "figures/gelu")
     assert not list(Path("figures").glob("*flops*")) and list(Path("figures").glob("*tokens*"))
+
+
+def test_no_difference_is_drawn_of_what_may_not_be_compared(two_groups, monkeypatch, capsys):
+    write_run(two_groups / "other/seed0", summary={"tokens": 1})
+    _, _, code = say(monkeypatch, capsys, "demo", "other", "--html", "a.html")
+    assert code == 1 and 'id="by-step"' in Path("a.html").read_text()
+    assert 'id="difference' not in Path("a.html").read_text()
+    for number in range(3):     # single runs, which are not weighed
+        write_run(two_groups / f"try{number}")
+    assert compare.weigh(open_groups(["try*"]), "val_bpb", [], 0.0, None).groups == []
+    assert len(compare.weigh(open_groups(["demo", "gelu"]), "val_bpb", [], 0.0, None).groups) == 2
+
+
+def test_the_difference_of_curves_is_drawn_with_its_interval(two_groups):
+    axes, = curves.draw_differences(open_groups(["demo", "gelu"]), "step", "val_bpb").axes
+    line, zero = axes.lines
+    assert list(line.get_xdata()) == [100, 200, 300, 400, 500, 600]
+    assert line.get_label() == " gelu - demo (3 seeds)"
+    assert line.get_ydata() == pytest.approx([0.02] * 6) and set(zero.get_ydata()) == {0}
+    band = axes.collections[0].get_paths()[0].vertices
+    heights = band[band[:, 0] == 600][:, 1]
+    # as the conclusions have it: t(0.975, 2) = 4.3027
+    assert (min(heights), max(heights)) == pytest.approx((0.02 - 0.002484, 0.02 + 0.002484), abs=1e-6)
+    assert curves.draw_differences(open_groups(["demo"]), "step", "val_bpb") is None
 
 
 def test_a_run_that_broke_off_does_not_cut_the_mean_short(two_groups):
@@ -560,10 +739,12 @@ def test_the_page_sorts_switches_axes_and_shows_samples(two_groups, monkeypatch,
     browser.get_by_role("button", name="group").click()
     assert column("group") == ["demo"] * 3 + ["gelu"] * 3
 
-    assert browser.locator("figure:visible").get_attribute("id") == "by-step"
+    def shown() -> list[str]:
+        return [figure.get_attribute("id") for figure in browser.locator("figure:visible").all()]
+    assert shown() == ["by-step", "difference-by-step"]
     browser.get_by_label("training FLOPs").check(force=True)
-    assert browser.locator("figure:visible").get_attribute("id") == "by-flops"
-    assert browser.locator("figure:visible svg").bounding_box()["width"] > 300
+    assert shown() == ["by-flops", "difference-by-flops"]
+    assert all(svg.bounding_box()["width"] > 300 for svg in browser.locator("figure:visible svg").all())
 
     samples = browser.locator(".samples pre").all_inner_texts()
     assert [text[:25] for text in samples] == ["Once <b>upon</b> a time &"] * 2
@@ -586,6 +767,7 @@ def test_the_page_begins_with_no_winner_and_has_the_table_of_groups(two_groups):
     table = html.split('<table class="groups">')[1].split("</table>")[0]
     cells = [re.findall(r"<t[dh].*?>(.*?)</t[dh]>", line) for line in table.split("<tr>")[1:]]
     assert cells == groups_table(groups)
+    assert re.findall("<h2>(.*?)</h2>", html) == ["Groups", "Runs", "Curves", "Samples of seed 0"]
     # no mean of runs that do not belong together, and no table for single runs
     assert '<table class="groups">' not in page(groups, "val_bpb", [], is_comparable=False)
     assert '<table class="groups">' not in page(open_groups(["demo/seed0", "gelu/seed0"]), "val_bpb", [])

@@ -34,6 +34,7 @@ class Knobs:
     resume_changed: bool = False
     gpu_cost_per_hour: float = 0
     wandb: str = ""
+    trackio: str = ""
     tensorboard: bool = False
 
 

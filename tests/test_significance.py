@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,72 @@ def test_mcnemar_on_agrestis_approval_ratings():
     test = significance.mcnemar(a, b)
     assert (test.only_a, test.only_b, test.both, test.neither) == (150, 86, 794, 570)
     assert test.p == pytest.approx(stats.chi2.sf(17.36, 1), rel=0.3)    # for large numbers; ours is exact
+
+
+# ------------------------------------------------------------------------------------------------
+# The choice of held-out documents
+# ------------------------------------------------------------------------------------------------
+
+def documents_of(rng: np.random.Generator, count: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of documents, and how far b is above a in each, per byte: 0 on average."""
+    return rng.lognormal(7, 0.5, count), spread * rng.standard_normal(count)
+
+
+def test_an_interval_over_documents_is_scipys_bootstrap():
+    """Of one seed: all that scatters is which documents were held out."""
+    sizes, above = documents_of(np.random.default_rng(1), 50, 0.02)
+    above += 0.1        # so that it matters that both parts of the ratio are drawn together
+    ours = significance.over_documents(above * sizes, sizes)
+    theirs = stats.bootstrap((above * sizes, sizes), lambda x, y, axis: x.sum(axis) / y.sum(axis),
+                             paired=True, n_resamples=10_000, method="percentile",
+                             rng=np.random.default_rng(2))
+    assert ours.mean == pytest.approx((above * sizes).sum() / sizes.sum()) and not ours.covers_seeds
+    # a quantile of 10,000 draws is known to some 2 % of the interval's width
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.04 * (
+        ours.high - ours.low))
+    # and by the formula for a ratio: the spread of what is above the mean, in the unit of the mean
+    error = np.std((above - ours.mean) * sizes, ddof=1) * math.sqrt(50) / sizes.sum()
+    assert ours.high - ours.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_documents_that_agree_leave_the_interval_over_seeds():
+    test = significance.paired([3.0, 3.1, 3.2], [3.02, 3.11, 3.24])
+    found = significance.over_documents([0.05 * test.mean] * 20, [0.05] * 20, test.error, test.df)
+    assert found.covers_seeds and found.mean == pytest.approx(test.mean)
+    assert (found.low, found.high) == pytest.approx((test.low, test.high), abs=0.06 * (test.high - test.low))
+    again = significance.over_documents([0.05 * test.mean] * 20, [0.05] * 20, test.error, test.df)
+    assert again == found       # the same draws each time
+
+
+def test_an_interval_over_documents_and_seeds_covers_both():
+    """New seeds and new text in each of 500 trials; no difference is true. Intervals over seeds miss it."""
+    rng, ours, of_seeds = np.random.default_rng(3), 0, 0
+    for _ in range(500):
+        sizes, above = documents_of(rng, 60, 0.02)
+        by_seed = above + 0.001 * rng.standard_normal((3, 1)) + 0.002 * rng.standard_normal((3, 60))
+        nats = (by_seed * sizes).mean(0)
+        test = significance.paired([0.0] * 3, ((by_seed * sizes).sum(1) / sizes.sum()).tolist())
+        found = significance.over_documents(nats, sizes, test.error, test.df, resamples=400)
+        assert found.low < found.mean < found.high
+        ours, of_seeds = ours + (found.low < 0 < found.high), of_seeds + (test.low < 0 < test.high)
+    # 95 % of 500 trials are 475, give or take 15 at three standard deviations; with 400 draws a little less
+    assert 460 <= ours <= 495 and of_seeds < 375
+
+
+def test_resampling_three_seeds_would_not_cover_them():
+    """Why their part is drawn from Student's distribution: no draw leaves the range of the three."""
+    rng = np.random.default_rng(4)
+    values = rng.standard_normal((2000, 3))
+    within = (values.min(1) < 0) & (values.max(1) > 0)
+    assert within.mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_one_document_has_no_spread():
+    with pytest.raises(ValueError, match="two documents"):
+        significance.over_documents([1.0], [2.0])
+    # one without text changes nothing
+    found = significance.over_documents([0.0, 1.0, 2.0], [0.0, 1.0, 1.0])
+    assert found.mean == 1.5 and (found.low, found.high) == (1.0, 2.0)
 
 
 def test_power_is_that_of_rs_example():

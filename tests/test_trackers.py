@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard beside the run folder; both optional. No network."""
+"""Weights & Biases, Trackio and TensorBoard beside the run folder; all optional. No network."""
 
 import sys
 from types import SimpleNamespace
@@ -66,6 +66,53 @@ def test_wandb_is_told_no_secret(here, monkeypatch, capsys):
     assert settings["x_disable_meta"] and settings["disable_git"] and settings["disable_code"]
 
 
+class FakeTrackio(SimpleNamespace):
+    """What benchtop uses of the package, with the arguments that it has there."""
+
+    def __init__(self):
+        super().__init__(__spec__=SimpleNamespace(), options={}, logged=[], finished=0)
+
+    def init(self, project: str, name: str | None = None, config: dict | None = None, resume: str = "never",
+             ) -> None:
+        print("* Trackio project initialized")
+        self.options = {"project": project, "name": name, "config": config, "resume": resume}
+
+    def log(self, metrics: dict, step: int | None = None) -> None:
+        self.logged.append((step, dict(metrics)))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackio_gets_every_row_and_no_secret(here, monkeypatch, capsys):
+    fake = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setenv("MY_API_KEY", "very-secret-value")
+    folder = train_here(here, trackio="bench", num_samples=1, prompt="say very-secret-value")
+    *rows, final = fake.logged
+    assert [(step, float(f"{values['train_loss']:.6g}")) for step, values in rows] == [
+        (int(row["step"]), float(row["train_loss"])) for row in rows_of(folder)]
+    summary = summary_of(folder)
+    assert final == (4, {"final/val_loss": summary["val_loss"], "final/val_bpb": summary["val_bpb"]})
+    assert fake.options["project"] == "bench" and fake.options["name"] == folder.name
+    assert fake.options["resume"] == "allow" and fake.options["config"]["num_steps"] == 4
+    assert fake.options["config"]["prompt"] == "say [MY_API_KEY]"
+    assert "very-secret" not in str((fake.options, fake.logged)) and fake.finished == 1
+    assert "Trackio" not in capsys.readouterr().out
+
+
+def test_trackio_that_does_not_begin_is_said_without_secrets(here, monkeypatch):
+    fake = FakeTrackio()
+
+    def init(**_):
+        raise RuntimeError("no very-secret-value")
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setenv("MY_API_KEY", "very-secret-value")
+    with pytest.raises(UserError, match=r"--trackio bench does not work here \(no \[MY_API_KEY\]\)"):
+        trackers.Trackio(train_gpt.Config(trackio="bench"), here)
+
+
 def test_tensorboard_has_the_curves(here):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
                                  reason="tensorboard is not installed")
@@ -80,7 +127,8 @@ def test_tensorboard_has_the_curves(here):
 
 
 @pytest.mark.parametrize(("knobs", "package"),
-                         [({"wandb": "x"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
+                         [({"wandb": "x"}, "wandb"), ({"trackio": "x"}, "trackio"),
+                          ({"tensorboard": True}, "tensorboard")])
 def test_a_missing_package_is_named_before_anything_is_written(here, monkeypatch, knobs, package):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {package}"):
@@ -131,4 +179,5 @@ benchtop.run.Run.validate_and_log = validate_and_log
 def test_nothing_is_imported_unless_asked_for(here):
     before = set(sys.modules)
     train_here(here, num_samples=0)
-    assert not {name.split(".")[0] for name in set(sys.modules) - before} & {"wandb", "tensorboard"}
+    imported = {name.split(".")[0] for name in set(sys.modules) - before}
+    assert not imported & {"wandb", "trackio", "tensorboard"}

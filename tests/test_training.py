@@ -147,7 +147,7 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "summary.json", "metrics.csv", "training_log.txt", "loss.png",
                      "samples.jsonl", "git.diff", "requirements.txt", "meta.json", "model.safetensors",
-                     "train_gpt.txt", "code"}
+                     "held_out.csv", "train_gpt.txt", "code"}
     assert not [name for name in names if name.endswith((".partial", ".pt"))]
     source = Path(train_gpt.__file__).read_text()
     assert source == (folder / "train_gpt.txt").read_text() == (folder / "code" / "train_gpt.py").read_text()

@@ -172,6 +172,8 @@ def run(parser: Parser, args: argparse.Namespace) -> None:
         write_text(places.EXPERIMENTS / "README.md", without_secrets(index(places.EXPERIMENTS)))
     if not args.runs:
         return args.index or parser.error("name runs to compare, as in: python compare.py experiments/2026*")
+    if args.html and not args.html.name:
+        raise UserError("--html must be the name of a file; it is empty")
     if args.plot and not args.plot.name:
         raise UserError(f"--plot must be how file names begin, as in figures/demo; it is {args.plot}")
     metric = args.metric or ("val_bpb" if args.target is None else "val_loss")

@@ -147,6 +147,8 @@ def texts_of(path: Path) -> list[dict]:
 MEASURED = ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second")
 COUNTED = ("parameters", "cost", "held_out_documents", "held_out_tokens", "peak_memory_mib")
 NAMED = ("sources", "bench", "benchmarks")
+WORDS = ("script", "data", "tokenizer", "device", "code_sha256", "bench_sha256", "data_sha256",
+         "tokenizer_sha256", "held_out_sha256")
 
 
 def read_run(folder: Path) -> SavedRun:
@@ -183,6 +185,9 @@ def problem_of(summary: dict) -> str:
     for fact in NAMED:
         if not isinstance(summary.get(fact, {}), dict):
             return f"its {fact} are no object"
+    for fact in WORDS:
+        if not isinstance(summary.get(fact, ""), str):
+            return f"its {fact} is {str(summary[fact])[:40]}, no text"
     for name, result in summary.get("benchmarks", {}).items():
         parts = result.get("acc") if isinstance(result, dict) else None
         if not isinstance(parts, dict) or not all(is_measured(parts.get(part), 1)

@@ -88,8 +88,11 @@ def git(*arguments: str) -> str:
     raises  UserError with git's reason where it fails, as without a repository, or is not installed
     """
     try:
+        # variables that a hook or a script left would make git speak of another folder
+        environment = {name: value for name, value in os.environ.items()
+                       if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")}
         done = subprocess.run(["git", *arguments], cwd=places.ROOT, capture_output=True, encoding="utf-8",
-                              errors="replace")
+                              errors="replace", env=environment)
     except OSError as error:
         raise UserError(f"git cannot be started: {error.strerror}") from error
     if done.returncode:

@@ -550,6 +550,8 @@ def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:
         about_data = [f"data        not usable; a vocabulary of {cfg.vocab_size:,} is assumed"]
     try:
         about_data += describe_tasks(tasks_of(cfg))
+        if cfg.compare_to:
+            baseline(cfg.compare_to)
     except UserError as error:
         problems.append(str(error))
     with torch.device("meta"):

@@ -2,8 +2,11 @@
 
 import signal
 
-# of people and terminals, of schedulers before a job's end, of a limit on CPU time; SIGQUIT ends all at once
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# of people and terminals, of schedulers before a job's end, of limits, timers and a failing power supply,
+# where a system has them; SIGQUIT ends all at once
+STOPS = tuple(getattr(signal, name) for name in
+              ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPWR")
+              if hasattr(signal, name))
 
 
 def heard_signals() -> list[signal.Signals]:

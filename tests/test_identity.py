@@ -165,6 +165,17 @@ def test_where_git_knows_nothing_the_reason_is_kept_and_said(root, monkeypatch, 
     assert Origin(Knobs(), facts(), BYTES).texts["git.diff"] == ""
 
 
+def test_variables_of_another_repository_change_nothing(root, monkeypatch, tmp_path):
+    git(root, "init")
+    git(root, "add", ".")
+    git(root, "commit", "-m", "all")
+    wanted, diff = about_git(), Origin(Knobs(), facts(), BYTES).texts["git.diff"]
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    assert about_git() == wanted and wanted[:2] != (None, None)
+    assert Origin(Knobs(), facts(), BYTES).texts["git.diff"] == diff
+
+
 def test_a_script_that_git_ignores_is_no_clean_one(root):
     (root / ".gitignore").write_text("mine.py\n")
     git(root, "init")

@@ -580,6 +580,8 @@ def test_check_tells_by_its_exit_code(lab):
     for missing, script in (("--data", "download_fineweb"), ("--tokenizer", "train_tokenizer")):
         done = run(lab, "train_gpt.py", "--check", "--compile", "off", missing, "nobody", expect=1)
         assert f"python {script}.py" in done.stdout and done.stdout.endswith("cannot train\n")
+    done = run(lab, "train_gpt.py", "--check", "--compile", "off", "--compare_to", "nobody", expect=1)
+    assert "nobody is no run folder" in done.stdout and done.stdout.endswith("cannot train\n")
     assert set(lab.glob("experiments/*")) == before
 
 

@@ -186,7 +186,7 @@ def problem_of(summary: dict) -> str:
         if not isinstance(summary.get(fact, {}), dict):
             return f"its {fact} are no object"
     for fact in WORDS:
-        if not isinstance(summary.get(fact, ""), str):
+        if not isinstance(summary.get(fact, ""), str | None):
             return f"its {fact} is {str(summary[fact])[:40]}, no text"
     for name, result in summary.get("benchmarks", {}).items():
         parts = result.get("acc") if isinstance(result, dict) else None
@@ -434,7 +434,7 @@ def describe_bench(runs: list[SavedRun]) -> str:
         return f"the runs stood on different benches: {unhashed[0]}{others} made before the bench was hashed"
     files = differing_files(runs)
     if not files:
-        return f"all runs stood on the same bench ({runs[0].summary.get('bench_sha256', '')[:8]})"
+        return f"all runs stood on the same bench ({(runs[0].summary.get('bench_sha256') or '')[:8]})"
     decisive = [name for name in files if name in DECISIVE]
     return (f"the runs stood on different benches: {name_some(files)} "
             f"{'differ' if len(files) > 1 else 'differs'}; "

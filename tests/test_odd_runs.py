@@ -57,7 +57,7 @@ ODD = [({"val_bpb": float("nan")}, "its val_bpb is nan"), ({"val_loss": float("i
        ({"benchmarks": {"x": {"acc": {"value": 30.0, "low": 0.2, "high": 0.4}}}}, "its accuracy on x"),
        ({"benchmarks": {"x": {"acc": {"value": 0.3, "low": 0.2, "high": 0.4}, "perplexity": "inf"}}},
         "its perplexity on x is inf"),
-       ({"script": []}, "its script is [], no text"), ({"bench_sha256": None}, "its bench_sha256 is None")]
+       ({"script": []}, "its script is [], no text"), ({"bench_sha256": 5}, "its bench_sha256 is 5")]
 
 
 @pytest.mark.parametrize(("changes", "complaint"), ODD)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
     """Hold a file against other processes, and remove it afterwards.
 
     shared  let others that share it hold it at the same time; who holds it alone removes it
-    raises  UserError if another process holds it and `wait` is off
+    raises  UserError if another process holds it and `wait` is off, or something else is in its place
     """
     file = _hold(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     try:
@@ -106,10 +107,16 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
 def _hold(path: Path, how: int) -> IO:
     """The file, open and locked. One that was removed while we waited holds nobody off: a new one is made."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a", encoding="utf-8")    # noqa: SIM115
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            wrong = path if path.is_dir() else path.parent
+            raise UserError(f"{wrong} is in the way ({error.strerror}); remove it with: "
+                            f"rm -r {shlex.quote(str(wrong))}") from error
         except FileNotFoundError:       # the folder was removed, too
+            if path.is_symlink():       # to nowhere: it would be so for ever
+                raise
             continue
         try:
             fcntl.flock(file, how)

@@ -1,10 +1,12 @@
 """Files that appear under their name only when they are whole, and locks between processes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from benchtop.errors import UserError
+from benchtop.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -48,6 +50,23 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     with whole_path(path) as partial, \
             open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
+
+
+def save_tensors(path: Path, tensors: dict, **options) -> str:
+    """Write a file of safetensors; its SHA-256.
+
+    raises  OSError that names the file, as of a full disk, of which safetensors makes an error of its own
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    with whole_path(path) as partial:
+        try:
+            save_file(tensors, partial, **options)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            said = os.strerror(int(number[1])) if number else first_line(error)
+            raise OSError(int(number[1]) if number else errno.EIO, said) from error
+        return sha256_of(partial)
 
 
 def write_text(path: Path, text: str) -> None:

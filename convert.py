@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from benchtop import places
 from benchtop.command_line import Parser, command
 from benchtop.errors import UserError, first_line
-from benchtop.files import whole_file, whole_path, write_text
+from benchtop.files import save_tensors, whole_file, write_text
 from benchtop.folder import load_script, new_folder, read_object, read_weights
 from benchtop.identity import facts_about_code, name_some, tokenizer_meta
 from benchtop.redaction import without_secrets
@@ -53,8 +53,6 @@ def to_transformers(run: Path) -> Path:
     if not hasattr(script, "transformers_names"):
         raise UserError(f"transformers has no model like that of {Path(script.__file__).name}; runs of "
                         "train_nanogpt.py and train_llama3.py can be converted")
-    from safetensors.torch import save_file
-
     from benchtop.machine import World
     from benchtop.saved import load_trained, saved_config
     cfg = saved_config(script.EXPERIMENT, run, device="cpu", dtype="float32")
@@ -67,8 +65,7 @@ def to_transformers(run: Path) -> Path:
         if ours in ("embed", "head"):
             weight = weight[:cfg.vocab_size]        # columns behind are no tokens
         tensors[theirs] = (weight.T if transposed else weight).contiguous()
-    with whole_path(folder / "model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     ends = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token, "dtype": "float32"}
     write(folder / "config.json", script.transformers_config(cfg) | ends)
     own = places.TOKENIZERS / tokenizer.name / "tokenizer.json"
@@ -145,11 +142,9 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     model = script.EXPERIMENT.Model(cfg, tokenizer.eot_token, torch.float32)
     model.load_state_dict(weights)
     compare_logits(source, model, cfg, tokenizer)
-    from safetensors.torch import save_file
     folder = new_folder(name)
-    with whole_path(folder / "model.safetensors") as partial:
-        save_file(weights, partial)
-    summary = {"status": f"converted from {source}", "model_name": name,
+    sha256 = save_tensors(folder / "model.safetensors", weights)
+    summary = {"status": f"converted from {source}", "model_name": name, "weights_sha256": sha256,
                **facts_about_code("train_nanogpt.py"), "tokenizer": tokenizer.name,
                "tokenizer_sha256": tokenizer_sha256(tokenizer),
                "parameters": sum(weight.numel() for weight in weights.values())}

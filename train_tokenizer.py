@@ -116,7 +116,7 @@ def train_together(args: argparse.Namespace, world: Processes) -> None:
                 "min_count": MIN_COUNT, "source": source.label}
     if world.same(settings) != settings:
         raise UserError("the machines have different sources or flags; give all the same")
-    if world.same((places.TOKENIZERS / name).exists()):
+    if world.same(os.path.lexists(places.TOKENIZERS / name)):
         if world.is_main:
             report_existing(name, settings, args)
         return

@@ -11,7 +11,7 @@ ORDER = (
     # text -> tokenizer folder
     "decoding", "documents", "held_out", "hub", "sources", "tokenizer", "bpe",
     # -> shards and manifest
-    "shards", "xz", "prepare", "mixing", "ready_made",
+    "shards", "xz", "unfinished", "prepare", "mixing", "ready_made",
     # -> batches, on a machine
     "batches", "machine", "measure", "speed", "memory", "initial", "signals", "steps",
     "recorded",

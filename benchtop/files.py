@@ -1,17 +1,20 @@
 """Files that appear under their name only when they are whole, and locks between processes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from benchtop.errors import UserError
+from benchtop.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -47,6 +50,23 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     with whole_path(path) as partial, \
             open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
+
+
+def save_tensors(path: Path, tensors: dict, **options) -> str:
+    """Write a file of safetensors; its SHA-256.
+
+    raises  OSError that names the file, as of a full disk, of which safetensors makes an error of its own
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    with whole_path(path) as partial:
+        try:
+            save_file(tensors, partial, **options)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            said = os.strerror(int(number[1])) if number else first_line(error)
+            raise OSError(int(number[1]) if number else errno.EIO, said) from error
+        return sha256_of(partial)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,7 +112,7 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
     """Hold a file against other processes, and remove it afterwards.
 
     shared  let others that share it hold it at the same time; who holds it alone removes it
-    raises  UserError if another process holds it and `wait` is off
+    raises  UserError if another process holds it and `wait` is off, or something else is in its place
     """
     file = _hold(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     try:
@@ -106,10 +126,16 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
 def _hold(path: Path, how: int) -> IO:
     """The file, open and locked. One that was removed while we waited holds nobody off: a new one is made."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a", encoding="utf-8")    # noqa: SIM115
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            wrong = path if path.is_dir() else path.parent
+            raise UserError(f"{wrong} is in the way ({error.strerror}); remove it with: "
+                            f"rm -r {shlex.quote(str(wrong))}") from error
         except FileNotFoundError:       # the folder was removed, too
+            if path.is_symlink():       # to nowhere: it would be so for ever
+                raise
             continue
         try:
             fcntl.flock(file, how)

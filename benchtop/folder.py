@@ -167,13 +167,18 @@ def read_object(path: Path) -> dict:
 
 
 def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
-    """raises  UserError if the run left none, or they are damaged or not finite"""
+    """raises  UserError if the run left none, or they are damaged, not those that it wrote, or not finite"""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors; train it with --save_model")
+    summary = folder / "summary.json"       # earlier runs and other programs tell no SHA-256
+    wanted = read_object(summary).get("weights_sha256") if summary.is_file() else None
     try:
+        if wanted and wanted != sha256_of(path):
+            raise UserError(f"{path} is damaged: it has changed since it was written (its SHA-256 is not "
+                            "that in summary.json); train the run again")
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error})") from error

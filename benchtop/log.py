@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchtop import places
 from benchtop.checkpoints import keep_best_checkpoint, withdraw_checkpoint, write_checkpoint
 from benchtop.command_line import minutes, program, tell
-from benchtop.files import whole_path, write_text
+from benchtop.files import save_tensors, write_text
 from benchtop.folder import HELD_OUT_COLUMNS, HELD_OUT_FILE, locked_log, new_folder, write_items
 from benchtop.identity import Origin
 from benchtop.loss_picture import draw_loss
@@ -157,13 +157,19 @@ class RunLog:
         if self.active:
             write_items(self.folder, name, items)
 
-    def weights(self, model: "nn.Module") -> None:
-        if self.active:
-            from safetensors.torch import save_file
-            # a copy of each, since safetensors refuses tensors that share memory, as a tied head does
-            tensors = {name: value.cpu().clone().contiguous() for name, value in model.state_dict().items()}
-            with whole_path(self.folder / "model.safetensors") as partial:
-                save_file(tensors, partial)
+    def weights(self, model: "nn.Module") -> dict[str, str]:
+        """Write model.safetensors; what the summary says of it."""
+        if not self.active:
+            return {}
+        # a copy of each, since safetensors refuses tensors that share memory, as a tied head does
+        tensors = {name: value.cpu().clone().contiguous() for name, value in model.state_dict().items()}
+        return {"weights_sha256": save_tensors(self.folder / "model.safetensors", tensors)}
+
+    def no_weights(self, error: OSError) -> None:
+        """A full disk costs the file of the weights, and no result."""
+        self.say(f"warning: no model.safetensors ({error.strerror}); checkpoints stay; to get it, "
+                 f"make room, delete {os.path.relpath(self.folder)}/summary.json, and train the end again: "
+                 + self.last_good())
 
     def summary(self, status: str, results: dict) -> dict:
         """Write summary.json: the numbers that the run ends with, the best validation, and what made them."""

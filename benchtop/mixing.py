@@ -27,9 +27,10 @@ from benchtop.command_line import counted
 from benchtop.documents import Document, Unit
 from benchtop.errors import UserError
 from benchtop.held_out import TEST, VAL, Rule
-from benchtop.prepare import Encoded, Preparation, Progress, read_json, tokenized
+from benchtop.prepare import Encoded, Preparation, tokenized
 from benchtop.shards import ShardWriter
 from benchtop.sources import Mixture
+from benchtop.unfinished import Progress, assert_kinds, damage_in, read_held_out
 
 NOTHING = {"unit": 0, "read": 0, "documents": 0, "tokens": 0, "bytes": 0}
 FAR_OFF = 0.005         # a share that whole documents miss by more than this gets a note
@@ -111,8 +112,11 @@ class Mixing(Preparation):
         raises  UserError if one of them has too little text
         """
         path = self.partial / "val.json"
-        if path.is_file():
-            return read_json(path)
+        if path.exists():
+            facts = read_held_out(path)
+            with damage_in(path):
+                assert_kinds({"name": str, "held_out": dict}, *facts["sources"])
+            return facts
         try:
             rules, chosen = zip(*(self.choose_held_out(source) for source, _ in mixture.parts), strict=True)
         except UserError:
@@ -128,7 +132,7 @@ class Mixing(Preparation):
                    for name, (source, share), rule, count
                    in zip(mixture.names, mixture.parts, rules, counts, strict=True)]
         self.save_held_out({"rule": "of each source by its own rule", "sources": sources}, entries, trouble)
-        return read_json(path)
+        return read_held_out(path)
 
     def far_of(self, progress: Progress) -> list[dict]:
         """How far each source is at the end of the last shard."""

@@ -7,7 +7,6 @@ all of it is there.
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,19 @@ from benchtop.errors import UserError
 from benchtop.held_out import TEST, VAL, Rule, documents_to_hold_out, rule_for
 from benchtop.shards import FORMAT_VERSION, Dataset, ShardWriter, read_manifest, shard_format
 from benchtop.tokenizer import CannotEncode, encode, load_tokenizer, token_bytes, tokenizer_sha256
+from benchtop.unfinished import (
+    Progress,
+    damage_in,
+    differing_facts,
+    empty,
+    hold,
+    partial_of,
+    read_held_out,
+    read_progress,
+    read_was_here,
+    take_up,
+    write_signed,
+)
 from benchtop.workers import in_parallel
 from benchtop.xz import TRAINING_BYTES, bar_in_words, xz_bar
 
@@ -81,37 +93,6 @@ def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int) -> I
 # Units to shards, so that a kill loses one shard at most
 # ------------------------------------------------------------------------------------------------
 
-@dataclass
-class Progress:
-    """What of a unit is in shards; kept in its folder, so that a later start goes on behind the last one.
-
-    done      whether all of it is in shards
-    entries   what the manifest will say of its shards; `read` is how many of its documents they end behind
-    split, skipped  number and name of each document that made trouble
-    """
-    name: str
-    done: bool = False
-    entries: list[dict] = field(default_factory=list)
-    split: list[list] = field(default_factory=list)
-    skipped: list[list] = field(default_factory=list)
-
-    @property
-    def documents(self) -> int:
-        return self.entries[-1]["read"] if self.entries else 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(entry["tokens"] for entry in self.entries)
-
-    def cut_back(self, shards: int) -> "Progress":
-        """As it was when it had no more shards than that."""
-        if shards >= len(self.entries):
-            return self
-        cut = replace(self, entries=self.entries[:shards], done=False)
-        return replace(cut, split=[item for item in self.split if item[0] < cut.documents],
-                       skipped=[item for item in self.skipped if item[0] < cut.documents])
-
-
 class Preparation:
     """A dataset while it is made, in the folder .NAME.partial, where a later start goes on.
 
@@ -149,9 +130,11 @@ class Preparation:
 
     def _begin(self) -> None:
         was_here = self.partial / "was_here.json"
-        if was_here.is_file():
-            return
-        if self.manifest_before:
+        if was_here.exists():
+            with damage_in(was_here):
+                if read_was_here(was_here) is not None:
+                    return
+        elif self.manifest_before:
             self._take_over(read_manifest(self.folder / "manifest.json"))
         # text that was here before stays
         files.write_json(was_here, [unit.name for unit in self.units if unit.is_here()])
@@ -163,7 +146,7 @@ class Preparation:
         for entry in held_out:
             files.link(self.folder / entry["file"], self.partial / entry["file"])
         mixed = {"sources": manifest["sources"]} if "sources" in manifest else {}
-        files.write_json(self.partial / "val.json", manifest["held_out"] | mixed | {"entries": held_out})
+        write_signed(self.partial / "val.json", manifest["held_out"] | mixed | {"entries": held_out})
         for number, unit in enumerate(manifest["units"]):
             progress = Progress(**{key: unit[key] for key in ("name", "done", "split", "skipped")})
             while train and len(progress.entries) < unit["shards"]:
@@ -181,10 +164,8 @@ class Preparation:
         raises  UserError if the source has too little text
         """
         path = self.partial / "val.json"
-        if path.is_file():
-            facts = read_json(path)
-            # an earlier version, which made no test split, began this
-            return facts if "entries" in facts else facts | {"entries": [facts.pop("entry")]}
+        if path.exists():
+            return read_held_out(path)
         try:
             rule, chosen = self.choose_held_out(source)
         except UserError:
@@ -192,7 +173,7 @@ class Preparation:
             raise
         entries, trouble, _ = self.write_held_out([chosen], source.label)
         self.save_held_out(rule.facts(), entries, trouble)
-        return read_json(path)
+        return read_held_out(path)
 
     def choose_held_out(self, source: Source) -> tuple[Rule, dict[str, list[Document]]]:
         """How documents of a source are held out, and those for VAL and for TEST.
@@ -230,7 +211,7 @@ class Preparation:
 
     def save_held_out(self, facts: dict, entries: list[dict], trouble: Progress) -> None:
         val = entries[0]
-        files.write_json(self.partial / "val.json", {
+        write_signed(self.partial / "val.json", {
             "documents": val["documents"], "bytes": val["bytes"], **facts, "split": trouble.split,
             "skipped": trouble.skipped, "entries": entries})
 
@@ -305,7 +286,7 @@ class Preparation:
 
     def give_back(self, numbers: Iterable[int]) -> None:
         """Remove the text of these units, unless it was here before or is to be kept."""
-        was_here = set(read_json(self.partial / "was_here.json"))
+        was_here = read_was_here(self.partial / "was_here.json")
         for number in numbers:
             unit = self.units[number]
             if not self.args.keep_text and unit.name not in was_here and unit.is_here():
@@ -321,12 +302,11 @@ class Preparation:
         return self.partial / f"unit_{number:06d}"
 
     def _progress_of(self, number: int) -> Progress:
-        path = self._unit_folder(number) / "progress.json"
-        return Progress(**read_json(path)) if path.is_file() else Progress(self.units[number].name)
+        return read_progress(self._unit_folder(number) / "progress.json", self.units[number].name)
 
     def _save(self, number: int, progress: Progress) -> None:
         self._unit_folder(number).mkdir(exist_ok=True)
-        files.write_json(self._unit_folder(number) / "progress.json", asdict(progress))
+        write_signed(self._unit_folder(number) / "progress.json", asdict(progress))
 
     def finish(self, all_progress: list[Progress], held_out: dict, facts: dict | None = None) -> dict:
         """Give all shards their final names, write the manifest last, and return it.
@@ -389,58 +369,6 @@ def rule_or_complaint(source: Source) -> Rule:
                     "part and validate on another; give it more text")
 
 
-def partial_of(folder: Path) -> Path:
-    """Where a dataset is made."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
-@contextlib.contextmanager
-def hold(partial: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
-    """Hold the folder of an unfinished dataset; it is removed when nothing is left in it."""
-    try:
-        with files.locked(partial / "whole.lock", wait, shared):
-            yield
-    finally:
-        with contextlib.suppress(OSError):
-            partial.rmdir()
-
-
-def empty(partial: Path) -> None:
-    """Remove all from the folder of an unfinished dataset but what holds it."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix != ".lock":
-            path.unlink()
-
-
-def take_up(partial: Path, facts: dict) -> None:
-    """Go on in the folder of an unfinished dataset, or begin one there.
-
-    raises  UserError if another command left finished shards in it
-    """
-    made_by = partial / "made_by.json"
-    before = read_json(made_by) if made_by.is_file() else {}
-    if before == facts:
-        return
-    shards = len([*partial.rglob("*.bin")])
-    if shards:
-        shown = partial.relative_to(places.ROOT)
-        raise UserError(f"{shown} has {counted(shards, 'finished shard')} of an interrupted command with "
-                        f"another {', '.join(differing_facts(before, facts))}; start that one again, choose "
-                        f"another --name, or throw them away with: rm -r {shlex.quote(str(partial))}")
-    empty(partial)
-    files.write_json(made_by, facts)
-
-
-def differing_facts(before: dict, facts: dict) -> list[str]:
-    """What a dataset was made from otherwise, and only `source` where that is another."""
-    differing = [key for key, value in facts.items() if before.get(key) != value]
-    if "source" in differing:
-        differing = [key for key in differing if key not in ("source_fingerprint", "revision")]
-    return differing
-
-
 def manifest_text(folder: Path) -> str:
     """The manifest as it is now; empty without one."""
     path = folder / "manifest.json"
@@ -450,6 +378,8 @@ def manifest_text(folder: Path) -> str:
 def new_whole(folder: Path) -> Path:
     """An empty folder for all that a dataset will have."""
     whole = folder.with_name(f".{folder.name}.whole.partial")
+    if whole.is_symlink() or whole.is_file():
+        whole.unlink()
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     return whole
@@ -477,10 +407,6 @@ def data_folder(typed: str) -> Path:
         raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, "
                         "or choose another --name")
     return folder
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,18 +15,14 @@ from benchtop.errors import UserError
 from benchtop.prepare import (
     data_folder,
     describe,
-    differing_facts,
-    empty,
-    hold,
     manifest_of_whole,
     new_whole,
-    partial_of,
     publish,
     refuse_differing,
-    take_up,
 )
 from benchtop.shards import FORMAT_VERSION, read_shard
 from benchtop.tokenizer import load_tokenizer, token_bytes, tokenizer_sha256
+from benchtop.unfinished import differing_facts, empty, hold, partial_of, take_up
 
 
 def fetch_ready_made(version: str, args: argparse.Namespace) -> None:

@@ -487,8 +487,13 @@ def finish(run: Run, tasks: list[Task]) -> None:
     cfg, model, held_out, log, tokenizer = run.cfg, run.model, run.data.held_out, run.log, run.data.tokenizer
     results = run.values | {"compile_seconds": round(run.compile_seconds, 1)}
     model.progress = 1.0
+    unsaved = False
     if cfg.save_model:
-        log.weights(model)
+        try:
+            results |= log.weights(model)
+        except OSError as error:
+            log.no_weights(error)
+            unsaved = True
     with run.world.memory_of("evaluation"):
         for task in tasks:
             log.say(f"scoring {counted(len(task.questions), 'row')} of {BENCHMARKS[task.name].title}")
@@ -526,7 +531,8 @@ def finish(run: Run, tasks: list[Task]) -> None:
     for phase in ("validation", "evaluation"):
         results[f"peak_memory_mib_{phase}"] = round(run.world.peak_memory_mib(phase), 1)
     summary = log.summary("finished", results)
-    remove_checkpoints(log.folder, keep_best=cfg.save_model and run.best_step < run.step)
+    if not unsaved:
+        remove_checkpoints(log.folder, keep_best=cfg.save_model and run.best_step < run.step)
     for line in [*conclusion(cfg, log.folder, summary, samples), *last_lines(summary)]:
         log.say(line)
 

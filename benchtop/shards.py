@@ -13,8 +13,10 @@ uint32 tokens). Shards of llm.c or Modded-NanoGPT are read without a manifest, t
 
 import hashlib
 import json
+import os
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,8 +145,28 @@ class Dataset:
         found = world.gather(mine)
         of_machine = found[world.rank - world.local_rank:][:world.local_size]
         sha256 = {name: value for hashes in (*found, *of_machine) for name, value in hashes.items()}
+        twins = world.raise_on_all_ranks(lambda: self._twins(sha256))
+        if twins and world.is_main:
+            print(f"warning: {'; '.join(twins)}, so that text counts twice", file=sys.stderr)
         shards = [shard | {"sha256": sha256[shard["file"]]} for shard in self.manifest["shards"]]
         return Dataset(self.folder, self.manifest | {"shards": shards})
+
+    def _twins(self, sha256: dict[str, str]) -> list[str]:
+        """Of shards that no manifest tells of: what is a copy of another one, or a link to it.
+
+        raises  UserError if one is validated on and the other trained on
+        """
+        first, twins = {}, []
+        for shard in self.manifest["shards"]:
+            if shard["sha256"] or not shard["tokens"]:
+                continue
+            one = first.setdefault(sha256[shard["file"]], shard)
+            if one is not shard:
+                twins.append(f"{self.folder / shard['file']} has the same content as {one['file']}")
+            if one["split"] != shard["split"]:
+                raise UserError(f"{twins[-1]}, so what is validated on would be trained on; move "
+                                "one of them away")
+        return twins
 
     def documents_by_source(self, split: str) -> dict[str, int]:
         """Of a mixture: how many documents of "val" or "test" are of each source, one behind the other."""
@@ -182,7 +204,7 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
     if tokenizer_name:
         tokenizer_name = find_tokenizer(tokenizer_name)
     folder = find_dataset(data, tokenizer_name)
-    if (folder / "manifest.json").is_file():
+    if os.path.lexists(folder / "manifest.json"):      # one that cannot be read is not the same as none
         manifest = read_manifest(folder / "manifest.json")
         tokenizer = load_tokenizer(tokenizer_name or manifest["tokenizer"])
     elif tokenizer_name:
@@ -285,9 +307,9 @@ def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
     """A manifest for llm.c or Modded-NanoGPT shards, *train*.bin and *val*.bin; nothing else is known.
 
     In the order of a manifest's own, so that the same shards are the same data with or without it. Files that
-    say test are left alone.
+    say test are left alone, and so are hidden ones, as other systems put them beside each file.
     """
-    splits = {path: split_of(path) for path in sorted(folder.glob("*.bin"))}
+    splits = {path: split_of(path) for path in sorted(folder.glob("[!.]*.bin"))}
     paths = sorted((path for path in splits if splits[path] != "test"),
                    key=lambda path: splits[path] == "train")
     shards = [{"file": path.name, "split": splits[path], "tokens": len(read_shard(path, None)),
@@ -315,7 +337,8 @@ def split_of(path: Path) -> str:
 def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
     """Tokens of a shard, memory-mapped; its header, its size and the manifest must agree."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; make the data again with download_fineweb.py")
+        what = "is no file" if os.path.lexists(path) else "is missing"
+        raise UserError(f"{path} {what}; make the data again with download_fineweb.py")
     header = np.fromfile(path, dtype="<i4", count=3).tolist()
     known = {tuple(shard[:2]): shard[2] for shard in (shard_format(0), shard_format(2**17))}
     dtype = known.get(tuple(header[:2]))

@@ -80,8 +80,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         ranks_file = (folder / "ranks.tiktoken").read_bytes()
         if hashlib.sha256(ranks_file).hexdigest() != meta["ranks_sha256"]:
-            raise UserError(f"{folder}/ranks.tiktoken is not the file that meta.json describes "
-                            "(its SHA-256 differs); train the tokenizer again")
+            raise UserError(f"{folder}/ranks.tiktoken is not the file that meta.json describes (its SHA-256 "
+                            f"differs); {how_to_make_again(folder)}")
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder} has format {meta['format_version']}, "
                             f"this program reads {FORMAT_VERSION}")
@@ -93,7 +93,11 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
                                  special_tokens=meta["special_tokens"], explicit_n_vocab=meta["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the tokenizer in {folder} is damaged ({type(error).__name__}: {error}); "
-                        "train it again") from error
+                        f"{how_to_make_again(folder)}") from error
+
+
+def how_to_make_again(folder: Path) -> str:
+    return f"train it again, and first remove the old with: rm -r {shlex.quote(str(folder))}"
 
 
 def load_gpt2() -> tiktoken.Encoding:
@@ -450,7 +454,7 @@ def convert(path: Path, name: str | None = None) -> Path:
     raises   UserError if the file holds anything else; nothing in it is ever run
     """
     name = name_for_new(name or path.stem)
-    if (places.TOKENIZERS / name).exists():
+    if os.path.lexists(places.TOKENIZERS / name):
         raise UserError(f"tokenizers/{name} exists; choose another --name")
     try:
         with open(path, "rb") as file:

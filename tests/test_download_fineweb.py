@@ -314,6 +314,57 @@ def test_unfinished_shards_of_another_command_stay(bench, command, refusal, smal
     assert content(bench / "data/set") == content(bench / "data/undisturbed")
 
 
+@pytest.fixture
+def unfinished(bench, command, small, monkeypatch) -> Path:
+    """What an interruption leaves of a set that has two shards; whole, it is data/undisturbed."""
+    command(f"{SHARD} --shard_size 2000 --name undisturbed")
+    with monkeypatch.context() as patch:
+        while_it_writes(patch, "000003.bin", interrupt)
+        with pytest.raises(SystemExit):
+            command(f"{SHARD} --shard_size 2000")
+    return bench / "data/.set.partial"
+
+
+def change_a_byte(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name, damage, says", [
+    ("000001.bin", change_a_byte, "000001.bin has changed since it was written; it is made again"),
+    ("000002.bin", lambda path: os.truncate(path, 5), "000002.bin has changed since it was written; it"),
+    ("000002.bin", Path.unlink, "000002.bin cannot be read (No such file or directory); it"),
+    ("progress.json", lambda path: path.write_text("{}"), "progress.json is damaged ("),
+    ("../was_here.json", lambda path: path.write_text("x"), "was_here.json is damaged; text that")])
+def test_a_finished_shard_that_is_not_what_it_was_is_made_again(bench, command, unfinished, capsys, name,
+                                                                damage, says):
+    damage(unfinished / "unit_000000" / name)
+    capsys.readouterr()
+    command(f"{SHARD} --shard_size 2000")
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith("note: data/.set.partial/") and says in said
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("val_000000.bin", change_a_byte), ("test_000000.bin", Path.unlink),
+    ("val.json", lambda path: path.write_text(path.read_text().replace('"chosen": [', '"chosen": ["a", '))),
+    ("made_by.json", lambda path: path.write_text("[]"))])
+def test_what_cannot_be_made_again_names_how_to_throw_it_away(unfinished, refusal, name, damage):
+    damage(unfinished / name)
+    said = refusal(f"{SHARD} --shard_size 2000")
+    assert f"data/.set.partial/{name} " in said and said.endswith(f"with: rm -r {unfinished}")
+
+
+def test_what_is_in_the_way_of_a_lock_is_named(bench, refusal, small):
+    (bench / "data/.set.partial/whole.lock").mkdir(parents=True)
+    assert refusal(SHARD).endswith(f"remove it with: rm -r {bench}/data/.set.partial/whole.lock")
+    shutil.rmtree(bench / "data/.set.partial")
+    (bench / "data/.set.partial").touch()
+    assert refusal(SHARD).endswith(f"remove it with: rm -r {bench}/data/.set.partial")
+
+
 def test_a_command_that_left_no_shard_leaves_its_name(bench, command, small, monkeypatch):
     with monkeypatch.context() as patch:
         while_it_writes(patch, "val_000000.bin", interrupt)

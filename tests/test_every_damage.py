@@ -24,11 +24,12 @@ from test_resume import resume_here, stop_here
 from tiny_runs import TINY, rows_of, train_here
 
 import compare
+import download_fineweb
 from benchtop import places
 from benchtop.errors import UserError
 from benchtop.groups import open_groups
 from benchtop.machine import World
-from benchtop.shards import open_dataset
+from benchtop.shards import ShardWriter, open_dataset
 from benchtop.sources import open_source
 from benchtop.tasks import open_task
 from benchtop.tokenizer import load_tokenizer
@@ -165,6 +166,33 @@ def data_scene(folder: Path, content: bool = False) -> Scene:
     return Scene([f"data/tiny/{name}" for name in files], read, content)
 
 
+def unfinished_scene(folder: Path) -> Scene:
+    """A dataset whose making was interrupted; the same command then ends with the same bytes, or refuses."""
+    rows = [json.dumps({"text": f"{number} the cat sat {number * 'and ran '}"}) for number in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    line = ["download_fineweb.py", "--version", str(folder / "rows.jsonl"), "--tokenizer", "tiny",
+            "--name", "set", "--num_workers", "1", "--shard_size", "300"]
+    write = ShardWriter.write
+
+    def interrupted(writer: ShardWriter, name: str, split: str) -> dict:
+        if name == "000003.bin":
+            raise KeyboardInterrupt
+        return write(writer, name, split)
+
+    def read(folder: Path) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(places, "ROOT", folder)
+            patch.setattr(sys, "argv", line)
+            download_fineweb.main()
+        return {path.name: path.read_bytes() for path in (folder / "data/set").iterdir()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ShardWriter, "write", interrupted)
+        read(folder)
+    names = ("made_by.json", "was_here.json", "val.json", "val_000000.bin", "unit_000000/progress.json",
+             "unit_000000/000001.bin")
+    return Scene([f"data/.set.partial/{name}" for name in names], read)
+
+
 def tokenizer_scene(folder: Path) -> Scene:
     def read(folder: Path) -> object:
         return load_tokenizer("tiny").encode_ordinary("the cat sat on the mat")
@@ -289,7 +317,8 @@ def move_to(folder: Path, monkeypatch) -> None:
 
 
 SCENES = {"text": (text_scene, 150), "shards with a manifest": (data_scene, 60),
-          "bare shards": (bare_scene, 40), "a tokenizer": (tokenizer_scene, 40), "a task": (task_scene, 20),
+          "bare shards": (bare_scene, 40), "an unfinished dataset": (unfinished_scene, 100),
+          "a tokenizer": (tokenizer_scene, 40), "a task": (task_scene, 20),
           "a run that resumes": (resumed_scene, 60), "runs that are compared": (compared_scene, 80)}
 
 

@@ -3,6 +3,7 @@
 Run: ./run.sh test tests/test_log.py
 """
 
+import errno
 import json
 import math
 import os
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+from tiny_runs import summary_of, train_here
 
 from benchtop import identity, places
-from benchtop.files import whole_file, whole_path
+from benchtop.errors import UserError
+from benchtop.files import save_tensors, whole_file, whole_path
+from benchtop.folder import read_weights
 from benchtop.log import RunLog, last_lines, rise_of_held_out_loss
 from benchtop.loss_picture import STYLE, draw_loss, loss_figure
 
@@ -188,6 +192,55 @@ def test_weights_appear_when_they_are_whole(new_log, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run.weights(model)
     assert path.read_bytes() == content and not list(run.folder.glob("*.partial"))
+
+
+FULL = "I/O error: No space left on device (os error 28)"       # as safetensors says it
+
+
+def fill_the_disk(monkeypatch) -> None:
+    import safetensors.torch
+
+    def full(tensors: dict, path: Path, **options) -> None:
+        path.write_bytes(b"a part")
+        raise safetensors.SafetensorError(FULL)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+
+
+def test_a_full_disk_under_safetensors_is_one_that_names_its_file(tmp_path, monkeypatch):
+    fill_the_disk(monkeypatch)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="No space left on device") as error:
+        save_tensors(path, {"head": torch.ones(2)})
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_find_no_space_cost_no_result_and_no_checkpoint(here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch)
+        run = train_here(here, save_model=True, save_every_steps=1)
+    said, = (line for line in capsys.readouterr().out.splitlines() if "model.safetensors" in line)
+    assert said.startswith("warning: no model.safetensors (No space left on device); checkpoints stay")
+    wanted = summary_of(run)
+    assert wanted["status"] == "finished" and not (run / "model.safetensors").exists()
+    (run / "summary.json").unlink()     # and the rest of what the line says
+    train_here(here, save_model=True, save_every_steps=1, resume=str(run))
+    assert summary_of(run)["val_bpb"] == wanted["val_bpb"] and read_weights(run)
+
+
+@pytest.mark.parametrize("where", [-1, -6])
+def test_weights_that_changed_are_not_used(here, where):
+    run = train_here(here, save_model=True)
+    path = run / "model.safetensors"
+    assert read_weights(run)
+    raw = bytearray(path.read_bytes())
+    raw[where] ^= 0x40
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: it has changed since"):
+        read_weights(run)
+    path.write_bytes(raw[:-4] + b"\xff\xff\xff\x7f")      # a NaN, which is no divergence then
+    with pytest.raises(UserError, match="has changed since"):
+        read_weights(run)
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

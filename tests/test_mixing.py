@@ -16,7 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import ROOT
-from test_download_fineweb import content, documents_by_shard, interrupt, names, texts, while_it_writes
+from test_download_fineweb import (
+    change_a_byte,
+    content,
+    documents_by_shard,
+    interrupt,
+    names,
+    texts,
+    while_it_writes,
+)
 from tiny_runs import summary_of, train_here
 
 from benchtop import hub, mixing, places, prepare
@@ -190,6 +198,18 @@ def test_books_are_cut_into_parts_in_a_mixture_too(bench, command, two, capsys):
 # ------------------------------------------------------------------------------------------------
 # The same bytes
 # ------------------------------------------------------------------------------------------------
+
+def test_a_changed_shard_of_an_unfinished_mixture_is_made_again(bench, command, two, monkeypatch, capsys):
+    command(f"{MIX} --name undisturbed")
+    with monkeypatch.context() as patch:
+        while_it_writes(patch, "000003.bin", interrupt)
+        with pytest.raises(SystemExit):
+            command(MIX)
+    change_a_byte(bench / "data/.set.partial/unit_000000/000002.bin")
+    command(MIX)
+    assert "000002.bin has changed since it was written; it is made again" in capsys.readouterr().err
+    assert content(bench / "data/set") == content(bench / "data/undisturbed")
+
 
 @pytest.mark.parametrize("name", ["val_000000.bin", "000001.bin", "000003.bin"])
 def test_an_interrupted_mixture_ends_with_the_same_bytes(bench, command, two, monkeypatch, name):

@@ -177,6 +177,40 @@ def test_a_shard_that_is_for_nothing_is_refused(bare, here):
     assert "pretraining_1.bin says neither train, val nor test in its name" in complaint(here)
 
 
+@pytest.mark.parametrize("put", [shutil.copyfile, lambda path, twin: twin.symlink_to(path)])
+@pytest.mark.parametrize(("name", "twin"), [("more_val_1.bin", "train_000001.bin"),
+                                            ("train_000002.bin", "val_000000.bin")])
+def test_nobody_is_validated_on_what_is_trained_on(bare, here, put, name, twin):
+    put(bare / twin, bare / name)
+    said = complaint(here)
+    assert name in said and twin in said and "has the same content as" in said and "move one of them" in said
+
+
+@pytest.mark.parametrize("twin", ["train_000001.bin", "val_000000.bin"])
+def test_a_text_that_counts_twice_is_told(bare, capsys, twin):
+    verified()
+    assert not capsys.readouterr().err
+    (bare / f"z_{twin}").symlink_to(bare / twin)
+    verified()
+    said = capsys.readouterr().err
+    assert said == f"warning: {bare}/z_{twin} has the same content as {twin}, so that text counts twice\n"
+
+
+def test_hidden_files_are_no_shards(bare):
+    before = verified()
+    shutil.copyfile(bare / "train_000001.bin", bare / "._train_000002.bin")
+    (bare / "._val_000001.bin").write_bytes(b"as macOS leaves beside a file")
+    assert verified().manifest == before.manifest
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to("nothing")])
+@pytest.mark.parametrize(("name", "says"), [
+    ("manifest.json", "manifest.json is damaged"), ("x_train_2.bin", "x_train_2.bin is no file")])
+def test_what_cannot_be_read_is_not_taken_for_nothing(bare, here, put, name, says):
+    put(bare / name)
+    assert says in complaint(here)
+
+
 @pytest.mark.parametrize(("tokens", "says"), [
     ([300, 1, 301, 2], "train_000002.bin has token 301, but tiny has 301; name the tokenizer it was made"),
     ([1, 2, 3] * 99, "train_000002.bin has no <|endoftext|> (token 300 of tiny); name the tokenizer")])

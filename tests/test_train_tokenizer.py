@@ -730,6 +730,27 @@ def test_a_second_run_reuses_the_tokenizer(bench, command, pages, capsys):
     assert {path: path.stat().st_mtime_ns for path in bench.rglob("*")} == times
 
 
+@pytest.mark.parametrize("put", [Path.touch, lambda path: path.symlink_to("nothing")])
+@pytest.mark.parametrize("flags", ["", "--convert old.pkl"])
+def test_a_name_that_is_taken_is_refused_before_the_work(bench, refusal, pages, monkeypatch, put, flags):
+    (bench / "tokenizers").mkdir()
+    put(bench / "tokenizers/pages")
+    for work in ("count_sample", "tokens_of"):
+        monkeypatch.setattr(bpe, work, lambda *_, **__: pytest.fail("it works in vain"))
+    said = refusal(f"train_tokenizer.py {flags} --name pages" if flags else f"{TRAIN} pages")
+    assert "tokenizers/pages exists" in said and "choose another --name" in said
+
+
+@pytest.mark.parametrize("name", ["ranks.tiktoken", "meta.json"])
+def test_a_damaged_tokenizer_is_refused_with_the_way_to_another(bench, command, refusal, pages, name):
+    command(f"{TRAIN} pages")
+    (bench / "tokenizers/pages" / name).write_bytes(b"[]")
+    said = refusal(f"{TRAIN} pages")
+    assert said.endswith(f"rm -r {bench}/tokenizers/pages")
+    shutil.rmtree(bench / "tokenizers/pages")       # as it says
+    command(f"{TRAIN} pages")
+
+
 def test_other_settings_under_the_same_name_are_refused(bench, command, refusal, pages, write_rows):
     command(f"{TRAIN} pages")
     assert "another regex;" in refusal(f"{TRAIN} pages --regex gpt2")

@@ -1,0 +1,232 @@
+"""The folder .NAME.partial of a dataset that is being made: who holds it, and what an earlier start left.
+
+    made_by.json          what decides the content of all shards
+    was_here.json         the units whose text was on this machine before
+    val.json              how documents are held out, and the shards of those
+    unit_000000/          progress.json and the shards of a unit
+
+Nothing in it is trusted: a shard that is not what its entry says is made again with all behind it, and what
+cannot be made again is refused with the command that throws the folder away.
+"""
+
+import contextlib
+import hashlib
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from benchtop import files, places
+from benchtop.command_line import counted
+from benchtop.errors import UserError, first_line
+
+ENTRY = {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int, "sha256": str}
+# what reading a wrong file raises
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+@dataclass
+class Progress:
+    """What of a unit is in shards; kept in its folder, so that a later start goes on behind the last one.
+
+    done      whether all of it is in shards
+    entries   what the manifest will say of its shards; `read` is how many of its documents they end behind
+    split, skipped  number and name of each document that made trouble
+    """
+    name: str
+    done: bool = False
+    entries: list[dict] = field(default_factory=list)
+    split: list[list] = field(default_factory=list)
+    skipped: list[list] = field(default_factory=list)
+
+    @property
+    def documents(self) -> int:
+        return self.entries[-1]["read"] if self.entries else 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry["tokens"] for entry in self.entries)
+
+    def cut_back(self, shards: int) -> "Progress":
+        """As it was when it had no more shards than that."""
+        if shards >= len(self.entries):
+            return self
+        cut = replace(self, entries=self.entries[:shards], done=False)
+        return replace(cut, split=[item for item in self.split if item[0] < cut.documents],
+                       skipped=[item for item in self.skipped if item[0] < cut.documents])
+
+
+# ------------------------------------------------------------------------------------------------
+# Hold and take up
+# ------------------------------------------------------------------------------------------------
+
+def partial_of(folder: Path) -> Path:
+    """Where a dataset is made."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+@contextlib.contextmanager
+def hold(partial: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
+    """Hold the folder of an unfinished dataset; it is removed when nothing is left in it."""
+    try:
+        with files.locked(partial / "whole.lock", wait, shared):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            partial.rmdir()
+
+
+def empty(partial: Path) -> None:
+    """Remove all from the folder of an unfinished dataset but what holds it."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.suffix != ".lock":
+            path.unlink()
+
+
+def take_up(partial: Path, facts: dict) -> None:
+    """Go on in the folder of an unfinished dataset, or begin one there.
+
+    raises  UserError if another command left finished shards in it, or nothing tells whose they are
+    """
+    shards = len([*partial.rglob("*.bin")])
+    with damage_in(partial / "made_by.json") as made_by:
+        before = dict(read_json(made_by).items()) if shards and made_by.exists() else {}
+    if shards and before == facts:
+        return
+    if shards:
+        raise UserError(f"{shown(partial)} has {counted(shards, 'finished shard')} of an interrupted command "
+                        f"with another {', '.join(differing_facts(before, facts))}; start that one again, "
+                        f"choose another --name, or throw them away with: {how_to_remove(partial)}")
+    empty(partial)
+    files.write_json(partial / "made_by.json", facts)
+
+
+def differing_facts(before: dict, facts: dict) -> list[str]:
+    """What a dataset was made from otherwise, and only `source` where that is another."""
+    differing = [key for key, value in facts.items() if before.get(key) != value]
+    if "source" in differing:
+        differing = [key for key in differing if key not in ("source_fingerprint", "revision")]
+    return differing
+
+
+# ------------------------------------------------------------------------------------------------
+# What an earlier start left
+# ------------------------------------------------------------------------------------------------
+
+def read_json(path: Path) -> dict | list:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_signed(path: Path, content: dict) -> None:
+    """As files.write_json, with a SHA-256 of the content."""
+    files.write_json(path, content | {"sha256": sha256_of(content)})
+
+
+def read_signed(path: Path) -> dict:
+    """What write_signed wrote; earlier versions did not sign.
+
+    raises  one of DAMAGE if it is no object or has changed
+    """
+    content = dict(read_json(path).items())
+    if content.pop("sha256", sha := sha256_of(content)) != sha:
+        raise ValueError("its SHA-256 is not that of its content")
+    return content
+
+
+def sha256_of(content: dict) -> str:
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_progress(path: Path, name: str) -> Progress:
+    """How far the unit of this name is: up to the first shard that is not what was written, which is said."""
+    if not path.exists():
+        return Progress(name)
+    try:
+        progress = Progress(**read_signed(path))
+        assert_kinds(ENTRY | {"read": int}, *progress.entries)
+    except (OSError, *DAMAGE) as error:
+        say(f"{shown(path)} is damaged ({first_line(error)}); the shards of this unit are made again")
+        return Progress(name)
+    for number, entry in enumerate(progress.entries):
+        if problem := problem_of(path.parent / entry["file"], entry):
+            say(f"{shown(path.parent / entry['file'])} {problem}; it is made again, with those behind it in "
+                "its unit")
+            return progress.cut_back(number)
+    return progress
+
+
+def read_held_out(path: Path) -> dict:
+    """What val.json tells, and an earlier version's without a test split.
+
+    raises  UserError if it or a shard of it is not what it was
+    """
+    with damage_in(path):
+        facts = read_signed(path)
+        if "entries" not in facts:
+            facts["entries"] = [facts.pop("entry")]
+        assert_kinds({"split": list, "skipped": list}, facts)
+        assert_kinds(ENTRY, *facts["entries"])
+        if [entry["split"] for entry in facts["entries"]] not in (["val"], ["val", "test"]):
+            raise ValueError("it lacks a shard to validate on")
+    for entry in facts["entries"]:
+        if problem := problem_of(path.with_name(entry["file"]), entry):
+            raise UserError(f"{shown(path.with_name(entry['file']))} {problem}; {advice(path.parent)}")
+    return facts
+
+
+def read_was_here(path: Path) -> set[str] | None:
+    """The names in was_here.json; none, and a word about it, if it is damaged."""
+    with contextlib.suppress(*DAMAGE):
+        names = read_json(path)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return set(names)
+    say(f"{shown(path)} is damaged; text that is on this machine now stays")
+    return None
+
+
+def problem_of(path: Path, entry: dict) -> str:
+    """What is wrong with a finished shard; nothing if it is what was written."""
+    try:
+        return "" if files.sha256_of(path) == entry["sha256"] else "has changed since it was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def assert_kinds(kinds: dict[str, type], *objects: dict) -> None:
+    """raises  one of DAMAGE if an object lacks a value, or it is of another kind"""
+    for each in objects:
+        for key, kind in kinds.items():
+            if not isinstance(each[key], kind):
+                raise ValueError(f"{key} is {each[key]!r}")
+
+
+@contextlib.contextmanager
+def damage_in(path: Path) -> Iterator[Path]:
+    """raises  UserError where what is read meanwhile is not what was written"""
+    try:
+        yield path
+    except (OSError, *DAMAGE) as error:
+        raise UserError(f"{shown(path)} is damaged ({type(error).__name__}: {first_line(error)}); "
+                        f"{advice(path.parent)}") from error
+
+
+def advice(partial: Path) -> str:
+    return f"throw the unfinished data away with: {how_to_remove(partial)}"
+
+
+def how_to_remove(path: Path) -> str:
+    return f"rm -r {shlex.quote(str(path))}"
+
+
+def shown(path: Path) -> Path:
+    return path.relative_to(places.ROOT)
+
+
+def say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)

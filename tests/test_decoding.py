@@ -101,6 +101,7 @@ def test_a_file_cut_within_a_character_ends_in_one_replacement(tmp_path, mark, e
 BELIED = {
     "ASCII behind UTF-16": ENGLISH.encode("utf-16") + ENGLISH.encode(),
     "CRLF behind UTF-16": ENGLISH.encode("utf-16") + b"one line\r\n",
+    "one short line behind UTF-16": ENGLISH.encode("utf-16") + b"one line\n",
     "ASCII within UTF-16": ENGLISH.encode("utf-16") + b"2 lines\r\n" * 2 + ENGLISH.encode("utf-16-le"),
     "Russian behind UTF-16": ENGLISH.encode("utf-16") + "Война и мир, том первый и второй\n".encode() * 2,
     "ASCII behind Chinese": "今天天气很好\n".encode("utf-16") * 9 + ENGLISH.encode() * 9,
@@ -122,7 +123,8 @@ def test_what_a_mark_or_a_comment_says_is_not_believed_against_the_bytes(tmp_pat
 
 
 @pytest.mark.parametrize("text", [
-    "ここにねこがいるのであのねこにきいてみた" * 3, "今天天气很好，我们去公园。\r\n" * 9, "扡搠晥" * 9,
+    "あいうえおかきくけこさしすせそたちつてとなにぬねの" * 3,
+    "今天天气很好，我们去公园。\r\n" * 9, "扡搠晥" * 9,
     "안녕하세요 세계\n" * 9, "Война и мир\r\n" * 9, ENGLISH.replace("\n", "\r\n") * 9, "🙂" * 99,
     "呵呵呵" * 30, "a\n\ufeffb"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -166,8 +168,8 @@ def test_encodings_of_other_scripts_are_refused(tmp_path, encoding, text):
     (b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0\3\0>", "a program"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "PNG"),
     (b"PK\3\4\x14\0\0\0\x08\0", "zip"), (gzip.compress(b"text", mtime=0), "gzip"), (b"%PDF-1.7\ntext", "PDF"),
     (zstandard.compress(b"text"), "zstandard"), (random.Random(0).randbytes(500), "NULs, so it is no text"),
-    (bytes(range(256)) * 4, "NULs, so it is no text")],
-    ids=["ELF", "PNG", "zip", "gzip", "PDF", "zstandard", "noise", "every byte"])
+    (bytes(range(256)) * 4, "NULs, so it is no text"), (bytes(range(128)), "NULs, so it is no text")],
+    ids=["ELF", "PNG", "zip", "gzip", "PDF", "zstandard", "noise", "every byte", "every ASCII"])
 @pytest.mark.parametrize("packed", PACK)
 def test_a_binary_file_that_is_called_text_is_refused_without_a_command(tmp_path, raw, what, packed):
     (tmp_path / f"a.txt{packed}").write_bytes(PACK[packed](raw))

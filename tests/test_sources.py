@@ -186,7 +186,7 @@ def test_empty_files_and_white_space_are_documents_of_what_they_hold(bench):
 def test_white_space_is_no_text(refusal, monkeypatch):
     Path("a.txt").write_text(" " * 999 + "\n")
     Path("b.jsonl").write_text('{"text": ""}\n{"text": "\\t"}\n')
-    assert "is only white space" in refusal("train_tokenizer.py --name x --num_workers 1 --source a.txt b.jsonl")
+    assert "is only white space" in refusal("train_tokenizer.py --num_workers 1 --source a.txt b.jsonl")
     monkeypatch.setattr("sys.argv", ["sources.py", "a.txt", "b.jsonl"])
     with pytest.raises(SystemExit, match=r"white space \(1,001 characters\)"):
         sources.main()

@@ -127,8 +127,8 @@ def train_together(args: argparse.Namespace, world: Processes) -> None:
     say_what_it_takes(growth, samples, args, world)
     with files.locked(places.TOKENIZERS / f".{name}.lock"):
         pieces, sizes = bpe.count_sample(sample, pattern, args.num_workers, world)
-        if source.replaced:
-            print(source.replaced_in_words())
+        if words := source.replaced_in_words():
+            print(words)
         if not rule:
             print("note: too little text to hold some out; the tokenizer learns from all of it")
         facts = settings | {"source_fingerprint": source.fingerprint} | sizes

@@ -141,8 +141,9 @@ def count_sample(sample: Sample, pattern: str, num_workers: int, world: Processe
         pieces.update(part)
         sizes.update(dict(zip(sizes, counts, strict=True)))
     pieces, sizes = add_up(pieces, world), add_up(sizes, world)
-    if world.same(not pieces):
-        raise UserError(f"the source {sample.source.label} is empty: no text to learn from")
+    if world.same(all(piece.isspace() for piece in pieces)):
+        raise UserError(f"the source {sample.source.label} is {'only white space' if pieces else 'empty'}: "
+                        "no text to learn from")
     return pieces, dict(sizes) | {"unique_pieces": len(pieces),
                                   "invalid_utf8_replaced": sample.source.replaced}
 

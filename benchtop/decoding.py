@@ -4,7 +4,8 @@ A byte order mark tells UTF-8, UTF-16 and UTF-32, and is no part of the text: a 
 and without it. Line ends are part of the text and stay as they are. A Python source may name its encoding in
 its first two lines (PEP 263). Everything else is UTF-8. A few invalid sequences, as where a file was cut
 within a character, become U+FFFD and are counted. A file with more of them than characters that UTF-8
-explains, or with NUL bytes, is in another encoding or no text; it is refused, with a command to type.
+explains, with NULs, or in two encodings is refused, whatever it says of itself. Where it is clear what mends
+it, the line ends in a command to type, which leaves the file as it is and makes another.
 """
 
 import codecs
@@ -22,6 +23,19 @@ MARK = "\ufeff"
 MARKS = [(codecs.BOM_UTF8, "utf-8"),
          (codecs.BOM_UTF32_LE, "UTF-32LE"), (codecs.BOM_UTF32_BE, "UTF-32BE"),
          (codecs.BOM_UTF16_LE, "UTF-16LE"), (codecs.BOM_UTF16_BE, "UTF-16BE")]    # begins UTF-32's, too
+MARKED_WIDE = {name for _, name in MARKS} - {"utf-8"}
+MAGIC = {"gzip data": b"\x1f\x8b", "a zip archive, as .docx and .xlsx are": b"PK\3\4", "a PDF": b"%PDF-",
+         "a PNG image": b"\x89PNG", "a JPEG image": b"\xff\xd8\xff", "zstandard data": b"\x28\xb5\x2f\xfd",
+         "xz data": b"\xfd7zXZ\0", "a 7z archive": b"7z\xbc\xaf\x27\x1c", "a RAR archive": b"Rar!\x1a\7",
+         "an old Office document": b"\xd0\xcf\x11\xe0", "a program": b"\x7fELF", "parquet": b"PAR1\x15",
+         "an SQLite database": b"SQLite format 3\0"}
+CONTROLS = re.compile("[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")     # that no text has; NUL is told apart
+ISO_2022 = {"\x1b$B": "ISO-2022-JP", "\x1b$@": "ISO-2022-JP", "\x1b$)C": "ISO-2022-KR",
+            "\x1b$)A": "ISO-2022-CN", "\x1b$)G": "ISO-2022-CN"}
+# bytes in UTF-16 that are UTF-8 instead: many in a row, or a line's end with what stands before it
+NARROW = re.compile(rb"(?:[\t\n\r -~]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}){32,}"
+                    rb"|[\t -~]{4,}\r\n|[\t -~]{8,}\n\Z")
+TR = "tr -d '\\000'"
 FEW_INVALID = 3         # sequences that a file may have, if they are no more than one in
 FEW_IN_BYTES = 100      # so many bytes; one it may have in any case
 
@@ -48,23 +62,66 @@ def marked(raw: bytes) -> str:
 def encoding_of(raw: bytes, path: Path, kind: str) -> str:
     """How to decode a file of a kind, as ".py", to judge by its content or the beginning of that.
 
-    raises  UserError if it is in another encoding than it says, or no text
+    raises  UserError if it is in another encoding than it says, in two, or no text
     """
+    if what := next((what for what, magic in MAGIC.items() if raw.startswith(magic)), ""):
+        raise UserError(f"{path} is no text but {what}; take it out of the source")
     told = marked(raw) or (cookie_of(raw) if kind == ".py" else "")
-    if told:
-        return told
-    if b"\0" in raw:
-        wide = wide_encoding(raw)
-        what, change = ((f"looks like {wide} without a byte order mark", f"iconv -f {wide} -t UTF-8")
-                        if wide else ("holds NUL bytes, so it is no text", "tr -d '\\000'"))
-        raise UserError(f"{path} {what}; take it out of the source, or convert it with: "
-                        f"{rewriting(path, change)}")
-    text, invalid = decode(raw)
-    few = max(1, min(FEW_INVALID, len(raw) // FEW_IN_BYTES))
-    if invalid > few and invalid > len(re.findall("[^\0-\x7f\ufffd]", text)):
-        raise UserError(f"{path} is not UTF-8 ({invalid:,} invalid sequences); if it is Western European, "
-                        f"convert it with: {rewriting(path, 'iconv -f CP1252 -t UTF-8')}")
-    return "utf-8"
+    encoding = told or "utf-8"
+    text, invalid = decode(raw, encoding)
+    if "\0" in text:
+        raise UserError(f"{path} {about_nuls(raw, text, path, told)}")
+    if name := next((name for escape, name in ISO_2022.items() if escape in text), ""):
+        raise UserError(f"{path} is in {name}; {rewriting(path, f'iconv -f {name} -t UTF-8')}")
+    if encoding in MARKED_WIDE:
+        if is_partly_narrow(raw) or too_many(invalid, len(raw)):
+            raise UserError(f"{path} begins as {encoding}, but is not in that encoding to its end, as where "
+                            "lines were appended in another; write it anew in one encoding")
+    elif too_many(invalid, len(raw), len(re.findall("[^\0-\x7f\ufffd]", text))):
+        western = is_western(raw)
+        raise UserError(f"{path} is not UTF-8 ({invalid:,} invalid sequences); "
+                        + ("if it is Western European, " if western else "find out its ENCODING, then ")
+                        + rewriting(path, f"iconv -f {'CP1252' if western else 'ENCODING'} -t UTF-8"))
+    return encoding
+
+
+def too_many(invalid: int, size: int, explained: int = 0) -> bool:
+    """Whether so many invalid sequences in so many bytes are more than damage; `explained`: valid ones."""
+    return invalid > max(1, min(FEW_INVALID, size // FEW_IN_BYTES), explained)
+
+
+def about_nuls(raw: bytes, text: str, path: Path, told: str) -> str:
+    """What a file with NULs may be, and what to do with it."""
+    if not told and (wide := wide_encoding(raw)):
+        return (f"looks like {wide} without a byte order mark; "
+                + rewriting(path, f"iconv -f {wide} -t UTF-8"))
+    if told in MARKED_WIDE or CONTROLS.search(text) or "\ufffd" in text:
+        return ("holds NULs, so it is no text, or in an encoding that it does not tell, as UTF-16 without a "
+                "byte order mark; take it out of the source")
+    return f"holds NULs ({text.count(chr(0)):,}); {rewriting(path, TR)}"
+
+
+def is_odd(text: str) -> bool:
+    """Whether a row holds what only another encoding, or no text, does."""
+    return "\0" in text or ("\x1b$" in text and any(escape in text for escape in ISO_2022))
+
+
+def is_partly_narrow(raw: bytes) -> bool:
+    """Whether UTF-16 or UTF-32 has UTF-8 within, as where a shell has appended to it."""
+    def reads_as_utf_8(run: bytes) -> bool:
+        is_kana = max(run[::2].count(b"0"), run[1::2].count(b"0")) > len(run) / 8      # U+30xx
+        return len(set(run)) >= 10 and not is_kana
+    runs = (run[0] for run in NARROW.finditer(raw))
+    return any((len(run) < 32 and run.endswith(b"\n")) or reads_as_utf_8(run) for run in runs)
+
+
+def is_western(raw: bytes) -> bool:
+    """Whether bytes that are not UTF-8 may be CP1252: most are ASCII, and none is a control character."""
+    try:
+        text = raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return not CONTROLS.search(text) and len(re.findall("[^\0-\x7f]", text)) <= 0.4 * len(text)
 
 
 def cookie_of(raw: bytes) -> str:
@@ -78,25 +135,33 @@ def cookie_of(raw: bytes) -> str:
 
 
 def wide_encoding(raw: bytes) -> str:
-    """UTF-16 or UTF-32, if this text is that; empty if not."""
-    raw = raw[:len(raw) // 4 * 4 or len(raw) // 2 * 2]
-    high_first = raw[::2].count(0) > raw[1::2].count(0)
-    for name in ("UTF-32LE", "UTF-32BE", "UTF-16BE" if high_first else "UTF-16LE"):
+    """UTF-16 or UTF-32, if NULs fill most places of one side, as in Western text; empty if not."""
+    if len(raw) % 2:
+        return ""
+    nuls = [2 * raw[side::2].count(0) / len(raw) for side in (0, 1)]
+    sixteen = ["UTF-16BE" if nuls[0] > nuls[1] else "UTF-16LE"] if max(nuls) > 0.5 > 5 * min(nuls) else []
+    for name in ["UTF-32LE", "UTF-32BE", *sixteen]:
         try:
-            if raw and "\0" not in raw.decode(name):
+            text = codecs.getincrementaldecoder(name)().decode(raw)     # which may be cut at its end
+            if text and "\0" not in text and not CONTROLS.search(text):
                 return name
         except UnicodeDecodeError:
             continue
     return ""
 
 
-def rewriting(path: Path, command: str) -> str:
-    """The shell command that puts a file, plain or compressed, through another command."""
-    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+def rewriting(path: Path, command: str, word: str = "utf8") -> str:
+    """How to put a file, plain or compressed, through a shell command, and the copy to use then.
+
+    >>> rewriting(Path("a.txt"), "iconv -f CP1252 -t UTF-8")
+    'use a.utf8.txt instead, made with: iconv -f CP1252 -t UTF-8 < a.txt > a.utf8.txt'
+    """
     packer = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    if packer:      # the command stands last, since a shell goes on behind a failure of what stands before
-        return f"{packer} -dc {old} | {command} > {new} && {packer} < {new} > {old} && rm {new}"
-    return f"{command} < {old} > {new} && mv {new} {old}"
+    inner = Path(path.stem) if packer else Path(path.name)
+    new = path.with_name(f"{inner.stem}.{word}{inner.suffix}{path.suffix if packer else ''}")
+    old, to = shlex.quote(str(path)), shlex.quote(str(new))
+    line = f"{packer} -dc {old} | {command} | {packer} > {to}" if packer else f"{command} < {old} > {to}"
+    return f"use {new} instead, made with: {line}"
 
 
 def shown(path: Path | str) -> str:

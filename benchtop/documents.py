@@ -64,6 +64,7 @@ class Source:
     fingerprint  SHA-256 over the names and contents of the files; changes when the source changes
     label        `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
     replaced_in  invalid sequences of each file that were replaced by U+FFFD when it was last read
+    odd_in       rows of each file that hold NULs or escapes of ISO-2022, and were kept as they are
     is_large     whether it surely has thousands of documents, so that nobody need count them
     held_out_file  the unit that is held out, and nothing else is; empty: documents by a hash of their text
     """
@@ -73,6 +74,7 @@ class Source:
     def __init__(self, word: str, files: list[tuple[str, Path]], stamp: list):
         self.files = files
         self.replaced_in: Counter[str] = Counter()
+        self.odd_in: Counter[str] = Counter()
         self.fingerprint = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
         self.label = f"{word}-{self.fingerprint[:8]}"
 
@@ -81,13 +83,15 @@ class Source:
         return self.replaced_in.total()
 
     def replaced_in_words(self) -> str:
-        """For people; empty if nothing was replaced."""
-        if not self.replaced:
-            return ""
-        worst = [f"{decoding.shown(name)} ({count:,})" for name, count in self.replaced_in.most_common(4)]
-        files = "" if len(self.replaced_in) == 1 else f"{counted(len(self.replaced_in), 'file')}: "
-        return (f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} by U+FFFD in {files}"
-                + ", ".join(worst[:3]) + (" ..." if len(worst) > 3 else ""))
+        """For people; empty if nothing was replaced, and no row is odd."""
+        said = []
+        if self.replaced:
+            said.append(f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} by U+FFFD in "
+                        f"{files_in_words(self.replaced_in)}")
+        if odd := self.odd_in.total():
+            said.append(f"kept {counted(odd, 'row')} with NULs or escapes of ISO-2022 in "
+                        f"{files_in_words(self.odd_in)}")
+        return "; ".join(said)
 
     def __iter__(self) -> Iterator[Document]:
         for name, path in self.files:
@@ -105,15 +109,35 @@ class Source:
 
     def _read(self, name: str, path: Path) -> Iterator[Document]:
         kind = kind_of(path)
-        self.replaced_in.pop(name, None)
+        self._forget(name)
         if kind in FILE_IS_DOCUMENT:
             with open_bytes(path) as file:
                 raw = file.read()
                 yield name, self._decode(raw, name, decoding.encoding_of(raw, path, kind))
-        elif kind == ".jsonl":
-            yield from self._read_lines(name, path)
         else:
-            yield from self._read_parquet(name, path)
+            rows = self._read_lines(name, path) if kind == ".jsonl" else self._read_parquet(name, path)
+            yield from self._unless_most_is_wrong(rows, name, path)
+
+    def _unless_most_is_wrong(self, rows: Iterator[Document], name: str, path: Path) -> Iterator[Document]:
+        """The rows of a file.
+
+        raises  UserError behind the last if more of them are odd than not, or more of the file's sequences
+                invalid than explained by UTF-8
+        """
+        total = size = explained = 0
+        for row, text in rows:
+            total += 1
+            size += len(text)
+            if not text.isascii():
+                explained += len(text.encode()) - len(text)     # at least one for each valid sequence
+            yield row, text
+        odd, invalid = self.odd_in[name], self.replaced_in[name]
+        if 2 * odd > total:
+            raise UserError(f"{path}: {odd:,} of {total:,} rows hold NULs or escapes of ISO-2022, so they "
+                            "are no text, or in another encoding; write them anew in UTF-8")
+        if decoding.too_many(invalid, size, explained - 2 * invalid):       # U+FFFD has three bytes
+            raise UserError(f"{path} is not UTF-8 throughout: {invalid:,} invalid sequences, more than "
+                            "characters that UTF-8 explains; write it anew in UTF-8")
 
     def _read_lines(self, name: str, path: Path) -> Iterator[Document]:
         with open_bytes(path) as file:
@@ -121,7 +145,9 @@ class Source:
             file.seek(0)
             lines = (self._decode(line, name) for line in file)
             if encoding != "utf-8":     # a line ends there in two bytes or four
-                lines = self._decode(file.read(), name, encoding).split("\n")
+                raw = file.read()
+                decoding.encoding_of(raw, path, ".jsonl")
+                lines = self._decode(raw, name, encoding).split("\n")
             numbered = enumerate(lines, 1)
             for number, line in numbered:
                 try:
@@ -130,24 +156,22 @@ class Source:
                     more = without_bad_lines(path, number, numbered) if encoding == "utf-8" else ""
                     raise UserError(f"{path} line {number} {error}{more}") from error
                 if text is not None:
-                    yield f"{name}:{number}", self._valid(text, name)
+                    yield f"{name}:{number}", self._counted(self._valid(text, name), name)
 
     def _read_parquet(self, name: str, path: Path) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
-        self.replaced_in.pop(name, None)
+        self._forget(name)
         with open_bytes(path) as file:
             try:
                 table = pyarrow.parquet.ParquetFile(file)
-                columns = table.schema_arrow.names
-                if "text" not in columns:
-                    raise UserError(f"{path} has no column named text; its columns are {', '.join(columns)}")
+                refuse_columns(table.schema_arrow, path)
                 number = 0
                 for batch in table.iter_batches(batch_size=256, columns=["text"]):
                     for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
                         number += 1
                         if text is not None:
-                            yield f"{name}:{number}", self._decode(text, name)
+                            yield f"{name}:{number}", self._counted(self._decode(text, name), name)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
                 raise UserError(f"{path} is no readable parquet file ({first_line(error)})") from error
 
@@ -155,6 +179,15 @@ class Source:
         text, invalid = decoding.decode(raw, encoding)
         if invalid:
             self.replaced_in[name] += invalid
+        return text
+
+    def _forget(self, name: str) -> None:
+        self.replaced_in.pop(name, None)
+        self.odd_in.pop(name, None)
+
+    def _counted(self, text: str, name: str) -> str:
+        if decoding.is_odd(text):
+            self.odd_in[name] += 1
         return text
 
     def _valid(self, text: str, name: str) -> str:
@@ -166,6 +199,28 @@ class Source:
             clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             self.replaced_in[name] += clean.count("\ufffd") - text.count("\ufffd")
             return clean
+
+
+def files_in_words(counts: Counter[str]) -> str:
+    """`2 files: a.txt (9), b.txt (1)`, the worst first."""
+    worst = [f"{decoding.shown(name)} ({count:,})" for name, count in counts.most_common(4)]
+    files = "" if len(counts) == 1 else f"{counted(len(counts), 'file')}: "
+    return files + ", ".join(worst[:3]) + (" ..." if len(worst) > 3 else "")
+
+
+def refuse_columns(schema, path: Path) -> None:
+    """raises  UserError if a parquet file has no one column of text"""
+    import pyarrow
+    number = schema.names.count("text")
+    if not number:
+        raise UserError(f"{path} has no column named text; its columns are {', '.join(schema.names)}")
+    if number > 1:
+        raise UserError(f"{path} has {number} columns named text; rename all but one")
+    kind = schema.field("text").type
+    try:
+        pyarrow.array([], kind).cast(pyarrow.binary())
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} has {kind} in the column text, which must be string or binary") from error
 
 
 def text_of_row(line: str) -> str | None:
@@ -200,7 +255,7 @@ def without_bad_lines(path: Path, first: int, others: Iterable[tuple[int, str]])
             return f"; {NAMED_LINES} or more other lines are bad, too"
     sed = "sed '" + ";".join(f"{number}d" for number in bad) + "'"
     lines = "it" if len(bad) == 1 else f"all {len(bad)} bad lines"
-    return f"; drop {lines} with: {decoding.rewriting(path, sed)}" if good else ""
+    return f"; to drop {lines}, {decoding.rewriting(path, sed, 'good')}" if good else ""
 
 
 def parquet_rows(path: Path) -> int:

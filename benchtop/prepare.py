@@ -365,6 +365,8 @@ def rule_or_complaint(source: Source) -> Rule:
     characters = sum(len(text) for _, text in source)
     if not characters:
         raise UserError(f"the source {source.label} is empty: no text to tokenize")
+    if all(not text or text.isspace() for _, text in source):
+        raise UserError(f"the source {source.label} is nothing but white space ({characters:,} characters)")
     raise UserError(f"the source {source.label} has only {characters:,} characters, too few to train on one "
                     "part and validate on another; give it more text")
 

@@ -276,8 +276,11 @@ def open_mixture(specs: list[str]) -> Source | Mixture:
 def split_share(item: str) -> tuple[str, Fraction | None]:
     """(a/, 0.7) for a/=0.7; (item, None) for a file, folder or glob whose name has a `=`, and without one.
 
-    raises  UserError if what stands behind a source and its `=` is no positive number
+    raises  UserError if what stands behind a source and its `=` is no positive number, or the item is empty
     """
+    if not item:        # which a Path would take for the current folder
+        raise UserError("the name of a source is empty, as of a variable that is not set; type stdlib, a "
+                        "file, a folder (. is this one) or a glob")
     name, equals, typed = item.rpartition("=")
     if not (name and equals) or os.path.exists(item) or glob.glob(item):
         return item, None
@@ -312,13 +315,17 @@ def main() -> None:
                         help="stdlib, FineWeb (10B, 10Bedu, ...), climbmix, or files, folders and globs")
     source = open_source(parser.parse_args().source)
     documents = characters = 0
+    is_blank = True
     for name, text in source:
         if not documents:
             print(f"{name}:\n{text[:500]}\n...")
         documents += 1
         characters += len(text)
+        is_blank &= not text or text.isspace()
     if not characters:
         raise UserError("the source is empty")
+    if is_blank:
+        raise UserError(f"the source is nothing but white space ({characters:,} characters)")
     print(f"{counted(documents, 'document')}, {characters:,} characters, "
           f"{source.replaced_in_words() or '0 invalid UTF-8 sequences replaced'}; label {source.label}")
     rule = rule_for(source)

@@ -657,6 +657,8 @@ def test_a_folder_with_a_damaged_manifest_is_refused(bench, refusal, small, text
     ("--version 10B pages.jsonl", "cannot be mixed"),
     ("--version empty.jsonl", "is empty"),
     ("--version tiny.txt", "too few to train"),
+    ("--version blank.txt", "is nothing but white space (300,002 characters)"),
+    ("--version ''", "the name of a source is empty"),
     ("--name ../set", "'../set'"),
     ("--name " + "x" * 300, "letters"),
     ("--num_shards -1", "at least 0"),
@@ -668,6 +670,7 @@ def test_a_folder_with_a_damaged_manifest_is_refused(bench, refusal, small, text
 def test_a_wrong_flag_ends_in_one_line(bench, refusal, small, flags, hint):
     (bench / "empty.jsonl").write_text('{"text": ""}\n')
     (bench / "tiny.txt").write_text("hello world\n" * 9)
+    (bench / "blank.txt").write_text(" " * 300_000 + "\t\n")
     assert hint in refusal(f"{SHARD} {flags}")
     assert not (bench / "data").exists() or not names(bench / "data")
 

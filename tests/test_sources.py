@@ -13,7 +13,7 @@ import pytest
 from benchtop import sources
 from benchtop.errors import UserError
 from benchtop.processes import TORCHRUNS
-from benchtop.sources import open_source
+from benchtop.sources import open_mixture, open_source
 
 
 def write(*names: str) -> None:
@@ -166,11 +166,30 @@ def test_a_compressed_file_of_no_bytes_is_damaged(bench, packed):
         list(open_source("."))
 
 
+@pytest.mark.parametrize("specs", [[""], ["a.txt", ""], ["", "a.txt=0.5"]])
+def test_an_empty_name_of_a_source_is_not_this_folder(bench, specs):
+    write("a.txt")
+    for opened in (open_source, open_mixture):
+        with pytest.raises(UserError, match="the name of a source is empty"):
+            opened(specs)
+    with pytest.raises(UserError, match="the name of a source is empty"):
+        open_source("")
+
+
 def test_empty_files_and_white_space_are_documents_of_what_they_hold(bench):
     for name, text in (("a.txt", ""), ("b.md", " \n\t"), ("c.jsonl", "\n  \r\n"), ("d.txt", "\ufeff")):
         Path(name).write_text(text, encoding="utf-8")
     Path("e.txt.gz").write_bytes(gzip.compress(b""))
     assert [text for _, text in open_source(".")] == ["", " \n\t", "", ""]
+
+
+def test_white_space_is_no_text(refusal, monkeypatch):
+    Path("a.txt").write_text(" " * 999 + "\n")
+    Path("b.jsonl").write_text('{"text": ""}\n{"text": "\\t"}\n')
+    assert "is only white space" in refusal("train_tokenizer.py --num_workers 1 --source a.txt b.jsonl")
+    monkeypatch.setattr("sys.argv", ["sources.py", "a.txt", "b.jsonl"])
+    with pytest.raises(SystemExit, match=r"white space \(1,001 characters\)"):
+        sources.main()
 
 
 BAD = '{"text": "a"}\n{"text": 5}\n\n{"text": "b"}\nnothing\n{"body": "c"}\n'
@@ -180,14 +199,17 @@ BAD = '{"text": "a"}\n{"text": 5}\n\n{"text": "b"}\nnothing\n{"body": "c"}\n'
 def test_a_bad_line_comes_with_the_command_that_drops_all_of_them(bench, packed, pack):
     path = Path(f"rows.jsonl{packed}")
     path.write_bytes(pack(BAD.encode()))
-    with pytest.raises(UserError, match=r"line 2 has no text .*; drop all 3 bad lines with: ") as error:
+    with pytest.raises(UserError, match=r"line 2 has no text .*; to drop all 3 bad lines, use ") as error:
         list(open_source(str(path)))
+    before = path.read_bytes()
     os.system(str(error.value).split("with: ")[1])
-    assert [text for _, text in open_source(str(path))] == ["a", "b"]
+    assert f"use rows.good.jsonl{packed} instead" in str(error.value) and path.read_bytes() == before
+    assert [text for _, text in open_source(f"rows.good.jsonl{packed}")] == ["a", "b"]
 
 
 @pytest.mark.parametrize("content, says", [
-    ('{"text": "a"}\n{"text": "b', "; drop it with: sed '2d' <"),     # a download that was cut
+    ('{"text": "a"}\n{"text": "b',      # a download that was cut
+     "; to drop it, use rows.good.jsonl instead, made with: sed '2d' <"),
     ('{"body": "a"}\n' * 9, "its columns are body"),
     ('{"body": "a"}\n' * 99, "; 20 or more other lines are bad"),
 ])

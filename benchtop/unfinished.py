@@ -94,9 +94,14 @@ def take_up(partial: Path, facts: dict) -> None:
     raises  UserError if another command left finished shards in it, or nothing tells whose they are
     """
     shards = len([*partial.rglob("*.bin")])
-    with damage_in(partial / "made_by.json") as made_by:
-        before = dict(read_json(made_by).items()) if shards and made_by.exists() else {}
-    if shards and before == facts:
+    before = {}
+    try:
+        with damage_in(partial / "made_by.json") as made_by:
+            before = dict(read_json(made_by).items()) if made_by.exists() else {}
+    except UserError:
+        if shards:
+            raise
+    if before == facts:     # also without a shard: another process may be writing the first one
         return
     if shards:
         raise UserError(f"{shown(partial)} has {counted(shards, 'finished shard')} of an interrupted command "

@@ -28,6 +28,7 @@ from benchtop.held_out import Parts, Rule, rule_for
 from benchtop.shards import ShardWriter, open_dataset, read_shard
 from benchtop.sources import open_source
 from benchtop.tokenizer import load_tokenizer, parts_of
+from benchtop.unfinished import take_up
 from benchtop.xz import xz_bits_per_byte
 
 TOKENIZER = "small"
@@ -921,3 +922,17 @@ def test_a_changed_byte_is_found(bench, small, pages, command, refusal):
     content[2000] ^= 1
     shard.write_bytes(content)
     assert "train_000001.bin has changed" in refusal(line)
+
+
+def test_a_further_process_leaves_what_another_has_begun(bench):
+    """Also before that one has finished a shard."""
+    partial = bench / "data/.set.partial"
+    begun = partial / "unit_000002/000001.bin.partial"
+    partial.mkdir(parents=True)
+    take_up(partial, {"seed": 1})
+    begun.parent.mkdir()
+    begun.touch()
+    take_up(partial, {"seed": 1})
+    assert begun.exists()
+    take_up(partial, {"seed": 2})
+    assert not begun.exists(), "another command begins anew"

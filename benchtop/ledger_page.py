@@ -11,7 +11,8 @@ from benchtop.page import STYLE
 
 COLUMNS = ("when", "trial", "idea", "verdict", "gain", "interval", "runs", "tokens", "time", "description")
 MORE_STYLE = """
-td.text { white-space: normal; min-width: 14rem; text-align: left; }
+td.text { white-space: normal; min-width: 14rem; }
+td.text, th:last-child { text-align: left; }
 details pre { max-height: 28rem; overflow: auto; }
 .keep, .confirmed { font-weight: 700; }
 """
@@ -91,7 +92,8 @@ def drawn(points: list[tuple[int, Entry]], metric: str) -> str:
                 above = [entry.gain - entry.low for _, entry in chosen]
                 axes.errorbar([number for number, _ in chosen], middle, [below, above], fmt="o", markersize=4,
                               color=colour, label=label, capsize=2, linewidth=1)
-        best, line = points[0][1].baseline, []
+        best = points[0][1].baseline
+        line = [(points[0][0] - 0.5, best)]
         for number, entry in points:
             if entry.verdict == KEEP:
                 best = min(best, entry.value)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from benchtop import ledger, places
+from benchtop import ledger, ledger_page, places
 from benchtop.errors import UserError
 
 ENTRY = ledger.Entry("2026-11-26T22:40:00Z", "t", "lr2", "0123456789ab", "val_bpb", 1.25, 1.24, 0.01, -0.001,
@@ -54,3 +54,19 @@ def test_a_ledger_of_a_later_version_is_read_and_a_damaged_one_names_its_line():
             ledger.read()
     ledger.path().unlink()
     assert ledger.read() == []
+
+
+def test_the_page_has_a_row_and_the_patch_of_each_idea_and_what_they_say_is_no_markup():
+    kept = dataclasses.replace(ENTRY, description="<script>alert(1)</script> & more")
+    failed = dataclasses.replace(ENTRY, idea="broken", verdict="crash", baseline=None, value=None, gain=None,
+                                 low=None, high=None)
+    folder = places.EXPERIMENTS / "trials/t"
+    folder.mkdir(parents=True)
+    (folder / "lr2.diff").write_text("-a < b\n+a > b\n")
+    page = ledger_page.page([kept, failed])
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page and "<script>" not in page
+    assert page.count("<tr class=") == 2 and page.count("<details>") == 1 and "-a &lt; b\n+a &gt; b" in page
+    assert "<svg" in page and "2 ideas tried, 1 kept" in page
+    assert "<svg" not in ledger_page.page([failed]), "there is nothing to draw"
+    assert [line.split()[2:5] for line in ledger_page.as_text([kept, failed]).splitlines()[1:]] == [
+        ["t", "lr2", "keep"], ["t", "broken", "crash"]]

@@ -16,7 +16,6 @@ may differ. Where the held-out text is the same, bits per byte can be compared e
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchtop import places
-from benchtop.command_line import Help, Parser, command, in_one_line
+from benchtop.command_line import Help, Parser, amount, command, in_one_line
 from benchtop.conclusions import Comparison, compare_all, conclusions, facts_of, target_line
 from benchtop.errors import UserError
 from benchtop.files import write_text
@@ -54,10 +53,7 @@ from benchtop.tables import (
 
 def loss(text: str) -> float:
     """The type of a flag that takes a loss, or a difference of losses."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, is {text}")
-    return value
+    return amount(text, or_zero=False)
 
 
 def make_parser() -> Parser:

@@ -19,11 +19,9 @@ as seen from each.
 source  Zheng et al. 2023, arXiv:2306.05685, for judging in both orders
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 from typing import BinaryIO
@@ -31,7 +29,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from benchtop import hub
-from benchtop.command_line import Help, Parser, command, counted, positive
+from benchtop.command_line import Help, Parser, amount, command, counted, positive
 from benchtop.endpoint import JSON, KEY_VARIABLE, Answer, Asked, Endpoint
 from benchtop.errors import UserError
 from benchtop.judging import (
@@ -52,10 +50,7 @@ from benchtop.judging import (
 
 def price(text: str) -> float:
     """The type of a flag that takes dollars."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, is {text}")
-    return value
+    return amount(text)
 
 
 def plan(judgement: Judgement, missing: list[Asked], prices: tuple[float, float]) -> list[str]:

@@ -28,7 +28,7 @@ import sys
 
 from benchtop import ledger, places
 from benchtop.command_line import Parser, command, positive
-from benchtop.confirm import read, selection, trial_to_confirm
+from benchtop.confirm import selection, trial_to_confirm
 from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.held_out import VAL
@@ -46,7 +46,7 @@ from benchtop.knobs import parse_config
 from benchtop.ledger_page import as_text, page
 from benchtop.redaction import without_secrets
 from benchtop.shards import open_dataset
-from benchtop.trials import Plan, Trial
+from benchtop.trials import Plan, Trial, read
 from benchtop.turns import Turns
 
 KEPT, NONE_KEPT, SOME_UNDECIDED, NO_TRIAL = range(4)

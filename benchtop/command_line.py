@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import errno
 import io
+import math
 import os
 import re
 import select
@@ -122,6 +123,14 @@ def let_go() -> None:
             if poll.poll(0):        # an error or a hang-up, which need not be asked for
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def amount(text: str, or_zero: bool = True) -> float:
+    """A finite number from 0 on, or above 0, for the type of a flag."""
+    value = float(text)
+    if not 0 <= value < math.inf or not (value or or_zero):
+        raise argparse.ArgumentTypeError(f"must be {'0 or more' if or_zero else 'above 0'}, is {text}")
+    return value
 
 
 def in_one_line(error: UserError | OSError) -> str:

@@ -4,7 +4,6 @@ Whoever tries many ideas on one held-out text keeps those that suit its document
 than they suit others. What is left of a gain here is what the idea is worth.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from benchtop.held_out import TEST
 from benchtop.ideas import Side, baseline_side, import_script, key_of, machine_facts, with_script
 from benchtop.knobs import parse_config
 from benchtop.shards import open_dataset
-from benchtop.trials import Plan, Trial
+from benchtop.trials import Plan, Trial, read
 from benchtop.turns import Turns
 
 # only the end of each run looks at the test split
@@ -66,13 +65,6 @@ def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
                    keys={side.name: key_of(side, flags, hashes, machine) for side in (baseline, *ideas)})
     turns = Turns.on_this_machine(machine["processes"], cfg.device)
     return Trial(target.name, plan, baseline, ideas, turns, say), results
-
-
-def read(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}); try the idea anew under another --name") from error
 
 
 def again(name: str, facts: dict, folder: Path, baseline: Side) -> Side:

@@ -204,6 +204,15 @@ def saved_tokenizer(folder: Path) -> Encoding:
     return tokenizer
 
 
+def module_of(script: Path) -> ModuleType:
+    """A script as a module; raises whatever it raises."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script.stem), script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_script(folder: Path) -> ModuleType:
     """The script that trained a run, if it still lies here; with a warning if it has changed.
 
@@ -218,11 +227,8 @@ def load_script(folder: Path) -> ModuleType:
                         f"put that script into {places.ROOT}")
     if sha256_of(path) != facts.get("code_sha256"):
         print(f"warning: {name} has changed since it trained {folder}", file=sys.stderr)
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
     try:
-        spec.loader.exec_module(script)
+        script = module_of(path)
     except SyntaxError as error:
         raise UserError(f"{name} is no valid Python: {error}") from error
     if not hasattr(script, "EXPERIMENT"):

@@ -9,14 +9,12 @@ An idea is typed as one of
 import difflib
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,8 @@ from types import ModuleType
 from benchtop import places
 from benchtop.errors import UserError, first_line
 from benchtop.files import sha256_of, write_text
-from benchtop.identity import bench_files, bench_sha256
+from benchtop.folder import module_of
+from benchtop.identity import bench_hashes, bench_sha256
 
 BASELINE = "baseline"
 NAME = r"[A-Za-z0-9][\w.-]{0,39}"
@@ -151,11 +150,8 @@ def import_script(path: Path) -> ModuleType:
 
     raises  UserError if it cannot be imported, or has no EXPERIMENT
     """
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path.stem), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        module = module_of(path)
     except UserError:
         raise
     except Exception as error:
@@ -184,6 +180,6 @@ def key_of(side: Side, shared_flags: list[str], data: list[str], machine: dict) 
 
     data  hashes of what is trained on
     """
-    bench = bench_sha256({path.name: sha256_of(path) for path in bench_files()})
+    bench = bench_sha256(bench_hashes())
     parts = [sha256_of(side.script), bench, [*shared_flags, *side.flags], data, machine]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

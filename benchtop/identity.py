@@ -49,6 +49,11 @@ def bench_files() -> list[Path]:
     return sorted(BENCH.glob("*.py"))
 
 
+def bench_hashes() -> dict[str, str]:
+    """The hash of each file of the bench, by name."""
+    return {path.name: sha256_of(path) for path in bench_files()}
+
+
 def bench_sha256(bench: dict[str, str]) -> str:
     """One hash for the whole bench, from its files' names and hashes.
 
@@ -70,7 +75,7 @@ def own_sources() -> list[Path]:
 def facts_about_code(script: str) -> dict:
     """The hashes of what this process runs: of the script, of the scripts beside it, of the bench."""
     sources = {path.name: sha256_of(path) for path in own_sources()}
-    bench = {path.name: sha256_of(path) for path in bench_files()}
+    bench = bench_hashes()
     return {"script": script, "code_sha256": sources[script], "sources": sources,
             "bench_sha256": bench_sha256(bench), "bench": bench}
 

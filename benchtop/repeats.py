@@ -13,8 +13,8 @@ from benchtop.command_line import counted
 from benchtop.errors import UserError
 from benchtop.files import sha256_of, write_text
 from benchtop.groups import Group, SavedRun, read_run, runs_in
-from benchtop.identity import bench_files, differing
-from benchtop.signals import heard_signals
+from benchtop.identity import bench_hashes, differing
+from benchtop.signals import heard_by
 
 KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv", "samples.jsonl")
 
@@ -47,8 +47,7 @@ def changed_code(run: SavedRun) -> list[str]:
     changed = [source for source, sha256 in sources.items()
                if not (places.ROOT / source).is_file() or sha256_of(places.ROOT / source) != sha256]
     if run.bench:       # earlier runs name what they used of it among their sources
-        now = {path.name: sha256_of(path) for path in bench_files()}
-        changed += [f"benchtop/{name}" for name in differing(run.bench, now)]
+        changed += [f"benchtop/{name}" for name in differing(run.bench, bench_hashes())]
     return changed
 
 
@@ -68,13 +67,9 @@ def run_seed(words: list[str]) -> int:
     def pass_on(number: int, _frame) -> None:
         if process and number != signal.SIGINT:     # Ctrl-C reaches it by itself
             process.send_signal(number)
-    before = {number: signal.signal(number, pass_on) for number in heard_signals()}
-    try:
+    with heard_by(pass_on):
         process = subprocess.Popen(words)
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def check_room(runs: list[SavedRun], folder: Path) -> None:
@@ -89,6 +84,14 @@ def check_room(runs: list[SavedRun], folder: Path) -> None:
                         "another name for --keep")
 
 
+def copy_small(run: SavedRun, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those of these files of a run that it has."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, target / name)
+
+
 def keep(runs: list[SavedRun], folder: Path) -> None:
     """Copy what is small of these runs to seed0, seed1, ..., and what their script changes in train_gpt.py,
     if it is a copy of that.
@@ -97,11 +100,7 @@ def keep(runs: list[SavedRun], folder: Path) -> None:
     """
     check_room(runs, folder)
     for run in runs:
-        target = folder / f"seed{run.knobs['seed']}"
-        target.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            if (run.folder / name).is_file():
-                shutil.copyfile(run.folder / name, target / name)
+        copy_small(run, folder / f"seed{run.knobs['seed']}", KEPT)
     script = str(runs[0].summary.get("script", "train_gpt.py"))
     if "train_gpt.py" not in runs[0].summary.get("sources", {"train_gpt.py": ""}):     # it is a changed copy
         sides = [path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,6 +1,8 @@
 """Stop signals: a run that is told to stop saves first."""
 
+import contextlib
 import signal
+from collections.abc import Callable, Iterator
 
 # of people and terminals, of schedulers before a job's end, of limits, timers and a failing power supply,
 # where a system has them; SIGQUIT ends all at once
@@ -14,6 +16,17 @@ def heard_signals() -> list[signal.Signals]:
     return [number for number in STOPS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
+@contextlib.contextmanager
+def heard_by(handler: Callable) -> Iterator[None]:
+    """Let a function hear them, and afterwards whoever did before."""
+    before = {number: signal.signal(number, handler) for number in heard_signals()}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class StopSignals:
     """STOPS let a run save and stop after its step; a second Ctrl-C ends it at once.
 
@@ -24,12 +37,12 @@ class StopSignals:
         self.at_once, self.received = at_once, 0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._receive) for number in heard_signals()}
+        self.hearing = heard_by(self._receive)
+        self.hearing.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.hearing.__exit__(None, None, None)
 
     def _receive(self, number: int, _frame) -> None:
         if self.at_once:

@@ -22,7 +22,7 @@ from benchtop.groups import SavedRun
 from benchtop.held_out import TEST, VAL
 from benchtop.ideas import BASELINE, Side
 from benchtop.redaction import without_secrets
-from benchtop.repeats import ended_run
+from benchtop.repeats import copy_small, ended_run
 from benchtop.sequential import Look, Sequential
 from benchtop.turns import Job, Turns, last_line
 
@@ -100,7 +100,7 @@ class Trial:
         file = self.folder / "plan.json"
         plan = json.loads(json.dumps(asdict(self.plan)))
         if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read(file)
             changed = [what for what in plan if before.get(what) != plan[what]]
             if changed:
                 raise UserError(f"the trial {self.name} began with another {', '.join(changed)}; undo that, "
@@ -274,11 +274,7 @@ class Trial:
     def finish(self) -> dict:
         """Keep what is small, write results.json and a line of the ledger for each idea."""
         for (name, seed), run in self.runs.items():
-            target = self.folder / name / f"seed{seed}"
-            target.mkdir(parents=True, exist_ok=True)
-            for kept in KEPT:
-                if (run.folder / kept).is_file():
-                    shutil.copyfile(run.folder / kept, target / kept)
+            copy_small(run, self.folder / name / f"seed{seed}", KEPT)
         entries = [self.entry(idea) for idea in self.ideas]
         results = {"trial": self.name, "metric": METRIC, "split": self.plan.split, "margin": self.margin,
                    "alpha": self.plan.alpha, "baseline": self.values_of(BASELINE),
@@ -313,3 +309,11 @@ class Trial:
             round(sum(run["train_seconds"] for run in runs), 1),
             max((run.get("peak_memory_mib") or 0.0 for run in runs), default=None), fate.verdict,
             self.plan.split, self.plan.data, without_secrets(self.plan.description or idea.typed))
+
+
+def read(file: Path) -> dict:
+    """plan.json or results.json of a trial."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); try the idea anew under another --name") from error

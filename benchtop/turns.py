@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchtop.errors import UserError
 from benchtop.gpus import nvidia_gpus
-from benchtop.signals import heard_signals
+from benchtop.signals import heard_by
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Turns:
                 ended.put((job, code, time.perf_counter() - begun))
             finally:
                 free.put(slot)
-        with self._passing_signals_on(), ThreadPoolExecutor(len(self.slots)) as workers:
+        # all runs save when this process is told to stop
+        with heard_by(self.stop), ThreadPoolExecutor(len(self.slots)) as workers:
             try:
                 for future in [workers.submit(work, job) for job in jobs]:
                     future.result()
@@ -121,15 +122,6 @@ class Turns:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
 
-    @contextlib.contextmanager
-    def _passing_signals_on(self) -> Iterator[None]:
-        """Let all runs save when this process is told to stop."""
-        before = {number: signal.signal(number, self.stop) for number in heard_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def last_line(output: Path) -> str:

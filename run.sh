@@ -5,7 +5,7 @@
 #     ./run.sh PRESET             five-minutes, xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on
 #                                 all GPUs here (five-minutes also on a CPU)
 #     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
-#     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread; see seeds.py --help
+#     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread; see trial.py --help
 #     ./run.sh proof [PRESET]     is this machine fit for training, and how fast? Minutes, no data needed
 #     ./run.sh paper              paper/paper.pdf from the committed experiments and the code (needs latexmk)
 # The environment is .venv. An installed torch of 2.9 or later is used as it is; otherwise requirements.txt is installed.
@@ -85,21 +85,22 @@ install() {
         || fail "pip could not install the packages (its message is above); check the network and run this again"
 }
 
-# Make what the demo trains on; fill the array `training` with the command.
+# Make what the demo trains on; fill the arrays `launch` and `training` with the command.
 demo() {
     local name
     # another Python has another library, and so another tokenizer and other data
     name="demo-py$(.venv/bin/python -c 'import platform; print(platform.python_version())')"
     .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name "$name"
     .venv/bin/python download_fineweb.py --version stdlib --tokenizer "$name" --name "$name"
-    training=(.venv/bin/python train_gpt.py --preset demo --tokenizer "$name" --data "$name" "$@")
+    launch=(.venv/bin/python)
+    training=(train_gpt.py --preset demo --tokenizer "$name" --data "$name" "$@")
 }
 
-# Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; fill the array
-# `training` with the command that trains on all GPUs.
+# Get what a preset trains on, in shards of 100 million tokens of which rows hold some three quarters; fill the arrays
+# `launch` and `training` with the command that trains on all GPUs.
 preset() {
     local preset="$1" data="fineweb_$1" source=10B-gpt2 tokenizer=gpt2 shards gigabytes download gpus argument report
-    local dry_run=false flags=() launch=(.venv/bin/python) pieces=(--vocabsize 50256) more=() tokens there
+    local dry_run=false flags=() pieces=(--vocabsize 50256) more=() tokens there
     for argument in "${@:2}"; do
         if [ "$argument" = --dry_run ]; then dry_run=true; else flags+=("$argument"); fi
     done
@@ -118,6 +119,7 @@ preset() {
     elif [[ $preset != gpt2-* ]]; then
         source=10B tokenizer=web
     fi
+    launch=(.venv/bin/python)
     gpus="$(.venv/bin/python -c 'import torch; print(torch.accelerator.device_count())')"
     # torchrun passes on what it handles, and then lets all processes save
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU
@@ -156,19 +158,15 @@ preset() {
     fi
     .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" ${more[@]+"${more[@]}"} \
         --tokenizer "$tokenizer" --name "$data"
-    training=("${launch[@]}" train_gpt.py --preset "$preset" --data "$data" ${flags[@]+"${flags[@]}"})
+    training=(train_gpt.py --preset "$preset" --data "$data" ${flags[@]+"${flags[@]}"})
 }
 
 seeds() {
-    local preset="${1:-}" count="${2:-}" name="${1:-}" kept=() flags=()
+    local preset="${1:-}" count="${2:-}" name="${1:-}" flags=() gpus
     [[ $count =~ ^[1-9][0-9]*$ ]] || fail "say which preset and how many seeds, as in: ./run.sh seeds demo 8"
     shift 2
     while [ $# -gt 0 ]; do
-        case "$1" in
-            --name) name="${2:-}"; shift ;;
-            --keep) kept=(--keep "${2:-}"); shift ;;
-            *) flags+=("$1") ;;
-        esac
+        if [ "$1" = --name ]; then name="${2:-}"; shift; else flags+=("$1"); fi
         shift
     done
     case "$preset" in
@@ -181,14 +179,17 @@ seeds() {
         xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" ${flags[@]+"${flags[@]}"} ;;
         *) fail "there is no preset '$preset'; use demo, five-minutes, xs, s, m, gpt2-small, gpt2-medium, gpt2-xl" ;;
     esac
-    exec .venv/bin/python seeds.py "$count" --name "$name" ${kept[@]+"${kept[@]}"} -- "${training[@]}"
+    # small models train side by side, one on each GPU; large ones on all GPUs, one after the other
+    gpus=1
+    [[ $preset != gpt2-* ]] || gpus="$(.venv/bin/python -c 'import torch; print(max(1, torch.accelerator.device_count()))')"
+    exec .venv/bin/python trial.py --seeds "$count" --processes "$gpus" --name "$name" -- "${training[@]:1}"
 }
 
 case "${1:-demo}" in
     demo)
         set_up requirements.txt
         demo "${@:2}"
-        exec "${training[@]}"
+        exec "${launch[@]}" "${training[@]}"
         ;;
     test)
         set_up requirements.txt requirements-dev.txt
@@ -200,7 +201,7 @@ case "${1:-demo}" in
     five-minutes | xs | s | m | gpt2-small | gpt2-medium | gpt2-xl)
         set_up requirements.txt
         preset "$@"
-        exec "${training[@]}"
+        exec "${launch[@]}" "${training[@]}"
         ;;
     seeds)
         set_up requirements.txt

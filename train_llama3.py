@@ -1,7 +1,7 @@
 """A transformer in the style of Llama 3, on the loop and the data of train_gpt.py: a well-known yardstick.
 
     python train_llama3.py --preset demo
-    python seeds.py 3 --name llama3 -- python train_llama3.py --preset demo
+    python trial.py train_llama3.py --minutes 4 -- --preset demo                     beside train_gpt.py
     python convert.py to_transformers experiments/RUN
 
 It holds only what differs: RMSNorm with weights, rotary positions of base 500,000, SwiGLU, grouped queries,

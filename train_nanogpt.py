@@ -1,7 +1,7 @@
 """GPT-2 as nanoGPT trains it, on the loop and the data of train_gpt.py: a well-known yardstick.
 
     python train_nanogpt.py --preset demo
-    python seeds.py 3 --name nanogpt -- python train_nanogpt.py --preset demo
+    python trial.py train_nanogpt.py --minutes 4 -- --preset demo                    beside train_gpt.py
     python convert.py to_transformers experiments/RUN
 
 It holds only what differs: learned positions, LayerNorm with bias, GELU, a head that is the embedding, AdamW

@@ -28,13 +28,16 @@ import sys
 
 from benchtop import ledger, places
 from benchtop.command_line import Parser, command, positive
+from benchtop.conclusions import noise_line
 from benchtop.confirm import selection, trial_to_confirm
 from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.held_out import VAL
 from benchtop.ideas import (
     BASELINE,
+    BUDGET,
     NAME,
+    TAKEN,
     baseline_side,
     check_flags,
     import_script,
@@ -109,7 +112,8 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
         raise UserError(f"--alpha must be between 0 and 0.5; it is {args.alpha:g}")
     if not 0 <= args.margin < math.inf:
         raise UserError(f"--margin must be 0 or more; it is {args.margin:g}")
-    check_flags(flags, "the command")
+    budget = budget_flags(args)
+    check_flags(flags, "the command", TAKEN + (BUDGET if budget else ()))
     baseline = baseline_side(args.against)
     ideas = [open_idea(typed, baseline) for typed in args.ideas]
     names = [idea.name for idea in ideas]
@@ -119,7 +123,7 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
     name = args.name or "-".join(names)[:40]
     if not re.fullmatch(NAME, name):
         raise UserError("--name must be 1 to 40 letters, digits, '.', '_' and '-'; it is " + repr(name))
-    flags = [*budget_flags(args), *flags]
+    flags = [*budget, *flags]
     cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
     dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
     machine = machine_facts(args.processes)
@@ -165,14 +169,19 @@ def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def report(results: dict, say) -> None:
-    values = list(results["baseline"].values())
-    say(f"\n{BASELINE}: {results['metric']} " + " ".join(f"{value:.4f}" for value in values))
+    values, metric = list(results["baseline"].values()), results["metric"]
+    say(f"\n{BASELINE}: {metric} " + " ".join(f"{value:.4f}" for value in values))
     for name, result in results["ideas"].items():
         gain = (f"gain {result['gain']:+.4f} ({result['low']:+.4f} to {result['high']:+.4f}) over "
                 f"{result['pairs']} pairs; " if "gain" in result else "")
         say(f"{name}: {result['verdict'].upper()}; {gain}{result['reason']}")
-    say(f"kept in {places.EXPERIMENTS.name}/trials/{results['trial']}; a line for each idea in "
-        f"{places.EXPERIMENTS.name}/{ledger.path().name}")
+    home = places.EXPERIMENTS.name
+    if not results["ideas"]:
+        say(noise_line(results["trial"], values, metric))
+    also = f"; a line for each idea in {home}/{ledger.path().name}" if results["ideas"] else ""
+    say(f"kept in {home}/trials/{results['trial']}{also}")
+    say(f"tables, curves and samples: python compare.py trials/{results['trial']} --html "
+        f"{results['trial']}.html")
 
 
 def show_ledger(as_json: bool) -> None:

@@ -3,12 +3,12 @@
     python benchmarks/yardstick.py --minutes 2 --seeds 3            on the demo's data; ./run.sh makes them
     python benchmarks/yardstick.py --minutes 2 --seeds 3 --keep     also writes experiments/YARDSTICK.md
 
-The scripts take turns, so that a machine that slows down slows them all. A run that is there is not repeated.
-Each ends its schedule with its minutes. What stands at a quarter and at half of them is read off the line
-between the validations before and after: a schedule cut short there would have done better.
+It is a trial (trial.py) with the other two scripts as ideas, so the scripts take turns, and a run that is
+there is not repeated. Each ends its schedule with its minutes. What stands at a quarter and at half of them
+is read off the line between the validations before and after: a schedule cut short there would have done
+better.
 """
 
-import itertools
 import math
 import shlex
 import subprocess
@@ -20,18 +20,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
-from benchtop.command_line import Parser, command, positive
+from benchtop.command_line import Parser, command
 from benchtop.conclusions import compare
 from benchtop.curves import save_curves
 from benchtop.errors import UserError
 from benchtop.files import write_text
-from benchtop.groups import Group, check_comparable
+from benchtop.groups import Group, check_comparable, runs_in
 from benchtop.progress import curve
 from benchtop.redaction import without_secrets
-from benchtop.repeats import check_room, ended_run, keep
 from benchtop.tables import as_markdown, mean_and_spread
 
-SCRIPTS = ("train_gpt", "train_nanogpt", "train_llama3")
+SIDES = {"train_gpt": "baseline", "train_nanogpt": "nanogpt", "train_llama3": "llama3"}   # in the trial
 
 
 def bpb_at(group: Group, minutes: float) -> str:
@@ -81,53 +80,27 @@ def table(groups: list[Group], minutes: float) -> list[list[str]]:
 def main() -> None:
     parser = Parser("Train the yardsticks beside train_gpt.py.", epilog="Further flags go to all three.")
     parser.add_argument("--minutes", type=float, default=2, help="minutes of training per run")
-    parser.add_argument("--seeds", type=positive, default=3, help="number of runs per script")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs per script, from 2 on")
     parser.add_argument("--preset", default="demo", help="preset of train_gpt.py, for data and size")
-    parser.add_argument("--keep", action="store_true", help="keep the runs, and write YARDSTICK.md")
+    parser.add_argument("--keep", action="store_true", help="write experiments/YARDSTICK.md and its curves")
     args, flags = parser.parse_known_args()
-    if args.minutes <= 0:
-        raise UserError(f"--minutes must be more than 0; it is {args.minutes:g}")
-    # so many steps that the minutes decide
-    words = ["--preset", args.preset, "--num_steps", "1000000", "--train_minutes", f"{args.minutes:g}",
-             "--val_every", "20", *flags]
-    groups = {script: Group(script, []) for script in SCRIPTS}
-    lines: dict[tuple[str, int], tuple[str, list[str]]] = {}
-    for seed, script in itertools.product(range(args.seeds), SCRIPTS):
-        name = f"yardstick_{script}_{args.preset}_{args.minutes:g}min_seed{seed}"
-        lines[script, seed] = name, [sys.executable, f"{script}.py", *words, "--seed", str(seed),
-                                     "--model_name", name]
-    for script in SCRIPTS if args.keep else ():
-        ended = [ended_run(*lines[script, seed]) for seed in range(args.seeds)]
-        check_room([run for run in ended if run], kept_in(script))
-    for seed in range(args.seeds):
-        for script, group in groups.items():
-            name, line = lines[script, seed]
-            run = ended_run(name, line)
-            if not run:
-                done = subprocess.run(line, cwd=places.ROOT, stdout=subprocess.PIPE, text=True)
-                run = ended_run(name, line)
-                if not run:
-                    raise UserError(f"{script}.py with seed {seed} ended with exit code {done.returncode}; "
-                                    "its last lines say why")
-            if not run.is_finished:
-                raise UserError(f"{run.name} {run.status}; move it away to try again")
-            print(f"{script} seed {seed}: val_bpb {run.summary['val_bpb']:.4f}, "
-                  f"{run.summary['tokens_per_second']:,.0f} tokens/s", flush=True)
-            group.runs.append(run)
-    results = list(groups.values())
-    check_comparable(results, "val_bpb", ["tokens"])    # the minutes are equal, not the tokens
-    report = as_markdown(table(results, args.minutes))
+    trial = f"yardstick_{args.preset}_{args.minutes:g}min"
+    ideas = [f"{side}: {script}.py" for script, side in SIDES.items() if side != "baseline"]
+    # a margin so large that no script is stopped early
+    done = subprocess.run([sys.executable, "trial.py", *ideas, "--name", trial, "--seeds", str(args.seeds),
+                           "--minutes", str(args.minutes), "--margin", "1", "--no_check", "--",
+                           "--preset", args.preset, "--val_every", "20", *flags], cwd=places.ROOT)
+    folder = places.EXPERIMENTS / "trials" / trial
+    if not (folder / "results.json").is_file():
+        raise UserError(f"trial.py ended with exit code {done.returncode}; its last lines say why")
+    groups = [Group(script, runs_in(folder / side)) for script, side in SIDES.items()]
+    check_comparable(groups, "val_bpb", ["tokens"])     # the minutes are equal, not the tokens
+    report = as_markdown(table(groups, args.minutes))
     print(f"\n{report}")
     if args.keep:
-        for group in results:
-            keep(group.runs, kept_in(group.name))
-        save_curves(results, "val_bpb", places.EXPERIMENTS / "yardstick")
+        save_curves(groups, "val_bpb", places.EXPERIMENTS / "yardstick")
         write_text(places.EXPERIMENTS / "YARDSTICK.md",
-                   without_secrets(describe(results, args.minutes, report)))
-
-
-def kept_in(script: str) -> Path:
-    return places.EXPERIMENTS / f"yardstick_{script.removeprefix('train_')}"
+                   without_secrets(describe(groups, args.minutes, report)))
 
 
 def describe(groups: list[Group], minutes: float, report: str) -> str:

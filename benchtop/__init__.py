@@ -23,7 +23,7 @@ ORDER = (
     "groups", "progress", "conclusions", "briefing", "smoke", "compiled_check", "warm_up", "run", "synthetic",
     "fitness", "throughput",
     # -> how it is shown
-    "repeats", "tables", "curves", "page", "endpoint", "judging",
+    "tables", "curves", "page", "endpoint", "judging",
     # -> from an idea to a verdict
     "sequential", "ledger", "ledger_page", "ideas", "turns", "trials", "confirm",
 )

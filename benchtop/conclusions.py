@@ -326,6 +326,17 @@ def adjusted_lines(compared: list[Comparison]) -> list[str]:
             + "; ".join(values)]
 
 
+def noise_line(name: str, values: list[float], metric: str) -> str:
+    """Mean and spread of a metric over seeds, and how small a difference they let one find."""
+    if len(values) < 2:
+        return f"{name}: {counted(len(values), 'run')} finished; a standard deviation needs at least two"
+    low, high = significance.interval(values)
+    smallest = significance.detectable_effect(stdev(values), len(values), len(values))
+    return (f"{name}: mean {metric} {fmean(values):.4f} of {len(values)} runs (95 % interval {low:.4f} to "
+            f"{high:.4f}), standard deviation {stdev(values):.4f}. Against as many runs of another recipe, "
+            f"the smallest difference detectable with 80 % power is {smallest:.4f}.")
+
+
 def speed_lines(groups: list[Group]) -> list[str]:
     """A line where a machine that became faster or slower could explain a difference in tokens/s.
 

@@ -1,7 +1,7 @@
 """Runs as their folders tell them, groups of runs, and what may be compared with what.
 
-A group is NAME=GLOB, or a folder of run folders, such as the committed experiments/demo. Knows files, and no
-statistics.
+A group is NAME=GLOB, or a folder of run folders, such as the committed experiments/demo; a trial is a folder
+of groups. Knows files, and no statistics.
 """
 
 import csv
@@ -261,7 +261,7 @@ def open_groups(specs: list[str]) -> list[Group]:
         if not found and "=" in spec:
             name, spec = spec.split("=", 1)
             found = matches(spec)
-        holding = [path for path in found if holds_runs(path)]
+        holding = [folder for path in found for folder in holding_runs(path)]
         if len(specs) > 1 and not name and found and not holding:   # such as a README.md that a * found
             print(f"left out: {spec} is no run folder", file=sys.stderr)
             continue
@@ -279,7 +279,8 @@ def open_groups(specs: list[str]) -> list[Group]:
             # a damaged run that was named alone is no side matter
             only = alone and len(specs) == len(holding) == 1
             runs = [read_run(path)] if only else without_copies(runs_in(path))
-            groups += [Group(runs[0].name if alone else path.name, runs, alone)] if runs else []
+            called = runs[0].name if alone and runs else path.name if path in found else side_name(path)
+            groups += [Group(called, runs, alone)] if runs else []
     if not any(group.runs for group in groups):
         raise UserError(f"{' '.join(specs)} has no run that can be read")
     for group in groups:
@@ -314,7 +315,7 @@ def matches(pattern: str) -> list[Path]:
     pattern = os.path.expanduser(pattern)
     here, there = ([where / path for path in sorted(glob.glob(pattern, root_dir=where))] if pattern else []
                    for where in (Path(), places.EXPERIMENTS))
-    return there if not any(map(holds_runs, here)) and there else here
+    return there if not any(map(holding_runs, here)) and there else here
 
 
 def runs_in(path: Path) -> list[SavedRun]:
@@ -335,8 +336,20 @@ def is_run(folder: Path) -> bool:
     return os.path.lexists(folder / "config.json") or os.path.isfile(folder / "summary.json")
 
 
-def holds_runs(path: Path) -> bool:
-    return is_run(path) or any(map(is_run, path.glob("*")))
+def holding_runs(path: Path) -> list[Path]:
+    """This folder if it is a run or holds some; the sides of a trial, its baseline first; else nothing."""
+    if is_run(path) or any(map(is_run, path.glob("*"))):
+        return [path]
+    if not (path / "plan.json").is_file():
+        return []
+    keys = read_object(path / "plan.json").get("keys")
+    sides = [path / side for side in keys] if isinstance(keys, dict) else []
+    return [side for side in sides if any(map(is_run, side.glob("*")))]
+
+
+def side_name(side: Path) -> str:
+    """Of a trial: an idea's name, and of a baseline without ideas that of the trial."""
+    return side.name if len(holding_runs(side.parent)) > 1 else side.parent.name
 
 
 # ------------------------------------------------------------------------------------------------

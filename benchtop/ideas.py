@@ -30,6 +30,7 @@ BASELINE = "baseline"
 NAME = r"[A-Za-z0-9][\w.-]{0,39}"
 # a trial sets these for each run, or checks the script by them
 TAKEN = ("seed", "model_name", "resume", "resume_changed", "held_out", "check", "smoke", "sample")
+BUDGET = ("num_steps", "train_tokens", "train_minutes")     # the same for all sides
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def open_idea(typed: str, baseline: Side) -> Side:
         raise UserError(f"the idea {name} has {len(files)} files ({', '.join(files)}); put all changes into "
                         "one")
     flags = [word for word in words if word not in files]
-    check_flags(flags, f"the idea {name}")
+    check_flags(flags, f"the idea {name}", TAKEN + BUDGET)
     if not words:
         raise UserError(f"the idea {name} changes nothing; give it flags, a script or a patch")
     if not files:
@@ -94,11 +95,11 @@ def open_idea(typed: str, baseline: Side) -> Side:
     return with_script(name, Path(files[0]), baseline, typed, tuple(flags))
 
 
-def check_flags(flags: list[str], whose: str) -> None:
+def check_flags(flags: list[str], whose: str, taken: tuple[str, ...] = TAKEN) -> None:
     """raises  UserError if one of them is a trial's own"""
     for word in flags:
-        if word.startswith("--") and word[2:].split("=")[0] in TAKEN:
-            raise UserError(f"leave {word.split('=')[0]} out of {whose}; the trial sets it for each run")
+        if word.startswith("--") and word[2:].split("=")[0] in taken:
+            raise UserError(f"leave {word.split('=')[0]} out of {whose}; the trial sets it for all runs")
 
 
 def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[str, ...]) -> Side:

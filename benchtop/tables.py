@@ -10,7 +10,16 @@ from statistics import fmean, median, stdev
 
 from benchtop import significance
 from benchtop.command_line import minutes
-from benchtop.groups import COUNTED, MEASURED, Group, SavedRun, benchmarks_of, is_measured, runs_in
+from benchtop.groups import (
+    COUNTED,
+    MEASURED,
+    Group,
+    SavedRun,
+    benchmarks_of,
+    holding_runs,
+    is_measured,
+    runs_in,
+)
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,7 @@ def index(experiments: Path) -> str:
     Folders that begin with a date are the runs of this machine and are left out.
     """
     folders = sorted(path for path in experiments.iterdir() if path.is_dir() and not path.name[:1].isdigit())
+    folders += [side for trial in sorted(experiments.glob("trials/*")) for side in holding_runs(trial)]
     lines = ["# Experiments", "",
              "Written by `python compare.py --index` from the summaries of the runs; do not edit.",
              "",
@@ -190,7 +200,8 @@ def index(experiments: Path) -> str:
         if not group.finished:
             continue
         facts = group.finished[0].summary
-        cells = [f"[{folder.name}]({folder.name}/)",
+        place = folder.relative_to(experiments).as_posix()
+        cells = [f"[{place}]({place}/)",
                  group.count,
                  facts.get("preset", ""), short(median(group.values("tokens"))),
                  f"{facts['held_out_documents']:,}" if "held_out_documents" in facts else "",

@@ -18,16 +18,15 @@ from benchtop import ledger, places
 from benchtop.command_line import counted, minutes
 from benchtop.errors import UserError
 from benchtop.files import write_json, write_text
-from benchtop.groups import SavedRun
+from benchtop.groups import SavedRun, read_run
 from benchtop.held_out import TEST, VAL
 from benchtop.ideas import BASELINE, Side
 from benchtop.redaction import without_secrets
-from benchtop.repeats import copy_small, ended_run
 from benchtop.sequential import Look, Sequential
 from benchtop.turns import Job, Turns, last_line
 
 METRIC = "val_bpb"
-KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv")
+KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv", "samples.jsonl")
 FIRST_FRESH_SEED = 1000     # of runs that confirm; trials count from 0
 
 
@@ -102,7 +101,10 @@ class Trial:
         if file.is_file():
             before = read(file)
             changed = [what for what in plan if before.get(what) != plan[what]]
-            if changed:
+            if changed and not self.ideas and not {*changed} - {"first", "most"}:
+                write_json(file, plan)      # nothing is decided by runs of the baseline alone, so add seeds
+                (self.folder / "results.json").unlink(missing_ok=True)
+            elif changed:
                 raise UserError(f"the trial {self.name} began with another {', '.join(changed)}; undo that, "
                                 "or take another --name")
         else:
@@ -161,7 +163,7 @@ class Trial:
             seed, line = self.seed_of(number), [self.baseline, *self.open_ideas]
             for side in line[::-1] if number % 2 else line:
                 job = Job(self.run_name(side, seed), self.words(side, seed))
-                run = ended_run(job.name, job.words)
+                run = ended_run(job.name)
                 if run:
                     self.note(side, seed, run, " (trained before)")
                 else:
@@ -172,7 +174,7 @@ class Trial:
         def tell(job: Job, code: int, seconds: float) -> None:
             side, seed = sides[job.name]
             self.seconds.append(seconds)
-            run = ended_run(job.name, job.words)
+            run = ended_run(job.name)
             if run:
                 self.note(side, seed, run, f", {minutes(seconds)} by the clock")
             else:
@@ -191,6 +193,9 @@ class Trial:
         if run.is_finished:
             self.runs[side.name, seed] = run
             self.say(f"seed {seed}  {side.name:<16} {METRIC} {run.summary[METRIC]:.4f}{more}")
+        elif not self.ideas:
+            self.runs[side.name, seed] = run
+            self.say(f"seed {seed}  {side.name:<16} {run.status}{more}")
         elif side is self.baseline:
             raise UserError(f"the baseline {run.status} with seed {seed}; a trial needs one that finishes")
         elif not self.fates[side.name].verdict:
@@ -209,6 +214,8 @@ class Trial:
 
     def judge(self, pairs: int) -> None:
         """Look at each open idea after this many pairs."""
+        if not self.ideas:
+            return
         values = [self.value(BASELINE, self.seed_of(number)) for number in range(pairs)]
         if not self.margin:
             self.margin = self.plan.margin or self.noise_floor(values)
@@ -237,12 +244,11 @@ class Trial:
     def noise_floor(self, values: list[float]) -> float:
         """The spread of the baseline over its seeds, where no --margin is given."""
         floor = statistics.stdev(values[:self.plan.first])
-        if not floor and self.ideas:
+        if not floor:
             raise UserError("all seeds of the baseline end alike, so there is no noise to take the margin "
                             "from; give --margin")
-        if self.ideas:
-            self.say(f"margin {floor:.4f}, the standard deviation of the baseline over its first "
-                     f"{self.plan.first} seeds")
+        self.say(f"margin {floor:.4f}, the standard deviation of the baseline over its first "
+                 f"{self.plan.first} seeds")
         return floor
 
     def what_more_takes(self, fate: Fate) -> str:
@@ -286,14 +292,21 @@ class Trial:
         return results
 
     def values_of(self, name: str) -> dict[str, float]:
-        return {str(seed): run.summary[METRIC] for (side, seed), run in self.runs.items() if side == name}
+        return {str(seed): run.summary[METRIC] for (side, seed), run in self.runs.items()
+                if side == name and run.is_finished}
+
+    def tokens_of(self, name: str) -> float | None:
+        """That a run of a side trained on, on average."""
+        tokens = [run.summary["tokens"] for (side, _), run in self.runs.items() if side == name]
+        return statistics.fmean(tokens) if tokens else None
 
     def result_of(self, idea: Side) -> dict:
         fate = self.fates[idea.name]
         look = asdict(fate.look) if fate.look else {}
         look.pop("verdict", None)
         return {"verdict": fate.verdict, "reason": without_secrets(fate.reason), **look,
-                "values": self.values_of(idea.name), "change": idea.change_sha256}
+                "values": self.values_of(idea.name), "tokens": self.tokens_of(idea.name),
+                "change": idea.change_sha256}
 
     def entry(self, idea: Side) -> ledger.Entry:
         fate = self.fates[idea.name]
@@ -309,6 +322,22 @@ class Trial:
             round(sum(run["train_seconds"] for run in runs), 1),
             max((run.get("peak_memory_mib") or 0.0 for run in runs), default=None), fate.verdict,
             self.plan.split, self.plan.data, without_secrets(self.plan.description or idea.typed))
+
+
+def ended_run(name: str) -> SavedRun | None:
+    """The newest run of this --model_name, if it finished or failed."""
+    folders = [folder for folder in sorted(places.EXPERIMENTS.glob(f"*_{name}"))
+               if (folder / "config.json").is_file() and (folder / "summary.json").is_file()]
+    runs = [run for run in map(read_run, folders) if run.knobs.get("model_name") == name]
+    return runs[-1] if runs and runs[-1].summary else None
+
+
+def copy_small(run: SavedRun, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those of these files of a run that it has."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, target / name)
 
 
 def read(file: Path) -> dict:

@@ -167,7 +167,7 @@ echo "$*" >> asked.txt""")
     refused = run_sh(checkout, "seeds", "five-minutes", "3")
     assert refused.returncode == 1 and "add --measured_tflops" in refused.stderr
     done = run_sh(checkout, "seeds", "five-minutes", "3", "--measured_tflops", "65")
-    assert done.returncode == 0 and "seeds.py 3" in (checkout / "asked.txt").read_text()
+    assert done.returncode == 0 and "trial.py --seeds 3 --" in (checkout / "asked.txt").read_text()
 
 
 def test_readme_and_help_name_every_preset(checkout):
@@ -217,8 +217,8 @@ def test_each_readme_command_runs(checkout):
     for line in commands:
         _, *words = shlex.split(line)
         words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words]
-        if "seeds.py" in words:
-            words[1] = "2"
+        if "--seeds" in words:
+            words[words.index("--seeds") + 1] = "2"
         if "--train_tokens" in words:
             place = words.index("--train_tokens")
             del words[place:place + 2]
@@ -258,13 +258,13 @@ def test_seeds_of_a_preset_say_what_is_missing(checkout):
 
 
 def test_seeds_of_the_demo_run_it_with_each_seed(checkout):
-    """With a seeds.py that only says what it was asked for."""
+    """With a trial.py that only says what it was asked for."""
     for script in ("train_tokenizer.py", "download_fineweb.py"):
         (checkout / script).write_text("")
-    (checkout / "seeds.py").write_text("import sys; print(*sys.argv[1:])")
+    (checkout / "trial.py").write_text("import sys; print(*sys.argv[1:])")
     done = run_sh(checkout, "seeds", "demo", "8", "--muon_lr", "0.1")
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"8 --name demo -- \.venv/bin/python train_gpt\.py --preset demo "
+    assert re.fullmatch(r"--seeds 8 --processes 1 --name demo -- --preset demo "
                         r"--tokenizer demo-py\S+ --data demo-py\S+ --muon_lr 0\.1\n", done.stdout)
 
 

@@ -16,10 +16,17 @@ from tiny_runs import flags
 import trial
 from benchtop import ideas, ledger, places, turns
 from benchtop.errors import UserError
+from benchtop.groups import open_groups
 from benchtop.trials import Trial
 from benchtop.turns import Job, Turns
 
 TINY = flags(num_samples=0, data="tiny")
+
+
+def without_budget(**knobs) -> list[str]:
+    return [word for word in flags(num_samples=0, data="tiny", **knobs) if "num_steps" not in word]
+
+
 NOISE = [0.000, 0.004, -0.003, 0.002, -0.001, 0.003, -0.002, 0.001]
 
 
@@ -164,7 +171,8 @@ def test_runs_of_the_baseline_serve_every_trial_unless_they_race_the_clock(run):
     assert run.said.count("(trained before)") == 3
     for idea in "cd":
         machine = Machine({idea: 0.02})
-        run(machine, f"{idea}: --muon_lr 0.3", "--minutes", "1", "--margin", "0.01", "--", *TINY)
+        run(machine, f"{idea}: --muon_lr 0.3", "--minutes", "1", "--margin", "0.01", "--",
+            *without_budget())
         assert len(machine.started) == 6, "speeds are compared only between runs that took turns"
 
 
@@ -207,6 +215,30 @@ def test_without_an_idea_only_the_baseline_is_repeated(run):
     machine = Machine({})
     assert run(machine, "--seeds", "4", "--name", "floor", "--", *TINY) == 0 and len(machine.started) == 4
     assert ledger.read() == [] and "1.2500 1.2540 1.2470 1.2520" in run.said
+    assert "floor: mean val_bpb 1.2508 of 4 runs" in run.said and "standard deviation 0.0030" in run.said
+    # more seeds can be asked for later: nothing was decided by those that are there
+    assert run(machine, "--seeds", "6", "--name", "floor", "--", *TINY) == 0 and len(machine.started) == 6
+    assert "of 6 runs" in run.said
+    assert run(machine, "--seeds", "6", "--name", "floor", "--", *TINY, "--grad_clip", "1") == trial.NO_TRIAL
+
+
+def test_a_repeated_baseline_that_diverges_is_counted_not_refused(run):
+    class Wild(Machine):
+        def run_one(self, turns, job, slot, output):
+            super().run_one(turns, job, slot, output)
+            if "seed1" in job.name:
+                file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
+                file.write_text(file.read_text().replace("finished", "failed: the loss is nan"))
+    assert run(Wild({}), "--seeds", "3", "--name", "floor", "--", *TINY) == 0
+    assert "failed: the loss is nan" in run.said and "of 2 runs" in run.said
+
+
+def test_compare_takes_a_trial_as_its_groups(run):
+    run(Machine({"good": 0.02}), "good: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--", *TINY)
+    assert [(group.name, len(group.runs)) for group in open_groups(["trials/t"])] == [
+        ("baseline", 3), ("good", 3)]
+    run(Machine({}), "--seeds", "3", "--name", "floor", "--", *TINY)
+    assert [group.name for group in open_groups(["trials/floor"])] == ["floor"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,7 +272,8 @@ def test_an_idea_is_a_script_a_patch_or_flags(scripts, tmp_path):
 
 @pytest.mark.parametrize(("typed", "complaint"), [
     ("gelu", "is no idea"), ("x:", "changes nothing"), ("x: --seed 3", "leave --seed out"),
-    ("x: --held_out=test", "leave --held_out out"), ("../x: --a 1", "name must be"),
+    ("x: --held_out=test", "leave --held_out out"),
+    ("x: --num_steps 900", "leave --num_steps out"), ("../x: --a 1", "name must be"),
     ("baseline: --a 1", "name must"), ("none.py", "does not exist"), ("none.diff", "does not exist"),
     ("same.py", "changes nothing in train_gpt.py"),
     ("x: 'open", "cannot be read"), ("x: a.py b.py", "has 2 files"), ("stale.diff", "does not apply"),
@@ -319,7 +352,9 @@ def test_runs_work_side_by_side_and_never_two_on_one_device(tmp_path):
 
 
 def wait_for(condition) -> None:
+    deadline = time.monotonic() + 90
     while not condition():
+        assert time.monotonic() < deadline, "what a test waits for does not come"
         time.sleep(0.01)
 
 
@@ -339,10 +374,26 @@ def test_each_run_gets_as_many_gpus_as_it_wants(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_trial_that_is_told_to_stop_lets_its_run_save(lab):
+    words = without_budget(val_every=0)
+    driver = subprocess.Popen([sys.executable, "trial.py", "--seeds", "2", "--name", "told", "--no_check",
+                               "--steps", "100000", "--", *words], cwd=lab, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    name = "experiments/2*_train_gpt-*_seed0/training_log.txt"
+    known = {*lab.glob(name)}
+    wait_for(lambda: any(" 20/100000 " in log.read_text() for log in {*lab.glob(name)} - known))
+    driver.terminate()
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + signal.SIGTERM and "run the same command again to resume" in said
+    log, = {*lab.glob(name)} - known
+    assert log.with_name("checkpoint.pt").exists() and not log.with_name("summary.json").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_and_resumed_trial_ends_equal_to_an_undisturbed_one(lab, tmp_path):
     """Real runs in processes of their own; all are killed at once, in the middle of one."""
-    knobs = flags(num_samples=0, data="tiny", save_every_steps=3, val_every=1000)
-    words = [sys.executable, "trial.py", "rate: --muon_lr 0.2", "--seeds", "2", "--steps", "60", "--margin",
+    knobs = without_budget(save_every_steps=3, val_every=1000)
+    words = [sys.executable, "trial.py", "rate: --muon_lr 0.2", "--seeds", "2", "--steps", "30", "--margin",
              "0.001", "--no_check", "--json", "--", *knobs]
     found = {}
     for name in ("whole", "killed"):

@@ -20,6 +20,7 @@ from tiny_runs import CALM, ROOT, drive, flags, newest
 import train_gpt
 from benchtop import smoke
 from benchtop.errors import UserError
+from benchtop.groups import Group, SavedRun
 from benchtop.initial import draw_weights
 from benchtop.machine import World
 
@@ -314,41 +315,85 @@ def test_the_hellaswag_benchmark_compares_the_same_choices(measure, lab: Path):
     assert "times as fast" in said and "acc: the same choice in 3 of 3 rows" in said
 
 
-def between(points: list[tuple[float, float]], x: float) -> float:
-    """Height at x of the line from each point to the next."""
-    if x <= points[0][0]:
-        return points[0][1]
-    for (left, low), (right, high) in itertools.pairwise(points):
-        if left <= x <= right:
-            return low + (high - low) * (x - left) / (right - left)
-    return points[-1][1]
+@pytest.fixture
+def race(monkeypatch):
+    """benchmarks/race.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("race")
 
 
-def test_the_yardsticks_take_turns_and_are_read_off_in_time(measure, lab: Path):
-    words = ["yardstick.py", "--minutes", "0.02", "--seeds", "2", "--keep", "--data", "tiny",
-             "--val_every", "1", "--num_samples", "0", *TINY_MODEL.split()]
-    said = measure(*words)
-    order = re.findall(r"^seed (\d)  (\w+) +val_bpb", said, re.MULTILINE)
-    sides = {"train_gpt": "baseline", "train_nanogpt": "nanogpt", "train_llama3": "llama3"}
-    there = list(sides.values())
-    assert order == [("0", side) for side in there] + [("1", side) for side in there[::-1]]
-    report = (lab / "experiments/YARDSTICK.md").read_text()
-    rows = re.findall(r"^\| (train_\w+)\.py \|(?: [\d.,]+M? \|){3} (\S+) ± \S+ \| (\S+) ± \S+ \| (\S+) ±",
-                      report, re.MULTILINE)
-    assert [row[0] for row in rows] == list(sides)
-    trial = lab / "experiments/trials/yardstick_demo_0.02min"
-    for script, *read_off in rows:
-        wanted = []
-        for seed in range(2):
-            with open(trial / sides[script] / f"seed{seed}/metrics.csv", newline="") as file:
-                validated = [(float(row["train_seconds"]), float(row["val_bpb"]))
-                             for row in csv.DictReader(file) if row["val_bpb"]]
-            # 1.2 seconds of training are read off at a quarter, at half and at the end
-            wanted.append([between(validated, 0.3), between(validated, 0.6), validated[-1][1]])
-            assert validated[0][1] > max(wanted[-1]) and min(wanted[-1]) > 0
-        means = [sum(values) / 2 for values in zip(*wanted, strict=True)]
-        assert [float(bpb) for bpb in read_off] == pytest.approx(means, abs=1e-4)
-    assert (lab / "experiments/yardstick_time.png").read_bytes().startswith(b"\x89PNG")
+A_PEER = """
+import torch
+from dataclasses import dataclass
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd),
+                                          "h": nn.ModuleList([nn.Linear(config.n_embd, config.n_embd)])})
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def get_num_params(self):
+        return 1000
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+
+    def forward(self, idx, targets):
+        z = self.lm_head(torch.relu(self.transformer["h"][0](self.transformer["wte"](idx))))
+        return z, F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=-1)
+"""
+
+
+def test_a_race_gives_each_side_the_same_time_and_a_checkout_needs_no_change(measure, lab: Path, tmp_path):
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer/model.py").write_text(A_PEER)
+    shutil.copytree(lab / "data/tiny", lab / "data/settings_all_8192")
+    words = ["race.py", str(tmp_path / "peer"), "--sides", "train_gpt", "--seconds", "0.3", "0.6",
+             "--tune_seconds", "0", "--seeds", "2", "--keep", *TINY_MODEL.split()]
+    measure(*words)
+    report = (lab / "experiments/RACE.md").read_text()
+    rows = re.findall(r"^\| (0\.\d) \| (\S.*?) \| .*? \| ([\d.]+) ± \S+ \|", report, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(seconds, side) for seconds in ("0.3", "0.6")
+                                         for side in ("train_gpt", "peer's own")]
+    kept = [json.loads(path.read_text())
+            for path in lab.glob("experiments/race/minute_peer_0.6s/*/summary.json")]
+    assert len(kept) == 2 and str(tmp_path) not in json.dumps(kept)
+    ends = [run["val_bpb"] for run in kept]
+    assert float(rows[-1][2]) == pytest.approx(sum(ends) / 2, abs=1e-4)
     before = set((lab / "experiments").glob("2*"))
     measure(*words)     # what is there is not repeated
     assert set((lab / "experiments").glob("2*")) == before
+
+
+def test_every_side_is_tuned_with_the_same_runs_one_axis_after_the_other(race, monkeypatch):
+    worth = {"rate": {2.0: -0.2}, "batch": {4096: -0.1}, "warmup": {0.2: -0.05}}
+    tried = []
+
+    def run(self, wanted):
+        tried.extend(point for _, point, _, seed in wanted if seed == race.TUNING_SEED)
+        return [SavedRun(Path(), {}, {"val_bpb": 2 + sum(gains.get(getattr(point, axis), 0)
+                                                         for axis, gains in worth.items())})
+                for _, point, _, _ in wanted]
+    monkeypatch.setattr(race.Race, "run", run)
+    one = race.Race.__new__(race.Race)
+    best, found = one.tune(race.Racer("x", Path("x.py"), {"rate": 1.0}), 60)
+    assert best == race.Point(2.0, 4096, 0.2) and len(tried) == len(set(tried)) == len(found) == 8
+    assert min(found, key=lambda pair: pair[1])[0] == best
+
+
+def test_the_time_to_a_value_is_read_off_between_budgets_seed_by_seed(race):
+    def group(*values: float) -> Group:
+        return Group("train_gpt", [SavedRun(Path(), {}, {"status": "finished", "val_bpb": value})
+                                   for value in values])
+    first = {60.0: group(1.6, 1.7), 240.0: group(1.4, 1.5)}
+    # half-way in the logarithm of time for the first seed; the second needs it all
+    assert race.seconds_to(first, 1.5).startswith("180 s (")
+    assert race.seconds_to(first, 1.39) == race.seconds_to(first, 1.45) == "not within 240 s"
+    assert race.seconds_to(first, 1.8) == "less than 60 s"

@@ -346,7 +346,7 @@ def test_advice_names_the_command_that_was_typed(refusal):
 
 @pytest.mark.parametrize("script", [
     "benchtop/sources", "train_tokenizer", "download_fineweb", "download_hellaswag", "compare", "judge",
-    "trial", "convert", "benchmarks/step", "benchmarks/yardstick"])
+    "trial", "convert", "benchmarks/step", "benchmarks/race"])
 def test_help_shows_each_default_once(monkeypatch, capsys, script):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -88,6 +88,7 @@ def prepare(setting: Setting, text: str) -> None:
 def cut(text: str, setting: Setting) -> Path:
     """A folder with the first documents of a text, one file each."""
     folder = places.DATA / f"{setting.data}_text"
+    folder.mkdir(parents=True, exist_ok=True)
     taken = 0
     for number, (_, document) in enumerate(open_source(text)):
         if taken >= setting.megabytes * 10**6:

@@ -484,6 +484,8 @@ def describe(folder: Path, manifest: dict) -> str:
     bar = manifest.get("xz_bpb")
     xz = f"; {bar_in_words(manifest)}: {bar:.3f} bits per byte of the held-out text" if bar else ""
     documents = counted(total("train", "documents"), "document")
+    tested = total("test", "documents")
+    test = f", {total('test', 'tokens'):,} of {tested:,} as a test split" if tested else ""
     return (f"{folder.relative_to(places.ROOT)}: "
             f"{total('train', 'tokens'):,} tokens of {documents} to train on, "
-            f"{total('val', 'tokens'):,} of {total('val', 'documents'):,} to validate on{xz}")
+            f"{total('val', 'tokens'):,} of {total('val', 'documents'):,} to validate on{test}{xz}")

@@ -234,9 +234,13 @@ class Trial:
             if fate.look.verdict == ledger.KEEP:
                 self.decide(idea, good, "the interval of its gain lies above 0")
             elif fate.look.verdict == ledger.DISCARD:
-                why = "there is a gain, but" if fate.look.low > 0 else "if there is a gain,"
-                self.decide(idea, bad, f"{why} it is smaller than {self.margin:.4f}, the smallest that "
-                            "matters")
+                self.decide(idea, bad, self.why_discarded(fate.look))
+
+    def why_discarded(self, look: Look) -> str:
+        if look.high < 0:
+            return "it is worse: the interval of its gain lies below 0"
+        why = "there is a gain, but" if look.low > 0 else "if there is a gain,"
+        return f"{why} it is smaller than {self.margin:.4f}, the smallest that matters"
 
     def value(self, name: str, seed: int) -> float:
         return self.runs[name, seed].summary[METRIC]

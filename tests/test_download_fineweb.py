@@ -561,8 +561,10 @@ def test_the_bar_is_that_of_xz_on_the_texts(bench, command, small, capsys):
     assert dataset.manifest["xz_held_out_bytes"] == len(val) == dataset.manifest["held_out"]["bytes"]
     entry = dataset.manifest["shards"][0]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith(f"{entry['tokens']:,} of {entry['documents']:,} to validate on; xz -9e after the "
-                         f"training text: {bar:.3f} bits per byte of the held-out text")
+    test = next(shard for shard in dataset.manifest["shards"] if shard["split"] == "test")
+    assert last.endswith(f"{entry['tokens']:,} of {entry['documents']:,} to validate on, {test['tokens']:,} of "
+                         f"{test['documents']:,} as a test split; xz -9e after the training text: {bar:.3f} "
+                         "bits per byte of the held-out text")
 
 
 def test_more_shards_have_another_bar(command, small):

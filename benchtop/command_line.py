@@ -37,12 +37,40 @@ OTHER_NAMES = {"--vocabsize": "--vocab_size", "--version": "--source"}
 OTHER_NAMES |= {other: name for name, other in OTHER_NAMES.items()}
 
 
+class ShowHelp(argparse.Action):
+    """--help, and --help all where a parser has flags that are seldom needed."""
+
+    def __call__(self, parser: "Parser", namespace, values: str | None, option_string=None) -> None:
+        if values not in (None, "all"):
+            parser.error(f"--help takes nothing or all, not {values!r}")
+        print(parser.help_text(shows_all=values == "all"), end="")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, with the flag that was perhaps meant."""
+    """An argument parser whose complaints are one line, with the flag that was perhaps meant.
+
+    seldom  actions that only --help all shows
+    """
 
     def __init__(self, description: str, **options):
         options.setdefault("formatter_class", Help)
-        super().__init__(description=description, allow_abbrev=False, **options)
+        super().__init__(description=description, allow_abbrev=False, add_help=False, **options)
+        self.seldom: list[argparse.Action] = []
+        self.add_argument("-h", "--help", action=ShowHelp, nargs="?", metavar="all", dest=argparse.SUPPRESS,
+                          default=argparse.SUPPRESS, help="show this help")
+
+    def help_text(self, shows_all: bool) -> str:
+        hidden = [] if shows_all else [(action, action.help) for action in self.seldom]
+        for action, _ in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            text = self.format_help()
+        finally:
+            for action, words in hidden:
+                action.help = words
+        more = f"\n{self.prog} --help all also shows the other {len(hidden)} flags\n" if hidden else ""
+        return text + more
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         return super().parse_known_args(list(map(self._own_name, sys.argv[1:] if args is None else args)),

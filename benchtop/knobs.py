@@ -37,6 +37,11 @@ if typing.TYPE_CHECKING:
     import torch
 
 
+# what --help shows; --help all shows every knob
+FIRST = ("preset", "data", "model_name", "seed", "num_layers", "model_dim", "train_tokens", "train_minutes",
+         "batch_tokens", "save_model", "resume", "check", "smoke", "sample")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What the bench reads of a run's knobs; the comment behind a field is its help."""
@@ -225,8 +230,8 @@ def parser_of(config: type[RunConfig]) -> argparse.ArgumentParser:
     """A flag for each field of a Config, under the headings of its source; the experiment's come first."""
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=31, width=110)
-    parser = Parser("Each knob below is a field of Config, with its default in [].",
-                    usage="%(prog)s [--KNOB VALUE ...]", add_help=False, formatter_class=layout)
+    parser = Parser("Train a model. Each flag is a field of Config in the script, with its default in [].",
+                    usage="%(prog)s [--KNOB VALUE ...]", formatter_class=layout)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d)[\d._]*([eE][-+]?\d+)?$")     # -1e-3 is no flag
     kinds = typing.get_type_hints(config)
     headings, helps = comments_of(config)
@@ -238,8 +243,9 @@ def parser_of(config: type[RunConfig]) -> argparse.ArgumentParser:
         default = f" [{field.default}]" if field.default not in ("", False) else ""
         values = f"{', '.join(config.presets())}: " if field.name == "preset" and config.presets() else ""
         text = (values + helps.get(field.name, "") + default).strip().replace("%", "%%")
-        add_flag(groups[heading], field, kinds[field.name], text)
-    parser.add_argument("-h", "--help", action="help", help="show this help")
+        action = add_flag(groups[heading], field, kinds[field.name], text)
+        if field.name not in FIRST:
+            parser.seldom.append(action)
     return parser
 
 
@@ -250,7 +256,8 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, option_string == f"--{self.dest}")
 
 
-def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type, text: str) -> None:
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type, text: str,
+             ) -> argparse.Action:
     """Let argparse read a field; how to switch it off is shown where it is on.
 
     raises  UserError if it is of no kind that a flag can have
@@ -259,14 +266,15 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: typ
     if kind is bool:
         off = [f"--no_{field.name}", f"--no-{field.name}"]
         shown, hidden = ([name, *off], []) if field.default else ([name], off)
-        group.add_argument(*shown, action=Switch, nargs=0, help=text, **common)
+        action = group.add_argument(*shown, action=Switch, nargs=0, help=text, **common)
         if hidden:
             group.add_argument(*hidden, action=Switch, nargs=0, help=argparse.SUPPRESS, **common)
     elif kind in (int, float, str):
-        group.add_argument(name, type=whole_number if kind is int else kind, metavar=kind.__name__.upper(),
-                           help=text, **common)
+        action = group.add_argument(name, type=whole_number if kind is int else kind,
+                                    metavar=kind.__name__.upper(), help=text, **common)
     else:
         raise UserError(f"the knob {field.name} is of type {kind}; it must be int, float, str or bool")
+    return action
 
 
 @functools.cache

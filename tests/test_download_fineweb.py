@@ -562,9 +562,9 @@ def test_the_bar_is_that_of_xz_on_the_texts(bench, command, small, capsys):
     entry = dataset.manifest["shards"][0]
     last = capsys.readouterr().out.splitlines()[-1]
     test = next(shard for shard in dataset.manifest["shards"] if shard["split"] == "test")
-    assert last.endswith(f"{entry['tokens']:,} of {entry['documents']:,} to validate on, {test['tokens']:,} of "
-                         f"{test['documents']:,} as a test split; xz -9e after the training text: {bar:.3f} "
-                         "bits per byte of the held-out text")
+    amounts = [f"{part['tokens']:,} of {part['documents']:,}" for part in (entry, test)]
+    assert last.endswith(f"{amounts[0]} to validate on, {amounts[1]} as a test split; xz -9e after the "
+                         f"training text: {bar:.3f} bits per byte of the held-out text")
 
 
 def test_more_shards_have_another_bar(command, small):

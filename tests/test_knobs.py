@@ -19,7 +19,7 @@ import train_llama3
 import train_nanogpt
 from benchtop.command_line import Parser
 from benchtop.errors import UserError
-from benchtop.knobs import RunConfig, comments_of, parse_config
+from benchtop.knobs import FIRST, RunConfig, comments_of, parse_config
 from train_gpt import PRESETS, Config
 
 SOURCE = '''
@@ -77,8 +77,23 @@ def config_of(source: str, folder: Path, monkeypatch) -> type[RunConfig]:
 
 def help_of(config: type[RunConfig], capsys) -> str:
     with pytest.raises(SystemExit):
-        parse_config(["--help"], config)
+        parse_config(["--help", "all"], config)
     return capsys.readouterr().out
+
+
+def test_help_shows_what_people_use_and_says_where_the_rest_is(edited, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"], edited)
+    short = capsys.readouterr().out
+    assert end.value.code == 0
+    flags = re.findall(r"^  (--\w+)", short, re.MULTILINE)
+    assert sorted(flags) == sorted(f"--{name}" for name in FIRST)
+    hidden = int(re.search(r"--help all also shows the other (\d+) flags", short)[1])
+    whole = help_of(edited, capsys)
+    assert len(re.findall(r"^  (--\w+)", whole, re.MULTILINE)) == len(flags) + hidden == len(edited.names())
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help", "alll"], edited)
+    assert end.value.code == 2 and "--help takes nothing or all" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -267,8 +282,8 @@ def test_a_copy_of_the_script_has_its_own_knobs(tmp_path):
     assert copy != source
     (tmp_path / "my_experiment.py").write_text(copy)
     (tmp_path / "benchtop").symlink_to(ROOT / "benchtop")
-    done = subprocess.run([sys.executable, "my_experiment.py", "--help"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run([sys.executable, "my_experiment.py", "--help", "all"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(r"mine:\n  --slope FLOAT +steepness, 50% or more \[-1\]\n"
                      r"  --gate, --no_gate, --no-gate\n +\[True\]\n", done.stdout)

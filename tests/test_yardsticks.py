@@ -88,7 +88,7 @@ def test_a_knob_of_the_other_model_is_refused(script, capsys):
         parse_config(["--muon_lr", "0.1"], script.Config)
     assert "there is no flag --muon_lr" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        parse_config(["--help"], script.Config)
+        parse_config(["--help", "all"], script.Config)
     helped = capsys.readouterr().out
     assert "--learning_rate" in helped and "--num_layers" in helped
     assert not re.search("muon|embed_lr|value_embeddings|window|cooldown|logit_cap", helped)

@@ -347,3 +347,14 @@ def test_a_checkpoint_of_an_earlier_version_has_another_bench(bench):
     then = saved()
     del then["identity"]["bench"], then["identity"]["bench_sha256"]
     assert changes_since(then, Knobs(), facts()) == ["the bench changed (batches.py, run.py)"]
+
+
+def test_copies_that_git_does_not_know_have_the_commit_of_the_bench(root):
+    """As every experiment has it: a copy of train_gpt.py, not committed yet."""
+    (root / ".gitignore").write_text("mine.py\nhelper.py\n")
+    (root / "benchtop/identity.py").write_text("")
+    git(root, "init")
+    git(root, "add", ".")
+    git(root, "commit", "-m", "all")
+    commit, dirty, problem = about_git()
+    assert len(commit) == 40 and dirty is True and problem is None

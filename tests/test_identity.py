@@ -352,6 +352,7 @@ def test_a_checkpoint_of_an_earlier_version_has_another_bench(bench):
 def test_copies_that_git_does_not_know_have_the_commit_of_the_bench(root):
     """As every experiment has it: a copy of train_gpt.py, not committed yet."""
     (root / ".gitignore").write_text("mine.py\nhelper.py\n")
+    (root / "benchtop").mkdir()
     (root / "benchtop/identity.py").write_text("")
     git(root, "init")
     git(root, "add", ".")

@@ -201,7 +201,10 @@ def show_ledger(as_json: bool) -> None:
 def main() -> None:
     parser = make_parser()
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args = parser.parse_args(sys.argv[1:place])
+    try:
+        args = parser.parse_args(sys.argv[1:place])
+    except SystemExit as end:
+        sys.exit(NO_TRIAL if end.code else 0)       # argparse's 2 would mean undecided
     flags = sys.argv[place + 1:]
     try:
         if args.ledger:

@@ -24,6 +24,11 @@ from benchtop.xz import bar_in_words
 # Before
 # ------------------------------------------------------------------------------------------------
 
+def plan(cfg, model: nn.Module, folder: Path) -> str:
+    return (f"plan        train {num_parameters(model) / 1e6:.3g} million parameters for "
+            f"{budget_in_words(cfg)}; results go to {os.path.relpath(folder)}")
+
+
 def introduction(cfg, world: World, model: nn.Module, kernels: Kernels, memory_mib: float) -> list[str]:
     count, rows = micro_batch_shape(cfg, world.size)
     return [
@@ -117,6 +122,13 @@ def time_estimate(cfg, model: nn.Module, world: World) -> list[str]:
     if cfg.gpu_cost_per_hour:
         lines.append(f"cost        about {cfg.gpu_cost_per_hour * seconds / 3600:,.2f} for that time")
     return lines
+
+
+def time_to_the_end(cfg, seconds_of_step: float, progress: float) -> str:
+    """In words, for what is left of the budget; validation comes on top."""
+    by_clock, by_steps = 60 * cfg.train_minutes, cfg.num_steps * seconds_of_step
+    whole = min(seconds for seconds in (by_clock, by_steps) if seconds)
+    return f"about {minutes(whole * (1 - progress))} to the end, by the speed of a first micro-batch"
 
 
 def duration(seconds: float) -> str:

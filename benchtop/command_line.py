@@ -91,7 +91,8 @@ class Parser(argparse.ArgumentParser):
             message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
         script = Path(sys.argv[0])
         start = f"-m benchtop.{script.stem}" if script.parent.name == "benchtop" else self.prog
-        self.exit(2, f"{self.prog}: error: {message} (python {start} --help lists all flags)\n")
+        everything = " all" if self.seldom else ""
+        self.exit(2, f"{self.prog}: error: {message} (python {start} --help{everything} lists all flags)\n")
 
 
 def whole_number(text: str) -> int:

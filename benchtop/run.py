@@ -45,8 +45,10 @@ from benchtop.briefing import (
     describe_tasks,
     introduction,
     num_parameters,
+    plan,
     target_in_words,
     time_estimate,
+    time_to_the_end,
     what_ended,
 )
 from benchtop.budget import Clock, budget_used, is_multiple, validates
@@ -71,7 +73,7 @@ from benchtop.smoke import smoke
 from benchtop.speed import with_speed
 from benchtop.steps import CURE, LossScale, Report, check_weights, collector_at_rest, prepared_batches
 from benchtop.tasks import BENCHMARKS, Task, benchmark_if_here
-from benchtop.warm_up import make_model, ready
+from benchtop.warm_up import make_model, ready, step_seconds
 
 COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss", "val_bpb", "lr_scale",
            "grad_norm", "tokens_per_second", "mfu", "peak_memory_mib", "flops")
@@ -428,13 +430,18 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         # sizes that are found here stay out of config.json, which has the knobs as they were given
         sized = world.same(memory.choose_micro_batch(experiment, cfg, world, kernels, saved))
         needs = memory.memory_estimate_mib(experiment, sized, world, kernels)
+        if world.is_main:
+            log.say(plan(sized, model, log.folder))
         log.say("\n".join([*introduction(sized, world, model, kernels, needs),
                            *describe_data(cfg, data.dataset, data.rows, data.held_out),
                            *describe_tasks(tasks), *describe_git(identity), *model.remarks(),
                            *optimizer.remarks(), *drawn_in_one_stream(model)]))
+        if kernels.compiled:
+            log.say("compiling   kernels; on a CPU about a minute the first time, less when they are cached")
         begun = time.perf_counter()
         sized = ready(experiment, sized, world, kernels, losses_of, optimizer, log.say)
         compile_seconds = time.perf_counter() - begun
+        each = step_seconds(losses_of, optimizer, sized, world)
         run = Run(experiment, sized, world, model, optimizer, data, losses_of, log, Clock(world),
                   LossScale(enabled=world.dtype == torch.float16), compile_seconds=compile_seconds)
         torch.manual_seed(cfg.seed + 1 + world.rank)
@@ -442,8 +449,9 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
             run.load(saved)
         for change in changes:
             log.say(f"resumed although {change}")
+        left = time_to_the_end(sized, each, run.progress)
         log.say(f"kernels ready after {compile_seconds:.1f} s; training "
-                + (f"resumes after step {run.step}" if cfg.resume else "begins"))
+                + (f"resumes after step {run.step}" if cfg.resume else "begins") + f", {left}")
         saved = None    # its memory is needed
         with StopSignals() as run.signals, collector_at_rest():
             experiment.train(run)

@@ -13,6 +13,7 @@ from benchtop.evaluation import TokenLosses
 from benchtop.initial import draw_weights
 from benchtop.knobs import RunConfig
 from benchtop.machine import Kernels, World
+from benchtop.measure import seconds_of
 from benchtop.recorded import record
 
 
@@ -48,6 +49,19 @@ def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> 
     losses_of(inputs, torch.full(inputs.shape, -1))
     optimizer.clear_gradients()
     world.synchronize()
+
+
+def step_seconds(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> float:
+    """About how long a step takes: its micro-batches, by one of them that is done here; no weight changes."""
+    model, count = losses_of.model, micro_batch_shape(cfg, world.size)[0]
+    inputs, targets = eot_rows(model, cfg, world)
+    inputs[:, 1:] = (model.eot_id + 1) % cfg.vocab_size     # a row is one document, which takes longest
+
+    def work() -> None:
+        model(inputs, targets).backward()
+    seconds = count * seconds_of(work, world, times=1, warm_ups=0)
+    optimizer.clear_gradients()
+    return seconds
 
 
 def ready(experiment, cfg: RunConfig, world: World, kernels: Kernels, losses_of: TokenLosses,

@@ -113,6 +113,8 @@ def test_exit_statuses_tell_the_verdict(run):
     assert "pairs do not tell; to find a gain of 0.0100 in 80 % of cases takes about" in run.said
     assert len(machine.started) == 13, "5 more pairs; three runs of the baseline were there already"
     assert run(Machine({}), "nothing", "--", *TINY) == trial.NO_TRIAL and "is no idea" in run.complaint
+    assert run(Machine({}), "no: --muon_lr 9", "--sedes", "3") == trial.NO_TRIAL
+    assert "did you mean --seeds?" in run.complaint
 
 
 def test_without_a_margin_the_spread_of_the_baseline_is_taken(run):

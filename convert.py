@@ -18,6 +18,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ PADDING = 8, 128    # a vocabulary is padded to a multiple of the first, by less
 
 
 def to_transformers(run: Path) -> Path:
-    """Write RUN/transformers: config.json, model.safetensors and the tokenizer.
+    """Write RUN/transformers: config.json, model.safetensors, the tokenizer and a model card.
 
     raises  UserError if transformers has no such model, or the run left no weights
     """
@@ -80,7 +81,47 @@ def to_transformers(run: Path) -> Path:
     except UserError:
         (folder / "model.safetensors").unlink()
         raise
+    write_text(folder / "README.md", without_secrets(model_card(run)))
     return folder
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- benchtop
+---
+
+# {model_name}
+
+A language model from an experiment. It continues text. It was not trained to answer questions or to be safe,
+and it repeats what is in its data, whose license this card does not know.
+
+| | |
+|---|---|
+| parameters | {parameters} |
+| trained on | {tokens} tokens of the data set {data} (SHA-256 {data_sha256}) |
+| tokenizer | {tokenizer} (SHA-256 {tokenizer_sha256}) |
+| held-out loss | {val_loss} nats per token, {val_bpb} bits per byte, {held_out_documents} documents |
+| made by | Benchtop's {script}, commit {git_commit}, seed {seed} |
+| on | {processes} x {device}, {dtype}, torch {torch}, {train_seconds} seconds of training |
+| command | `{command}` |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+"""
+
+
+def model_card(run: Path) -> str:
+    """README.md of a model, with what the run's summary says; for a person, and for the Hugging Face Hub."""
+    facts = defaultdict(lambda: "not known", read_object(run / "summary.json"))
+    facts |= {name: f"{value:,}" for name, value in facts.items() if isinstance(value, int)}
+    facts |= {name: f"{value:,.5g}" for name, value in facts.items() if isinstance(value, float)}
+    facts |= {name: facts[name][:12] for name in ("data_sha256", "tokenizer_sha256")}
+    return CARD.format_map(facts)
 
 
 def write(path: Path, facts: dict) -> None:

@@ -339,6 +339,11 @@ def test_transformers_has_the_same_logits(lab, script, monkeypatch):
     monkeypatch.setattr(places, "TOKENIZERS", lab / "tokenizers")
     own = load_tokenizer("tiny_v300_n1073741824")
     assert tokenizer(text)["input_ids"] == own.encode_ordinary(text)
+    card, facts = (folder / "transformers/README.md").read_text(), summary_of(folder)
+    assert card.startswith("---\nlibrary_name: transformers\n") and f"# {facts['model_name']}\n" in card
+    assert f"| parameters | {facts['parameters']:,} |" in card
+    assert f"{facts['val_bpb']:.5g} bits per byte" in card
+    assert facts["data_sha256"][:12] in card and "{" not in card and facts["command"] in card
 
 
 def test_gpt2_comes_back_from_transformers(lab):

@@ -279,8 +279,8 @@ def test_rows_become_what_lm_evaluation_harness_asks():
         Question(1, "He fed the cat.  The cat\nthanked the", ("man",), 0)]
 
 
-def test_the_readme_has_the_rows_of_each_benchmark():
-    readme = (places.ROOT / "README.md").read_text()
+def test_the_page_has_the_rows_of_each_benchmark():
+    readme = (places.ROOT / "docs/benchmarks.md").read_text()
     table = dict(re.findall(r"(?m)^\| `(\w+)` \| ([\d,]+) \|", readme))
     assert table == {name: f"{benchmark.splits[benchmark.scored].rows:,}"
                      for name, benchmark in BENCHMARKS.items()}

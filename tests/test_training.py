@@ -925,8 +925,8 @@ def test_only_the_first_process_samples(lab, saved_run):
     assert done.returncode == 0 and done.stdout == run(lab, *words).stdout, done.stderr
 
 
-def test_the_readmes_snippet_loads_a_model(lab, saved_run):
-    readme = (Path(train_gpt.__file__).parent / "README.md").read_text()
+def test_the_pages_snippet_loads_a_model(lab, saved_run):
+    readme = (Path(train_gpt.__file__).parent / "docs/sampling.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert len(snippet.splitlines()) <= 10
     code = snippet.replace("experiments/DATE_TIME_NAME", str(saved_run))

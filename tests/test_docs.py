@@ -210,7 +210,8 @@ def test_flags_that_pages_name_exist():
                "download_hellaswag.py", "compare.py", "trial.py", "judge.py", "convert.py"]
     known = " ".join(help_of(script) for script in scripts)
     theirs = {"--nnodes", "--nproc_per_node", "--rdzv_conf", "--local_addr", "--gpus", "--standalone",
-              "--nodes", "--signal", "--requeue", "--no_pdf", "--dry_run", "--text", "--keep", "--seconds", "--time"}
+              "--nodes", "--signal", "--requeue", "--no_pdf", "--dry_run", "--text", "--keep", "--seconds",
+              "--time"}
     for page in PAGES:
         for flag in set(re.findall(r"`(--\w[\w]*)", page.read_text(encoding="utf-8"))) - theirs:
             assert re.search(rf"{flag}\b", known), f"{page.name}: {flag}"

@@ -230,7 +230,7 @@ def hosts():
 
 
 def on_both(hosts, lab: Path, *command: str) -> list[subprocess.Popen]:
-    """The command of docs/several-machines.md; as these share a name, each is told whether it is the first."""
+    """The command of docs/several-machines.md; since these share a name, each is told if it is the first."""
     return [subprocess.Popen(
         ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
          "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29500", "--rdzv_id=tests",

@@ -25,9 +25,10 @@ import json
 import math
 import re
 import sys
+import traceback
 
 from benchtop import ledger, places
-from benchtop.command_line import Parser, command, positive
+from benchtop.command_line import Parser, command, in_one_line, positive
 from benchtop.conclusions import noise_line
 from benchtop.confirm import selection, trial_to_confirm
 from benchtop.errors import UserError
@@ -38,6 +39,7 @@ from benchtop.ideas import (
     BUDGET,
     NAME,
     TAKEN,
+    Side,
     baseline_side,
     check_flags,
     import_script,
@@ -48,6 +50,7 @@ from benchtop.ideas import (
 from benchtop.knobs import parse_config
 from benchtop.ledger_page import as_text, page
 from benchtop.redaction import without_secrets
+from benchtop.sequential import Sequential
 from benchtop.shards import open_dataset
 from benchtop.trials import Plan, Trial, read
 from benchtop.turns import Turns
@@ -59,8 +62,8 @@ def seeds_of(text: str) -> tuple[int, int]:
     """The type of --seeds: 3..8, or 5 for 5..5."""
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     first, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 2 <= first <= most <= 1000:
-        raise argparse.ArgumentTypeError(f"must be like 3..8, from 2 on and at most 1000, is {text!r}")
+    if not 2 <= first <= most <= 50:
+        raise argparse.ArgumentTypeError(f"must be like 3..8, from 2 on and at most 50, is {text!r}")
     return first, most
 
 
@@ -100,10 +103,11 @@ def budget_flags(args: argparse.Namespace) -> list[str]:
     if args.minutes is not None:
         if not 0 < args.minutes < math.inf:
             raise UserError(f"--minutes must be above 0; it is {args.minutes:g}")
-        return ["--train_minutes", f"{args.minutes:g}", "--num_steps", "1000000"]
+        return ["--train_minutes", f"{args.minutes:g}", "--num_steps", "1000000", "--target_loss", "0"]
     if args.steps:
-        return ["--num_steps", str(args.steps), "--train_minutes", "0"]
-    return ["--train_tokens", str(args.tokens), "--train_minutes", "0"] if args.tokens else []
+        return ["--num_steps", str(args.steps), "--train_minutes", "0", "--target_loss", "0"]
+    return (["--train_tokens", str(args.tokens), "--train_minutes", "0", "--target_loss", "0"]
+            if args.tokens else [])
 
 
 def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
@@ -113,7 +117,7 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
     if not 0 <= args.margin < math.inf:
         raise UserError(f"--margin must be 0 or more; it is {args.margin:g}")
     budget = budget_flags(args)
-    check_flags(flags, "the command", TAKEN + (BUDGET if budget else ()))
+    check_flags(flags, "the command", TAKEN + ((*BUDGET, "target_loss") if budget else ()))
     baseline = baseline_side(args.against)
     ideas = [open_idea(typed, baseline) for typed in args.ideas]
     names = [idea.name for idea in ideas]
@@ -125,15 +129,32 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
         raise UserError("--name must be 1 to 40 letters, digits, '.', '_' and '-'; it is " + repr(name))
     flags = [*budget, *flags]
     cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
+    if cfg.target_loss and ideas:
+        raise UserError("runs that end at a target all end alike; add --target_loss 0, or give a budget")
+    for idea in ideas:      # what is no flag is said before anything is trained; scripts are checked later
+        if idea.script == baseline.script:
+            parse_config([*flags, *idea.flags], import_script(baseline.script).EXPERIMENT.Config)
     dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
     machine = machine_facts(args.processes)
     hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
     keys = {side.name: key_of(side, flags, hashes, machine) for side in (baseline, *ideas)}
     first, most = args.seeds
-    plan = Plan(args.against, args.margin, args.alpha, first, most, flags, args.minutes is not None,
+    tell_of_earlier_trials(ideas, name, dataset.sha256[:12], say)
+    plan = Plan(args.against, args.margin, args.alpha, first, most, flags, cfg.train_minutes > 0,
                 {idea.name: {"typed": idea.typed, "flags": list(idea.flags), "change": idea.change_sha256}
                  for idea in ideas}, keys, dataset.sha256[:12], VAL, machine, args.description)
     return Trial(name, plan, baseline, ideas, Turns.on_this_machine(args.processes, cfg.device), say)
+
+
+def tell_of_earlier_trials(ideas: list[Side], name: str, data: str, say) -> None:
+    """An idea that is tried until it is kept is kept by chance."""
+    for idea in ideas:
+        before = [entry for entry in ledger.read() if entry.change == idea.change_sha256[:12]
+                  and entry.data == data and entry.split == VAL and entry.trial != name]
+        if before:
+            say(f"note: {idea.name} was tried before, in {', '.join(entry.trial for entry in before)} "
+                f"({', '.join(entry.verdict for entry in before)}), with the same seeds; each further trial "
+                "is one more chance to keep it by luck")
 
 
 def status_of(verdicts: list[str]) -> int:
@@ -157,9 +178,15 @@ def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
     else:
         if not args.no_check and not before:
             trial.check()
+        trial.write_plan()
+        if trial.ideas:
+            plan = trial.plan
+            found = Sequential(1.0, plan.alpha, plan.first, plan.most, len(trial.ideas)).power(1.0)
+            say(f"{plan.first} to {plan.most} pairs; a gain as large as the scatter of the pairs is found in "
+                f"{found:.0%} of trials")
         trial.run()
         results = trial.finish()
-    report(results, say)
+    report(results, trial.plan, say)
     for line in selection(before, results) if before else ():
         say(line)
     if args.json:
@@ -168,7 +195,7 @@ def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
     return status_of(verdicts) if verdicts else KEPT
 
 
-def report(results: dict, say) -> None:
+def report(results: dict, plan: Plan, say) -> None:
     values, metric = list(results["baseline"].values()), results["metric"]
     say(f"\n{BASELINE}: {metric} " + " ".join(f"{value:.4f}" for value in values))
     for name, result in results["ideas"].items():
@@ -180,8 +207,11 @@ def report(results: dict, say) -> None:
         say(noise_line(results["trial"], values, metric))
     also = f"; a line for each idea in {home}/{ledger.path().name}" if results["ideas"] else ""
     say(f"kept in {home}/trials/{results['trial']}{also}")
-    say(f"tables, curves and samples: python compare.py trials/{results['trial']} --html "
-        f"{results['trial']}.html")
+    if results["ideas"]:
+        say(f"each end of an interval is wrong in at most {plan.alpha:.0%} of trials")
+    say(f"tables, curves and samples: python compare.py trials/{results['trial']} "
+        + "--although tokens " * (plan.by_clock and bool(results["ideas"]))
+        + f"--html {results['trial']}.html")
 
 
 def show_ledger(as_json: bool) -> None:
@@ -209,11 +239,20 @@ def main() -> None:
     try:
         if args.ledger:
             show_ledger(args.json)
-        else:
-            sys.exit(run_trial(args, flags))
-    except UserError as error:
-        print(f"trial.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(NO_TRIAL)
+            return
+        status = run_trial(args, flags)
+    except (UserError, OSError) as error:
+        words = in_one_line(error)
+        print(f"trial.py: error: {words}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": without_secrets(words)}))
+        status = NO_TRIAL
+    except SystemExit as end:       # of a flag behind --, or of a signal
+        sys.exit(end.code if isinstance(end.code, int) and end.code > 128 else NO_TRIAL)
+    except Exception:       # a traceback's own status would say that all were discarded
+        traceback.print_exc()
+        status = NO_TRIAL
+    sys.exit(status)
 
 
 if __name__ == "__main__":

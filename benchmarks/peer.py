@@ -1,6 +1,6 @@
 """A checkout of nanochat or nanoGPT on the loop and the data of train_gpt.py, for benchmarks/race.py.
 
-    PYTHONPATH=. python benchmarks/peer.py --checkout peers/nanochat --preset demo
+    cp benchmarks/peer.py idea_peer.py && python idea_peer.py --checkout peers/nanochat --preset demo
 
 Model, optimizer, compilation and schedule are the checkout's own. Batches, clock, validation and run folder
 are the bench's, as for every other script, so runs can be compared. What differs from the peer's own program:

@@ -1,26 +1,29 @@
 """The race: train_gpt.py, its yardsticks and checkouts of its peers, on the same text for the same time.
 
-    python benchmarks/race.py --text books/ --seconds 60 120 240 nanochat/ nanoGPT/
+    python benchmarks/race.py nanochat/ nanoGPT/ --text books/ --seconds 60 120 240
     python benchmarks/race.py --sides train_gpt,llama3 --seconds 60 --keep
 
 A checkout is a clone of karpathy/nanochat or karpathy/nanoGPT that you have; benchmarks/peer.py puts it on
-this loop. Each side is tuned first with as many runs as any other, of --tune_seconds, with a seed that does
-not race: its learning rates, then its batch, then its warm-up. Then all sides train with several seeds, in
-turns, once for each budget, with a whole schedule each. A run that is there is not repeated.
+this loop. Each side is tuned first with runs of --tune_seconds and a seed that does not race: its learning
+rates, then its batch, further while the best is the last value tried; then its warm-up, which train_gpt.py
+does without. Then all sides train with several seeds, in turns, once for each budget, with a whole schedule
+each. A run that is there is not repeated, so do not stop a race for long where the machine's speed changes.
 
-When train_gpt.py is as low as another side's mean is read off the line between its own budgets, over the
-logarithm of their time. Figures are of this machine: a CPU's dtype decides much of it.
+When train_gpt.py is as low as another side is read off the line between the means of its own budgets, over
+the logarithm of their time. Figures are of this machine: a CPU's dtype decides much of it.
 """
 
 import dataclasses
+import hashlib
 import math
 import os
+import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-import numpy as np
 from settings import SETTINGS, Setting, prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,19 +33,20 @@ from benchtop.errors import UserError
 from benchtop.files import write_text
 from benchtop.groups import Group, SavedRun, check_comparable
 from benchtop.ideas import Side, key_of, machine_facts
+from benchtop.progress import BEFORE_THE_FIRST, NOT_REACHED, reached_at
 from benchtop.redaction import without_secrets
 from benchtop.shards import open_dataset
-from benchtop.significance import interval
 from benchtop.tables import as_markdown, mean_and_spread
 from benchtop.trials import KEPT, copy_small, ended_run
-from benchtop.turns import Job, Turns, last_line
+from benchtop.turns import Job, Turns, last_words
 
 FIRST = "train_gpt"
 OURS = {FIRST: {"muon_lr": 0.05, "embed_lr": 0.6, "head_lr": 0.008, "scalar_lr": 0.04},
         "nanogpt": {"learning_rate": 6e-4}, "llama3": {"learning_rate": 3e-4}}
 TUNING_SEED = 100
 # what is tried in turn, from the best so far
-AXES = {"rate": (0.5, 1.0, 2.0, 4.0), "batch": (4096, 8192, 16384), "warmup": (0.0, 0.02, 0.2)}
+AXES = {"rate": (1.0, 0.5, 2.0), "batch": (8192, 4096, 16384), "warmup": (0.02, 0.0, 0.2)}
+FURTHEST = 3        # times that a best value at the edge of an axis is halved or doubled
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,23 @@ class Racer:
     flags: tuple[str, ...] = ()
 
     @property
+    def commit(self) -> str:
+        """Of the checkout, with + where it was edited; empty for what is in this repository."""
+        if FIRST in self.name or not self.flags:
+            return ""
+        head, changed = (subprocess.run(
+            ["git", *words], cwd=places.ROOT / self.flags[1], capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"]))
+        return head + "+" * bool(changed)
+
+    @property
     def word(self) -> str:
         """Its name in the names of files."""
         return self.name.split("'")[0]
 
     def words(self, point: Point, seconds: float) -> list[str]:
         rates = [f"--{knob}={rate * point.rate:g}" for knob, rate in self.rates.items()]
-        # train_gpt.py warms up by steps; a minute has some 200 of 8,192 tokens
-        warmup = (["--warmup_steps", str(round(point.warmup * 200 * seconds / 60))] if self.name == FIRST else
-                  ["--warmup_frac", f"{point.warmup:g}"])
+        warmup = [] if self.name == FIRST else ["--warmup_frac", f"{point.warmup:g}"]
         return [*self.flags, *rates, *warmup, "--batch_tokens", str(point.batch), "--num_steps", "1000000",
                 "--train_minutes", f"{seconds / 60:g}"]
 
@@ -92,9 +104,13 @@ def racers_of(sides: list[str], checkouts: list[str]) -> list[Racer]:
         # by a link in this folder, so that no run's command has a path of this machine
         link = places.ROOT / "peers" / folder.name
         link.parent.mkdir(exist_ok=True)
-        if not link.exists():
-            link.symlink_to(folder)
-        racers.append(Racer(f"{folder.name}'s own", places.ROOT / "benchmarks/peer.py", {"rates": 1.0},
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+        # a run keeps the script that it ran, which stands beside the bench
+        text = Path(__file__).with_name("peer.py").read_text(encoding="utf-8")
+        script = places.ROOT / f"idea_peer_{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"
+        write_text(script, text)
+        racers.append(Racer(f"{folder.name}'s own", script, {"rates": 1.0},
                             ("--checkout", f"peers/{folder.name}")))
     return racers
 
@@ -117,7 +133,8 @@ class Race:
         jobs = []
         for racer, point, seconds, seed in wanted:
             words = [*self.flags, *racer.words(point, seconds)]
-            key = key_of(Side(racer.name, racer.script, ""), words, self.data, self.machine)
+            key = key_of(Side(racer.name, racer.script, racer.commit), words, [*self.data, racer.commit],
+                         self.machine)
             name = f"race_{self.name}_{racer.word}_{seconds:g}s-{key}_seed{seed}"
             jobs.append(Job(name, [str(racer.script), *words, "--seed", str(seed), "--model_name", name,
                                    "--resume", "auto"]))
@@ -127,7 +144,7 @@ class Race:
         for job in jobs:
             run = ended_run(job.name)
             if not run:
-                raise UserError(f"{job.name} did not finish: {last_line(outputs / f'{job.name}.txt')}")
+                raise UserError(f"{job.name} did not finish: {last_words(outputs / f'{job.name}.txt')}")
             runs.append(run)
         return runs
 
@@ -139,31 +156,36 @@ class Race:
     def tune(self, racer: Racer, seconds: float) -> tuple[Point, list[tuple[Point, float]]]:
         """The best point, one axis after the other, and all that were tried. A run that diverged is worst."""
         best, tried = Point(), {}
-        for axis, values in AXES.items():
-            points = [dataclasses.replace(best, **{axis: value}) for value in values]
+
+        def best_of(points: list[Point]) -> Point:
             new = [point for point in points if point not in tried]
             runs = self.run([(racer, point, seconds, TUNING_SEED) for point in new])
-            ends = [run.summary.get("val_bpb", math.inf) for run in runs]
-            tried |= dict(zip(new, ends, strict=True))
-            best = min(points, key=tried.get)
+            ends = [run.summary.get("val_bpb", math.inf) if run.is_finished else math.inf for run in runs]
+            tried.update(zip(new, ends, strict=True))
+            return min(points, key=tried.get)
+        for axis, values in AXES.items():
+            if axis == "warmup" and racer.name == FIRST:
+                continue
+            best = best_of([dataclasses.replace(best, **{axis: value}) for value in values])
+            for _ in range(FURTHEST if axis != "warmup" else 0):
+                value = getattr(best, axis)
+                known = [getattr(point, axis) for point in tried
+                         if dataclasses.replace(point, **{axis: value}) == best]
+                if min(known) < value < max(known):
+                    break
+                further = value * 2 if value == max(known) else value / 2
+                best = best_of([best, dataclasses.replace(best, **{axis: type(value)(further)})])
         print(f"{racer.name}: best is {best}", flush=True)
         return best, list(tried.items())
 
 
 def seconds_to(first: dict[float, Group], target: float) -> str:
-    """When the first side is as low as a target, by the line between its budgets, seed by seed."""
-    budgets, found = sorted(first), []
-    for values in zip(*(first[seconds].values("val_bpb") for seconds in budgets), strict=True):
-        if min(values) > target:
-            return f"not within {budgets[-1]:g} s"
-        if values[0] <= target:
-            return f"less than {budgets[0]:g} s"
-        logs = [math.log(seconds) for seconds in budgets]
-        found.append(math.exp(float(np.interp(-target, [-value for value in values], logs))))
-    if len(found) < 2:
-        return f"{found[0]:.0f} s"
-    low, high = interval(found)
-    return f"{fmean(found):.0f} s ({max(0, low):.0f} to {high:.0f})"
+    """When the mean of the first side is as low as a target, by the line between its budgets."""
+    budgets = sorted(seconds for seconds in first if first[seconds].finished)
+    found = reached_at(budgets, [fmean(first[seconds].values("val_bpb")) for seconds in budgets], target)
+    if found == NOT_REACHED:
+        return f"not within {budgets[-1]:g} s" if budgets else "never"
+    return f"less than {budgets[0]:g} s" if found == BEFORE_THE_FIRST else f"{found:.0f} s"
 
 
 def table(groups: dict[tuple[str, float], Group]) -> list[list[str]]:
@@ -172,11 +194,16 @@ def table(groups: dict[tuple[str, float], Group]) -> list[list[str]]:
     lines = [["seconds", "side", "parameters", "tokens/s", "tokens", "FLOPs", "val_bpb",
               f"{FIRST}.py is there after"]]
     for (name, seconds), group in groups.items():
+        if not group.finished:
+            lines.append([f"{seconds:g}", name, *[""] * 4, f"none of {len(group.runs)} runs finished", ""])
+            continue
         facts = group.finished[0].summary
+        bpb = mean_and_spread(group.values("val_bpb"))
+        bpb += f" ({group.count} runs)" if len(group.finished) < len(group.runs) else ""
         lines.append([f"{seconds:g}", name, f"{facts['parameters'] / 1e6:.1f}M",
                       f"{median(group.values('tokens_per_second')):,.0f}",
                       f"{median(group.values('tokens')) / 1e6:.2f}M",
-                      f"{median(group.values('flops')):.1e}", mean_and_spread(group.values("val_bpb")),
+                      f"{median(group.values('flops')):.1e}", bpb,
                       "" if name == FIRST else seconds_to(first, fmean(group.values("val_bpb")))])
     return lines
 
@@ -229,19 +256,21 @@ def main() -> None:
             for run in groups[racer.name, seconds].runs:
                 copy_small(run, folder / f"seed{run.knobs['seed']}", KEPT)
         write_text(places.EXPERIMENTS / "RACE.md",
-                   without_secrets(describe(groups, report, tuning, args.setting)))
+                   without_secrets(describe(groups, report, tuning, args.setting, racers)))
 
 
-def describe(groups: dict, report: str, tuning: str, setting: str) -> str:
+def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[Racer]) -> str:
     facts = next(iter(groups.values())).finished[0].summary
-    command = " ".join(["python", "benchmarks/race.py", *sys.argv[1:]])
+    peers = "; ".join(f"{racer.name} {racer.commit}" for racer in racers if racer.commit)
+    words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/race.py", *words])
     return "\n".join([
         "# The race", "",
         f"Written by `{command}`, on {facts['processes']} x {facts['device']}, {facts['dtype']}, torch "
         f"{facts['torch']}, in the setting *{setting}* of `benchmarks/settings.py`. Mean and standard "
         "deviation over seeds; each run has a whole schedule of its own.", "", report, "",
         "## How each side was tuned", "",
-        "One run each, with a seed that does not race.", "", tuning, ""])
+        f"One run each, with a seed that does not race. Commits: {peers or 'none'}.", "", tuning, ""])
 
 
 if __name__ == "__main__":

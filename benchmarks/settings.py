@@ -111,7 +111,8 @@ def main() -> None:
     setting = SETTINGS[args.setting]
     prepare(setting, args.text)
     place = words.index("--") if "--" in words else len(words)
-    budget = [] if {"--minutes", "--steps", "--tokens"} & {*words[:place]} else shlex.split(setting.budget)
+    given = {word.split("=")[0] for word in words[:place]} & {"--minutes", "--steps", "--tokens"}
+    budget = [] if given else shlex.split(setting.budget)
     line = [*words[:place], *budget, "--", *setting.words, *words[place + 1:]]
     os.chdir(places.ROOT)
     os.execv(sys.executable, [sys.executable, "trial.py", *line])

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchtop import ledger, places
 from benchtop.errors import UserError
 from benchtop.held_out import TEST
-from benchtop.ideas import Side, baseline_side, import_script, key_of, machine_facts, with_script
+from benchtop.ideas import BASELINE, Side, baseline_side, import_script, key_of, machine_facts, with_script
 from benchtop.knobs import parse_config
 from benchtop.shards import open_dataset
 from benchtop.trials import Plan, Trial, read
@@ -30,8 +30,8 @@ def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
         known = sorted(path.parent.name for path in folder.parent.glob("*/results.json"))
         raise UserError(f"there is no finished trial {name}" + (f", only {', '.join(known)}" if known else
                         "; make one with: python trial.py IDEA -- FLAGS"))
-    results = read(folder / "results.json")
-    plan = Plan(**read(folder / "plan.json"))
+    results, facts = read(folder / "results.json"), read(folder / "plan.json")
+    plan = Plan(**{name: facts[name] for name in facts if name in Plan.__dataclass_fields__})
     kept = [idea for idea, result in results["ideas"].items() if result["verdict"] == ledger.KEEP]
     if plan.split == TEST or not kept:
         raise UserError(f"the trial {name} kept no idea, so there is nothing to confirm")
@@ -46,25 +46,40 @@ def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
     dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
     if dataset.sha256[:12] != plan.data:
         raise UserError(f"the data have changed since the trial {name}; try its ideas anew")
+    hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
+    if key_of(baseline, plan.flags, hashes, plan.machine) != plan.keys[BASELINE]:
+        raise UserError(f"{baseline.script.name} or the bench has changed since the trial {name}; try its "
+                        "ideas anew")
     if not any(shard["split"] == TEST for shard in dataset.manifest["shards"]):
         raise UserError(f"{dataset.folder.name} has no test split, as data of earlier versions and "
                         "ready-made shards; make it again with download_fineweb.py, and try the ideas anew")
-    looks = [entry for entry in ledger.read() if entry.split == TEST and entry.data == plan.data]
     target = places.EXPERIMENTS / "trials" / f"{name}-confirm"
-    for entry in looks:
-        if not (target / "results.json").is_file() and entry.change in {i.change_sha256[:12] for i in ideas}:
-            raise UserError(f"{entry.idea} was looked at on the test split before ({entry.verdict}, "
-                            f"{entry.time}); a second look would make it another validation set")
-    say(f"this is look number {len({entry.trial for entry in looks} | {target.name})} at the test split of "
+    before = looks(plan.data)
+    for idea in ideas:
+        if before.get(idea.change_sha256[:12], target.name) != target.name:
+            raise UserError(f"{idea.name} was looked at on the test split before, in the trial "
+                            f"{before[idea.change_sha256[:12]]}; a second look would make it another "
+                            "validation set")
+    say(f"this is look number {len({*before.values(), target.name})} at the test split of "
         f"{dataset.folder.name}")
-    pairs = max(results["ideas"][idea]["pairs"] for idea in kept)
-    hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
     machine = machine_facts(plan.machine["processes"])
-    plan = replace(plan, margin=results["margin"], first=pairs, most=pairs, flags=flags, split=TEST,
-                   machine=machine, ideas={idea.name: plan.ideas[idea.name] for idea in ideas},
+    plan = replace(plan, margin=results["margin"], flags=flags, split=TEST, machine=machine,
+                   ideas={idea.name: plan.ideas[idea.name] for idea in ideas},
                    keys={side.name: key_of(side, flags, hashes, machine) for side in (baseline, *ideas)})
     turns = Turns.on_this_machine(machine["processes"], cfg.device)
     return Trial(target.name, plan, baseline, ideas, turns, say), results
+
+
+def looks(data: str) -> dict[str, str]:
+    """Changes that were looked at on the test split of these data, also by trials that have not ended -> the
+    trial."""
+    found = {entry.change: entry.trial for entry in ledger.read()
+             if entry.split == TEST and entry.data == data}
+    for file in (places.EXPERIMENTS / "trials").glob("*/plan.json"):
+        plan = read(file)
+        if plan.get("split") == TEST and plan.get("data") == data:
+            found |= {idea["change"][:12]: file.parent.name for idea in plan["ideas"].values()}
+    return found
 
 
 def again(name: str, facts: dict, folder: Path, baseline: Side) -> Side:
@@ -76,11 +91,12 @@ def again(name: str, facts: dict, folder: Path, baseline: Side) -> Side:
 
 
 def selection(before: dict, results: dict) -> list[str]:
-    """How much of each gain is left, in words."""
+    """How much of each gain is left, in words; it is added to the results, too."""
     lines = []
     for name, result in results["ideas"].items():
         if "gain" in result:
             then, now = before["ideas"][name]["gain"], result["gain"]
+            result |= {"gain_when_picked": then, "selection": then - now}
             lines.append(f"{name}: the gain was {then:+.4f} when it was picked and is {now:+.4f} on text and "
                          f"seeds that had no part in that; {then - now:+.4f} of it was selection and chance")
     return lines

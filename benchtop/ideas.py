@@ -27,10 +27,14 @@ from benchtop.folder import module_of
 from benchtop.identity import bench_hashes, bench_sha256
 
 BASELINE = "baseline"
-NAME = r"[A-Za-z0-9][\w.-]{0,39}"
+# names of trials and ideas stand in those of runs and files
+NAME, IDEA = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", r"[A-Za-z0-9][A-Za-z0-9_.-]{0,29}"
+RESERVED = (BASELINE, "output", "plan.json", "results.json")
 # a trial sets these for each run, or checks the script by them
 TAKEN = ("seed", "model_name", "resume", "resume_changed", "held_out", "check", "smoke", "sample")
-BUDGET = ("num_steps", "train_tokens", "train_minutes")     # the same for all sides
+BUDGET = ("num_steps", "train_tokens", "train_minutes")
+# what all sides share, or they could not be compared
+SHARED = (*BUDGET, "target_loss", "preset", "data", "tokenizer", "val_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ def baseline_side(against: str) -> Side:
 
 
 def open_idea(typed: str, baseline: Side) -> Side:
-    """The side that a word of the command line means. A patch becomes a script idea_NAME.py beside the bench.
+    """The side that a word of the command line means.
+
+    A changed script is copied beside the bench under a name of its content, so that neither a later edit nor
+    another idea changes what a trial runs.
 
     raises  UserError if it is no idea, or its patch does not apply
     """
@@ -75,9 +82,9 @@ def open_idea(typed: str, baseline: Side) -> Side:
             raise UserError(f"{typed!r} is no idea; give a changed script, a patch (.diff), or a name and "
                             "flags, as in 'lr2: --muon_lr 0.1'")
     name = name.strip()
-    if not re.fullmatch(NAME, name) or name == BASELINE:
-        raise UserError(f"an idea's name must be letters, digits, '.', '_' and '-', and not {BASELINE}; it "
-                        f"is {name!r}")
+    if not re.fullmatch(IDEA, name) or name in RESERVED or name.endswith(".diff"):
+        raise UserError("an idea's name must be 1 to 30 letters, digits, '.', '_' and '-', and none of "
+                        f"{', '.join(RESERVED)}; it is {name!r}; name it as in 'other: {rest.strip()}'")
     try:
         words = shlex.split(rest)
     except ValueError as error:
@@ -87,7 +94,7 @@ def open_idea(typed: str, baseline: Side) -> Side:
         raise UserError(f"the idea {name} has {len(files)} files ({', '.join(files)}); put all changes into "
                         "one")
     flags = [word for word in words if word not in files]
-    check_flags(flags, f"the idea {name}", TAKEN + BUDGET)
+    check_flags(flags, f"the idea {name}", TAKEN + SHARED)
     if not words:
         raise UserError(f"the idea {name} changes nothing; give it flags, a script or a patch")
     if not files:
@@ -106,22 +113,26 @@ def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[
     file = file if file.is_file() else places.ROOT / file
     if not file.is_file():
         raise UserError(f"the idea {name} needs {file.name}, which does not exist")
-    before = baseline.script.read_text(encoding="utf-8")
+    before = ended(baseline.script.read_text(encoding="utf-8"))
     try:
-        after = (file.read_text(encoding="utf-8") if file.suffix == ".py" else
-                 patched(file, baseline.script))
+        after = ended(file.read_text(encoding="utf-8") if file.suffix == ".py" else
+                      patched(file, baseline.script))
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text in UTF-8") from error
-    script = file.resolve()
-    if file.suffix != ".py" or script.parent != places.ROOT:
-        script = places.ROOT / f"idea_{re.sub(r'[^A-Za-z0-9_]', '_', name)}.py"
-        if not script.exists() or script.read_text(encoding="utf-8") != after:
-            write_text(script, after)
+    sha256 = hashlib.sha256(after.encode()).hexdigest()
+    script = places.ROOT / f"idea_{re.sub(r'[^A-Za-z0-9_]', '_', name)}_{sha256[:8]}.py"
+    if not script.exists() or sha256_of(script) != sha256:
+        write_text(script, after)
     lines = [text.splitlines(keepends=True) for text in (before, after)]
     patch = "".join(difflib.unified_diff(*lines, f"a/{baseline.script.name}", f"b/{baseline.script.name}"))
     if not patch and not flags:
         raise UserError(f"the idea {name} changes nothing in {baseline.script.name}")
     return Side(name, script, typed, flags, patch)
+
+
+def ended(text: str) -> str:
+    """With a new line at its end, without which a diff cannot be applied again."""
+    return text if text.endswith("\n") or not text else text + "\n"
 
 
 def patched(patch: Path, script: Path) -> str:
@@ -134,10 +145,16 @@ def patched(patch: Path, script: Path) -> str:
                         f"{script.name}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / script.name
-        shutil.copy(script, copy)
-        done = subprocess.run(["git", "apply", "--include", script.name, str(patch.resolve())], cwd=folder,
-                              env=os.environ | {"GIT_CEILING_DIRECTORIES": folder}, capture_output=True,
-                              text=True, errors="replace")
+        copy.write_text(ended(script.read_text(encoding="utf-8")), encoding="utf-8")
+
+        def git(*words: str) -> subprocess.CompletedProcess:
+            return subprocess.run(["git", "apply", *words, str(patch.resolve())], cwd=folder, text=True,
+                                  env=os.environ | {"GIT_CEILING_DIRECTORIES": folder}, capture_output=True,
+                                  errors="replace")
+        touched = [line.split("\t")[-1] for line in git("--numstat").stdout.splitlines()]
+        if others := [name for name in touched if name != script.name]:
+            raise UserError(f"{patch} also changes {', '.join(others)}; an idea changes {script.name} alone")
+        done = git()
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr)
             why = why.removeprefix("error: ").strip()

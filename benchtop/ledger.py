@@ -6,8 +6,9 @@ Lines are only ever added. Columns that a later version adds come last; a reader
 import csv
 import io
 import os
+import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from benchtop import places
@@ -30,6 +31,8 @@ class Entry:
     gain, low, high       of the idea over the baseline, larger is better, with its interval
     runs                  of the idea; tokens and seconds are theirs together, memory_mib the largest
     split                 held-out text that was looked at: val, or test where it was confirmed
+    flags, shared_flags   the idea's own, and those of all runs of the trial
+    baseline_key          of the runs that it was compared with (benchtop/ideas.py)
     """
     time: str
     trial: str
@@ -49,6 +52,9 @@ class Entry:
     split: str
     data: str
     description: str
+    flags: str = ""
+    shared_flags: str = ""
+    baseline_key: str = ""
 
 
 def path() -> Path:
@@ -63,10 +69,18 @@ def add(entry: Entry) -> None:
     """Append a line, in one write that reaches the disk; the file begins with the names of the columns."""
     file = path()
     file.parent.mkdir(exist_ok=True)
-    with locked(file.with_suffix(".lock"), wait=True), open(file, "ab") as out:
-        head = [field.name for field in fields(Entry)] if not out.tell() else []
-        for cells in filter(None, (head, [cell_of(getattr(entry, field.name)) for field in fields(Entry)])):
-            out.write(("\t".join(cells) + "\n").encode())
+    names = [field.name for field in fields(Entry)]
+    with locked(file.with_suffix(".lock"), wait=True), open(file, "ab+") as out:
+        out.seek(0)
+        content = out.read().decode(errors="replace")
+        if not content:
+            out.write(("\t".join(names) + "\n").encode())
+        elif not content.endswith("\n"):       # half a line, of a disk that was full
+            out.write(b"\n")
+        # by the columns of the file, which an earlier version may have begun
+        columns = content.splitlines()[0].split("\t") if content else names
+        line = [cell_of(getattr(entry, name, None)) for name in columns]
+        out.write(("\t".join(line) + "\n").encode())
         out.flush()
         os.fsync(out.fileno())
 
@@ -79,9 +93,9 @@ def cell_of(value: object) -> str:
 
 
 def read() -> list[Entry]:
-    """All lines, oldest first; none where there is no ledger.
+    """All lines, oldest first; none where there is no ledger. One that is damaged is left out with a word.
 
-    raises  UserError that names a line that is no entry
+    raises  UserError if the file cannot be read
     """
     try:
         text = path().read_text(encoding="utf-8")
@@ -95,14 +109,15 @@ def read() -> list[Entry]:
         try:
             entries.append(entry_of(row))
         except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path()} line {number} is no entry of the ledger ({error}); mend or remove "
-                            "that line") from error
+            print(f"left out: line {number} of {path().name} is no entry ({error})", file=sys.stderr)
     return entries
 
 
 def entry_of(row: dict[str, str]) -> Entry:
     values = {}
     for field in fields(Entry):
+        if field.default is not MISSING and not row.get(field.name):
+            continue        # a column that this file does not have
         cell = row[field.name] or ""
         if field.type is str:
             values[field.name] = cell
@@ -110,6 +125,4 @@ def entry_of(row: dict[str, str]) -> Entry:
             values[field.name] = int(cell)
         else:
             values[field.name] = float(cell) if cell or field.type is float else None
-    if values["verdict"] not in VERDICTS:
-        raise ValueError(f"verdict {values['verdict']!r}")
     return Entry(**values)

@@ -6,7 +6,7 @@ from html import escape
 from benchtop import places
 from benchtop.command_line import minutes
 from benchtop.curves import STYLE as FIGURE
-from benchtop.ledger import KEEP, Entry
+from benchtop.ledger import KEEP, NOT_CONFIRMED, Entry
 from benchtop.page import STYLE
 
 COLUMNS = ("when", "trial", "idea", "verdict", "gain", "interval", "runs", "tokens", "time", "description")
@@ -43,8 +43,8 @@ def page(entries: list[Entry]) -> str:
     for number, entry in reversed(list(enumerate(entries, 1))):
         *short, description = cells(entry)
         first = f"<td>{number}</td>" + "".join(f"<td>{escape(cell)}</td>" for cell in short)
-        rows.append(f"<tr class=\"{entry.verdict.replace(' ', '-')}\">{first}"
-                    f"<td class=\"text\">{escape(description)}{patch_of(entry)}</td></tr>")
+        rows.append(f"<tr class=\"{escape(entry.verdict.replace(' ', '-'))}\">{first}"
+                    f"<td class=\"text\">{escape(description)}{flags_of(entry)}{patch_of(entry)}</td></tr>")
     head = "".join(f"<th scope=\"col\">{name}</th>" for name in ("no.", *COLUMNS))
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
@@ -54,6 +54,10 @@ def page(entries: list[Entry]) -> str:
             f"looked at after every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n<div class=\"wide\"><table>"
             f"<thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody></table></div>\n"
             "</body></html>\n")
+
+
+def flags_of(entry: Entry) -> str:
+    return f" <code>{escape(entry.flags)}</code>" if entry.flags else ""
 
 
 def patch_of(entry: Entry) -> str:
@@ -66,20 +70,23 @@ def patch_of(entry: Entry) -> str:
 
 
 def curve(entries: list[Entry]) -> str:
-    """The metric of each idea with its interval, and the best that was kept so far, as inline SVG; each
-    metric and data set by itself."""
+    """The metric of each idea with its interval, and the best that was kept so far, as inline SVG; only what
+    shares metric, data and all other flags stands in one picture."""
+    def kind(entry: Entry) -> tuple[str, str, str]:
+        return entry.metric, entry.data, entry.shared_flags
     figures = []
-    for metric, data in dict.fromkeys((entry.metric, entry.data) for entry in entries):
+    failed = {entry.change for entry in entries if entry.verdict == NOT_CONFIRMED}
+    for metric, data, flags in dict.fromkeys(map(kind, entries)):
         points = [(number, entry) for number, entry in enumerate(entries, 1)
-                  if (entry.metric, entry.data) == (metric, data) and entry.gain is not None
-                  and entry.split == "val"]
+                  if kind(entry) == (metric, data, flags) and entry.gain is not None and entry.split == "val"]
         if points:
-            figures.append(f"<h2>Best so far, data {escape(data)}</h2>\n<figure>"
-                           f"{drawn(points, metric)}</figure>")
+            figures.append(f"<h2>Best so far, data {escape(data)}</h2>\n<p><code>{escape(flags)}</code></p>"
+                           f"<figure>{drawn(points, metric, failed)}</figure>")
     return "\n".join(figures)
 
 
-def drawn(points: list[tuple[int, Entry]], metric: str) -> str:
+def drawn(points: list[tuple[int, Entry]], metric: str, not_confirmed: set[str]) -> str:
+    """not_confirmed  changes that are not the best, whatever they seemed to be"""
     from matplotlib import pyplot
     with pyplot.rc_context(FIGURE):
         figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
@@ -95,7 +102,7 @@ def drawn(points: list[tuple[int, Entry]], metric: str) -> str:
         best = points[0][1].baseline
         line = [(points[0][0] - 0.5, best)]
         for number, entry in points:
-            if entry.verdict == KEEP:
+            if entry.verdict == KEEP and entry.change not in not_confirmed:
                 best = min(best, entry.value)
             line.append((number, best))
         axes.step(*zip(*line, strict=True), where="post", color="#0072B2", linewidth=1.4, label="best kept")

@@ -6,6 +6,7 @@ and another trial with the same baseline need not train it anew.
 """
 
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -17,13 +18,14 @@ from pathlib import Path
 from benchtop import ledger, places
 from benchtop.command_line import counted, minutes
 from benchtop.errors import UserError
-from benchtop.files import write_json, write_text
-from benchtop.groups import SavedRun, read_run
+from benchtop.files import sha256_of, write_json, write_text
+from benchtop.groups import Group, SavedRun, check_comparable, read_run
 from benchtop.held_out import TEST, VAL
 from benchtop.ideas import BASELINE, Side
+from benchtop.identity import bench_hashes, bench_sha256
 from benchtop.redaction import without_secrets
 from benchtop.sequential import Look, Sequential
-from benchtop.turns import Job, Turns, last_line
+from benchtop.turns import Job, Turns, last_words
 
 METRIC = "val_bpb"
 KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv", "samples.jsonl")
@@ -80,6 +82,7 @@ class Trial:
     fates: dict[str, Fate] = field(default_factory=dict)
     margin: float = 0.0
     seconds: list[float] = field(default_factory=list)      # that runs took by the clock, in this session
+    failed: dict[str, SavedRun] = field(default_factory=dict)       # of ideas that diverged
 
     @property
     def folder(self) -> Path:
@@ -92,35 +95,39 @@ class Trial:
     # ---- from the plan to the verdicts
 
     def begin(self) -> bool:
-        """Write the plan, or find that it is the same as before; whether the trial has ended already.
+        """Whether the trial has ended already.
 
         raises  UserError if another trial has this name
         """
-        file = self.folder / "plan.json"
-        plan = json.loads(json.dumps(asdict(self.plan)))
-        if file.is_file():
-            before = read(file)
-            changed = [what for what in plan if before.get(what) != plan[what]]
-            if changed and not self.ideas and not {*changed} - {"first", "most"}:
-                write_json(file, plan)      # nothing is decided by runs of the baseline alone, so add seeds
-                (self.folder / "results.json").unlink(missing_ok=True)
-            elif changed:
-                raise UserError(f"the trial {self.name} began with another {', '.join(changed)}; undo that, "
-                                "or take another --name")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, plan)
+        file, results = self.folder / "plan.json", self.folder / "results.json"
+        self.fates = {idea.name: Fate() for idea in self.ideas}
+        if not file.is_file():
+            return False
+        before, plan = read(file), json.loads(json.dumps(asdict(self.plan)))
+        changed = [what for what in plan if before.get(what) != plan[what]]
+        # nothing is decided by runs of the baseline alone, so that seeds may be added, nor where no idea
+        # came so far as to be trained
+        is_open = ((not self.ideas and not {*changed} - {"first", "most"}) or
+                   (results.is_file() and not read(results)["baseline"]))
+        if changed and not is_open:
+            raise UserError(f"the trial {self.name} began with another {', '.join(changed)}; undo that, "
+                            "or take another --name")
+        return results.is_file() and not changed
+
+    def write_plan(self) -> None:
+        """Before the first run, and once all scripts are sound or out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "plan.json", asdict(self.plan))
+        (self.folder / "results.json").unlink(missing_ok=True)
         for idea in self.ideas:
-            self.fates[idea.name] = Fate()
             if idea.patch:
                 write_text(self.folder / f"{idea.name}.diff", idea.patch)
-        return (self.folder / "results.json").is_file()
 
     def check(self) -> None:
-        """Each script's own --smoke, in seconds.
+        """Each script's own --smoke, with all its flags, in seconds.
 
         An idea that fails it is out.
-        raises  UserError if the baseline fails it
+        raises  UserError if the baseline fails it, or a check was stopped
         """
         checked: dict[tuple, str] = {}
         for side in (self.baseline, *self.ideas):
@@ -135,8 +142,10 @@ class Trial:
                 self.say(f"{side.name}: sound")
 
     def _smoke(self, side: Side) -> str:
-        done = subprocess.run([sys.executable, str(side.script), "--smoke", *side.flags], text=True,
-                              capture_output=True, errors="replace", stdin=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, str(side.script), *self.plan.flags, *side.flags, "--smoke"],
+                              text=True, capture_output=True, errors="replace", stdin=subprocess.DEVNULL)
+        if was_stopped(done.returncode, done.stderr):
+            raise UserError(f"the check of {side.name} was stopped; run the same command again")
         words = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
         return words[-1].removeprefix(f"{side.script.name}: error: ") if done.returncode else ""
 
@@ -150,8 +159,7 @@ class Trial:
             self.train(seeds)
             self.judge(seeds[-1] + 1)
         for idea in self.open_ideas:
-            verdict = ledger.UNDECIDED if self.plan.split == VAL else ledger.NOT_CONFIRMED
-            self.decide(idea, verdict, self.what_more_takes(self.fates[idea.name]))
+            self.decide(idea, ledger.UNDECIDED, self.what_more_takes(self.fates[idea.name]))
 
     def seed_of(self, number: int) -> int:
         return number + (FIRST_FRESH_SEED if self.plan.split == TEST else 0)
@@ -177,11 +185,18 @@ class Trial:
             run = ended_run(job.name)
             if run:
                 self.note(side, seed, run, f", {minutes(seconds)} by the clock")
+            elif not code:
+                raise UserError(f"{side.script.name} or the bench was changed while seed {seed} was trained; "
+                                "undo that, and run the same command again")
             else:
-                self.note_crash(side, seed, code, last_line(self.folder / "output" / f"{job.name}.txt"))
+                self.note_crash(side, seed, code, last_words(self.folder / "output" / f"{job.name}.txt"))
+
+        def wanted(job: Job) -> bool:
+            side, _ = sides[job.name]
+            return side is self.baseline or not self.fates[side.name].verdict
         if total:
             self.say(f"training {counted(total, 'run')}{self.time_left(total)}")
-        self.turns.run(jobs, self.folder / "output", tell)
+        self.turns.run(jobs, self.folder / "output", tell, wanted)
 
     def time_left(self, runs: int) -> str:
         if not self.seconds:
@@ -199,10 +214,13 @@ class Trial:
         elif side is self.baseline:
             raise UserError(f"the baseline {run.status} with seed {seed}; a trial needs one that finishes")
         elif not self.fates[side.name].verdict:
+            self.failed[side.name] = run
             self.decide(side, "diverged", f"seed {seed} {run.status}")
 
     def note_crash(self, side: Side, seed: int, code: int, words: str) -> None:
         said = words or f"exit code {code}"
+        if was_stopped(code, said):
+            raise UserError(f"{side.name}, seed {seed}, was stopped ({said}); run the same command again")
         if side is self.baseline:
             raise UserError(f"the baseline ended with exit code {code} at seed {seed}: {said}")
         if "another process" in said:       # nothing is known of the idea then
@@ -213,9 +231,16 @@ class Trial:
     # ---- what it means
 
     def judge(self, pairs: int) -> None:
-        """Look at each open idea after this many pairs."""
+        """Look at each open idea after this many pairs.
+
+        raises  UserError if runs of an idea and of the baseline must not be compared
+        """
         if not self.ideas:
             return
+        for idea in self.open_ideas:
+            sides = [Group(side.name, [run for (name, _), run in self.runs.items() if name == side.name])
+                     for side in (self.baseline, idea)]
+            check_comparable(sides, METRIC, ["tokens"] if self.plan.by_clock else [])
         values = [self.value(BASELINE, self.seed_of(number)) for number in range(pairs)]
         if not self.margin:
             self.margin = self.plan.margin or self.noise_floor(values)
@@ -257,12 +282,8 @@ class Trial:
 
     def what_more_takes(self, fate: Fate) -> str:
         test = Sequential(self.margin, self.plan.alpha, self.plan.first, self.plan.most, len(self.ideas))
-        try:
-            needed = f"{test.more(fate.look.sd):,} pairs"
-        except ValueError:
-            needed = "more than 10,000 pairs"
         return (f"{fate.look.pairs} pairs do not tell; to find a gain of {self.margin:.4f} in 80 % of cases "
-                f"takes about {needed}, by the scatter of these")
+                f"takes up to about {test.more(fate.look.sd):,} pairs, by the scatter of these")
 
     def decide(self, idea: Side, verdict: str, reason: str) -> None:
         fate = self.fates[idea.name]
@@ -289,8 +310,10 @@ class Trial:
         results = {"trial": self.name, "metric": METRIC, "split": self.plan.split, "margin": self.margin,
                    "alpha": self.plan.alpha, "baseline": self.values_of(BASELINE),
                    "ideas": {idea.name: self.result_of(idea) for idea in self.ideas}}
-        for entry in entries:
-            ledger.add(entry)
+        there = {(entry.trial, entry.idea, entry.change, entry.verdict) for entry in ledger.read()}
+        for entry in entries:       # unless it was killed between a line and the results
+            if (entry.trial, entry.idea, entry.change, entry.verdict) not in there:
+                ledger.add(entry)
         write_json(self.folder / "results.json", results)
         shutil.rmtree(self.folder / "output", ignore_errors=True)
         return results
@@ -315,25 +338,41 @@ class Trial:
     def entry(self, idea: Side) -> ledger.Entry:
         fate = self.fates[idea.name]
         runs = [run.summary for (name, _), run in self.runs.items() if name == idea.name]
+        runs += [self.failed[idea.name].summary] if idea.name in self.failed else []
         seeds = list(fate.gains)
         known = bool(seeds)
         mean = {name: statistics.fmean(self.value(name, seed) for seed in seeds) if known else None
                 for name in (BASELINE, idea.name)}
-        look, tokens = fate.look, sum(run["tokens"] for run in runs)
+        look, tokens = fate.look, sum(run.get("tokens", 0) for run in runs)
         return ledger.Entry(
             ledger.now(), self.name, idea.name, idea.change_sha256[:12], METRIC, mean[BASELINE],
             mean[idea.name], look and look.gain, look and look.low, look and look.high, len(runs), tokens,
-            round(sum(run["train_seconds"] for run in runs), 1),
+            round(sum(run.get("train_seconds", 0.0) for run in runs), 1),
             max((run.get("peak_memory_mib") or 0.0 for run in runs), default=None), fate.verdict,
-            self.plan.split, self.plan.data, without_secrets(self.plan.description or idea.typed))
+            self.plan.split, self.plan.data, without_secrets(self.plan.description or idea.typed),
+            without_secrets(shlex.join(idea.flags)), without_secrets(shlex.join(self.plan.flags)),
+            self.plan.keys[BASELINE])
 
 
 def ended_run(name: str) -> SavedRun | None:
-    """The newest run of this --model_name, if it finished or failed."""
+    """The newest run of this --model_name by the code that is here, if it finished or failed."""
     folders = [folder for folder in sorted(places.EXPERIMENTS.glob(f"*_{name}"))
                if (folder / "config.json").is_file() and (folder / "summary.json").is_file()]
     runs = [run for run in map(read_run, folders) if run.knobs.get("model_name") == name]
-    return runs[-1] if runs and runs[-1].summary else None
+    return runs[-1] if runs and runs[-1].summary and is_by_this_code(runs[-1]) else None
+
+
+def is_by_this_code(run: SavedRun) -> bool:
+    """Whether its scripts and the bench are still as they were when it was made."""
+    sources, bench = run.summary.get("sources", {}), run.summary.get("bench_sha256")
+    return bench in (None, bench_sha256(bench_hashes())) and all(
+        (places.ROOT / name).is_file() and sha256_of(places.ROOT / name) == sha256
+        for name, sha256 in sources.items())
+
+
+def was_stopped(code: int, words: str) -> bool:
+    """Whether a process ended for a reason that says nothing of its script: a signal, or a full disk."""
+    return code < 0 or code > 128 or "No space left on device" in words
 
 
 def copy_small(run: SavedRun, target: Path, names: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ prints goes into a file and is shown where it fails.
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchtop import places
 from benchtop.errors import UserError
+from benchtop.files import locked
 from benchtop.gpus import nvidia_gpus
 from benchtop.signals import heard_by
 
@@ -59,26 +62,30 @@ class Turns:
                  for first in range(0, len(gpus) - processes + 1, processes)]
         return cls(slots, processes)
 
-    def run(self, jobs: list[Job], outputs: Path, tell: Callable[[Job, int, float], None]) -> None:
-        """Run all jobs, in their order as far as there are devices.
+    def run(self, jobs: list[Job], outputs: Path, tell: Callable[[Job, int, float], None],
+            wanted: Callable[[Job], bool] = lambda job: True) -> None:
+        """Run all jobs that are still wanted when their turn comes; in order, as far as devices allow.
 
         outputs  a folder for what they print, as NAME.txt
-        tell     is called as each of them ends, with its exit code and seconds, in the calling thread
+        tell     is called as each of them ends, with its exit code and seconds, before another one takes its
+                 device; one at a time
         raises   UserError once a signal has stopped them
         """
         outputs.mkdir(parents=True, exist_ok=True)
         free: queue.Queue[str] = queue.Queue()
         for slot in self.slots:
             free.put(slot)
-        ended: queue.Queue[tuple[Job, int, float]] = queue.Queue()
+        telling = threading.Lock()
 
         def work(job: Job) -> None:
-            if self.stopped_by:
+            if self.stopped_by or not wanted(job):
                 return
             slot, begun = free.get(), time.perf_counter()
             try:
                 code = self._run_one(job, slot, outputs / f"{job.name}.txt")
-                ended.put((job, code, time.perf_counter() - begun))
+                with telling:
+                    if not self.stopped_by:
+                        tell(job, code, time.perf_counter() - begun)
             finally:
                 free.put(slot)
         # all runs save when this process is told to stop
@@ -86,10 +93,6 @@ class Turns:
             try:
                 for future in [workers.submit(work, job) for job in jobs]:
                     future.result()
-                    while not ended.empty():
-                        end = ended.get()
-                        if not self.stopped_by:
-                            tell(*end)
             except BaseException:
                 self.stop(signal.SIGTERM)       # the others save, and the same command goes on with them
                 raise
@@ -103,13 +106,18 @@ class Turns:
         if self.processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
-        with open(output, "wb") as file:
+        with open(output, "wb") as file, contextlib.ExitStack() as devices:
+            for device in sorted(slot.split(",")):      # another trial on it waits
+                name = f"device_{device or 'cpu'}.lock"
+                devices.enter_context(locked(places.EXPERIMENTS / name, wait=True))
             with self.lock:
                 if self.stopped_by:
                     return 128 + self.stopped_by
                 process = subprocess.Popen([*start, *job.words], stdout=file, stderr=subprocess.STDOUT,
                                            stdin=subprocess.DEVNULL, env=environment)
                 self.alive.add(process)
+            if self.stopped_by:     # it was told while this one started
+                self.stop(self.stopped_by)
             code = process.wait()
             with self.lock:
                 self.alive.discard(process)
@@ -124,9 +132,10 @@ class Turns:
 
 
 
-def last_line(output: Path) -> str:
-    """What a run said last; empty if nothing."""
+def last_words(output: Path) -> str:
+    """Its own complaint if a run made one, behind which torchrun has more to say; else what it said last."""
     with contextlib.suppress(OSError):
         lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+        complaint = next((line for line in reversed(lines) if re.match(r"[\w./-]+\.py: error: ", line)), "")
+        return complaint or (lines[-1].strip() if lines else "")
     return ""

@@ -372,28 +372,36 @@ def test_a_race_gives_each_side_the_same_time_and_a_checkout_needs_no_change(mea
     assert set((lab / "experiments").glob("2*")) == before
 
 
-def test_every_side_is_tuned_with_the_same_runs_one_axis_after_the_other(race, monkeypatch):
-    worth = {"rate": {2.0: -0.2}, "batch": {4096: -0.1}, "warmup": {0.2: -0.05}}
+def test_every_side_is_tuned_one_axis_after_the_other_and_beyond_a_best_edge(race, monkeypatch):
+    worth = {"rate": {4.0: -0.2, 2.0: -0.1, 8.0: -0.1}, "batch": {4096: -0.1}, "warmup": {0.2: -0.05}}
     tried = []
 
     def run(self, wanted):
         tried.extend(point for _, point, _, seed in wanted if seed == race.TUNING_SEED)
-        return [SavedRun(Path(), {}, {"val_bpb": 2 + sum(gains.get(getattr(point, axis), 0)
-                                                         for axis, gains in worth.items())})
+        ends = [2 + sum(gains.get(getattr(point, axis), 0) for axis, gains in worth.items())
                 for _, point, _, _ in wanted]
+        return [SavedRun(Path(), {}, {"status": "finished", "val_bpb": end}) for end in ends]
     monkeypatch.setattr(race.Race, "run", run)
     one = race.Race.__new__(race.Race)
     best, found = one.tune(race.Racer("x", Path("x.py"), {"rate": 1.0}), 60)
-    assert best == race.Point(2.0, 4096, 0.2) and len(tried) == len(set(tried)) == len(found) == 8
-    assert min(found, key=lambda pair: pair[1])[0] == best
+    assert best == race.Point(4.0, 4096, 0.2) and len(tried) == len(set(tried)) == len(found)
+    assert {point.rate for point in tried} == {0.5, 1.0, 2.0, 4.0, 8.0}
+    assert {point.batch for point in tried} == {2048, 4096, 8192, 16384}
+    ours, _ = one.tune(race.Racer("train_gpt", Path("x.py"), {"rate": 1.0}), 60)
+    assert ours == race.Point(4.0, 4096, 0.02)
 
 
-def test_the_time_to_a_value_is_read_off_between_budgets_seed_by_seed(race):
+def test_the_time_to_a_value_is_read_off_between_means(race):
     def group(*values: float) -> Group:
         return Group("train_gpt", [SavedRun(Path(), {}, {"status": "finished", "val_bpb": value})
                                    for value in values])
-    first = {60.0: group(1.6, 1.7), 240.0: group(1.4, 1.5)}
-    # half-way in the logarithm of time for the first seed; the second needs it all
-    assert race.seconds_to(first, 1.5).startswith("180 s (")
-    assert race.seconds_to(first, 1.39) == race.seconds_to(first, 1.45) == "not within 240 s"
-    assert race.seconds_to(first, 1.8) == "less than 60 s"
+    for pair in ((1.6, 1.7), (1.7, 1.6)):
+        first = {60.0: group(*pair), 240.0: group(1.4, 1.5)}
+        assert race.seconds_to(first, 1.55) == "120 s"      # half-way, in the logarithm
+        assert race.seconds_to(first, 1.44) == "not within 240 s"
+        assert race.seconds_to(first, 1.66) == "less than 60 s"
+
+
+def test_a_side_of_which_no_run_finished_is_shown_as_such(race):
+    lost = Group("x", [SavedRun(Path(), {}, {"status": "failed: the loss is nan"})] * 3)
+    assert race.table({("x", 60.0): lost})[1] == ["60", "x", "", "", "", "", "none of 3 runs finished", ""]

@@ -6,7 +6,6 @@ import threading
 import pytest
 
 from benchtop import ledger, ledger_page, places
-from benchtop.errors import UserError
 
 ENTRY = ledger.Entry("2026-11-26T22:40:00Z", "t", "lr2", "0123456789ab", "val_bpb", 1.25, 1.24, 0.01, -0.001,
                      0.02, 3, 3_000_000, 12.5, 800.0, "keep", "val", "fedcba987654", "twice the rate")
@@ -43,17 +42,42 @@ def test_lines_of_processes_at_once_are_all_there():
     assert sorted(entry.runs for entry in ledger.read()) == list(range(20))
 
 
-def test_a_ledger_of_a_later_version_is_read_and_a_damaged_one_names_its_line():
+def test_ledgers_of_other_versions_are_read_and_added_to(capsys):
     ledger.add(ENTRY)
     lines = ledger.path().read_text().splitlines()
     ledger.path().write_text(f"{lines[0]}\tnew\n{lines[1]}\tvalue\n")
     assert ledger.read() == [ENTRY]
-    for damaged in ("half a line", lines[1].replace("keep", "perhaps"), lines[1].replace("1.25", "x")):
-        ledger.path().write_text(f"{lines[0]}\n{lines[1]}\n{damaged}\n")
-        with pytest.raises(UserError, match="line 3 is no entry"):
-            ledger.read()
+    later = lines[1].replace("keep", "perhaps")
+    ledger.path().write_text(f"{lines[0]}\n{later}\n")
+    assert ledger.read()[0].verdict == "perhaps"
+    # a column fewer, as before it was added; the new line keeps to the columns that are there
+    cut = ["\t".join(line.split("\t")[:-2]) for line in lines]
+    ledger.path().write_text("\n".join([*cut, ""]))
+    ledger.add(dataclasses.replace(ENTRY, idea="b", baseline_key="abc"))
+    assert ledger.read() == [ENTRY, dataclasses.replace(ENTRY, idea="b")]
+    assert {line.count("\t") for line in ledger.path().read_text().splitlines()} == {cut[0].count("\t")}
     ledger.path().unlink()
     assert ledger.read() == []
+
+
+def test_a_damaged_line_is_left_out_with_a_word_and_the_next_one_is_whole(capsys):
+    ledger.add(ENTRY)
+    lines = ledger.path().read_text().splitlines()
+    for damaged in ("half a line", lines[1].replace("1.25", "x")):
+        ledger.path().write_text(f"{lines[0]}\n{lines[1]}\n{damaged}")     # the disk was full
+        ledger.add(dataclasses.replace(ENTRY, idea="b"))
+        assert [entry.idea for entry in ledger.read()] == ["lr2", "b"]
+        assert "left out: line 3 of ledger.tsv is no entry" in capsys.readouterr().err
+
+
+def test_what_was_not_confirmed_is_not_the_best(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ledger_page, "drawn", lambda points, metric, failed: drawn.append(failed) or "<svg/>")
+    ledger_page.curve([ENTRY, dataclasses.replace(ENTRY, verdict="not confirmed", split="test")])
+    assert drawn == [{ENTRY.change}]
+    # other flags of all runs make another picture
+    ledger_page.curve([ENTRY, dataclasses.replace(ENTRY, shared_flags="--num_steps 9")])
+    assert len(drawn) == 3
 
 
 def test_the_page_has_a_row_and_the_patch_of_each_idea_and_what_they_say_is_no_markup():

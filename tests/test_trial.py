@@ -1,5 +1,6 @@
 """trial.py: from an idea to a verdict. Run: ./run.sh test tests/test_trial.py"""
 
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import flags
@@ -28,6 +30,9 @@ def without_budget(**knobs) -> list[str]:
 
 
 NOISE = [0.000, 0.004, -0.003, 0.002, -0.001, 0.003, -0.002, 0.001]
+
+
+FOLDERS = itertools.count()
 
 
 class Machine:
@@ -56,7 +61,7 @@ class Machine:
             bpb -= self.worth[idea] + self.scatter * NOISE[(seed + 3) % 8] / 0.003
         if knobs.get("held_out") == "test":
             bpb += 0.1
-        folder = places.EXPERIMENTS / f"20261126_000000_{name}"
+        folder = places.EXPERIMENTS / f"20261126_{next(FOLDERS):06d}_{name}"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"model_name": name, "seed": seed}))
         (folder / "summary.json").write_text(json.dumps({
@@ -110,7 +115,7 @@ def test_exit_statuses_tell_the_verdict(run):
     assert run(Machine({"no": -0.02}), "no: --muon_lr 9", "--margin", "0.01", "--", *TINY) == trial.NONE_KEPT
     machine = Machine({"may": 0.005}, scatter=0.02)
     assert run(machine, "may: --muon_lr 9", "--margin", "0.01", "--", *TINY) == trial.SOME_UNDECIDED
-    assert "pairs do not tell; to find a gain of 0.0100 in 80 % of cases takes about" in run.said
+    assert "pairs do not tell; to find a gain of 0.0100 in 80 % of cases takes up to about" in run.said
     assert len(machine.started) == 13, "5 more pairs; three runs of the baseline were there already"
     assert run(Machine({}), "nothing", "--", *TINY) == trial.NO_TRIAL and "is no idea" in run.complaint
     assert run(Machine({}), "no: --muon_lr 9", "--sedes", "3") == trial.NO_TRIAL
@@ -260,10 +265,13 @@ def test_an_idea_is_a_script_a_patch_or_flags(scripts, tmp_path):
     changed = "a = 1\nb = 5\nc = 3\n"
     (tmp_path / "five.py").write_text(changed)
     five = ideas.open_idea("five.py", scripts)
-    assert (five.name, five.script, five.flags) == ("five", tmp_path / "five.py", ())
+    assert (five.name, five.flags) == ("five", ()) and five.script.read_text() == changed
+    assert re.fullmatch(r"idea_five_[0-9a-f]{8}\.py", five.script.name)
+    (tmp_path / "five.py").write_text("a = 6\n")       # a later edit changes nothing of what was made
+    assert five.script.read_text() == changed and ideas.open_idea("five.py", scripts).script != five.script
     (tmp_path / "patch.diff").write_text("Why it should help.\n" + five.patch)
     patched = ideas.open_idea("patch.diff", scripts)
-    assert patched.script.name == "idea_patch.py" and patched.script.read_text() == changed
+    assert patched.script.name.startswith("idea_patch_") and patched.script.read_text() == changed
     assert patched.patch == five.patch and patched.change_sha256 == five.change_sha256
     mixed = ideas.open_idea("mixed: patch.diff --muon_lr 0.1", scripts)
     assert mixed.flags == ("--muon_lr", "0.1") and mixed.patch == five.patch
@@ -276,7 +284,10 @@ def test_an_idea_is_a_script_a_patch_or_flags(scripts, tmp_path):
     ("gelu", "is no idea"), ("x:", "changes nothing"), ("x: --seed 3", "leave --seed out"),
     ("x: --held_out=test", "leave --held_out out"),
     ("x: --num_steps 900", "leave --num_steps out"), ("../x: --a 1", "name must be"),
-    ("baseline: --a 1", "name must"), ("none.py", "does not exist"), ("none.diff", "does not exist"),
+    ("baseline: --a 1", "name must"), ("output: --a 1", "name must"), ("results.json: --a 1", "name must"),
+    ("lärm: --a 1", "name must"), ("x: --val_tokens 9", "leave --val_tokens out"),
+    ("x: --data other", "leave --data out"), ("more.diff", "also changes benchtop/run.py"),
+    ("none.py", "does not exist"), ("none.diff", "does not exist"),
     ("same.py", "changes nothing in train_gpt.py"),
     ("x: 'open", "cannot be read"), ("x: a.py b.py", "has 2 files"), ("stale.diff", "does not apply"),
     ("noise.diff", "does not apply"), ("latin.py", "no text in UTF-8")])
@@ -284,6 +295,8 @@ def test_what_is_no_idea_is_said_in_one_line(scripts, tmp_path, typed, complaint
     (tmp_path / "same.py").write_text("a = 1\nb = 2\nc = 3\n")
     head = "--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1 +1 @@\n"
     (tmp_path / "stale.diff").write_text(f"{head}-z = 1\n+z = 2\n")
+    other = "--- a/benchtop/run.py\n+++ b/benchtop/run.py\n@@ -1 +1 @@\n-a\n+b\n"
+    (tmp_path / "more.diff").write_text(f"{head}-a = 1\n+a = 2\n{other}")
     (tmp_path / "noise.diff").write_bytes(b"\xff\0\n")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
     with pytest.raises(UserError, match=complaint) as error:
@@ -295,12 +308,105 @@ def test_a_broken_idea_is_discarded_before_anything_is_trained(run, lab, monkeyp
     """By the script's own --smoke, in a process of its own."""
     (lab / "broken.py").write_text((lab / "train_gpt.py").read_text().replace("class GPT(", "class GTP(", 1))
     monkeypatch.setattr(places, "ROOT", lab)
-    said = Trial._smoke(None, ideas.Side("broken", lab / "broken.py", "broken.py"))
+    bare = SimpleNamespace(plan=SimpleNamespace(flags=[]))
+    said = Trial._smoke(bare, ideas.Side("broken", lab / "broken.py", "broken.py"))
     assert said == "NameError: name 'GPT' is not defined"
     monkeypatch.setattr(Trial, "_smoke", lambda self, side: said if side.name == "broken" else "")
     machine = Machine({"broken": 0.1})
     assert run(machine, "broken.py", "--", *TINY, checks=True) == trial.NONE_KEPT
     assert machine.started == [] and verdicts() == {"broken": "crash"} and said in run.said
+
+
+def test_an_idea_without_a_last_newline_can_be_made_again(scripts, tmp_path):
+    (tmp_path / "bare.py").write_text("a = 1\nb = 2\nc = 4")
+    bare = ideas.open_idea("bare.py", scripts)
+    (tmp_path / "bare.diff").write_text(bare.patch)
+    assert ideas.open_idea("bare.diff", scripts).script.read_text() == "a = 1\nb = 2\nc = 4\n"
+
+
+def test_two_ideas_never_share_a_script(scripts, tmp_path):
+    for name, value in (("a-b", 5), ("a_b", 6)):
+        (tmp_path / f"{name}.py").write_text(f"a = 1\nb = {value}\nc = 3\n")
+    first, second = (ideas.open_idea(f"{name}.py", scripts) for name in ("a-b", "a_b"))
+    assert first.script != second.script and "b = 5" in first.script.read_text()
+
+
+def test_runs_that_must_not_be_compared_are_not(run):
+    class Longer(Machine):
+        def run_one(self, turns, job, slot, output):
+            super().run_one(turns, job, slot, output)
+            if "more" in job.name:
+                file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
+                file.write_text(file.read_text().replace('"tokens": 1000', '"tokens": 2000'))
+            return 0
+    words = ["more: --batch_tokens 256", "--margin", "0.01"]
+    assert run(Longer({"more": 0.02}), *words, "--name", "t", "--", *TINY) == trial.NO_TRIAL
+    assert "differ in tokens" in run.complaint and ledger.read() == []
+    status = run(Longer({"more": 0.02}), *words, "--name", "u", "--minutes", "1", "--", *without_budget())
+    assert status == trial.KEPT, "by the clock, a faster idea has more tokens"
+
+
+def test_code_that_changes_while_a_trial_runs_ends_it_and_its_run_is_not_used(run, lab, monkeypatch):
+    class Edits(Machine):
+        def run_one(self, turns, job, slot, output):
+            super().run_one(turns, job, slot, output)
+            file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
+            facts = json.loads(file.read_text()) | {"sources": {"train_gpt.py": "of another text"}}
+            file.write_text(json.dumps(facts))
+            return 0
+    words = ["a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--", *TINY]
+    assert run(Edits({"a": 0.02}), *words) == trial.NO_TRIAL
+    assert "was changed while seed 0 was trained" in run.complaint
+    again = Machine({"a": 0.02})
+    assert run(again, *words) == trial.KEPT and len(again.started) == 6
+
+
+@pytest.mark.parametrize(("code", "says"), [
+    (143, "stopped by SIGTERM; the last good checkpoint is of step 6"), (-9, ""),
+    (1, "train_gpt.py: error: No space left on device: 'x'")])
+def test_a_run_that_was_stopped_says_nothing_of_its_idea(run, code, says):
+    class Stopped(Machine):
+        def run_one(self, turns, job, slot, output):
+            if "-a-" not in job.name:
+                return super().run_one(turns, job, slot, output)
+            output.write_text(says)
+            return code
+    words = ["a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--", *TINY]
+    assert run(Stopped({}), *words) == trial.NO_TRIAL and "run the same command again" in run.complaint
+    assert ledger.read() == []
+    assert run(Machine({"a": 0.02}), *words) == trial.KEPT
+
+
+def test_a_broken_idea_costs_one_run_and_can_be_mended_under_its_name(run, monkeypatch):
+    machine = Machine({}, broken={"a": "NameError: x"})
+    assert run(machine, "a: --muon_lr 9", "--seeds", "4", "--margin", "0.01", "--", *TINY) == trial.NONE_KEPT
+    assert sum("-a-" in name for name in machine.started) == 1
+    checks = iter(["", "it is broken", "", ""])
+    monkeypatch.setattr(Trial, "_smoke", lambda self, side: next(checks))
+    words = ["--name", "m", "--margin", "0.01", "--", *TINY]
+    assert run(Machine({}), "b: --muon_lr 9", *words, checks=True) == trial.NONE_KEPT
+    assert run(Machine({"b": 0.02}), "b: --muon_lr 8", *words, checks=True) == trial.KEPT
+
+
+def test_an_idea_that_was_tried_before_is_tried_again_with_a_note(run):
+    for name in "tu":
+        run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", name, "--margin", "0.01", "--", *TINY)
+    assert "note: a was tried before, in t (keep), with the same seeds" in run.said
+
+
+@pytest.mark.parametrize("words", [["--", *TINY, "--sedes", "3"], ["--", "--help"],
+                                   ["--description", "x" * 300, "--name", "y" * 300, "--", *TINY]])
+def test_what_cannot_be_tried_is_no_verdict(run, words):
+    assert run(Machine({}), "a: --muon_lr 0.1", *words) == trial.NO_TRIAL
+
+
+def test_results_as_json_are_one_object_also_where_there_are_none(run):
+    assert run(Machine({}), "nothing", "--json", "--", *TINY) == trial.NO_TRIAL
+    assert "is no idea" in json.loads(run.said)["error"]
+    run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--json", "--", *TINY)
+    assert json.loads(run.said)["ideas"]["a"]["verdict"] == "keep"
+    run(Machine({"a": 0.02}), "--confirm", "t", "--json")
+    assert json.loads(run.said)["ideas"]["a"]["selection"] == pytest.approx(0, abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,7 +427,29 @@ def test_a_kept_idea_is_confirmed_once_with_fresh_seeds_on_the_test_split(run):
     assert run(again, "--confirm", "t") == trial.KEPT and not again.started, "it only tells what was found"
     run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", "other", "--margin", "0.01", "--", *TINY)
     assert run(Machine({}), "--confirm", "other") == trial.NO_TRIAL
-    assert "was looked at on the test split before (confirmed" in run.complaint
+    assert "was looked at on the test split before, in the trial t-confirm" in run.complaint
+
+
+def test_a_look_is_counted_when_it_begins_and_an_unclear_one_is_no_refutation(run):
+    for name, rate in (("t", 0.1), ("u", 0.2)):
+        words = ["--name", name, "--margin", "0.01", "--", *TINY]
+        run(Machine({name: 0.02}), f"{name}: --muon_lr {rate}", *words)
+
+    class Dies(Machine):
+        def run_one(self, *rest):
+            raise KeyboardInterrupt
+    run(Dies({}), "--confirm", "t")
+    assert run(Machine({"u": 0.004}, scatter=0.06), "--confirm", "u") == trial.SOME_UNDECIDED
+    assert "look number 2 at the test split" in run.said
+    assert ledger.read()[-1].verdict == "undecided" and ledger.read()[-1].split == "test"
+    assert run(Machine({"t": 0.02}), "--confirm", "t") == trial.KEPT, "a look that was broken off goes on"
+
+
+def test_a_changed_baseline_is_not_confirmed(run, monkeypatch):
+    run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--", *TINY)
+    monkeypatch.setattr(ideas, "bench_sha256", lambda bench: "other")
+    assert run(Machine({"a": 0.02}), "--confirm", "t") == trial.NO_TRIAL
+    assert "has changed since the trial t" in run.complaint
 
 
 def test_what_was_not_kept_cannot_be_confirmed(run):

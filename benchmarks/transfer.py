@@ -8,20 +8,36 @@ above one another.
 """
 
 import csv
+import json
 import math
-import shlex
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from recipe import Diverged, make_variant, train
-
 from benchtop import places
 from benchtop.command_line import Parser, command
+from benchtop.errors import UserError
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
+
+
+def train(script: str, name: str, flags: list[str]) -> float:
+    """The val_bpb of a run; infinity where it diverged, as with a rate that is too high.
+
+    raises  UserError with the run's last words if it ended otherwise
+    """
+    done = subprocess.run([sys.executable, script, *flags, "--model_name", name], cwd=places.ROOT,
+                          capture_output=True, text=True)
+    folder = max(places.EXPERIMENTS.glob(f"*_{name}"), default=None)
+    summary = folder and folder / "summary.json"
+    if done.returncode and not (summary and summary.is_file()):     # only a run that diverged leaves one
+        raise UserError(f"{name} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
+    facts = json.loads(summary.read_text(encoding="utf-8"))
+    if done.returncode:
+        print(f"{name}: {facts['status']}")
+    return facts["val_bpb"] if not done.returncode else math.inf
 
 
 def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> None:
@@ -50,25 +66,22 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="widths of the model")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4],
                         help="factors for all learning rates")
+    parser.add_argument("--script", default="train_gpt.py", help="a changed copy of train_gpt.py")
     parser.add_argument("--steps", type=int, default=100, help="steps per run")
     parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--val_tokens", type=int, default=65536, help="tokens to validate on")
     args, flags = parser.parse_known_args()
     results: dict[int, dict[float, float]] = {width: {} for width in args.widths}
-    with tempfile.TemporaryDirectory() as scratch:
-        for width in args.widths:
-            for factor in args.factors:
-                rates = " ".join(f"--{knob} {factor * getattr(Config(), knob):g}" for knob in RATES)
-                variant = make_variant(f"w{width}_f{factor:g}={rates} --model_dim {width} --num_heads 0 "
-                                       f"--val_tokens {args.val_tokens} {shlex.join(flags)}", Path(scratch))
-                budget = ["--num_steps", str(args.steps), "--batch_tokens", str(args.batch_tokens)]
-                try:
-                    results[width][factor] = train(variant, 0, budget, args.data)["val_bpb"]
-                except Diverged as error:       # a rate that is too high ends a run, not the sweep
-                    print(error)
-                    results[width][factor] = math.inf
-                print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",
-                      flush=True)
+    shared = ["--data", args.data, "--num_layers", "6", "--num_heads", "0", "--seq_len", "512", "--num_steps",
+              str(args.steps), "--batch_tokens", str(args.batch_tokens), "--val_tokens", str(args.val_tokens),
+              "--hellaswag_rows", "1", "--val_every", "0", "--num_samples", "0", "--log_every", "20", *flags]
+    for width in args.widths:
+        for factor in args.factors:
+            rates = [f"--{knob}={factor * getattr(Config(), knob):g}" for knob in RATES]
+            results[width][factor] = train(args.script, f"transfer_w{width}_f{factor:g}",
+                                           [*rates, "--model_dim", str(width), *shared])
+            print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",
+                  flush=True)
     folder = places.EXPERIMENTS
     folder.mkdir(exist_ok=True)
     with open(folder / "transfer.csv", "w", newline="") as file:

@@ -28,9 +28,10 @@ def train(script: str, name: str, flags: list[str]) -> float:
 
     raises  UserError with the run's last words if it ended otherwise
     """
+    before = {*places.EXPERIMENTS.glob(f"*_{name}")}
     done = subprocess.run([sys.executable, script, *flags, "--model_name", name], cwd=places.ROOT,
                           capture_output=True, text=True)
-    folder = max(places.EXPERIMENTS.glob(f"*_{name}"), default=None)
+    folder = max({*places.EXPERIMENTS.glob(f"*_{name}")} - before, default=None)
     summary = folder and folder / "summary.json"
     if done.returncode and not (summary and summary.is_file()):     # only a run that diverged leaves one
         raise UserError(f"{name} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")

@@ -1,6 +1,6 @@
-"""kill -9 at fifty random moments of tokenizing, sharding, training and saving: nothing is lost.
+"""kill -9 at random moments of tokenizing, sharding, training and saving: nothing is lost.
 
-Run: ./run.sh test tests/test_kills.py -s      (-s shows where the kills fell)
+Run: ./run.sh test tests/test_kills.py -s      (-s shows where the kills fell; KILLS=3 does three times as many)
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from tiny_runs import flags, rows_of, summary_of
 
 from benchtop.checkpoints import load_checkpoint
 
-KILLS = {"train_tokenizer": 12, "download_fineweb": 12, "train_gpt": 26}
+TIMES = int(os.environ.get("KILLS", "1"))
+KILLS = {"train_tokenizer": 4 * TIMES, "download_fineweb": 4 * TIMES, "train_gpt": 10 * TIMES}
 TOKENIZE = ["--source", "text.jsonl", "--vocabsize", "600", "--name", "tok", "--num_workers", "1"]
 SHARD = ["--version", "text.jsonl", "--tokenizer", "tok", "--num_workers", "1",
          "--name", "cut", "--shard_size", "20000"]
@@ -98,7 +99,7 @@ def final_files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_fifty_kills_lose_nothing(two_benches):
+def test_kills_at_any_moment_lose_nothing(two_benches):
     """Half of the kills of training come at any time, also before its first step; half after more steps."""
     undisturbed, killed = two_benches
     durations = {}
@@ -129,7 +130,8 @@ def test_fifty_kills_lose_nothing(two_benches):
                 durations[script] *= 0.9
         assert killed.start(script, arguments) == 0, killed.said()
     print(f"\nkills fell on: {dict(fell)}")
-    assert sum(fell.values()) == 50 and fell["training"] + fell["saving"] == KILLS["train_gpt"]
+    assert sum(fell.values()) == sum(KILLS.values())
+    assert fell["training"] + fell["saving"] == KILLS["train_gpt"]
     assert "Traceback" not in killed.said()
     for kind in ("tokenizers", "data"):
         assert hashes(killed.folder / kind) == hashes(undisturbed.folder / kind)
@@ -137,7 +139,7 @@ def test_fifty_kills_lose_nothing(two_benches):
     for ours in finished:
         assert timeless(rows_of(ours)) == timeless(rows_of(theirs))
         assert summary_of(ours)["val_loss"] == summary_of(theirs)["val_loss"]
-    assert max(len(summary_of(ours)["sessions"]) for ours in finished) > 5
+    assert max(len(summary_of(ours)["sessions"]) for ours in finished) > 3
 
 
 def stage(folder: Path, script: str) -> str:

@@ -110,8 +110,8 @@ class Trial:
         is_open = ((not self.ideas and not {*changed} - {"first", "most"}) or
                    (results.is_file() and not read(results)["baseline"]))
         if changed and not is_open:
-            raise UserError(f"the trial {self.name} began with another {', '.join(changed)}; undo that, "
-                            "or take another --name")
+            raise UserError(f"the trial {self.name} was started with different {', '.join(changed)}; undo "
+                            "that, or take another --name")
         return results.is_file() and not changed
 
     def write_plan(self) -> None:

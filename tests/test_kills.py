@@ -1,6 +1,6 @@
 """kill -9 at random moments of tokenizing, sharding, training and saving: nothing is lost.
 
-Run: ./run.sh test tests/test_kills.py -s      (-s shows where the kills fell; KILLS=3 does three times as many)
+Run: ./run.sh test tests/test_kills.py -s      (-s shows where they fell; KILLS=3 does three times as many)
 """
 
 import contextlib

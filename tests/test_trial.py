@@ -215,7 +215,7 @@ def test_what_was_decided_beforehand_stays(run):
     run(Machine({"a": 0.02}), *words)
     for changed in (["--margin", "0.5"], ["--alpha", "0.2"], ["--seeds", "3..9"]):
         assert run(Machine({"a": 0.02}), *words[:3], *changed, *words[3:]) == trial.NO_TRIAL
-        assert f"began with another {changed[0][2:].replace('seeds', 'most')}" in run.complaint
+        assert f"was started with different {changed[0][2:].replace('seeds', 'most')}" in run.complaint
 
 
 def test_without_an_idea_only_the_baseline_is_repeated(run):

@@ -6,13 +6,15 @@ from html import escape
 from benchtop import places
 from benchtop.command_line import minutes
 from benchtop.curves import STYLE as FIGURE
+from benchtop.held_out import VAL
 from benchtop.ledger import KEEP, NOT_CONFIRMED, Entry
 from benchtop.page import STYLE
 
 COLUMNS = ("when", "trial", "idea", "verdict", "gain", "interval", "runs", "tokens", "time", "description")
+TEXTS = ("idea", "verdict", "interval", "description", "trial", "when")    # left in their cells
 MORE_STYLE = """
-td.text { white-space: normal; min-width: 14rem; }
-td.text, th:last-child { text-align: left; }
+td.description { white-space: normal; min-width: 14rem; }
+.text { text-align: left; }
 details pre { max-height: 28rem; overflow: auto; }
 .keep, .confirmed { font-weight: 700; }
 """
@@ -37,23 +39,32 @@ def as_text(entries: list[Entry]) -> str:
 
 
 def page(entries: list[Entry]) -> str:
-    """The HTML of the page; it needs no other file and no network."""
-    kept = sum(entry.verdict == KEEP for entry in entries)
+    """The HTML of the page; it needs no other file and no network. What matters most comes first, for a
+    narrow screen."""
+    tried = [entry for entry in entries if entry.split == VAL]
+    kept, looks = sum(entry.verdict == KEEP for entry in tried), len(entries) - len(tried)
+    order = ("idea", "verdict", "gain", "interval", "description", "runs", "tokens", "time", "trial", "when")
     rows = []
     for number, entry in reversed(list(enumerate(entries, 1))):
-        *short, description = cells(entry)
-        first = f"<td>{number}</td>" + "".join(f"<td>{escape(cell)}</td>" for cell in short)
-        rows.append(f"<tr class=\"{escape(entry.verdict.replace(' ', '-'))}\">{first}"
-                    f"<td class=\"text\">{escape(description)}{flags_of(entry)}{patch_of(entry)}</td></tr>")
-    head = "".join(f"<th scope=\"col\">{name}</th>" for name in ("no.", *COLUMNS))
+        known = {name: escape(cell) for name, cell in zip(COLUMNS, cells(entry), strict=True)}
+        known["description"] += flags_of(entry) + patch_of(entry)
+        row = "".join(f"<td{kind_of(name)}>{known[name]}</td>" for name in order)
+        rows.append(f"<tr class=\"{escape(entry.verdict.replace(' ', '-'))}\"><td>{number}</td>{row}</tr>")
+    head = "<th scope=\"col\">no.</th>" + "".join(f"<th scope=\"col\"{kind_of(name)}>{name}</th>"
+                                                 for name in order)
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
             f"<title>Ledger of trials</title><style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n"
-            f"<h1>Ledger of trials</h1><p>{len(entries)} ideas tried, {kept} kept. Gains are in the metric's "
-            "unit over the trial's own baseline, larger is better; intervals hold although each trial was "
-            f"looked at after every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n<div class=\"wide\"><table>"
+            f"<h1>Ledger of trials</h1><p>{len(tried)} ideas tried, {kept} kept"
+            f"{f', {looks} of them tested again on the test split' if looks else ''}. Gains are in the metric's "
+            "unit over the trial's own baseline, larger is better. Intervals stay valid although a trial "
+            f"tests after every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n<div class=\"wide\"><table>"
             f"<thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody></table></div>\n"
             "</body></html>\n")
+
+
+def kind_of(column: str) -> str:
+    return f' class="text {column}"' if column in TEXTS else ""
 
 
 def flags_of(entry: Entry) -> str:
@@ -88,6 +99,7 @@ def curve(entries: list[Entry]) -> str:
 def drawn(points: list[tuple[int, Entry]], metric: str, not_confirmed: set[str]) -> str:
     """not_confirmed  changes that are not the best, whatever they seemed to be"""
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
     with pyplot.rc_context(FIGURE):
         figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
         for is_kept, colour, label in ((False, "#999999", "not kept"), (True, "#0072B2", "kept")):
@@ -107,7 +119,8 @@ def drawn(points: list[tuple[int, Entry]], metric: str, not_confirmed: set[str])
             line.append((number, best))
         axes.step(*zip(*line, strict=True), where="post", color="#0072B2", linewidth=1.4, label="best kept")
         axes.set(xlabel="line of the ledger", ylabel=metric)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(points[0][0] - 0.7, points[-1][0] + 0.7)
         axes.legend(frameon=False)
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None})

@@ -10,16 +10,7 @@ from statistics import fmean, median, stdev
 
 from benchtop import significance
 from benchtop.command_line import minutes
-from benchtop.groups import (
-    COUNTED,
-    MEASURED,
-    Group,
-    SavedRun,
-    benchmarks_of,
-    holding_runs,
-    is_measured,
-    runs_in,
-)
+from benchtop.groups import COUNTED, MEASURED, Group, SavedRun, benchmarks_of, is_measured, runs_in
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,6 @@ def index(experiments: Path) -> str:
     Folders that begin with a date are the runs of this machine and are left out.
     """
     folders = sorted(path for path in experiments.iterdir() if path.is_dir() and not path.name[:1].isdigit())
-    folders += [side for trial in sorted(experiments.glob("trials/*")) for side in holding_runs(trial)]
     lines = ["# Experiments", "",
              "Written by `python compare.py --index` from the summaries of the runs; do not edit.",
              "",
@@ -200,8 +190,7 @@ def index(experiments: Path) -> str:
         if not group.finished:
             continue
         facts = group.finished[0].summary
-        place = folder.relative_to(experiments).as_posix()
-        cells = [f"[{place}]({place}/)",
+        cells = [f"[{folder.name}]({folder.name}/)",
                  group.count,
                  facts.get("preset", ""), short(median(group.values("tokens"))),
                  f"{facts['held_out_documents']:,}" if "held_out_documents" in facts else "",
@@ -211,6 +200,9 @@ def index(experiments: Path) -> str:
         lines.append(f"| {' | '.join(map(in_markdown, cells))} |")
     if failures:
         lines += ["", "## Not finished", "", *failures]
+    if (experiments / "ledger.tsv").is_file():
+        lines += ["", "Trials of ideas are lines of [ledger.tsv](ledger.tsv), with their runs in "
+                  "[trials/](trials/); `python trial.py --ledger` shows them."]
     lines += ["", "[RECIPE.md](RECIPE.md) lists what was tried for the recipe, including what did not help; "
               "[YARDSTICK.md](YARDSTICK.md) compares an earlier recipe with GPT-2 and Llama 3.", ""]
     return "\n".join(lines)

@@ -56,7 +56,7 @@ def page(entries: list[Entry]) -> str:
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
             f"<title>Ledger of trials</title><style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n"
             f"<h1>Ledger of trials</h1><p>{len(tried)} ideas tried, {kept} kept"
-            f"{f', {looks} of them tested again on the test split' if looks else ''}. Gains are in the metric's "
+            f"{f', {looks} tested again on the test split' if looks else ''}. Gains are in the metric's "
             "unit over the trial's own baseline, larger is better. Intervals stay valid although a trial "
             f"tests after every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n<div class=\"wide\"><table>"
             f"<thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody></table></div>\n"

@@ -86,7 +86,8 @@ def curve(entries: list[Entry]) -> str:
     def kind(entry: Entry) -> tuple[str, str, str]:
         return entry.metric, entry.data, entry.shared_flags
     figures = []
-    failed = {entry.change for entry in entries if entry.verdict == NOT_CONFIRMED}
+    looks = {entry.change: entry.verdict for entry in entries if entry.split != VAL}       # the last counts
+    failed = {change for change, verdict in looks.items() if verdict == NOT_CONFIRMED}
     for metric, data, flags in dict.fromkeys(map(kind, entries)):
         points = [(number, entry) for number, entry in enumerate(entries, 1)
                   if kind(entry) == (metric, data, flags) and entry.gain is not None and entry.split == "val"]

@@ -75,6 +75,10 @@ def test_what_was_not_confirmed_is_not_the_best(monkeypatch):
     monkeypatch.setattr(ledger_page, "drawn", lambda points, metric, failed: drawn.append(failed) or "<svg/>")
     ledger_page.curve([ENTRY, dataclasses.replace(ENTRY, verdict="not confirmed", split="test")])
     assert drawn == [{ENTRY.change}]
+    once, later = (dataclasses.replace(ENTRY, verdict=verdict, split="test")
+                   for verdict in ("not confirmed", "confirmed"))
+    ledger_page.curve([ENTRY, once, later])
+    assert drawn.pop() == set()
     # other flags of all runs make another picture
     ledger_page.curve([ENTRY, dataclasses.replace(ENTRY, shared_flags="--num_steps 9")])
     assert len(drawn) == 3

@@ -95,7 +95,7 @@ def test_each_command_of_the_pages_runs(desk):
             place = words.index("--")
             words[place:place] = ["--seeds", "2", "--no_check"]
             words += SHORT
-        elif TRAININGS & {*words} and not {"--help", "--smoke", "--sample", "--resume"} & {*words}:
+        elif TRAININGS & {*words} and not {"--help", "--smoke", "--sample"} & {*words}:
             words += [*SHORT, "--save_model"]
         expected = (0, 1, 2) if "trial.py" in words else (0,)
         if ("--resume" in words and "auto" not in words) or words[0] == "judge.py":

@@ -84,7 +84,8 @@ def test_each_command_of_the_pages_runs(desk):
         if any(word in line for word in NOT_HERE):
             continue
         words = shlex.split(line)[1:]
-        runs = sorted(desk.glob("experiments/2*/model.safetensors"))
+        runs = sorted(path for path in desk.glob("experiments/2*/model.safetensors")
+                      if path.with_name("train_gpt.txt").is_file())
         if any("DATE_TIME" in word for word in words):
             words = [re.sub(r"DATE_TIME_\w+", runs[-1].parent.name, word) for word in words]
         words = ["--nproc_per_node=2" if word.startswith("--nproc") else word for word in words]

@@ -148,9 +148,10 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
 
 def tell_of_earlier_trials(ideas: list[Side], name: str, data: str, say) -> None:
     """An idea that is tried until it is kept is kept by chance."""
+    others = [entry for entry in ledger.read()
+              if entry.data == data and entry.split == VAL and entry.trial != name]
     for idea in ideas:
-        before = [entry for entry in ledger.read() if entry.change == idea.change_sha256[:12]
-                  and entry.data == data and entry.split == VAL and entry.trial != name]
+        before = [entry for entry in others if entry.change == idea.change_sha256[:12]]
         if before:
             say(f"note: {idea.name} was tried before, in {', '.join(entry.trial for entry in before)} "
                 f"({', '.join(entry.verdict for entry in before)}), with the same seeds; each further trial "

@@ -14,9 +14,9 @@ the logarithm of their time. Figures are of this machine: a CPU's dtype decides 
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -68,10 +68,10 @@ class Racer:
     rates: dict[str, float]
     flags: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def commit(self) -> str:
         """Of the checkout, with + where it was edited; empty for what is in this repository."""
-        if FIRST in self.name or not self.flags:
+        if not self.flags:
             return ""
         head, changed = (subprocess.run(
             ["git", *words], cwd=places.ROOT / self.flags[1], capture_output=True, text=True).stdout.strip()
@@ -133,8 +133,7 @@ class Race:
         jobs = []
         for racer, point, seconds, seed in wanted:
             words = [*self.flags, *racer.words(point, seconds)]
-            key = key_of(Side(racer.name, racer.script, racer.commit), words, [*self.data, racer.commit],
-                         self.machine)
+            key = key_of(Side(racer.name, racer.script, ""), words, [*self.data, racer.commit], self.machine)
             name = f"race_{self.name}_{racer.word}_{seconds:g}s-{key}_seed{seed}"
             jobs.append(Job(name, [str(racer.script), *words, "--seed", str(seed), "--model_name", name,
                                    "--resume", "auto"]))
@@ -232,7 +231,6 @@ def main() -> None:
     if min(args.seconds) <= 0:
         raise UserError(f"--seconds must be above 0; one is {min(args.seconds):g}")
     racers = racers_of(args.sides.split(","), args.checkouts)
-    os.environ["PYTHONPATH"] = str(places.ROOT)
     setting = SETTINGS[args.setting]
     prepare(setting, args.text)
     race = Race(args.setting, setting, flags)

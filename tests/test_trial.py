@@ -71,6 +71,12 @@ class Machine:
         return 0
 
 
+def retouch(job: Job, **facts) -> None:
+    """Let the summary that a Machine has just written say something else."""
+    file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
 @pytest.fixture
 def run(lab, here, monkeypatch, capsys):
     """run(machine, "trial's words", *flags of every run) -> its exit status; what it said is in run.said."""
@@ -234,8 +240,8 @@ def test_a_repeated_baseline_that_diverges_is_counted_not_refused(run):
         def run_one(self, turns, job, slot, output):
             super().run_one(turns, job, slot, output)
             if "seed1" in job.name:
-                file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
-                file.write_text(file.read_text().replace("finished", "failed: the loss is nan"))
+                retouch(job, status="failed: the loss is nan")
+            return 0
     assert run(Wild({}), "--seeds", "3", "--name", "floor", "--", *TINY) == 0
     assert "failed: the loss is nan" in run.said and "of 2 runs" in run.said
 
@@ -336,8 +342,7 @@ def test_runs_that_must_not_be_compared_are_not(run):
         def run_one(self, turns, job, slot, output):
             super().run_one(turns, job, slot, output)
             if "more" in job.name:
-                file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
-                file.write_text(file.read_text().replace('"tokens": 1000', '"tokens": 2000'))
+                retouch(job, tokens=2000)
             return 0
     words = ["more: --batch_tokens 256", "--margin", "0.01"]
     assert run(Longer({"more": 0.02}), *words, "--name", "t", "--", *TINY) == trial.NO_TRIAL
@@ -350,9 +355,7 @@ def test_code_that_changes_while_a_trial_runs_ends_it_and_its_run_is_not_used(ru
     class Edits(Machine):
         def run_one(self, turns, job, slot, output):
             super().run_one(turns, job, slot, output)
-            file = next(places.EXPERIMENTS.glob(f"*{job.name}/summary.json"))
-            facts = json.loads(file.read_text()) | {"sources": {"train_gpt.py": "of another text"}}
-            file.write_text(json.dumps(facts))
+            retouch(job, sources={"train_gpt.py": "of another text"})
             return 0
     words = ["a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--", *TINY]
     assert run(Edits({"a": 0.02}), *words) == trial.NO_TRIAL

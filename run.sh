@@ -123,7 +123,7 @@ preset() {
     gpus="$(.venv/bin/python -c 'import torch; print(torch.accelerator.device_count())')"
     # torchrun passes on what it handles, and then lets all processes save
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU
-    [ "$gpus" = 0 ] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
+    [ "$gpus" = 0 ] || launch+=(-m benchtop.launch --standalone "--nproc_per_node=$gpus")
     # without its data the preset cannot train yet, and says that too; what it needs is what counts here
     report="$("${launch[@]}" train_gpt.py --check --preset "$preset" --data "$data" ${flags[@]+"${flags[@]}"} 2> .venv/check.txt \
         | grep -E '^(device|speed|model|budget|memory|free|time|cost|problem) ' \

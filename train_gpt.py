@@ -3,7 +3,7 @@
     python train_gpt.py --preset demo                              one process: a CPU, or the first GPU
     torchrun --nproc_per_node=8 train_gpt.py --preset gpt2-small   one process per GPU; the same training
     python train_gpt.py --check --preset xs                        what that run would do, and whether it can
-    python train_gpt.py --smoke                                    ten seconds: is this changed script sound?
+    python train_gpt.py --smoke                                    seconds: is this changed script sound?
     python train_gpt.py --sample experiments/RUN --prompt "It"     continue a prompt with a trained model
     python train_gpt.py --help                                     every knob with its help
 

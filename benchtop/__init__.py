@@ -6,7 +6,7 @@ file here is one idea and imports only files before it in ORDER; none imports an
 
 ORDER = (
     # what all share
-    "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "apart",
+    "errors", "places", "redaction", "files", "host", "gpus", "workers", "processes", "launch", "apart",
     "command_line", "significance",
     # text -> tokenizer folder
     "decoding", "documents", "held_out", "hub", "sources", "tokenizer", "bpe",

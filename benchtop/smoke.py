@@ -1,4 +1,4 @@
-"""--smoke: is a changed script sound? Ten seconds on random text, on the CPU, in a folder that is removed.
+"""--smoke: is a changed script sound? Half a minute on random text, on the CPU, in a folder that is removed.
 
 Each check is a line. They do not find that a model is good, but that a result of it would mean something.
 """

@@ -159,6 +159,17 @@ def test_a_mistake_is_said_once_by_all_processes(lab):
     assert done.returncode and done.stderr.count("--fp8 needs --dtype bfloat16; it is float32") == 1
 
 
+@pytest.mark.parametrize(("script", "words", "said", "code"), [
+    ("train_gpt.py", ["--data", "nothere"], r"train_gpt.py: error: there is no nothere in .*", 1),
+    ("dies.py", [], r"dies.py: error: SIGKILL ended process 1; the machine ran out of memory, perhaps", 137)])
+def test_the_launcher_adds_no_page_to_the_line_that_says_why(lab, script, words, said, code):
+    (lab / "dies.py").write_text("import os, time\n"
+                                 "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\ntime.sleep(60)\n")
+    done = subprocess.run([sys.executable, "-m", "benchtop.launch", "--standalone", "--nproc_per_node=2",
+                           script, *words], cwd=lab, capture_output=True, text=True, timeout=100)
+    assert re.fullmatch(said, done.stderr.strip()) and done.returncode == code
+
+
 def test_a_shard_that_one_process_finds_damaged_stops_all(lab, tmp_path):
     there = tmp_path / "there"
     shutil.copytree(lab, there, ignore=shutil.ignore_patterns("experiments"))

@@ -115,7 +115,7 @@ def test_a_preset_gets_its_data_and_trains_on_all_gpus(checkout, gpus):
     (checkout / ".venv/bin/python").write_text(f"""#!/bin/sh
 case "$*" in *device_count*) echo {gpus}; exit;; *--check*) echo "memory  1"; exit;; esac
 echo "$*" >> asked.txt""")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=4 " if gpus else ""
+    launch = "-m benchtop.launch --standalone --nproc_per_node=4 " if gpus else ""
     for preset, data in (("s", "fineweb_s"), ("gpt2-small", "fineweb_gpt2-small")):
         done = run_sh(checkout, preset, "--seed", "7")
         assert done.returncode == 0 and ("no GPU" in done.stderr) == (not gpus)

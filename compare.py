@@ -1,17 +1,17 @@
-"""Compare runs: a table, statistics between groups, curves, and a page to look at.
+"""Compare runs: tables, statistics between groups, curves, and an HTML page.
 
     python compare.py experiments/2026*                           a table of these runs
-    python compare.py demo 'gelu=experiments/*_gelu_seed*'        groups, and what can be concluded
-    python compare.py demo --format latex                         or text, markdown, csv
-    python compare.py demo gelu --json                            all of it for programs, as one JSON object
+    python compare.py demo 'gelu=experiments/*_gelu_seed*'        groups, with conclusions
+    python compare.py demo --format latex                         LaTeX tables; also text, markdown, csv
+    python compare.py demo gelu --json                            everything as one JSON object, for programs
     python compare.py demo gelu --plot figures/gelu               curves by step, tokens, time, FLOPs and cost
-    python compare.py demo gelu --html gelu.html                  one page with all of it, for any browser
+    python compare.py demo gelu --html gelu.html                  everything on one page, for a browser
     python compare.py --index                                     rewrite experiments/README.md
 
 A group is NAME=GLOB, or a folder of run folders, such as the committed experiments/demo. The first group is
-the baseline; each other one is compared with it. Runs that differ in data, held-out text, tokenizer or
-tokens, or in files of the bench that decide a run's numbers, are not compared, unless --although names what
-may differ. Where the held-out text is the same, bits per byte can be compared even between tokenizers.
+the baseline; each other group is compared with it. Runs are not compared if they differ in data, tokenizer,
+number of tokens, or bench files that affect results, unless --although allows that difference. Runs validated
+on different text are never compared. On the same text, val_bpb is comparable even between tokenizers.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from benchtop.tables import (
 
 
 def loss(text: str) -> float:
-    """The type of a flag that takes a loss, or a difference of losses."""
+    """argparse type of a loss, or a difference of losses, above 0."""
     return amount(text, or_zero=False)
 
 
@@ -85,12 +85,12 @@ def make_parser() -> Parser:
 
 @dataclass
 class Weighed:
-    """What can be said of groups.
+    """The conclusions about some groups.
 
-    said      in lines
-    compared  each weighed group against the first
-    groups    those that were weighed
-    problem   what forbids comparing them, if anything does
+    said      lines to print
+    compared  comparison of each group in `groups` with the first
+    groups    the groups that were compared
+    problem   why they must not be compared; empty if they may
     """
     said: list[str]
     compared: list[Comparison] = field(default_factory=list)
@@ -102,7 +102,7 @@ def weigh(groups: list[Group], metric: str, although: Iterable[str], effect: flo
           ) -> Weighed:
     finished = [group for group in groups if group.finished]
     runs = [run for group in finished for run in group.finished]
-    # many single runs make a table; two of them, or groups, are also weighed against each other
+    # exactly two are compared even if they are single runs; of more, only groups of several runs
     weighed = finished if len(finished) == 2 else [group for group in finished if not group.is_alone]
     found = Weighed([line for group in weighed for line in mixed(group)])
     found.said += [describe_bench(runs)] if len(runs) > 1 else []
@@ -124,7 +124,7 @@ def weigh(groups: list[Group], metric: str, although: Iterable[str], effect: flo
 
 
 def print_tables(groups: list[Group], style: str, is_comparable: bool) -> None:
-    """Of the runs, and of the groups where means may be taken."""
+    """Print the table of runs and, if the runs are comparable, the table of groups."""
     if style == "csv":
         return print(as_csv(groups))
     show = {"text": as_text, "markdown": as_markdown, "latex": as_latex}[style]
@@ -134,13 +134,13 @@ def print_tables(groups: list[Group], style: str, is_comparable: bool) -> None:
 
 
 def print_object(content: dict) -> None:
-    """One JSON object, in which null stands for what is not finite."""
+    """Print one JSON object, with null for NaN and infinity."""
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     print(without_secrets(json.dumps(content, indent=2)))
 
 
 def refuse(status: int = 0, message: str | None = None) -> None:
-    """What a parser does instead of leaving, where programs wait for an object."""
+    """Replaces parser.exit under --json: an error is raised as UserError, and so printed as JSON."""
     if status:
         raise UserError(str(message).strip().partition("error: ")[2])
     sys.exit()
@@ -148,7 +148,7 @@ def refuse(status: int = 0, message: str | None = None) -> None:
 
 def write_files(groups: list[Group], metric: str, plot: Path | None, html: Path | None, found: Weighed,
                 ) -> list[Path]:
-    """What --plot and --html ask for; imported late, since matplotlib takes a while."""
+    """Write what --plot and --html ask for; imports are late because matplotlib loads slowly."""
     written = []
     if plot:
         from benchtop.curves import save_curves
@@ -178,13 +178,13 @@ def run(parser: Parser, args: argparse.Namespace) -> None:
     if not args.json:
         print_tables(groups, args.format, is_comparable=not found.problem)
     if found.said and not args.json:
-        out = sys.stdout if args.format == "text" else sys.stderr   # a paper takes the table alone
+        out = sys.stdout if args.format == "text" else sys.stderr   # stdout is the table alone
         print("\n" + "\n".join(found.said).strip("\n"), file=out)
     for path in write_files(groups, metric, args.plot, args.html, found):
         print(f"wrote {os.path.relpath(path)}", file=sys.stderr)
     if found.problem:
         raise UserError(found.problem)
-    if args.json:       # last, since what goes wrong before is an object of its own
+    if args.json:       # last, since an error before this line is printed as an object of its own
         print_object({"metric": metric, "runs": run_facts(groups), "groups": group_facts(groups),
                       "comparisons": facts_of(found.compared), "said": [line for line in found.said if line]})
 

@@ -1,17 +1,17 @@
-"""A run's weights as a folder that the library transformers reads, and GPT-2's weights from there as a run.
+"""Export a run to the Hugging Face library transformers, or import GPT-2 weights from it as a run.
 
-    python convert.py to_transformers experiments/RUN                   leaves experiments/RUN/transformers
-    python convert.py from_transformers FOLDER --tokenizer gpt2         leaves experiments/DATE_TIME_gpt2
+    python convert.py to_transformers experiments/RUN                   writes experiments/RUN/transformers
+    python convert.py from_transformers FOLDER --tokenizer gpt2         writes experiments/DATE_TIME_gpt2
 
-The first needs a run of train_nanogpt.py or train_llama3.py with --save_model; train_gpt.py's model is not
-one that transformers knows. After it, with transformers installed,
+Export needs a run of train_nanogpt.py or train_llama3.py with --save_model; transformers has no model like
+that of train_gpt.py. With transformers installed, this loads an exported run:
 
     model = AutoModelForCausalLM.from_pretrained("experiments/RUN/transformers")
 
-gives the same logits for a text without <|endoftext|> inside, which begins a new document here. The second
-makes a run folder of any GPT-2 in model.safetensors (such as the one that OpenAI published), to be sampled
-from (train_nanogpt.py --sample) and scored (download_hellaswag.py --score). Where transformers is installed,
-both compare the logits, and refuse a model whose logits differ.
+The logits are the same for text without <|endoftext|> inside, which starts a new document in Benchtop. Import
+takes any GPT-2 in one model.safetensors, such as OpenAI's, and makes a run folder that can be sampled from
+(train_nanogpt.py --sample) and scored (download_hellaswag.py --score). If transformers is installed, both
+directions compare the logits and refuse a model whose logits differ.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from tiktoken import Encoding
     from torch import Tensor, nn
 
-# what train_nanogpt.py has no knob for
+# settings of GPT-2 that train_nanogpt.py fixes in code
 BUILT_IN = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx", "add_cross_attention")
 GELU_BY_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")      # names of one function
-ELSEWHERE = ("auto_map", "quantization_config")     # of a config.json: the model is not what its type says
-NO_WEIGHT = re.compile(r".*\.attn\.(masked_)?bias")    # a causal mask, which old versions saved
+ELSEWHERE = ("auto_map", "quantization_config")     # in config.json: not a plain GPT-2
+NO_WEIGHT = re.compile(r".*\.attn\.(masked_)?bias")    # a causal mask, saved by old versions
 PADDING = 8, 128    # a vocabulary is padded to a multiple of the first, by less than the second
 
 
 def to_transformers(run: Path) -> Path:
     """Write RUN/transformers: config.json, model.safetensors, the tokenizer and a model card.
 
-    raises  UserError if transformers has no such model, or the run left no weights
+    raises  UserError if transformers has no such model, if the run has no weights, or if the logits differ
     """
     script = load_script(run)
     if not hasattr(script, "transformers_names"):
@@ -64,13 +64,13 @@ def to_transformers(run: Path) -> Path:
     for ours, (theirs, transposed) in script.transformers_names(cfg).items():
         weight = weights[ours]
         if ours in ("embed", "head"):
-            weight = weight[:cfg.vocab_size]        # columns behind are no tokens
+            weight = weight[:cfg.vocab_size]        # the rest is padding
         tensors[theirs] = (weight.T if transposed else weight).contiguous()
     save_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     ends = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token, "dtype": "float32"}
     write(folder / "config.json", script.transformers_config(cfg) | ends)
     own = places.TOKENIZERS / tokenizer.name / "tokenizer.json"
-    if own.is_file():       # tiktoken's gpt2 has none; transformers has that one itself
+    if own.is_file():       # tiktoken's gpt2 has none; transformers knows that one itself
         with whole_file(folder / "tokenizer.json") as file:
             file.write(own.read_bytes())
         facts = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
@@ -116,7 +116,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 
 
 def model_card(run: Path) -> str:
-    """README.md of a model, with what the run's summary says; for a person, and for the Hugging Face Hub."""
+    """README.md of an exported model, with facts from the run's summary; also for the Hugging Face Hub."""
     facts = defaultdict(lambda: "not known", read_object(run / "summary.json"))
     facts |= {name: f"{value:,}" for name, value in facts.items() if isinstance(value, int)}
     facts |= {name: f"{value:,.5g}" for name, value in facts.items() if isinstance(value, float)}
@@ -129,9 +129,9 @@ def write(path: Path, facts: dict) -> None:
 
 
 def compare_logits(folder: Path, model: "nn.Module", cfg, tokenizer: "Encoding") -> None:
-    """Say whether transformers has the same logits for a folder in its layout, where it is installed.
+    """Check that transformers, if installed, computes the model's logits from a folder in its layout.
 
-    raises  UserError if they differ
+    raises  UserError if the logits differ
     """
     if not importlib.util.find_spec("transformers"):
         return print("logits not compared: transformers is not installed")
@@ -147,21 +147,21 @@ def compare_logits(folder: Path, model: "nn.Module", cfg, tokenizer: "Encoding")
         with torch.no_grad():
             theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()(tokens)
             wanted = theirs.logits[..., :vocabulary]                                            # (1, T, V)
-    except Exception as error:      # whatever another library's version cannot do
+    except Exception as error:      # depends on the installed version of transformers
         return print(f"logits not compared: transformers cannot load {folder} ({first_line(error)})")
     with torch.no_grad():
         found = model.logits(model.hidden(tokens))[..., :vocabulary]                            # (1, T, V)
     error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
-    if not error < 1e-3:        # float32 rounds at 1e-7; some hundred products in a row
+    if not error < 1e-3:        # float32 rounds at 1e-7, over some hundred products in a row
         raise UserError(f"transformers computes other logits for {folder} (they differ by {error:.1%} of the "
                         "largest); it has no such model")
     print(f"logits compared with those of transformers: equal up to {error:.0e} of the largest")
 
 
 def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
-    """Make a run folder of a GPT-2 in the layout of transformers, in one model.safetensors.
+    """Make a run folder from a GPT-2 in the layout of transformers, with one model.safetensors.
 
-    raises  UserError if it is no GPT-2, or not complete, or not of this tokenizer
+    raises  UserError if it is not a GPT-2, is incomplete, has another tokenizer or computes other logits
     """
     import torch
 
@@ -196,9 +196,9 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
 
 
 def gpt2_settings(source: Path) -> dict:
-    """What config.json says of a GPT-2.
+    """The contents of a GPT-2's config.json.
 
-    raises  UserError if it is another model, or not in one file
+    raises  UserError if it is another model, or its weights are not in one file
     """
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
@@ -215,9 +215,9 @@ def gpt2_settings(source: Path) -> dict:
 
 
 def our_config(script: ModuleType, theirs: dict, path: Path, **names: str):
-    """The Config of the same model.
+    """Our Config for the same model.
 
-    raises  UserError that names a setting which is missing, or which our model does not have
+    raises  UserError that names a setting that is missing or that our model does not support
     """
     try:
         knobs = script.knobs_of_transformers(theirs)
@@ -230,7 +230,7 @@ def our_config(script: ModuleType, theirs: dict, path: Path, **names: str):
             raise UserError(f"{path} gives {knob} {value!r}; it must be a whole number above 0")
     cfg = script.Config(**names, **knobs)
     for setting, value in script.transformers_config(cfg).items():
-        # where it is silent, transformers means GPT-2 as it was published, and so do we
+        # a missing setting has the value of the published GPT-2, here as in transformers
         same = GELU_BY_TANH if value in GELU_BY_TANH else (value,)
         if setting in BUILT_IN and theirs.get(setting, value) not in same:
             raise UserError(f"{path.parent} has {setting} {theirs[setting]}; train_nanogpt.py has {value}")
@@ -238,9 +238,9 @@ def our_config(script: ModuleType, theirs: dict, path: Path, **names: str):
 
 
 def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Path) -> "dict[str, Tensor]":
-    """The parameters of our model, by name and of its shapes, but for the padding of the embedding.
+    """Our model's parameters by name, in our shapes except that the embedding is not padded.
 
-    raises  UserError that names a weight which is missing, of another shape or kind, or not used
+    raises  UserError that names a weight that is missing, has the wrong shape or dtype, or is not used
     """
     import torch
     with torch.device("meta"):
@@ -250,7 +250,7 @@ def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Pa
     ours, path = {}, source / "model.safetensors"
     left = dict(theirs)
     for name, (their_name, transposed) in script.transformers_names(cfg).items():
-        # OpenAI's own file lacks the first part of the names
+        # names in OpenAI's own file lack the prefix
         weight = left.pop(their_name, None)
         weight = left.pop(their_name.removeprefix("transformer."), None) if weight is None else weight
         if weight is None:

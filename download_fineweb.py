@@ -1,22 +1,22 @@
 """Turn documents into token shards that train_gpt.py reads.
 
     python download_fineweb.py --version 10B --num_shards 10 --tokenizer mine
-    python download_fineweb.py --version 10B-gpt2 --num_shards 10           # ready-made, of GPT-2's tokenizer
+    python download_fineweb.py --version 10B-gpt2 --num_shards 10           # ready-made, GPT-2's tokenizer
     python download_fineweb.py --version 'books/*.parquet' --tokenizer books
     python download_fineweb.py --version notes.txt --tokenizer mine -ns 1 -ss 1e5
     python download_fineweb.py --version books/=0.7 stdlib=0.3 --tokenizer mine
 
-It leaves a folder data/SOURCE_TOKENIZER (benchtop/shards.py says what is in it), whole or not at all. The
-documents come in an order that --seed decides, over all files of a corpus. About one in 64 is held out to
-validate on, chosen by a hash of its own text: the same ones for every tokenizer, seed and number of shards.
-Small sources hold out more, up to 64 documents or 5 % of the text; climbmix holds out its last file and
-nothing else (benchtop/held_out.py). Sources with shares are mixed by tokens (benchtop/mixing.py). The last
-line says what xz -9e needs for the held-out text after the training text, which a model should beat.
+It writes the folder data/SOURCE_TOKENIZER (contents: benchtop/shards.py), complete or not at all. --seed
+sets the order of the documents, over all files of a corpus. About one document in 64 is held out for
+validation, and as many for the test split, by a hash of the text: the same ones for every tokenizer, seed and
+number of shards. Small sources hold out more, up to 64 documents or 5 % of the text per split; climbmix holds
+out its last file and nothing else (benchtop/held_out.py). Sources with shares are mixed by tokens
+(benchtop/mixing.py). The last line reports the bits per byte of xz -9e on the held-out text, compressed after
+training text; a model should beat it. The next file downloads while workers tokenize the current one.
 
-The next file of a corpus downloads while workers tokenize this one. Killed at any time and started again, the
-script goes on behind the last finished shard and ends with the same bytes, with any number of workers. A
-larger --num_shards adds shards and leaves the old ones. Python's library of 12 MB gives 3.5 million tokens of
-a 4,096-token vocabulary in about five seconds on two cores, and its bar in about fifteen.
+If interrupted, run the same command again: it resumes after the last complete shard and produces identical
+files, with any number of workers. A larger --num_shards adds shards and keeps the old ones. Python's library
+(12 MB) becomes 3.5 million tokens (vocabulary 4,096) in about 5 seconds on two cores; xz takes about 15.
 """
 
 import argparse
@@ -49,11 +49,11 @@ from benchtop.shards import few_held_out, shard_format
 from benchtop.sources import Mixture, open_mixture
 from benchtop.tokenizer import load_tokenizer, may_have_seen, only_tokenizer, tokenizer_sha256
 
-TOKENS_PER_PARQUET_BYTE = 0.34      # of FineWeb, by GPT-2's tokenizer; only --dry_run guesses with it
+TOKENS_PER_PARQUET_BYTE = 0.34      # in FineWeb with GPT-2's tokenizer; only for the estimate of --dry_run
 
 
 def part_of(text: str) -> tuple[int, int]:
-    """The type of --part: 2/3 is the second of three, (1, 3)."""
+    """argparse type of --part: 2/3, the second of three parts, becomes (1, 3)."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"must be like 1/3, 2/3 or 3/3, is {text!r}")
@@ -118,7 +118,7 @@ def main() -> None:
     if is_there and args.part:
         print(f"data/{folder.name} is there already; to add shards to it, leave out --part")
         return
-    # text that is one unit is prepared by the first process, and so is what is added to a dataset
+    # only the first process prepares a single unit, or adds shards to a dataset
     parts = 1 if is_there else min(parts, len(units))
     if part >= parts or (is_there and not grows(folder, facts, args.num_shards)):
         return
@@ -138,7 +138,7 @@ def main() -> None:
 
 def mix(folder: Path, source: Mixture, tokenizer: tiktoken.Encoding, facts: dict, args: argparse.Namespace,
         ) -> None:
-    """Make a dataset of a mixture, or let it grow, in one process."""
+    """Make or extend the dataset of a mixture, in one process."""
     if folder.exists() and not grows(folder, facts, args.num_shards):
         return
     mixing = Mixing(folder, source, tokenizer, facts, args)
@@ -148,7 +148,7 @@ def mix(folder: Path, source: Mixture, tokenizer: tiktoken.Encoding, facts: dict
 
 
 def say_what_came_out(folder: Path, source: Source | Mixture, manifest: dict) -> None:
-    """What people should know of a dataset that is ready; where it is comes last."""
+    """Print notes about a finished dataset and, last, its folder and contents."""
     if words := source.replaced_in_words():
         print(words)
     for trouble, why in (("split", "too long or odd to encode whole"),
@@ -165,7 +165,7 @@ def say_what_came_out(folder: Path, source: Source | Mixture, manifest: dict) ->
 
 
 def say_what_it_takes(source: Source, tokenizer: tiktoken.Encoding, args: argparse.Namespace) -> None:
-    """What the work would need: exact where the Hub tells it, and else an estimate that says so."""
+    """Print what the work needs: exact where the Hub reports it, otherwise marked as an estimate."""
     began, text = time.perf_counter(), "The quick brown fox jumps over the lazy dog, 1234 times. " * 20_000
     tokens_of_text = len(tokenizer.encode_ordinary(text))
     rate = tokens_of_text / (time.perf_counter() - began) * args.num_workers

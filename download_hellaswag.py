@@ -3,25 +3,25 @@
     python download_hellaswag.py                                 data/hellaswag_val.jsonl: 10,042 rows, 12 MB
     python download_hellaswag.py --benchmark arc_easy            or piqa, or lambada
     python download_hellaswag.py --score experiments/RUN         score a run trained with --save_model
-    python download_hellaswag.py --score RUN --benchmark piqa    the same on another benchmark
-    python download_hellaswag.py --score RUN --task my.jsonl     the same for questions of your own
+    python download_hellaswag.py --score RUN --benchmark piqa    score it on another benchmark
+    python download_hellaswag.py --score RUN --task my.jsonl     score it on questions of your own
 
-A row is a beginning and what might follow, one of which does; a task's row needs only these three:
+A row has a context, several endings and the number of the right one; a --task needs only these fields:
 
     {"ctx": "A man is sitting on a roof. he", "label": 3,
      "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
                  "is holding a rubik's cube.", "starts pulling up roofing on a roof."], ...}
 
-A model reads <|endoftext|> and ctx as they are, then a space and one ending at a time, and takes the ending
-whose tokens together are likeliest (acc), or likeliest per character, byte or token (acc_norm). Chance is
-0.25. Published for GPT-2 with 124M parameters: acc 0.2859 and acc_norm by tokens 0.2955 on this text (llm.c's
+A model reads <|endoftext|>, the unchanged ctx, a space and one ending at a time. It chooses the ending whose
+tokens together are likeliest (acc), or likeliest per character, byte or token (acc_norm). Chance is 0.25.
+Published for GPT-2 with 124M parameters: acc 0.2859 and acc_norm by tokens 0.2955 on this text (llm.c's
 script); acc 0.2892 and acc_norm by characters 0.3114 in lm-evaluation-harness, which edits the text first.
 
-Rows of the other benchmarks are converted to this form when they are fetched, with the prompts of
-lm-evaluation-harness. ARC-easy and PIQA: ctx is "Question: ", the question and, on a line of its own,
-"Answer:"; each ending is an answer. LAMBADA: the only ending is the last word of a text; it is right (acc) if
-each of its tokens is the likeliest one, and it has a perplexity. README.md has the chance levels and what
-GPT-2 scores.
+Other benchmarks are converted to this form when downloaded, with the prompts of lm-evaluation-harness. In
+ARC-easy and PIQA, ctx is "Question: ", the question and, on a line of its own, "Answer:"; each ending is an
+answer. In LAMBADA, the only ending is the last word of a text. It counts as right (acc) if each of its tokens
+is the likeliest one; its perplexity is reported too. docs/benchmarks.md has the chance levels and the scores
+of GPT-2.
 source  Zellers et al. 2019, arXiv:1905.07830 (HellaSwag); Clark et al. 2018, arXiv:1803.05457 (ARC);
         Bisk et al. 2019, arXiv:1911.11641 (PIQA); Paperno et al. 2016, arXiv:1606.06031, in the edition of
         Radford et al. 2019 (LAMBADA)
@@ -39,9 +39,9 @@ from benchtop.tasks import BENCHMARKS, benchmark_if_here, command_to_fetch, fetc
 
 
 def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
-    """Score the weights of a run on a file's questions or a benchmark, and leave the result in its folder.
+    """Score a run on the questions of a file or a benchmark, and write the result to the run folder.
 
-    The model is that of the script that trained it, which must still lie here.
+    The model comes from the script that trained the run, which must still be here.
     """
     task = open_task(path, path.stem, rows) if path else benchmark_if_here(name, rows)
     if task is None:
@@ -57,7 +57,7 @@ def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
         raise UserError(f"{folder} has a score on {counted(scored, 'row')} of {task.name}, which "
                         f"this one on {len(task.questions):,} would replace; rename the task, or score all "
                         "rows")
-    from benchtop.saved import score_saved  # which imports torch
+    from benchtop.saved import score_saved  # late: it imports torch
     scores, facts, is_main = score_saved(load_script(folder).EXPERIMENT, folder, task)
     if is_main:
         write_benchmark(folder, task.name, task.facts() | scores.summary() | facts, scores.items)

@@ -1,21 +1,21 @@
-"""Which of two runs writes better? A language model reads what both wrote, and its verdicts are counted.
+"""Which of two runs writes better? A language model reads texts of both, and its verdicts are counted.
 
-    python judge.py A B --base_url http://127.0.0.1:8000/v1 --model NAME --dry_run     what it asks and costs
-    OPENAI_API_KEY=... python judge.py A B --base_url https://HOST/v1 --model NAME     ask it
+    python judge.py A B --base_url http://127.0.0.1:8000/v1 --model NAME --dry_run     requests and their cost
+    OPENAI_API_KEY=... python judge.py A B --base_url https://HOST/v1 --model NAME     ask the judge
 
-A and B are run folders. If both have weights (--save_model), each continues the 100 prompts of prompts.txt;
-the texts are kept in its prompts.jsonl, so that another judge needs no weights. Otherwise the texts of
-samples.jsonl are judged: two runs with the same data and tokenizer have samples of the same prompts.
+A and B are run folders. If both have weights (--save_model), each model continues the 100 prompts of
+prompts.txt; the texts are kept in prompts.jsonl of its run, so another judge needs no weights. Otherwise the
+texts of samples.jsonl are judged: runs with the same data and tokenizer have samples of the same prompts.
 
-The judge is any server that speaks OpenAI's POST /chat/completions. It is asked about each pair twice, once
-with each text first; a run wins a prompt only if it is preferred in both orders, all else is a tie. So
-neither a judge that always takes the first text nor a text that tells the judge what to say decides anything.
-An answer other than A, B or tie is asked for again, a bounded number of times, and then counts as no verdict.
+The judge is any server that speaks OpenAI's POST /chat/completions. It sees each pair twice, once with each
+text first. A run wins a prompt only if it is preferred in both orders; everything else is a tie. So neither a
+judge that always takes the first text nor a text that tells the judge what to say decides anything. If an
+answer is not A, B or tie, the judge is asked again, a limited number of times; then there is no verdict.
 
-Each answer is kept in A's folder as it comes. If this is interrupted, run the same command again: it asks
-only what is missing or was no verdict. The file's name ends in a hash of the address and of all requests, so
-answers of another judge, about other texts or other prompts never mix. The result is written to both folders,
-as seen from each.
+Each answer is written to A's folder as it arrives. If this is interrupted, run the same command again: it
+asks only for missing verdicts. The file's name ends in a hash of the address and of all requests, so answers
+of other judges, or about other texts or prompts, never mix. The result is written to both run folders, each
+from its own point of view.
 source  Zheng et al. 2023, arXiv:2306.05685, for judging in both orders
 """
 
@@ -49,12 +49,12 @@ from benchtop.judging import (
 
 
 def price(text: str) -> float:
-    """The type of a flag that takes dollars."""
+    """argparse type of a price in dollars."""
     return amount(text)
 
 
 def plan(judgement: Judgement, missing: list[Asked], prices: tuple[float, float]) -> list[str]:
-    """What there is to ask, and what that may cost."""
+    """Lines that say what will be asked and what it may cost."""
     a, b, path, questions = judgement.a, judgement.b, judgement.path, judgement.questions
     lines = [f"A is {a.name}, B is {b.name}; {counted(len(judgement.pairs), 'prompt')} of "
              f"{judgement.source}, each judged in both orders"]
@@ -75,7 +75,7 @@ def plan(judgement: Judgement, missing: list[Asked], prices: tuple[float, float]
 
 
 def example(endpoint: Endpoint, question: Asked) -> str:
-    """A request in full, with the name of the key in its place."""
+    """A request in full, with the API key replaced by the name of its variable."""
     headers = JSON | ({"Authorization": f"Bearer [{endpoint.key_variable}]"} if endpoint.key else {})
     return "\n".join([f"POST {endpoint.url}", *(f"{name}: {value}" for name, value in headers.items()), "",
                       json.dumps(json.loads(question.body), indent=2)])
@@ -83,7 +83,7 @@ def example(endpoint: Endpoint, question: Asked) -> str:
 
 def ask_all(judgement: Judgement, endpoint: Endpoint, missing: list[Asked],
             answers: dict[tuple[int, str], Answer], file: BinaryIO) -> None:
-    """Add what is missing to the answers and to their file; whatever stops it, those that came are kept."""
+    """Ask what is missing; add each answer to `answers` and `file` as it arrives, so none is lost."""
     def kept() -> str:
         given = sum(bool(answer.said) for answer in answers.values())
         return (f"{given} of {counted(len(judgement.questions), 'answer')} are kept, and the same command "

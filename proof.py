@@ -1,21 +1,21 @@
-"""Is this machine fit for training, and what will it give? Some minutes, no data needed; start it by
+"""Check that this machine is fit for training and measure its speed, in a few minutes and without data.
 
     ./run.sh proof                        gpt2-small on a GPU, the demo on a CPU
     ./run.sh proof xs --gpu_cost_per_hour 2.5
     python proof.py --only product,kernels
 
-A line for each check; the exit code is 0 unless one FAILED. Any other flag is a knob of train_gpt.py for the
-part `speed`, such as --fp8. The parts:
+Each check prints a line; the exit code is 0 unless a check FAILED. Other flags, such as --fp8, are knobs of
+train_gpt.py for the part `speed`. The parts:
 
-    machine    driver, versions, power, memory, disk; versions that do not go together
-    product    a large matrix product and a large copy, beside what the maker promises
+    machine    driver, versions, power, memory, disk; names versions that do not work together
+    product    a large matrix product and a large copy, compared with the maker's figures
     kernels    attention, loss, FP8 head, Newton-Schulz and block mask against float64
     compiled   gradients of compiled kernels against eager ones
     losses     eight steps of a small model against the CPU in float32
-    processes  all GPUs against one, and how fast they exchange; on a CPU, two processes
-    speed      the preset: tokens/s, MFU, memory, where the time goes, and what the whole run takes and costs
+    processes  all GPUs against one, and their communication speed; on a CPU, two processes
+    speed      the preset: tokens/s, MFU, memory, time of each part, and time and cost of the whole run
 
-It leaves experiments/DATE_TIME_proof with a table to paste, the figures as JSON and what libraries printed.
+It writes experiments/DATE_TIME_proof with a table to paste, all figures as JSON, and the libraries' output.
 """
 
 import dataclasses
@@ -64,16 +64,16 @@ from train_gpt import (
     token_losses,
 )
 
-SILENCE, SECONDS = 120, 300         # after which a part counts as hanging; for all parts
-# of the norm, against float64: some roundings to the dtype in a row; FP8 has 3 and 2 bits of mantissa
+SILENCE, SECONDS = 120, 300         # seconds of silence that count as hanging; seconds for all parts
+# relative error in norm against float64: a few roundings to the dtype; FP8 has 3 or 2 mantissa bits
 BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float8_e4m3fn: 0.15}
 LOSS_BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-# small, and calm: with rates this low, some steps do not amplify what kernels round differently
+# a small model; at learning rates this low, a few steps do not amplify rounding differences of kernels
 SMALL = dict(num_layers=3, num_heads=2, model_dim=128, seq_len=256, batch_tokens=1024, num_steps=8,
              vocab_size=1000, micro_batch_tokens=512, log_every=1,
              muon_lr=0.01, embed_lr=0.01, head_lr=0.002, scalar_lr=0.01)
-VOCABULARY = {"demo": 4097, "five-minutes": 8192}       # of a preset's tokenizer; GPT-2's for all others
-END = 99        # token that begins a document, where kernels are checked
+VOCABULARY = {"demo": 4097, "five-minutes": 8192}       # size by preset; all others use GPT-2's
+END = 99        # token that begins a document in the checks of kernels
 
 
 def small(proof: Proof, **knobs) -> Config:
@@ -82,7 +82,7 @@ def small(proof: Proof, **knobs) -> Config:
 
 
 def within(check: str, errors: dict[str, float], bound: float, says: str) -> Finding:
-    """A finding of relative errors, which fails where one is above the bound, or no number."""
+    """A finding about relative errors, FAILED if one of them exceeds the bound or is NaN."""
     wrong = [name for name, error in errors.items() if not error <= bound]
     figures = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     return Finding(check, f"{says}: {figures} (bound {bound:.0e})", FAILED if wrong else OK,
@@ -109,17 +109,17 @@ def kernels(proof: Proof) -> Iterator[Finding]:
             yield check()
         except Exception as error:
             yield Finding(name, f"{type(error).__name__}: {first_line(error)}", FAILED)
-            proof.world.synchronize()       # raises where the device is of no more use to this process
+            proof.world.synchronize()       # raises if the device is no longer usable in this process
 
 
 def context_of(proof: Proof, cfg: Config, inputs: Tensor, flex: dict | None) -> Context:
-    """What the first layer receives."""
+    """The Context of the first layer."""
     model = GPT(cfg, cfg.vocab_size - 1, proof.dtype, flex).to(inputs.device)
     return model.contexts(inputs)[0]
 
 
 def rows_of_documents(rows: int, length: int) -> Tensor:
-    """(B, T) token ids on the CPU, in documents of some 90 tokens; the first row is one document."""
+    """(B, T) token ids on the CPU, in documents of about 90 tokens; the first row is one document."""
     tokens = torch.from_numpy(zipf_tokens(rows * length, END + 1, END, 90).astype("int64"))
     tokens = tokens.view(rows, length)
     tokens[0][tokens[0] == END] = 0
@@ -132,7 +132,7 @@ def attend(ctx: Context, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
 
 
 def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
-    """Attention as the run does it; also that a query's gradient reaches those values alone that it sees."""
+    """Check attention as a run computes it, and that a query's gradient reaches exactly what it sees."""
     rows, heads = 4, 2
     window, scale = min(window, length), proof.cfg.attention_cap / width
     cfg = small(proof, model_dim=heads * width, num_heads=heads, seq_len=length, batch_tokens=rows * length,
@@ -153,7 +153,7 @@ def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
     errors = {name: relative_error(*pair) for name, pair in zip(
         ("y", "dq", "dk", "dv"), zip(found, exact_attention(q, k, v, seen, scale, weight), strict=True),
         strict=True)}
-    one = torch.zeros_like(weight)          # of a gradient that only some queries have
+    one = torch.zeros_like(weight)          # a gradient for one query per row
     queries = [length - 1 - 40 * row for row in range(rows)]
     for row, query in enumerate(queries):
         one[row, query] = 1
@@ -168,7 +168,7 @@ def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, weight: Tensor,
                     ) -> list[Tensor]:
-    """Output and gradients in float64, by plain softmax; q, k, v and weight (B, T, H, K)."""
+    """Output and gradients of plain softmax attention in float64; q, k, v and weight (B, T, H, K)."""
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     queries, keys, values = (leaf.transpose(1, 2) for leaf in leaves)                       # (B, H, T, K)
     z = (queries @ keys.mT) * scale                                                         # (B, H, T, T)
@@ -178,7 +178,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float,
 
 
 class HeadAlone(Model):
-    """The head and the loss of any model, on hidden states that are given, (N, D)."""
+    """The head and the loss of any model, on given hidden states (N, D)."""
 
     def __init__(self, cfg: Config, states: Tensor, head: Tensor):
         super().__init__(cfg, cfg.vocab_size - 1, states.dtype)
@@ -189,7 +189,7 @@ class HeadAlone(Model):
 
 
 def loss(proof: Proof, fp8: bool = False, tokens: int = 992, vocab_size: int = 4097) -> Finding:
-    """The loss of the head with its gradients: in chunks, with a padded vocabulary and targets of -1."""
+    """Check the head's loss and its gradients: in chunks, with a padded vocabulary and targets of -1."""
     name, width = "loss FP8" if fp8 else "loss", 256
     problem = fp8 and (fp8_problem(proof.device, proof.dtype) or (proof.on_cpu and "is for GPUs"))
     if problem:
@@ -216,11 +216,11 @@ def loss(proof: Proof, fp8: bool = False, tokens: int = 992, vocab_size: int = 4
 
 
 def orthogonal(proof: Proof) -> Finding:
-    """Newton-Schulz in the dtype of the optimizer's products."""
+    """Check Newton-Schulz in the dtype of the optimizer's products."""
     dtype = torch.bfloat16 if proof.dtype == torch.bfloat16 else torch.float32
     G = torch.randn(4, 256, 1024, generator=torch.Generator().manual_seed(0))
     found = newton_schulz(G.to(proof.device), dtype=dtype).float().cpu()
-    squares = torch.linalg.eigvalsh(found.double() @ found.double().mT)     # of the singular values
+    squares = torch.linalg.eigvalsh(found.double() @ found.double().mT)     # squared singular values
     low, high = float(squares.min()) ** 0.5, float(squares.max()) ** 0.5
     error = relative_error(found, newton_schulz(G.double(), dtype=torch.float64))
     finding = within("newton", {"X": error}, BOUNDS[dtype],
@@ -229,7 +229,7 @@ def orthogonal(proof: Proof) -> Finding:
 
 
 def blocks(proof: Proof) -> Finding:
-    """The block mask made on the device against all pairs of tokens, evaluated on the CPU."""
+    """Check the block mask made on the device against the mask of all token pairs, made on the CPU."""
     rows, length, wrong = 6, 1000, 0
     inputs = rows_of_documents(rows, length)
     docs = (inputs == END).cumsum(1, dtype=torch.int32)
@@ -243,8 +243,8 @@ def blocks(proof: Proof) -> Finding:
 
 
 def wrong_blocks(mask, seen: Tensor) -> int:
-    """Blocks that are skipped although seen, or taken as a whole although not, in the lists of keys or
-    queries; seen (B, T, T) bool."""
+    """Number of wrong blocks in the lists of keys and of queries: skipped although some pair is seen, taken
+    as a whole although some pair is not, or in both lists; seen (B, T, T) bool."""
     size = mask.BLOCK_SIZE[0]
     pad = -seen.size(1) % size
     some = F.pad(seen, (0, pad, 0, pad))
@@ -262,7 +262,7 @@ def wrong_blocks(mask, seen: Tensor) -> int:
 
 
 def listed_blocks(count: Tensor, indices: Tensor) -> Tensor:
-    """The lists of a BlockMask, (B, 1, J) and (B, 1, J, J), as (B, J, J) bool."""
+    """A BlockMask's counts (B, 1, J) and indices (B, 1, J, J) as a (B, J, J) bool."""
     count, indices = count[:, 0].cpu().long(), indices[:, 0].cpu().long()
     size = indices.size(-1)
     listed = torch.where(torch.arange(size) < count[..., None], indices, size)
@@ -284,7 +284,7 @@ def compiled(proof: Proof) -> Iterator[Finding]:
 
 
 def losses_of_steps(cfg: Config, world: World, chosen: Kernels) -> list[float]:
-    """The loss of each step of a small model."""
+    """The train_loss of each step of a small model."""
     model, optimizer = make_model(EXPERIMENT, cfg, cfg.vocab_size - 1, world, chosen)
     run = SyntheticRun(EXPERIMENT, cfg, world, model, optimizer, chosen.compiled, mean=90)
     EXPERIMENT.train(run)
@@ -310,7 +310,7 @@ def losses(proof: Proof) -> Iterator[Finding]:
 
 
 def processes(proof: Proof) -> Iterator[Finding]:
-    """The same steps by all devices together as by one."""
+    """Check that all devices together reach the losses of one, and time their communication."""
     size = torch.cuda.device_count() if proof.on_cuda else min(2, host.available_cores()) * proof.on_cpu
     if size < 2:
         yield Finding("processes", "there is one device", SKIPPED)
@@ -338,19 +338,19 @@ def processes(proof: Proof) -> Iterator[Finding]:
 
 
 def together_config(proof: Proof, size: int) -> Config:
-    """The steps that all processes do together; a CPU's in float32."""
+    """The Config of the steps that all processes do together; in float32 on a CPU."""
     dtype = {} if proof.on_cuda else {"dtype": "float32"}
     return small(proof, compile="off", batch_tokens=256 * max(4, size), micro_batch_tokens=256, num_steps=5,
                        timeout_seconds=60, **dtype)
 
 
 def together(proof: Proof, answer: Path) -> None:
-    """What each of the processes does that torchrun starts for `processes`."""
+    """What each process started by `processes` with torchrun does."""
     world, cfg = proof.world, together_config(proof, proof.world.size)
     found = losses_of_steps(cfg, world, choose_kernels(cfg, world))
     numbers = torch.ones(2**26, device=world.device)
     seconds = seconds_of(lambda: world.sum(numbers), world)
-    moved = 2 * (world.size - 1) / world.size * 4 * numbers.numel()     # by each process, in each direction
+    moved = 2 * (world.size - 1) / world.size * 4 * numbers.numel()     # bytes per process and direction
     if world.is_main:
         write_json(answer, {"losses": found, "gb_per_second": moved / seconds / 1e9,
                             "dtype": short_name(world.dtype)})
@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--preset", default="", help="to measure; gpt2-small on a GPU, else demo")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help="the parts to do")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
-    for flag in ("--parts", "--tell", "--together"):        # for the processes that this one starts
+    for flag in ("--parts", "--tell", "--together"):        # for the processes that this script starts
         parser.add_argument(flag, default="", help="==SUPPRESS==")
     args, rest = parser.parse_known_args()
     cfg = config_of(args.preset, rest)
@@ -393,7 +393,7 @@ def main() -> None:
 
 
 def config_of(preset: str, flags: list[str]) -> Config:
-    """The preset's Config with the vocabulary that it would have."""
+    """The preset's Config, with the size of the vocabulary that it would have."""
     gpu = torch.cuda.is_available() and not {"--device=cpu", "cpu"}.intersection(flags)
     preset = preset or ("gpt2-small" if gpu else "demo")
     cfg = parse_config(["--preset", preset, *flags], Config)
@@ -401,23 +401,23 @@ def config_of(preset: str, flags: list[str]) -> Config:
 
 
 def proof_here(cfg: Config) -> Proof:
-    """What the parts share, with the budget that the Config has where there is text enough."""
+    """What the parts share; the budget is that of a run with enough text."""
     world = World(cfg)
     cfg.require_machine(world.device, world.dtype)
     return Proof(EXPERIMENT, with_speed(cfg, world).with_budget(10**12), world)
 
 
 def require_possible(cfg: Config) -> None:
-    """raises  UserError if the knobs ask for what this machine does not have"""
+    """raises  UserError if the knobs need what this machine lacks, or torchrun started this script"""
     if places_by_torchrun()[1] > 1:
         raise UserError("start proof.py without torchrun; it starts processes by itself")
     device = choose_device(cfg, 0, 1)
-    if device.type != "cuda":       # what asks a GPU takes some of its memory; the parts' own process does
+    if device.type != "cuda":       # asking a GPU takes some of its memory, so the child process asks
         cfg.require_machine(device, choose_dtype(cfg, device)[0])
 
 
 def show(cfg: Config, names: list[str], seconds: float) -> int:
-    """Print each finding as it comes, and leave all of them in a folder; the exit code."""
+    """Print each finding as it comes and write all of them to a folder; returns the exit code."""
     require_possible(cfg)
     folder, begun, findings = new_folder("proof"), time.perf_counter(), []
     command = [sys.executable, __file__, *sys.argv[1:]]
@@ -438,7 +438,7 @@ def show(cfg: Config, names: list[str], seconds: float) -> int:
 
 
 def identity(cfg: Config) -> dict:
-    """Code and machine, as the summary of a run has them; of a device that broke, only what it was."""
+    """Code and machine, as in a run's summary; the error if they cannot be read, as on a broken device."""
     try:
         return facts_about_session(Path(__file__), World(cfg))
     except Exception as error:

@@ -4,18 +4,18 @@
     python trial.py train_llama3.py --minutes 4 -- --preset demo                     beside train_gpt.py
     python convert.py to_transformers experiments/RUN
 
-It holds only what differs: RMSNorm with weights, rotary positions of base 500,000, SwiGLU, grouped queries,
-an untied head. AdamW, clipping, warm-up and cosine are those of train_nanogpt.py with Llama's figures.
+This file has only what differs: RMSNorm with weights, rotary positions with base 500,000, SwiGLU, grouped
+queries and an untied head. The optimizer and schedule are those of train_nanogpt.py, with Llama's values.
 
-    published (arXiv:2407.21783)                        chosen here, since it was not
+    published (arXiv:2407.21783)                        not published, chosen here
     AdamW, weight decay 0.1, linear warm-up, cosine     betas 0.9 and 0.95, clipping at 1 (as in Llama 2)
-    cosine to 1 % (0.8e-6 of 80e-6, 405B)               share of the warm-up: 2 % (there under 1 %)
-    3e-4 at 8B and 4,096 wide                           6e-4 at 768 wide, which is 2.6e-4 at 4,096
-    base 500,000, 8 heads of keys for 32 of queries     2 or 3 query heads: one head of keys
+    cosine to 1 % (0.8e-6 of 80e-6, 405B)               warm-up of 2 % of the run (in Llama 3 under 1 %)
+    learning rate 3e-4 at 8B, width 4,096               6e-4 at width 768, which is 2.6e-4 at 4,096
+    base 500,000, 8 key/value heads for 32 query heads  one key/value head for 2 or 3 query heads
     hidden width 3.5 model widths (8B, 70B)             rounded up to a multiple of 64
-    documents of a row do not see each other            initial values: std 0.02, what is added / sqrt(2 L)
+    documents of a row do not see each other            initial std 0.02, output matrices / sqrt(2 L)
 
-Shapes:  B batch   T tokens in a row   D model width   H heads   G heads of keys and values   K width of one
+Shapes:  B batch   T tokens in a row   D model width   H query heads   G key/value heads   K width of one head
          F MLP hidden   V vocabulary
 """
 
@@ -41,15 +41,15 @@ class Config(train_nanogpt.Config):
     # the run
     model_name: str = "llama3"        # last part of the run folder's name
     # the model
-    num_kv_heads: int = 0             # heads of keys and values; 0: one for four of queries
-    mlp_ratio: float = 3.5            # hidden width of an MLP, in model widths, rounded up to 64
+    num_kv_heads: int = 0             # key/value heads; 0: about one per four query heads
+    mlp_ratio: float = 3.5            # MLP hidden width / model_dim; rounded up to a multiple of 64 units
     # the optimizer
     final_lr_frac: float = 0.01       # learning rate at the end of the cosine, as a fraction of its peak
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(0, "num_kv_heads")
-        if not self.num_heads:      # they are by the speed, and this is asked again
+        if not self.num_heads:      # --by_speed sets the size later and then runs this again
             return
         fitting = (number for number in range(max(1, self.num_heads // 4), 0, -1)
                    if self.num_heads % number == 0)
@@ -63,13 +63,13 @@ class Config(train_nanogpt.Config):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention, then a gated MLP, each on normed input and added to the stream."""
+    """One transformer layer: attention, then a gated MLP, each on normed input, added to the stream."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         width, hidden, keys = cfg.model_dim, cfg.hidden_dim, cfg.num_kv_heads * cfg.head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        deep = 1 / math.sqrt(2 * cfg.num_layers)    # what is added to the stream, 2 L times
+        deep = 1 / math.sqrt(2 * cfg.num_layers)    # for the 2 L matrices that add to the stream
         self.attention_norm, self.mlp_norm = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.q, self.k, self.v = weights(width, width), weights(keys, width), weights(keys, width)
         self.out = weights(width, width, deep)
@@ -90,7 +90,7 @@ class Layer(nn.Module):
         v = linear(x, self.v).view(B, T, self.num_kv_heads, self.head_dim)                  # (B, T, G, K)
         q = ctx.rotate(q)                                                                   # (B, T, H, K)
         k = ctx.rotate(k)                                                                   # (B, T, G, K)
-        # each head of keys serves the same number of queries, one after the other
+        # each key/value head serves num_heads / num_kv_heads query heads in a row
         k, v = (part.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2) for part in (k, v))
         y = ctx.attend(q, k, v, self.head_dim**-0.5)                                        # (B, T, H, K)
         return linear(y.reshape(B, T, D), self.out)                                         # (B, T, D)
@@ -116,7 +116,7 @@ class Llama3(train_gpt.Model):
         self.head = weights(cfg.padded_vocab_size, cfg.model_dim)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """All pairs of dimensions rotate, with base 500,000; backwards, as Llama does."""
+        """All pairs of dimensions rotate, with base 500,000; negative, as Llama rotates the other way."""
         K = self.cfg.head_dim
         return -(500_000.0 ** -(torch.arange(0, K, 2, device=device) / K))                  # (K/2)
 
@@ -128,7 +128,7 @@ class Llama3(train_gpt.Model):
 
 
 def transformers_names(cfg: Config) -> dict[str, tuple[str, bool]]:
-    """Our names of parameters -> those in transformers, and whether it keeps the matrix transposed."""
+    """Our parameter name -> the name in transformers, and whether the matrix is transposed there."""
     names = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
     parts = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
              "v": "self_attn.v_proj", "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",

@@ -4,15 +4,15 @@
     python trial.py train_nanogpt.py --minutes 4 -- --preset demo                    beside train_gpt.py
     python convert.py to_transformers experiments/RUN
 
-It holds only what differs: learned positions, LayerNorm with bias, GELU, a head that is the embedding, AdamW
-with weight decay on what has two dimensions, clipped gradients, a warm-up and a cosine. All else, from the
-batches to the tables, is what every script here has, so a difference between runs is one of these.
+This file has only what differs from train_gpt.py: learned positions, LayerNorm with bias, GELU, a tied head,
+AdamW with weight decay on parameters of two or more dimensions, gradient clipping, and a warm-up with cosine
+decay. Everything else is shared, so a difference between runs comes from one of these.
 
-Where it is not nanoGPT to the letter: documents in a row do not see each other, and positions count from a
-document's beginning, since rows are packed (and so a benchmark's rows score as they would alone); GELU is by
-tanh, as GPT-2 itself has it; activations are bfloat16 throughout, where nanoGPT adds layers up in float32;
-biases are on, as in GPT-2; the warm-up is a share of the run (nanoGPT: 2,000 of 600,000 steps), and the rate
-follows the width.
+It deviates from nanoGPT in a few points. Rows are packed: documents in a row do not see each other, and
+positions count from the beginning of a document (so packed benchmark rows score as they would alone). GELU is
+the tanh approximation, as in GPT-2. Activations are bfloat16 throughout; nanoGPT keeps the residual stream in
+float32. Biases are on, as in GPT-2. The warm-up is a fraction of the run (nanoGPT: 2,000 of 600,000 steps),
+and the learning rate depends on the width.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   V vocabulary
 """
@@ -38,13 +38,13 @@ class Config(CommonConfig):
     # the run
     model_name: str = "nanogpt"       # last part of the run folder's name
     # the model
-    mlp_ratio: int = 4                # hidden width of an MLP, in model widths
+    mlp_ratio: int = 4                # hidden width of the MLP, as a multiple of model_dim
     # the optimizer
-    learning_rate: float = 6e-4       # for width 768; scaled by 1/sqrt(width) for other widths
-    weight_decay: float = 0.1         # of what has two dimensions, times the learning rate
-    warmup_frac: float = 0.02         # first fraction of training, in which the learning rate climbs from 0
+    learning_rate: float = 6e-4       # peak rate at width 768; scaled by 1/sqrt(width) for other widths
+    weight_decay: float = 0.1         # weight decay of all but vectors; multiplied by the learning rate
+    warmup_frac: float = 0.02         # fraction of training in which the learning rate rises from 0; 0: none
     final_lr_frac: float = 0.1        # learning rate at the end of the cosine, as a fraction of its peak
-    grad_clip: float = 1.0            # clip the norm of all gradients together to this; 0: no clipping
+    grad_clip: float = 1.0            # clip the global gradient norm to this; 0: no clipping
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,14 +55,14 @@ class Config(CommonConfig):
 
     @classmethod
     def preset_knobs(cls, preset: str) -> dict:
-        """The size, data and budget of a preset of train_gpt.py; the number of heads is by rule."""
+        """The size, data and budget of a preset of train_gpt.py; num_heads follows from head_width."""
         knobs = super().preset_knobs(preset)
         knobs.pop("num_heads", None)
         return knobs | ({"model_name": f"{cls.model_name}-{preset}"} if preset else {})
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention, then an MLP, each on layer-normed input and added to the stream."""
+    """One transformer layer: attention, then an MLP, each on layer-normed input, added to the stream."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -71,7 +71,7 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        deep = 0.02 / math.sqrt(2 * cfg.num_layers)     # of what is added to the stream, 2 L times
+        deep = 0.02 / math.sqrt(2 * cfg.num_layers)     # of the 2 L matrices that add to the stream
         for linear, std in ((self.qkv, 0.02), (self.up, 0.02), (self.out, deep), (self.down, deep)):
             drawn(linear.weight, normal_law(std))
             nn.init.zeros_(linear.bias)
@@ -91,7 +91,7 @@ class Layer(nn.Module):
 
 
 def affine(x: Tensor, linear: nn.Linear) -> Tensor:
-    """Weights are float32; products are made in the dtype of the activations."""
+    """A linear layer with float32 weights, computed in the dtype of the activations."""
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
@@ -100,7 +100,7 @@ def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class GPT2(train_gpt.Model):
-    """Token and position embedding -> layers -> LayerNorm -> the token embedding as head."""
+    """Token and position embedding -> layers -> LayerNorm -> head, which is the token embedding."""
 
     def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
                  flex: dict | None = None):
@@ -109,7 +109,7 @@ class GPT2(train_gpt.Model):
         self.positions = normal(cfg.seq_len, cfg.model_dim, std=0.02)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.norm = nn.LayerNorm(cfg.model_dim)
-        self.longest = cfg.seq_len      # no position past it is learned
+        self.longest = cfg.seq_len      # later positions are not learned
 
     @property
     def head(self) -> nn.Parameter:
@@ -128,9 +128,9 @@ class GPT2(train_gpt.Model):
 
 
 class AdamW(train_gpt.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): Adam, and a decay that is not in its gradients.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): Adam with decoupled weight decay.
 
-    Parameters of the group `decayed` have it, those of `kept` have not.
+    Weight decay applies to the group `decayed` and not to `kept`.
     """
 
     betas, eps = (0.9, 0.95), 1e-8
@@ -143,8 +143,8 @@ class AdamW(train_gpt.Optimizer):
 
     @staticmethod
     def learning_rates(cfg: Config) -> dict[str, float]:
-        """The published rate of 124M parameters, for others by the root of the width; a sweep on the demo is
-        in benchmarks/README.md."""
+        """The published rate of the 124M model, scaled with 1 / sqrt(width); benchmarks/README.md has a sweep
+        on the demo."""
         rate = cfg.learning_rate * math.sqrt(768 / cfg.model_dim)
         return {"decayed": rate, "kept": rate}
 
@@ -164,7 +164,7 @@ class AdamW(train_gpt.Optimizer):
 
 
 def transformers_names(cfg: Config) -> dict[str, tuple[str, bool]]:
-    """Our names of parameters -> those in transformers, and whether it keeps the matrix transposed."""
+    """Our parameter name -> the name in transformers, and whether the matrix is transposed there."""
     modules = {"norm": "transformer.ln_f"}
     parts = {"attention_norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj", "mlp_norm": "ln_2",
              "up": "mlp.c_fc", "down": "mlp.c_proj"}
@@ -185,7 +185,7 @@ def transformers_config(cfg: Config) -> dict:
 
 
 def knobs_of_transformers(theirs: dict) -> dict:
-    """The knobs that make the model that a config.json of transformers describes."""
+    """The knobs of the model that a config.json of transformers describes."""
     width = theirs["n_embd"]
     return {"vocab_size": theirs["vocab_size"], "seq_len": theirs["n_positions"], "model_dim": width,
             "num_layers": theirs["n_layer"], "num_heads": theirs["n_head"],

@@ -4,17 +4,17 @@
     python train_tokenizer.py --vocabsize 8192 --source 'books/*.parquet' --name books
     python train_tokenizer.py --samples 1e5 --vocabsize 1000 --name readmetokenizer --demo
 
-The text is split into pieces (words with their space, numbers, runs of punctuation) and each piece into its
-bytes. Then, until the vocabulary is full, the two neighbouring tokens that occur together most often become
-a new token. The rules that make the result exact stand in benchtop/bpe.py. Held-out documents
-(benchtop/held_out.py) are not looked at.
+The text is split into pieces (words with their space, numbers, runs of punctuation), and each piece into its
+bytes. Then the most frequent pair of adjacent tokens is merged into a new token, until the vocabulary is
+full. benchtop/bpe.py has the rules that make the result exact. Held-out documents (benchtop/held_out.py) are
+not used.
 
-It leaves a folder tokenizers/NAME, whole or not at all:
+It writes the folder tokenizers/NAME, complete or not at all:
 
     ranks.tiktoken       one token a line: base64 of its bytes, space, id
     meta.json            pattern, special tokens, sizes, what it was trained on, SHA-256 of the ranks
     tokenizer.json       the same tokenizer for Hugging Face tokenizers
-    merges.txt           what was learned when, for people
+    merges.txt           the merges in the order they were learned, for people
     train_tokenizer.txt  the source that made it: this script and benchtop/bpe.py
 """
 
@@ -92,21 +92,21 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Learn a tokenizer, alone or with the processes that torchrun started, and leave its folder."""
+    """Learn a tokenizer, alone or with the other processes of torchrun, and write its folder."""
     if not 256 <= args.vocabsize <= MOST_TOKENS:
         raise UserError("--vocabsize must be at least 256, since every byte is a token, and at most "
                         f"{MOST_TOKENS:,}; it is {args.vocabsize}")
-    if args.device != "cpu":    # torch takes seconds to import, and a CPU needs none
+    if args.device != "cpu":    # torch takes seconds to import and is not needed on a CPU
         args.device = importlib.import_module("benchtop.machine").choose_device(args, 0, 1).type
     world = Processes()
     world.connect(backend="gloo")
     train_together(args, world)
-    world.barrier()         # not after an error, when it could wait for the others
+    world.barrier()         # not in a finally: after an error it could wait forever
     world.close()
 
 
 def train_together(args: argparse.Namespace, world: Processes) -> None:
-    """Count on all processes; learn, save and talk on the first."""
+    """Count pieces on all processes; learn, save and print on the first one only."""
     pattern, source = PATTERNS[args.regex], open_source(args.source)
     rule = rule_for(source)
     growth = bpe.forecast(source, rule, pattern)
@@ -149,7 +149,7 @@ def say_what_it_takes(growth: Forecast, samples: int, args: argparse.Namespace, 
 
 def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict, held_out: list[str],
                    args: argparse.Namespace) -> None:
-    """From the counts to the folder."""
+    """Learn merges from the counted pieces, check and measure the tokenizer, and write its folder."""
     print(f"counted {facts['unique_pieces']:,} distinct pieces in {counted(facts['documents'], 'document')}, "
           f"{facts['characters']:,} characters")
     some_pieces = list(islice(pieces, 20_000))
@@ -171,7 +171,7 @@ def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict,
 
 def learn(pieces: Counter[bytes], num_merges: int, pattern: str, demo: bool, device: str = "cpu",
           ) -> list[tuple[int, int, int]]:
-    """Learn with a bar or the demo; sorted pieces make the result independent of their order."""
+    """Learn merges, with a progress bar or the demo; pieces are sorted, so their order has no influence."""
     as_sorted = dict(sorted(pieces.items()))
     pieces.clear()      # the merging needs the memory
     where = None if device == "cpu" else device
@@ -186,7 +186,7 @@ def learn(pieces: Counter[bytes], num_merges: int, pattern: str, demo: bool, dev
 
 
 def own_source() -> str:
-    """What made a tokenizer, for its folder: this script and the learning that it calls."""
+    """The source that makes a tokenizer, for its folder: this script and benchtop/bpe.py."""
     made_by = {"train_tokenizer.py": Path(__file__), "benchtop/bpe.py": Path(bpe.__file__)}
     return "\n\n".join(f"# ---- {name}\n{path.read_text(encoding='utf-8')}" for name, path in made_by.items())
 
@@ -201,7 +201,7 @@ def in_words(statistics: dict) -> str:
 
 
 def report_existing(name: str, settings: dict, args: argparse.Namespace) -> None:
-    """Say that the tokenizer is there already, or refuse if it was made from something else."""
+    """Print that an existing tokenizer is reused; raises UserError if it was made from something else."""
     remove = f"choose another --name or remove it with: rm -r {shlex.quote(str(places.TOKENIZERS / name))}"
     if not (places.TOKENIZERS / name / "meta.json").is_file():
         raise UserError(f"tokenizers/{name} exists and is no tokenizer; {remove}")
@@ -209,7 +209,7 @@ def report_existing(name: str, settings: dict, args: argparse.Namespace) -> None
     meta = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
     differing = [key for key, value in settings.items() if meta.get(key) != value]
     if not args.samples and "samples" in differing:
-        differing.remove("samples")     # memory decided, and another amount was free then
+        differing.remove("samples")     # the default depends on free memory at that time
     if differing:
         raise UserError(f"tokenizers/{name} exists and was made with another {', '.join(differing)}; "
                         f"{remove}")
@@ -223,7 +223,7 @@ def report_existing(name: str, settings: dict, args: argparse.Namespace) -> None
 # ------------------------------------------------------------------------------------------------
 
 class Demo:
-    """Shows a text in coloured tokens after 0, 1, 10, 100, ... merges."""
+    """Shows a text in coloured tokens after 0, 1, 10, 100 and every 1,000 merges."""
 
     def __init__(self, pattern: str):
         self.pattern = pattern
@@ -245,7 +245,7 @@ class Demo:
 
 
 def coloured(encoding: tiktoken.Encoding, ids: list[int]) -> str:
-    """The text with a background colour per token; one that ends inside a character shows where that ends."""
+    """The text with a background colour per token; one that ends inside a character joins the next."""
     pieces, pending = [], b""
     for place, rank in enumerate(ids):
         pending += encoding.decode_single_token_bytes(rank)

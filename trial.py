@@ -1,21 +1,21 @@
-"""From an idea to a verdict: is a changed train_gpt.py better, and how sure is that?
+"""From an idea to a verdict: is a changed train_gpt.py better, and how certain is that?
 
     python trial.py gelu.py -- --preset demo                             a changed copy
     python trial.py backout.diff 'lr2: --muon_lr 0.1' -- --preset demo   a patch, and a flag
     python trial.py --seeds 8 --name demo -- --preset demo               no idea: the baseline's own spread
-    python trial.py --confirm gelu                                       a kept idea, on text nobody has seen
-    python trial.py --ledger                                             all that was ever tried
+    python trial.py --confirm gelu                                       test a kept idea on unseen text
+    python trial.py --ledger                                             list everything that was ever tried
 
-Each idea is checked in seconds first (--smoke). Then baseline and ideas are trained in turns, a pair of runs
-for each seed. After every pair from the third on, an idea is kept if its gain lies above 0, and discarded if
-it is smaller than --margin, with error rates that hold although one looks so often (benchtop/sequential.py).
-All runs resume: if this is interrupted, type it again.
+Each idea is first checked with --smoke, in seconds. Then baseline and ideas are trained in turns, one pair of
+runs per seed. After each pair from the third on, an idea is discarded if the confidence interval of its gain
+lies below --margin, and kept if that interval lies above 0; the error rates account for repeated testing
+(benchtop/sequential.py). If a trial is interrupted, run the same command again: its runs resume.
 
-Seeds are what makes runs different: other weights, another order of the data. Repeats of one seed on a GPU
-differ by rounding alone and say nothing of that. Whatever happened is a line in experiments/ledger.tsv.
+The seed sets the initial weights and the order of the data. Repeats of one seed are not a sample: on a GPU
+they differ only by rounding. The outcome of each idea is a line in experiments/ledger.tsv.
 
-Exit status: 0 if an idea was kept (or confirmed), 1 if all were discarded or failed, 2 if some are undecided,
-3 if the trial could not be made.
+Exit status: 0 if an idea was kept or confirmed, or the baseline alone was repeated; 1 if all ideas were
+discarded or failed; 2 if none was kept and some are undecided; 3 if the trial could not be made.
 """
 
 import argparse
@@ -59,7 +59,7 @@ KEPT, NONE_KEPT, SOME_UNDECIDED, NO_TRIAL = range(4)
 
 
 def seeds_of(text: str) -> tuple[int, int]:
-    """The type of --seeds: 3..8, or 5 for 5..5."""
+    """argparse type of --seeds: 3..8, or 5 for 5..5."""
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     first, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 2 <= first <= most <= 50:
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
 
 
 def budget_flags(args: argparse.Namespace) -> list[str]:
-    """What gives every run the same budget; a preset's other limits must not end it earlier."""
+    """Flags that give every run the same budget and lift a preset's other limits."""
     if args.minutes is not None:
         if not 0 < args.minutes < math.inf:
             raise UserError(f"--minutes must be above 0; it is {args.minutes:g}")
@@ -111,7 +111,7 @@ def budget_flags(args: argparse.Namespace) -> list[str]:
 
 
 def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
-    """raises  UserError if something that was typed makes no sense, before anything is trained"""
+    """raises  UserError if a flag or an idea is invalid, before anything is trained"""
     if not 0 < args.alpha < 0.5:
         raise UserError(f"--alpha must be between 0 and 0.5; it is {args.alpha:g}")
     if not 0 <= args.margin < math.inf:
@@ -131,7 +131,7 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
     cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
     if cfg.target_loss and ideas:
         raise UserError("runs that end at a target all end alike; add --target_loss 0, or give a budget")
-    for idea in ideas:      # what is no flag is said before anything is trained; scripts are checked later
+    for idea in ideas:      # reject wrong flags before training; changed scripts are checked later
         if idea.script == baseline.script:
             parse_config([*flags, *idea.flags], import_script(baseline.script).EXPERIMENT.Config)
     dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
@@ -147,7 +147,7 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
 
 
 def tell_of_earlier_trials(ideas: list[Side], name: str, data: str, say) -> None:
-    """An idea that is tried until it is kept is kept by chance."""
+    """Print a note for each idea tried before: an idea tried until it is kept is kept by chance."""
     others = [entry for entry in ledger.read()
               if entry.data == data and entry.split == VAL and entry.trial != name]
     for idea in ideas:
@@ -165,7 +165,7 @@ def status_of(verdicts: list[str]) -> int:
 
 
 def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
-    """Make a trial, or confirm one, from where it was left; the exit status."""
+    """Run or confirm a trial, resuming an interrupted one; returns the exit status."""
     say = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.confirm:
         if args.ideas or flags:
@@ -248,9 +248,9 @@ def main() -> None:
         if args.json:
             print(json.dumps({"error": without_secrets(words)}))
         status = NO_TRIAL
-    except SystemExit as end:       # of a flag behind --, or of a signal
+    except SystemExit as end:       # from a wrong flag after --, or from a signal
         sys.exit(end.code if isinstance(end.code, int) and end.code > 128 else NO_TRIAL)
-    except Exception:       # a traceback's own status would say that all were discarded
+    except Exception:       # Python would exit with 1, which means that all ideas were discarded
         traceback.print_exc()
         status = NO_TRIAL
     sys.exit(status)

@@ -1,8 +1,8 @@
-"""HellaSwag by the batched scorer against one candidate at a time, taking turns, with the same model.
+"""Time the batched HellaSwag scorer against scoring one candidate at a time, in turns, with one model.
 
     python benchmarks/hellaswag.py --rows FILE.jsonl [--score experiments/RUN]
 
-Without --score the model is the demo's, with random weights: its speed is the same.
+Without --score, the model is the demo's with random weights; its speed is the same.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from train_gpt import GPT, PRESETS, Config
 
 
 def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> list[np.ndarray]:
-    """Sums of the log-probabilities of each ending, as one would write it down first."""
+    """Summed log-probability of each ending, by the plain loop: one forward pass per ending."""
     sums = []
     for question in questions:
         row = []
@@ -80,7 +80,7 @@ def main() -> None:
         scores = score(losses_of, tokenizer, questions, rows_at_once, world)
         times["batched"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        with torch.compiler.set_stance("force_eager"):      # each length would be compiled for
+        with torch.compiler.set_stance("force_eager"):      # or each length would be compiled
             alone = one_by_one(model.eval(), tokenizer, questions, world.device)
         times["one by one"].append(time.perf_counter() - begun)
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -1,11 +1,11 @@
-"""What a training step takes, beside its matrix products alone, and what of it is Muon's.
+"""Time a training step, compare it with its matrix products alone, and measure Muon's share.
 
     python benchmarks/step.py demo xs                                  presets
-    python benchmarks/step.py gpt2-small --fp8                         further flags are train_gpt.py's
+    python benchmarks/step.py gpt2-small --fp8                         other flags are train_gpt.py's
 
-One process, random tokens. A micro-batch is timed and counted as often as a step has it; the optimizer is
-timed in its parts. The floor is the time of the step's matrix products one after the other, with nothing
-between them: three for each weight, and six for attention where it is made of products.
+It uses one process and random tokens. One micro-batch is timed and multiplied by the number of micro-batches
+in a step; Muon and Adam are timed separately. The floor is the time of the step's matrix products alone:
+three per weight, and six per layer for attention without FlexAttention.
 """
 
 import statistics
@@ -30,7 +30,7 @@ from train_gpt import EXPERIMENT, GPT, PRESETS, Config, group_of
 
 
 def seconds_of(work: Callable[[], object], world: World, times: int) -> float:
-    """Median of several calls after one that warms up."""
+    """Median of several calls, after one warm-up call."""
     taken = []
     for _ in range(times + 1):
         world.synchronize()
@@ -42,7 +42,7 @@ def seconds_of(work: Callable[[], object], world: World, times: int) -> float:
 
 
 def products(model: GPT, tokens: int, world: World) -> Callable[[], None]:
-    """All matrix products of a micro-batch: outputs, gradients of inputs, gradients of weights."""
+    """A function that does a micro-batch's matrix products: outputs, input and weight gradients."""
     cfg, pairs = model.cfg, []
 
     def some(*shape: int) -> torch.Tensor:
@@ -67,8 +67,8 @@ def products(model: GPT, tokens: int, world: World) -> Callable[[], None]:
 
 
 def measure(cfg: Config, times: int) -> str:
-    """A row of the table."""
-    torch.compiler.reset()      # or the kernels of many presets would be too many for one function
+    """One preset's row of the table."""
+    torch.compiler.reset()      # several presets would exceed the limit of recompilations per function
     world = World(cfg)
     kernels = choose_kernels(cfg, world)
     model, optimizer = make_model(EXPERIMENT, cfg, cfg.vocab_size - 1, world, kernels)

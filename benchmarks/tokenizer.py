@@ -1,11 +1,11 @@
-"""Learning a tokenizer: Benchtop against rustbpe and Hugging Face tokenizers, and the memory it takes.
+"""Time the learning of a tokenizer against rustbpe and Hugging Face tokenizers, and measure its memory.
 
     python benchmarks/tokenizer.py --source 'books/*.parquet'             # seconds and ratios
-    python benchmarks/tokenizer.py --source 'books/*.parquet' --memory    # MiB over more and more text
+    python benchmarks/tokenizer.py --source 'books/*.parquet' --memory    # MiB by the amount of text
 
-Every trial is a process of its own. The three take turns, on the same documents from the same reader; a time
-is from opening the source to the finished merges, with nothing saved and imports left out. Memory is the peak
-of the proportional set sizes (PSS) of the process and its workers, looked at every 200 milliseconds.
+Each trial runs in its own process. The three learners take turns, on the same documents from the same reader.
+A time runs from reading the documents to the last merge, without imports and saving. Memory is the peak of
+the summed proportional set sizes (PSS) of the process and its workers, sampled every 200 milliseconds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LEARNERS = ("benchtop", "rustbpe", "tokenizers")
 
 
 class Noisy:
-    """A source again and again, up to a number of characters, with the letters of some words shuffled."""
+    """A source repeated up to a number of characters; repetitions have the letters of some words shuffled."""
 
     def __init__(self, source: Source, characters: int, one_in: int):
         self.source, self.characters, self.one_in = source, characters, one_in
@@ -59,7 +59,7 @@ class Noisy:
 
 
 def trial(args: argparse.Namespace) -> dict:
-    """Learn once, in this process; seconds for all of it, and of Benchtop for the merging alone."""
+    """Learn once, in this process; returns seconds in total and, for Benchtop, of the merging alone."""
     vocabsize = args.vocabsize[0]
     if args.trial == "rustbpe":
         import rustbpe
@@ -100,7 +100,7 @@ def trial(args: argparse.Namespace) -> dict:
 
 
 def measured(args: argparse.Namespace, learner: str, vocabsize: int, characters: int = 0) -> dict:
-    """A trial in a process of its own, with the peak memory of that process and its workers."""
+    """Run a trial in its own process, and measure the peak memory of that process and its workers."""
     program = [sys.executable, __file__, "--trial", learner, "--vocabsize", str(vocabsize),
                "--source", *args.source, "--num_workers", str(args.num_workers),
                "--characters", str(characters), "--one_in", str(args.one_in)]
@@ -121,13 +121,13 @@ def measured(args: argparse.Namespace, learner: str, vocabsize: int, characters:
 
 
 def family(process: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     found = [process]
     for parent in found:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
             try:
                 found += map(int, task.read_text().split())
-            except OSError:     # it has just ended
+            except OSError:     # the process has just ended
                 continue
     return found
 
@@ -136,7 +136,7 @@ def pss_mib(process: int) -> float:
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-    except (OSError, StopIteration):        # it has just ended
+    except (OSError, StopIteration):        # the process has just ended
         return 0.0
 
 

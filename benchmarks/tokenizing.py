@@ -1,10 +1,10 @@
-"""From documents to finished token shards, against bare tiktoken.
+"""Time the way from documents to finished token shards against tiktoken alone.
 
     python benchmarks/tokenizing.py --source 'books/*.parquet' --tokenizer books
 
-The two take turns. tiktoken has all texts in memory and gives lists of ids by encode_ordinary_batch, with
-as many threads as Benchtop has workers. Benchtop runs as a command: it reads, holds out, shuffles, tokenizes,
-and writes shards and manifest with their SHA-256; its time includes starting Python. MB are 10^6 bytes.
+The two take turns. tiktoken encodes texts that are already in memory into lists of ids, by
+encode_ordinary_batch with as many threads as Benchtop has workers. Benchtop runs as a command: it starts
+Python, reads, holds out, shuffles, tokenizes, and writes shards and manifest with SHA-256. MB are 10^6 bytes.
 """
 
 import shutil

@@ -1,10 +1,10 @@
-"""Whether one learning rate serves every width: all rates times a factor, over several widths, as a picture.
+"""Test whether one learning rate suits every width: sweep a factor on all rates at several widths.
 
     python benchmarks/transfer.py --data books --widths 128 256 512 --factors 0.25 0.5 1 2 4
 
-Further flags are train_gpt.py's. Every run has 6 layers, rows of 512 and the same tokens. Writes
-experiments/transfer.csv and transfer.png; where the rules for width hold, the curves have their lowest points
-above one another.
+Other flags are train_gpt.py's. Every run has 6 layers, rows of 512 tokens and the same training tokens. It
+writes experiments/transfer.csv and transfer.png. If the rules for width hold, the minima of all curves are at
+the same factor.
 """
 
 import csv
@@ -24,16 +24,16 @@ RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
 
 
 def train(script: str, name: str, flags: list[str]) -> float:
-    """The val_bpb of a run; infinity where it diverged, as with a rate that is too high.
+    """Train a run; returns its val_bpb, or infinity if it diverged, as it may with a high learning rate.
 
-    raises  UserError with the run's last words if it ended otherwise
+    raises  UserError with the last line of the run's stderr if it failed otherwise
     """
     before = {*places.EXPERIMENTS.glob(f"*_{name}")}
     done = subprocess.run([sys.executable, script, *flags, "--model_name", name], cwd=places.ROOT,
                           capture_output=True, text=True)
     folder = max({*places.EXPERIMENTS.glob(f"*_{name}")} - before, default=None)
     summary = folder and folder / "summary.json"
-    if done.returncode and not (summary and summary.is_file()):     # only a run that diverged leaves one
+    if done.returncode and not (summary and summary.is_file()):     # a failed run with a summary diverged
         raise UserError(f"{name} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
     facts = json.loads(summary.read_text(encoding="utf-8"))
     if done.returncode:

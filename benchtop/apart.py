@@ -1,8 +1,8 @@
-"""Checks apart: each part of a check-up may fail, crash or hang, and the others go on.
+"""Isolated checks: each part of a check-up may fail, crash or hang without stopping the others.
 
-The parts run one after the other in a child process, which tells its parent what it finds, a line of JSON for
-each finding. When the child crashes or is silent for too long, its parent notes that and starts another child
-for the parts that are left. A kernel that reads where it must not makes a GPU unusable for its whole process.
+The parts run one after the other in a child process, which sends each finding to its parent as a JSON line.
+When the child crashes or is silent for too long, its parent records that and starts another child for the
+remaining parts. One illegal memory access in a kernel makes the GPU unusable for its whole process.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from pathlib import Path
 from benchtop.errors import first_line
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "FAILED", "skipped"
-WIDTH = 88      # of what a finding says, on screen
+WIDTH = 88      # of a finding's text, on screen
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: a line for people, and its figures for programs."""
+    """What a check found: a line for people, and values for programs."""
     check: str
     says: str
     status: str = OK
     values: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A line, or some of the same width where there is much to say; the status is behind the last."""
+        """The check, its text and its status in a line; a long text is wrapped, with the status after it."""
         *lines, last = textwrap.wrap(self.says, WIDTH) or [""]
         lines.append(f"{last:<{WIDTH}} {self.status}")
         return "\n".join(f"{'' if number else self.check:<12}{line}" for number, line in enumerate(lines))
@@ -47,9 +47,9 @@ Part = Callable[[], Iterable[Finding]]
 # ------------------------------------------------------------------------------------------------
 
 def run_parts(parts: dict[str, Part], tell: Callable[[dict], None], still_works: Callable[[], None]) -> None:
-    """Run parts in their order; one that fails is a finding with its cause, and its traceback goes to stderr.
+    """Run the parts in order; an exception becomes a finding, and its traceback goes to stderr.
 
-    still_works  raises an error where the device is of no more use to this process, which then ends
+    still_works  raises an error if the device is no longer usable by this process, which then ends
     """
     for name, part in parts.items():
         tell({"begins": name})
@@ -67,7 +67,7 @@ def run_parts(parts: dict[str, Part], tell: Callable[[dict], None], still_works:
 
 
 def teller(handle: int) -> Callable[[dict], None]:
-    """Writes to the parent, which reads at the other end of a pipe."""
+    """A function that sends messages to the parent through a pipe; `handle` is its file descriptor."""
     file = os.fdopen(handle, "w", encoding="utf-8")
 
     def tell(message: dict) -> None:
@@ -82,12 +82,12 @@ def teller(handle: int) -> Callable[[dict], None]:
 
 def findings_of(command: list[str], names: list[str], said: Path, silence: float, seconds: float,
                 ) -> Iterator[Finding]:
-    """What the children find in these parts.
+    """Run these parts in child processes; yields their findings.
 
-    command  starts a child, which is handed --parts NAME,NAME --tell HANDLE
-    said     file for what they print
-    silence  seconds without a finding after which a part counts as hanging
-    seconds  for all parts together; those that have not begun by then are left out
+    command  starts a child; --parts NAME,NAME --tell HANDLE is appended
+    said     file for the children's output
+    silence  seconds without a message after which a part counts as hanging
+    seconds  for all parts together; parts that have not begun by then are skipped
     """
     left, ends = list(names), time.monotonic() + seconds
     while left:
@@ -113,7 +113,7 @@ def findings_of(command: list[str], names: list[str], said: Path, silence: float
 
 
 class Child:
-    """A child process with all that it starts, and what it tells."""
+    """A child process, its own children, and the messages that it sends."""
 
     def __init__(self, command: list[str], said: Path):
         self.said, self.problem = said, ""
@@ -131,13 +131,13 @@ class Child:
         os.close(self.end)
 
     def kill(self) -> None:
-        """End it and its children, at once."""
+        """Kill the child and its own children at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def messages(self, silence: float, ends: float) -> Iterator[dict]:
-        """What it tells until it ends, is silent for too long, or time is up."""
+        """The child's messages, until it ends, is silent for too long, or time is up."""
         os.set_blocking(self.end, False)
         rest = b""
         with selectors.DefaultSelector() as selector:
@@ -155,7 +155,7 @@ class Child:
                 yield from map(json.loads, lines)
 
     def cause(self) -> str:
-        """Why it told no more."""
+        """Why the messages stopped."""
         if self.problem:
             return self.problem
         code = self.process.wait()
@@ -167,6 +167,6 @@ class Child:
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """0 only where something passed and nothing failed; what was skipped or a warning does not count."""
+    """1 if a check failed, or all were skipped, or there are none; otherwise 0, even with warnings only."""
     statuses = {finding.status for finding in findings}
     return int(FAILED in statuses or statuses <= {SKIPPED})

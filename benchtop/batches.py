@@ -1,6 +1,6 @@
-"""Batches: what is trained on in which step, a pure function of (manifest, seed, step).
+"""Batches: the tokens of each training step, a pure function of (manifest, seed, step).
 
-Knows tokens and a Config's seq_len, max_doc_len, batch_tokens and seed; no model, no device.
+Knows tokens and a Config's seq_len, max_doc_len, batch_tokens, micro_batch_tokens, seed; no model, no device.
 """
 
 import math
@@ -17,14 +17,13 @@ from benchtop.errors import UserError
 class Rows:
     """The rows of all epochs: which tokens are trained on together, and when.
 
-    A document longer than a row or than max_doc_len is cut into parts; each part but the first gets an
-    <|endoftext|> of its own in front, so every row starts like a document and the mask keeps parts apart.
-    A row is one part of full length, or short parts one after the other in an order that the seed decides;
-    what does not fit at the end of the row is dropped. So an epoch has each token at most once. The order of
-    the rows is drawn anew for each epoch. All is planned from document lengths at the start; any step is
-    then looked up.
+    A document longer than a row or than max_doc_len is cut into parts; each part but the first gets an extra
+    <|endoftext|> in front, so every row starts like a document and the mask keeps parts apart.
+    A row is one part of full length, or several short parts in an order set by the seed; what does not fit
+    at the end of the row is dropped, so an epoch has each token at most once. Rows are reshuffled for each
+    epoch. The constructor plans all rows from the document lengths; any step is then a lookup.
 
-    seq_len  tokens in a row (T); a row reads T + 1 tokens, the last only as a target
+    seq_len  inputs in a row (T); a row has T + 1 tokens, the last of which is only a target
     """
 
     def __init__(self, shards: list[np.ndarray], cfg, eot_id: int):
@@ -39,8 +38,8 @@ class Rows:
                             f"--seq_len {cfg.seq_len}; lower it or add text")
 
     def _cut_documents(self, longest: int) -> None:
-        """Fill `starts`, `sizes`, `continues` and `ends`: a part's first token, its length with the
-        <|endoftext|> that it begins with, whether that one is its own, whether the document ends with it."""
+        """Fill, for each part, `starts` (its first token), `sizes` (its length with the leading
+        <|endoftext|>), `continues` (whether that one is extra) and `ends` (whether it ends its document)."""
         starts, lengths = [], []
         for base, shard in zip(self.bases, self.shards, strict=False):
             begins = np.flatnonzero(shard == self.eot_id)
@@ -50,7 +49,7 @@ class Rows:
         if not len(start):
             raise UserError(f"the training data have no <|endoftext|> (token {self.eot_id}) at a document's "
                             "beginning; they were made with another tokenizer")
-        # the first part holds `longest` tokens, each later one its own <|endoftext|> and longest - 1 more
+        # the first part holds `longest` tokens, each later one an extra <|endoftext|> and longest - 1 tokens
         parts = 1 + np.maximum(0, -(-(length - longest) // (longest - 1)))
         document = np.repeat(np.arange(len(start)), parts)
         number = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
@@ -61,12 +60,12 @@ class Rows:
         self.ends = number == parts[document] - 1
 
     def _pack_rows(self) -> None:
-        """Fill `order`, and for each row the slice of it (`first`, `last`) that it is made of."""
+        """Fill `order` (parts, row by row), `first` and `last`: row i is order[first[i]:last[i]]."""
         rng = np.random.default_rng([self.seed, 0])
         whole = np.flatnonzero(self.sizes == self.length)
         short = rng.permutation(np.flatnonzero(self.sizes < self.length))
         reach = np.concatenate([[0], np.cumsum(self.sizes[short])])
-        # the part after the one in which a row of tokens beginning at part i ends
+        # after[i]: the part at which the next row begins if a row begins at part i
         after = np.searchsorted(reach, reach[:-1] + self.length, side="left").tolist()
         first, place = [], 0
         while place < len(short) and after[place] <= len(short):
@@ -78,15 +77,15 @@ class Rows:
         self.first = np.concatenate([np.arange(len(whole)), first + len(whole)])
         self.last = np.concatenate([np.arange(len(whole)) + 1, last + len(whole)])
         self.num_rows = len(self.first)
-        # what an epoch has of the data: all but the <|endoftext|> of parts
+        # tokens of the data in an epoch, without the extra <|endoftext|> of parts
         own = np.concatenate([[0], np.cumsum(self.continues[self.order])])
         self.num_tokens = self.num_rows * self.length - int((own[self.last] - own[self.first]).sum())
-        # a part cut short in the middle of a row is followed by a token that its document does not have there
+        # inside a row, the last token of a part that does not end its document has no true next token
         cut = np.concatenate([[0], np.cumsum(~self.ends[self.order])])
         self.num_targets = self.length - 1 - (cut[self.last - 1] - cut[self.first])
 
     def numbers(self, step: int, rows_per_step: int) -> np.ndarray:
-        """(rows_per_step) numbers of the rows of a step, counted from 0."""
+        """(rows_per_step) row numbers of a step; steps count from 0."""
         position = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
         epochs, places = np.divmod(position, self.num_rows)
         return np.array([self._order_of(epoch)[place]
@@ -99,11 +98,11 @@ class Rows:
         return self._orders[epoch]
 
     def targets_in_step(self, step: int, rows_per_step: int) -> int:
-        """How many tokens a step predicts: all but those whose true successor is not in the row."""
+        """Number of targets in a step: all positions except those whose true next token is not in the row."""
         return int(self.num_targets[self.numbers(step, rows_per_step)].sum())
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of a row, (T) int64 each; a target of -1 is not to be predicted."""
+        """Inputs and targets of a row, (T) int64 each; a target of -1 is ignored."""
         tokens = np.empty(self.length, dtype=np.int64)
         ignored = []
         filled = 0
@@ -124,9 +123,9 @@ class Rows:
 
     def micro_batches(self, step: int, cfg, rank: int = 0, world_size: int = 1,
                       ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What one process takes of a step: (B, T) int64 inputs and targets, always of the same B.
+        """One process's micro-batches of a step: (B, T) int64 inputs and targets, with the same B for all.
 
-        Rows are dealt to processes in turn. Where they do not come out even, rows without targets fill up.
+        Rows are dealt to the ranks in turn. If they do not divide evenly, rows without targets are added.
         """
         mine = list(self.numbers(step, cfg.rows_per_step)[rank::world_size])
         count, rows = micro_batch_shape(cfg, world_size)
@@ -142,7 +141,7 @@ class Rows:
 
 
 def micro_batch_shape(cfg, world_size: int) -> tuple[int, int]:
-    """(micro-batches a step, rows in each) for every process."""
+    """(micro-batches per step, rows in each), the same for every process."""
     rows = math.ceil(cfg.rows_per_step / world_size)
     count = math.ceil(rows / (cfg.micro_batch_tokens // cfg.seq_len or rows))
     return count, math.ceil(rows / count)
@@ -150,16 +149,16 @@ def micro_batch_shape(cfg, world_size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process takes of a step.
+    """One process's share of a step.
 
-    num_targets    of the step, over all processes
-    micro_batches  (B, T) inputs and targets each
+    num_targets    targets in the step, over all processes
+    micro_batches  pairs of inputs and targets, (B, T) each
     """
     num_targets: int
     micro_batches: list[tuple[Tensor, Tensor]]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same with every tensor changed, as by sending it to a device."""
+        """A Batch with `change` applied to every tensor, such as a copy to a device."""
         pairs = [(change(inputs), change(targets)) for inputs, targets in self.micro_batches]
         return Batch(self.num_targets, pairs)
 

@@ -1,17 +1,16 @@
 """Learn a byte-level BPE tokenizer from text, exactly.
 
-The text is split into pieces (words with their space, numbers, runs of punctuation) and each piece into its
-bytes. Then, until the vocabulary is full, the two neighbouring tokens that occur together most often become
-a new token.
+The text is split into pieces (words with their leading space, numbers, runs of punctuation) and each piece
+into its bytes. Then, until the vocabulary is full, the most frequent pair of neighbouring tokens becomes a
+new token.
 
-    >>> learn_merges({b"aaabdaaabac": 1}, 3, min_count=1)     # the example of Wikipedia's article on BPE
+    >>> learn_merges({b"aaabdaaabac": 1}, 3, min_count=1)     # the example in Wikipedia's article on BPE
     [(97, 97, 4), (97, 98, 2), (256, 257, 2)]
 
-Rules that make the result exact: every pair of neighbours counts, in 64 bits, times the occurrences of its
-piece; of pairs with equal counts the one with the smaller left id wins, then the one with the smaller right
-id; within a piece, pairs are merged from left to right and never overlap (`aaa` becomes `aa` `a`); no pair
-crosses the border of a piece; learning ends early when no pair occurs twice. Held-out documents
-(held_out.py) are not looked at.
+Rules that make the result exact: every pair of neighbours counts as often as its piece occurs, in 64 bits;
+ties go to the pair with the smaller left id, then to the one with the smaller right id; within a piece, pairs
+are merged from left to right and never overlap (`aaa` becomes `aa` `a`); no pair crosses a piece boundary;
+learning stops early when no pair occurs twice. Held-out documents (held_out.py) are not used.
 """
 
 import heapq
@@ -34,20 +33,20 @@ from benchtop.processes import Processes
 from benchtop.tokenizer import ENCODE_CHARACTERS, parts_of
 from benchtop.workers import in_parallel
 
-Array = Any         # of numpy or torch
+Array = Any         # numpy array or torch tensor
 
-LONGEST_PIECE = 1024        # characters; a longer piece is counted in parts, so that no text stalls learning
+LONGEST_PIECE = 1024        # characters; longer pieces are counted in parts, so that no text stalls learning
 MIN_COUNT = 2               # a pair must occur this often to become a token
-MOST_TOKENS = 2**24         # as many ids a tokenizer may have
-MOST_SAMPLES = 2**30        # characters that are learned from unless told otherwise
-BYTES_PER_PIECE, BYTES_PER_BYTE = 160, 38       # of memory, for a distinct piece and for a byte of one
-FORECAST_CHARACTERS = 2_000_000     # of text whose pieces tell how much memory all will take
-LEAST_HELD_OUT, MOST_HELD_OUT = 200_000, 4_000_000      # characters of held-out text to measure the result on
+MOST_TOKENS = 2**24         # largest vocabulary
+MOST_SAMPLES = 2**30        # characters to learn from by default, if memory allows
+BYTES_PER_PIECE, BYTES_PER_BYTE = 160, 38       # memory per distinct piece, and per byte of distinct pieces
+FORECAST_CHARACTERS = 2_000_000     # of text from which the memory for all of it is estimated
+LEAST_HELD_OUT, MOST_HELD_OUT = 200_000, 4_000_000      # characters of held-out text for the evaluation
 COUNT_CHARACTERS = 8_000_000        # of text that a worker counts at a time
-SLOTS_AT_ONCE = 2**22       # of the array of all pieces, when its pairs are first counted
-BORDER, MERGED = -1, -2     # in that array: between pieces, and where a token no longer begins
+SLOTS_AT_ONCE = 2**22       # chunk of the array of all pieces, when its pairs are first counted
+BORDER, MERGED = -1, -2     # in that array: between pieces; where the right token of a merge began
 OTHER_WHITE = ("\0\t\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007"
-               "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000")    # white but for space and newline; and 0
+               "\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000")    # whitespace except " " and "\n"; NUL
 
 
 # ------------------------------------------------------------------------------------------------
@@ -63,23 +62,23 @@ def _set_pattern(pattern: str) -> None:
 
 
 def segments(text: str) -> list[str]:
-    """The text, cut before each space that follows a character which is not white.
+    """The text, cut before each space that follows a non-whitespace character.
 
-    There every pattern begins a new piece, whatever stands around: no piece has a space behind such a
-    character, and none looks back. So equal segments have equal pieces, and need be split only once.
+    Every pattern begins a new piece there, in any context: no piece has a space after such a character, and
+    no pattern looks behind. So equal segments have equal pieces, and need to be split only once.
     """
     if any([white in text for white in OTHER_WHITE]):
         return [text]
     marked = text.replace(" ", "\0 ").replace("\n\0 ", "\n ")
-    for _ in range(2):      # a replacement takes every other one of a row of spaces
+    for _ in range(2):      # in a run of spaces, one pass replaces every other match
         marked = marked.replace(" \0 ", "  ")
     return marked.split("\0")
 
 
 def count_pieces(batch: list[Document]) -> tuple[Counter[bytes], int, int, int]:
-    """Pieces with their counts, and the documents, characters and bytes they come from.
+    """Pieces with their counts, and the number of documents, characters and bytes in the batch.
 
-    Needs _set_pattern first.
+    Call _set_pattern first.
     """
     texts = [text for _, text in batch]
     seen: Counter[str] = Counter()
@@ -88,7 +87,7 @@ def count_pieces(batch: list[Document]) -> tuple[Counter[bytes], int, int, int]:
             seen.update(segments(part))
     found: dict[str, int] = {}
     for segment, count in seen.items():
-        # most are a word with its space, which needs no pattern
+        # most segments are a word with its space, which needs no pattern
         is_word = segment.isascii() and segment[:1] == " " and segment[1:].isalpha()
         for piece in (segment,) if is_word else _pattern.findall(segment):
             found[piece] = found.get(piece, 0) + count
@@ -100,11 +99,11 @@ def count_pieces(batch: list[Document]) -> tuple[Counter[bytes], int, int, int]:
 
 
 class Sample:
-    """The first characters of a source to learn from, and of its held-out documents to look at the result.
+    """The first `characters` characters of a source's training documents, and held-out texts for evaluation.
 
-    rule   how documents are held out; without one, none is
-    texts  iterates over (id, text) of training documents, `characters` in all
-    held_out  the held-out texts met on the way
+    Iterating yields (id, text) of the training documents and collects the held-out texts on the way.
+    rule      how documents are held out; None: none are
+    held_out  the held-out texts
     """
 
     def __init__(self, source: Source, rule: Rule | None, characters: int,
@@ -129,9 +128,9 @@ class Sample:
 
 
 def count_sample(sample: Sample, pattern: str, num_workers: int, world: Processes) -> tuple[Counter, dict]:
-    """Count the pieces of a sample; of several processes each counts its share of the documents.
+    """Count the pieces of a sample; with several processes, each counts its share of the documents.
 
-    returns  pieces with their counts, and facts; on processes other than the first, only their share
+    returns  pieces with their counts, and facts; on ranks other than 0, only of their own share
     """
     pieces: Counter[bytes] = Counter()
     sizes = Counter(documents=0, characters=0, bytes=0)
@@ -149,7 +148,7 @@ def count_sample(sample: Sample, pattern: str, num_workers: int, world: Processe
 
 
 def add_up(counts: Counter, world: Processes) -> Counter:
-    """The sum over all processes, on the first; on the others their own counts."""
+    """On rank 0, the sum over all processes; on other ranks, their own counts."""
     for other in world.gather_on_main(counts)[1:]:
         counts.update(other)
     return counts
@@ -157,10 +156,10 @@ def add_up(counts: Counter, world: Processes) -> Counter:
 
 @dataclass(frozen=True)
 class Forecast:
-    """How the distinct pieces of a text grow, from its beginning: as a power of its length (Heaps' law).
+    """How the number of distinct pieces grows: as a power of the length of the text (Heaps' law).
 
-    pieces, size  distinct pieces in the first `characters` characters, and their bytes
-    power         of growth: twice the text has 2**power times the pieces
+    pieces, size  number of distinct pieces in the first `characters` characters, and of their bytes
+    power         exponent of the growth: twice the text has 2**power times the pieces
     """
     characters: int
     pieces: int
@@ -168,7 +167,7 @@ class Forecast:
     power: float
 
     def memory_mib(self, characters: int, num_workers: int, num_processes: int) -> float:
-        """What counting and merging take, over all processes; the constants were measured."""
+        """Memory for counting and merging, over all processes; the constants are measured."""
         times = max(1.0, characters / max(1, self.characters)) ** self.power
         content = times * (BYTES_PER_PIECE * self.pieces + BYTES_PER_BYTE * self.size) / 2**20
         workers = num_processes * (num_workers if num_workers > 1 else 0)
@@ -177,7 +176,7 @@ class Forecast:
 
 
 def forecast(source: Source, rule: Rule | None, pattern: str) -> Forecast:
-    """Count the pieces of the source's beginning, and of the half of that."""
+    """Estimate the growth from the pieces of the source's beginning and of the first half of that."""
     _set_pattern(pattern)
     text = "\n".join(text for _, text in Sample(source, rule, FORECAST_CHARACTERS, least_held_out=0))
     half = len(text) // 2
@@ -188,7 +187,7 @@ def forecast(source: Source, rule: Rule | None, pattern: str) -> Forecast:
 
 
 def samples_that_fit(growth: Forecast, num_workers: int, num_processes: int) -> int:
-    """The largest power of two of characters that half of the free memory suffices for; at least 2^20."""
+    """The largest power of two of characters that fits in half of the free memory; 2^20 to MOST_SAMPLES."""
     samples = MOST_SAMPLES
     limit = host.free_memory_mib() / 2
     while growth.memory_mib(samples, num_workers, num_processes) > limit and samples > 2**20:
@@ -207,24 +206,24 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
 
     pieces    bytes of each distinct piece -> how often it occurs
     on_merge  called with each merge as it is made
-    device    where torch does the array work (as "cuda"); without one, numpy does it
-    returns   (left id, right id, count) per merge; merge i makes token 256 + i; fewer than num_merges when no
+    device    torch device for the array work, such as "cuda"; None: numpy does it
+    returns   (left id, right id, count) per merge; merge i makes token 256 + i; fewer than num_merges if no
               pair occurs min_count times any more
     source    Sennrich et al. 2016, arXiv:1508.07909
 
-    All pieces lie behind one another in one array, with a BORDER between them. A token writes its id where
-    it begins and where it ends, so its neighbours are found from there with the lengths of tokens. `places`
-    knows where each pair may begin. A pair's count can only fall after the step that made its newer token,
-    since every later step creates pairs with a still newer token and no others; so the counts in the heap
-    are upper bounds, and looking again at the pair on top, until its count is true, finds the best pair
-    without ever updating the others. A place that was merged away holds no older token ever again.
+    All pieces are concatenated in one array, separated by BORDER. A token's id is written at its first and at
+    its last position, so its neighbours are found there with the lengths of tokens. `places` lists where each
+    pair may begin. The count of a pair can only fall after the step that made the newer of its tokens, since
+    later steps create only pairs with even newer tokens. So the counts in the heap are upper bounds: the best
+    pair is found by recounting the pair on top until its count is exact, and the others need no update. A
+    position that was merged away never again holds an older token.
     """
-    xp = np if device is None else importlib.import_module("torch")     # what is used, both call the same
+    xp = np if device is None else importlib.import_module("torch")     # both have what is used here
     device = device or "cpu"
     tokens, piece_of, weight = (xp.asarray(array, device=device) for array in _flatten(pieces))
-    length = xp.ones(256 + num_merges + 1, dtype=xp.int64, device=device)       # BORDER, -1, is 1 long, too
+    length = xp.ones(256 + num_merges + 1, dtype=xp.int64, device=device)       # BORDER, -1, has length 1
     zero = xp.zeros(1, dtype=xp.int64, device=device)
-    index = xp.int64 if len(tokens) < SLOTS_AT_ONCE else xp.int32       # faster, or smaller
+    index = xp.int64 if len(tokens) < SLOTS_AT_ONCE else xp.int32       # int64 is faster, int32 is smaller
     places: dict[int, Array] = {}
     heap: list[tuple[int, int]] = []
 
@@ -232,7 +231,7 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
         return xp.where(mask)[0]
 
     def pairs_at(where: Array) -> Iterator[tuple[int, Array, int]]:
-        """Each pair that begins at these places, with its places in their order, and its count."""
+        """Each pair that begins at these places, with its places in order, and its count."""
         keys = (xp.asarray(tokens[where], dtype=xp.int64) << 32) | tokens[where + length[tokens[where]]]
         order = xp.argsort(keys, stable=True)
         keys, where = keys[order], where[order]
@@ -270,10 +269,10 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
         first = first[tokens[first] == left]
         first = first[tokens[first + length[left]] == right]
         count = int(weight[piece_of[first]].sum())
-        if count != -bound:                                 # merges since then took some of its places
+        if count != -bound:                                 # later merges took some of its places
             keep(key, first, count)
             continue
-        if left == right:       # of a run of equal tokens, a pass from left to right takes every other place
+        if left == right:       # in a run of equal tokens, every other place is merged, from the left
             begins_run = xp.concatenate([zero == 0, first[1:] != first[:-1] + length[left]])
             run_begin = indices(begins_run)[xp.cumsum(begins_run, 0) - 1]
             first = first[(xp.arange(len(first), device=device) - run_begin) % 2 == 0]
@@ -290,7 +289,7 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
         has_before = before >= 0
         before = first[has_before] - length[before[has_before]]
         follower = tokens[after]
-        behind = first[(follower >= 0) & (follower != new)]     # two new in a row: one pair, at the left
+        behind = first[(follower >= 0) & (follower != new)]     # a pair of two new tokens is in `before`
         where = xp.concatenate([before, behind])
         for pair in pairs_at(where) if len(where) else ():
             keep(*pair)
@@ -298,7 +297,7 @@ def learn_merges(pieces: Mapping[bytes, int], num_merges: int, min_count: int = 
 
 
 def _flatten(pieces: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All bytes of all pieces, BORDERs before, between and behind them; the piece of each; their counts."""
+    """The bytes of all pieces longer than 1, with BORDER around each; the piece of each byte; the counts."""
     words = [piece for piece in pieces if len(piece) > 1]
     lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
     tokens = np.frombuffer(b"\0" + b"".join(word + b"\0" for word in words), dtype=np.uint8).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What a run says to people: before it begins, what it will do and need; at its end, what came out."""
+"""What a run tells its user: at the start, what it will do and need; at the end, the results."""
 
 import os
 import shlex
@@ -67,7 +67,7 @@ def steps_in_words(cfg) -> str:
 
 
 def what_ended(cfg, step: int, target: dict | None) -> str:
-    """The budget that a run ended with: its steps, its minutes, or the loss that it was to reach."""
+    """The limit that ended the run: its steps, its minutes, or its target loss."""
     if target:
         return f"val_loss {target['target_loss']:g}"
     return (steps_in_words(cfg) if step == cfg.num_steps else
@@ -95,7 +95,7 @@ def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[
 
 
 def operations_of(cfg, model: nn.Module) -> float:
-    """Floating-point operations of all steps, with the model as it is at each tenth of the budget."""
+    """Floating-point operations of all steps, averaging the cost per token over ten points of the budget."""
     each = []
     for tenth in range(10):
         model.progress = tenth / 10
@@ -105,7 +105,7 @@ def operations_of(cfg, model: nn.Module) -> float:
 
 
 def time_estimate(cfg, model: nn.Module, world: World) -> list[str]:
-    """What the budget's arithmetic takes and costs, if it comes to 40 % of what the devices can do."""
+    """Estimated time and cost of the budget, assuming 40 % of the devices' peak FLOP/s."""
     operations, peak = operations_of(cfg, model), world.peak_flops(cfg)
     if not cfg.num_steps:
         seconds, how = 60 * cfg.train_minutes, "the budget"
@@ -125,7 +125,7 @@ def time_estimate(cfg, model: nn.Module, world: World) -> list[str]:
 
 
 def time_to_the_end(cfg, seconds_of_step: float, progress: float) -> str:
-    """In words, for what is left of the budget; validation comes on top."""
+    """Estimated time for the rest of the budget, in words, without validation."""
     by_clock, by_steps = 60 * cfg.train_minutes, cfg.num_steps * seconds_of_step
     whole = min(seconds for seconds in (by_clock, by_steps) if seconds)
     return f"about {minutes(whole * (1 - progress))} to the end, by the speed of a first micro-batch"
@@ -161,7 +161,7 @@ def conclusion(cfg, folder: Path, summary: dict, samples: list[dict]) -> list[st
     if cfg.compare_to:
         try:
             lines.append(f"compare     {standing(read_run(folder), cfg.compare_to)}")
-        except (UserError, OSError) as error:       # the baseline has gone since the run began
+        except (UserError, OSError) as error:       # the baseline was removed after the run began
             lines.append(f"compare     not possible: {error}")
     if samples:
         text = samples[0]["prompt"] + "⟨⟩" + samples[0]["text"]
@@ -176,7 +176,7 @@ def conclusion(cfg, folder: Path, summary: dict, samples: list[dict]) -> list[st
 
 
 def verdict_in_words(summary: dict) -> str:
-    """How the model stands beside a compressor that has read the same text."""
+    """Whether the model beats xz, which has also read the training text, on the held-out text."""
     if not summary.get("xz_bpb"):
         return ""
     verdict = "better" if summary["val_bpb"] < summary["xz_bpb"] else "worse"
@@ -184,11 +184,11 @@ def verdict_in_words(summary: dict) -> str:
 
 
 def next_command(cfg, summary: dict) -> str:
-    """The command of the run with one thing changed, as it was typed when the run began."""
+    """The command that started the run, with one more layer and another name."""
     command = summary.get("command", "")
     try:
         words = shlex.split(command)
-    except ValueError:      # a quotation mark in what an earlier version wrote without quoting
+    except ValueError:      # an earlier version recorded commands without quoting
         words = command.split()
     replaced, flags, skip = ("--num_layers", "--model_name", "--resume"), [], False
     for word in words[1:]:

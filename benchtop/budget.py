@@ -1,20 +1,20 @@
 """The budget of a run: how much of it is used, by steps or by the clock, and when to validate.
 
-Time is the training's own: it stands while a run compiles, validates or writes.
+Only training counts: the clock stops while a run compiles, validates or writes.
 """
 
 import time
 
 from benchtop.machine import World
 
-VALIDATIONS = 10        # over a run, where --val_every is 0
-MOST_EPOCHS = 4         # beyond which repeated text teaches little (arXiv:2305.16264)
+VALIDATIONS = 10        # per run, if --val_every is 0
+MOST_EPOCHS = 4         # more passes over the same text teach little (arXiv:2305.16264)
 
 
 class Clock:
-    """Seconds of training; it stands while a run compiles, validates or writes.
+    """Seconds of training; the clock stops while a run compiles, validates or writes.
 
-    A GPU is waited for when the clock starts and stops; in between, steps queue up.
+    start() and stop() wait for the GPU; in between, steps queue up.
     """
 
     def __init__(self, world: World):
@@ -25,7 +25,7 @@ class Clock:
         return self.stopped_at + (time.perf_counter() - self.begun if self.begun else 0.0)
 
     def share(self, cfg) -> float:
-        """Of the minutes that --train_minutes gives; 0 without."""
+        """Share of --train_minutes that is used; 0 without --train_minutes."""
         return self.seconds / (60 * cfg.train_minutes) if cfg.train_minutes else 0.0
 
     def start(self) -> None:
@@ -38,20 +38,20 @@ class Clock:
 
 
 def budget_used(cfg, step: int, clock_share: float) -> float:
-    """Share of the budget that is used, 0 to 1: of the steps, or of the minutes if that is more.
+    """Share of the budget that is used, 0 to 1: that of the steps or that of the minutes, if larger.
 
-    clock_share  of the minutes, as all processes know it
+    clock_share  used share of the minutes, the same on all processes
     """
     return min(1.0, max(step / cfg.num_steps if cfg.num_steps else 0.0, clock_share))
 
 
 def validates(cfg, step: int, progress: float, before: float) -> bool:
-    """Whether to validate after a step that brought the share of the budget from `before` to `progress`."""
+    """Whether to validate after a step that took the used share of the budget from `before` to `progress`."""
     if progress >= 1 or cfg.val_every:
         return progress >= 1 or is_multiple(step, cfg.val_every)
     return int(VALIDATIONS * progress) > int(VALIDATIONS * before)
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether `step` is one of every so many; never where that is 0."""
+    """Whether `step` is a multiple of `every`; False if `every` is 0."""
     return every > 0 and step % every == 0

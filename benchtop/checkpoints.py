@@ -1,9 +1,9 @@
-"""Checkpoints: all that a run needs to go on, in one file.
+"""Checkpoints: everything that a run needs to resume, in one file.
 
     checkpoint.pt   checkpoint_previous.pt   checkpoint_best.pt     in the folder of an unfinished run
 
-It is a file of torch.save: weights, optimizer state and all the rest, as one process alone would have them.
-It is read with weights_only=True, so it can run no code, and only if all its CRC-32 are right.
+torch.save writes it: weights, optimizer state and all the rest, as a single process would have them.
+It is loaded with weights_only=True, so it cannot run code, and only if all its CRC-32 checksums match.
 """
 
 import os
@@ -19,34 +19,34 @@ LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_be
 
 
 def write_checkpoint(folder: Path, state: dict) -> None:
-    """Save under a temporary name, sync, rename; the one before stays as checkpoint_previous.pt.
+    """Save under a temporary name, sync, rename; the last checkpoint becomes checkpoint_previous.pt.
 
-    raises  OSError, and then nothing has changed
+    raises  OSError if the disk is full, for example; the earlier checkpoints are then unchanged
     """
     import torch
     try:
         with whole_file(folder / LAST) as file:
             torch.save({"format": CHECKPOINT_FORMAT} | state, file)
             file.flush()
-            os.fsync(file.fileno())     # the last checkpoint gives up its name only to a whole one
+            os.fsync(file.fileno())     # the last checkpoint is renamed only once this one is complete
             if (folder / LAST).exists():
                 os.replace(folder / LAST, folder / PREVIOUS)
     except BaseException as error:
-        if isinstance(error.__context__, OSError):      # torch wraps what the disk says
+        if isinstance(error.__context__, OSError):      # torch wraps the disk's error
             raise error.__context__ from None
         raise
     sync(folder)
 
 
 def keep_best_checkpoint(folder: Path) -> None:
-    """The last checkpoint stays as checkpoint_best.pt, too; where there are links, without taking space."""
+    """Keep the last checkpoint as checkpoint_best.pt, too: a hard link where possible, else a copy."""
     with whole_path(folder / BEST) as partial:
         partial.unlink(missing_ok=True)
         link(folder / LAST, partial)
 
 
 def withdraw_checkpoint(folder: Path) -> int:
-    """Take the last checkpoint back; the step of the one before, which goes on in its place, or 0."""
+    """Delete the last checkpoint, put the previous one in its place and return that one's step, or 0."""
     (folder / LAST).unlink(missing_ok=True)
     if not (folder / PREVIOUS).exists():
         return 0
@@ -63,9 +63,9 @@ def remove_checkpoints(folder: Path, keep_best: bool) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """The newest whole checkpoint of a run; a damaged one gives way to the one before it, with a warning.
+    """The newest intact checkpoint of a run: the last one or, with a warning, the previous one.
 
-    Hold the run's log meanwhile, or its writer moves these files.
+    Hold the lock on the run's log meanwhile, or the process that trains the run may move these files.
     raises  UserError if there is none
     """
     for name in (LAST, PREVIOUS):
@@ -81,15 +81,15 @@ def read_checkpoint(folder: Path) -> dict:
             print(f"warning: going on from the one before it, of step {state['step']}", file=sys.stderr)
             if (folder / LAST).is_dir():
                 raise UserError(f"{folder / LAST} is a folder; delete it")
-            os.replace(path, folder / LAST)     # or the next checkpoint would push the whole one out
+            os.replace(path, folder / LAST)     # or the next checkpoint would replace it
         return state
     raise UserError(f"{folder} has no whole checkpoint to go on from; begin a new run without --resume")
 
 
 def load_checkpoint(path: Path) -> dict:
-    """raises  any error if the file is damaged or something else"""
+    """raises  any kind of error if the file is damaged or is not a checkpoint"""
     import torch
-    with zipfile.ZipFile(path) as archive:      # torch.load looks at no CRC-32, and into no "folder" at all
+    with zipfile.ZipFile(path) as archive:      # torch.load checks no CRC-32, and reads no "folder" entries
         if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
             raise zipfile.BadZipFile("a CRC-32 or an attribute is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)

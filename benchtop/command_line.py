@@ -1,4 +1,4 @@
-"""What every script shares as a shell command: flags, one-line complaints, how to start it again."""
+"""What all scripts share as shell commands: flags, one-line errors, the command that starts them again."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ from benchtop.processes import places_by_torchrun
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of each flag that has one."""
+    """A help formatter that shows the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, ""):
@@ -32,13 +32,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
 
 
-# what one script calls so, another calls otherwise; each takes both, and its help names its own
+# flags that have different names in different scripts; each script accepts both, and its help shows its own
 OTHER_NAMES = {"--vocabsize": "--vocab_size", "--version": "--source"}
 OTHER_NAMES |= {other: name for name, other in OTHER_NAMES.items()}
 
 
 class ShowHelp(argparse.Action):
-    """--help, and --help all where a parser has flags that are seldom needed."""
+    """--help, and --help all for a parser that hides rarely used flags."""
 
     def __call__(self, parser: "Parser", namespace, values: str | None, option_string=None) -> None:
         if values not in (None, "all"):
@@ -48,7 +48,7 @@ class ShowHelp(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, with the flag that was perhaps meant.
+    """An argument parser with one-line errors, which suggest the closest flag.
 
     seldom  actions that only --help all shows
     """
@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
                                         namespace)
 
     def _own_name(self, word: str) -> str:
-        """The word, or this parser's name of the flag that it is."""
+        """The word, with a flag's other name replaced by the one that this parser knows."""
         flag, *value = word.split("=", 1)
         known, other = self._option_string_actions, OTHER_NAMES.get(flag)
         return "=".join([other if other in known and flag not in known else flag, *value])
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """The type of a flag that takes a whole number: 1000000, 1_000_000 or 1e6."""
+    """Argument type: a whole number, typed as 1000000, 1_000_000 or 1e6."""
     try:
         return int(text)
     except ValueError as error:
@@ -107,7 +107,7 @@ def whole_number(text: str) -> int:
 
 
 def positive(text: str, least: int = 1) -> int:
-    """The type of a flag that takes a whole number from `least` on."""
+    """Argument type: a whole number of at least `least`."""
     number = whole_number(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, is {number}")
@@ -115,10 +115,10 @@ def positive(text: str, least: int = 1) -> int:
 
 
 def open_streams() -> None:
-    """Make the standard streams such that a line can always be printed.
+    """Make it safe to print to the standard streams.
 
-    What an encoding lacks is printed as an escape. A stream that was closed leads nowhere; if its number
-    stayed free, the next file would take it, and get what libraries complain of.
+    Characters that the encoding lacks are escaped. A closed stream is replaced by /dev/null: the next file to
+    be opened would otherwise get its descriptor, and receive the messages of libraries.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -131,7 +131,7 @@ def open_streams() -> None:
 def tell(line: str, stream: TextIO) -> bool:
     """Print a line; False if it goes to a pipe that nobody reads any more.
 
-    A terminal that is gone has told whom it wanted to end, by SIGHUP. Both get nothing from then on.
+    True for a closed terminal, which has already sent SIGHUP. Later output to either of them is discarded.
     """
     try:
         print(line, file=stream, flush=True)
@@ -144,18 +144,18 @@ def tell(line: str, stream: TextIO) -> bool:
 
 
 def let_go() -> None:
-    """Let a pipe or terminal that is gone lead nowhere, so that what is still to be written does no harm."""
+    """Redirect stdout and stderr to /dev/null if their pipe or terminal is gone, so that writes succeed."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(io.UnsupportedOperation):      # it is no file
+        with contextlib.suppress(io.UnsupportedOperation):      # not a file
             poll = select.poll()
             poll.register(stream.fileno(), 0)
-            if poll.poll(0):        # an error or a hang-up, which need not be asked for
+            if poll.poll(0):        # POLLERR or POLLHUP, which are always reported
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def amount(text: str, or_zero: bool = True) -> float:
-    """A finite number from 0 on, or above 0, for the type of a flag."""
+    """Argument type: a finite number, 0 or more; without `or_zero`, above 0."""
     value = float(text)
     if not 0 <= value < math.inf or not (value or or_zero):
         raise argparse.ArgumentTypeError(f"must be {'0 or more' if or_zero else 'above 0'}, is {text}")
@@ -163,7 +163,7 @@ def amount(text: str, or_zero: bool = True) -> float:
 
 
 def in_one_line(error: UserError | OSError) -> str:
-    """What an error says."""
+    """The message of an error in one line; for an OSError, its reason and file."""
     words = str(error)
     if isinstance(error, OSError) and error.strerror:
         words = error.strerror + (f": {error.filename}" if error.filename else "")
@@ -171,21 +171,21 @@ def in_one_line(error: UserError | OSError) -> str:
 
 
 def end(error: UserError | OSError) -> None:
-    """Leave with one line and exit code 1."""
+    """Exit with a one-line error and exit code 1."""
     sys.exit(f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}")
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Make `main` a shell command: a UserError and Ctrl-C end in one line and a non-zero exit code.
+    """Make `main` a shell command: a UserError or Ctrl-C ends it with one line and a non-zero exit code.
 
-    A pipe that nobody reads any more, as of `| head`, ends it as it ends other programs, without a word.
+    If nobody reads its output any more, as with `| head`, it exits silently, as other programs do.
     """
 
     @wraps(main)
     def run(*parts) -> None:
         open_streams()
         try:
-            places_by_torchrun()        # what it complains of is no matter of one script
+            places_by_torchrun()        # checks torchrun's variables for every script
             main(*parts)
             sys.stdout.flush()
         except UserError as error:
@@ -208,7 +208,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def program() -> list[str]:
-    """The words that start this script again, on as many processes of one machine as now."""
+    """The words of a command that starts this script again, with as many processes on one machine as now."""
     bin_folder = ".venv/bin/" if Path(sys.prefix).resolve() == places.ROOT / ".venv" else ""
     script = os.path.relpath(sys.argv[0])
     if "LOCAL_WORLD_SIZE" not in os.environ:
@@ -218,15 +218,15 @@ def program() -> list[str]:
 
 
 def minutes(seconds: float) -> str:
-    """A duration as minutes and seconds: 247.3 is 4:07."""
+    """A duration in minutes and seconds: 247.3 is 4:07."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def counted(number: float, thing: str) -> str:
-    """A number of things: 1 run, 2,000 runs, 0.5 minutes."""
+    """A number with its noun: 1 run, 2,000 runs, 0.5 minutes."""
     return f"{number:,.12g} {thing}{'' if number == 1 else 's'}"
 
 
 def figure(number: float) -> str:
-    """A measured number, to three digits or as a whole number: 0.163, 22.2, 1,303."""
+    """A measured number with three significant digits, or whole from 100 on: 0.163, 22.2, 1,303."""
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -1,7 +1,7 @@
-"""Compiled equals eager: one step's gradients of both, on a small model of the same width, before a long run.
+"""Before a long run: compare compiled with eager gradients on one batch of a small model of equal width.
 
-Some releases of torch compile wrong gradients, and a loss curve does not show it. What torch 2.10 gets wrong
-is switched off by set_up_torch() in machine.py; what nobody knows yet is found by comparing.
+Some releases of torch compile wrong gradients, and a loss curve does not show it. machine.set_up_torch()
+switches off what torch 2.10 gets wrong; this comparison finds errors that are not known yet.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from benchtop.initial import draw_weights
 from benchtop.machine import Kernels, World
 from benchtop.smoke import stir
 
-LONG_RUN_SECONDS = 600      # of planned training, from which the check is worth its time
-# of the norm of a parameter's gradient; eager and compiled kernels round at different places
+LONG_RUN_SECONDS = 600      # planned training time from which on the check is worth its cost
+# allowed error relative to the norm of a parameter's gradient; eager and compiled kernels round differently
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-FEW = 16        # numbers in a parameter whose gradient's rounding is a matter of chance
-# without tables of a device's speed: as slow as they come, so that a long run is not taken for a short one
+FEW = 16        # parameters with fewer elements share one bound, see worst()
+# FLOP/s of devices whose peak is unknown: a low guess, so that a long run is not taken for a short one
 GUESSED_FLOPS = {"cpu": 1e11}
 SLOW_GPU_FLOPS = 2e13
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far compiled gradients are from eager ones: of the parameter that is worst beside its bound.
+    """How far compiled gradients are from eager ones, for the parameter with the largest error / bound.
 
-    error  norm of the difference, by the norm of the eager gradient in float32
-    bound  what rounding explains
+    error  norm of the difference, divided by the norm of the eager gradient in float32
+    bound  largest error that rounding explains
     """
     parameter: str
     error: float
@@ -45,8 +45,8 @@ class Comparison:
 
 
 def small_config(cfg):
-    """Few layers, a small vocabulary and about 1,024 tokens; width, heads and rows as they are, since kernels
-    are chosen by those. Three layers, so that one has no value embedding."""
+    """cfg with few layers, a small vocabulary and about 1,024 tokens. Width, heads and row length (at most
+    1,024) stay, since they decide which kernels run. Of three layers, one has no value embedding."""
     small = dict(num_layers=min(3, cfg.num_layers), vocab_size=min(cfg.vocab_size or 509, 509),
                  seq_len=min(cfg.seq_len, 1024), long_window=min(cfg.seq_len, 500), short_window=300,
                  batch_tokens=0, max_doc_len=0, micro_batch_tokens=0, fp8=False)
@@ -54,7 +54,7 @@ def small_config(cfg):
 
 
 def small_batch(cfg, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T) inputs of several documents a row and their targets, some of which are not to be predicted."""
+    """(B, T) inputs with several documents per row, and their targets, some of which are masked (-1)."""
     draw = torch.Generator().manual_seed(0)
     shape = max(1, 1024 // cfg.seq_len), cfg.seq_len + 1
     tokens = torch.randint(cfg.vocab_size - 1, shape, generator=draw)
@@ -67,7 +67,7 @@ def small_batch(cfg, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def gradients(experiment, cfg, device: torch.device, dtype: torch.dtype, flex: dict | None, compiled: bool,
               ) -> dict[str, Tensor]:
-    """The gradient of every parameter of a model, after one batch, as float64 on the CPU."""
+    """The gradient of every parameter after one batch, as float64 on the CPU."""
     torch.manual_seed(cfg.seed)
     model = experiment.Model(cfg, cfg.vocab_size - 1, dtype, flex)
     draw_weights(model, cfg.seed)
@@ -81,10 +81,10 @@ def gradients(experiment, cfg, device: torch.device, dtype: torch.dtype, flex: d
 
 
 def compare_compiled(experiment, cfg, world: World, kernels: Kernels) -> Comparison:
-    """Compare the gradients of compiled kernels, in the run's dtype, with those of eager ones in float32.
+    """Compare gradients of compiled kernels in the run's dtype with eager ones in float32.
 
-    Eager kernels in the run's dtype, too, are compared with float32: compiled ones may be four times as far
-    from it as those are, or as far as TOLERANCE, whichever is more.
+    The bound on their relative error is four times the error of eager kernels in the run's dtype, or
+    TOLERANCE if that is larger.
     """
     cfg, device = small_config(cfg), world.device
     with own_compilations():
@@ -98,23 +98,23 @@ def compare_compiled(experiment, cfg, world: World, kernels: Kernels) -> Compari
 
 def worst(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float,
           ) -> Comparison:
-    """The comparison of the parameter that is furthest beyond its bound, or nearest to it."""
+    """The comparison of the parameter whose error is largest relative to its bound."""
     def errors(gradients: dict[str, Tensor]) -> dict[str, float]:
         return {name: float((gradients[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
                 for name, wanted in exact.items()}
     usual = errors(eager)
-    # a few numbers may by chance be rounded well in one way and badly in another; all such have one bound
+    # a few numbers may, by chance, round well in eager kernels and badly in compiled ones; they share a bound
     few = [name for name, wanted in exact.items() if wanted.numel() < FEW]
     usual |= dict.fromkeys(few, max((usual[name] for name in few), default=0.0))
     comparisons = [Comparison(name, error, max(tolerance, 4 * usual[name]))
                    for name, error in errors(found).items()]
-    # an error that is no number is larger than any
+    # NaN counts as the largest error
     return max(comparisons, key=lambda one: one.error / one.bound if one.error == one.error else float("inf"))
 
 
 @contextmanager
 def own_compilations() -> Iterator[None]:
-    """Forget what is compiled here: layers of the run would find it in their caches and fill them up."""
+    """Discard compiled code before and after, so that it does not fill the caches that a run's layers use."""
     torch._dynamo.reset()
     try:
         yield
@@ -123,7 +123,7 @@ def own_compilations() -> Iterator[None]:
 
 
 def planned_seconds(experiment, cfg, world: World) -> float:
-    """Roughly what the budget takes at 40 % of the device's peak; one that no table has is guessed low."""
+    """Rough time for the budget at 40 % of the device's peak, which is guessed low where it is unknown."""
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype)
     known = world.peak_flops(cfg) or world.size * GUESSED_FLOPS.get(world.device.type, SLOW_GPU_FLOPS)
@@ -134,9 +134,9 @@ def planned_seconds(experiment, cfg, world: World) -> float:
 
 def trusted_kernels(experiment, cfg, world: World, kernels: Kernels,
                     compare: Callable[..., Comparison] = compare_compiled) -> Kernels:
-    """The kernels of a run; eager ones where this would be a long run and compiled gradients are wrong.
+    """The kernels for a run: eager ones if the run is long and its compiled gradients are wrong.
 
-    The reason, which the log's line "compile" gives, says what was found. All processes decide as one.
+    compile_reason, which the log prints as "compile", says what was found. All ranks decide alike.
     """
     seconds = max(world.gather(planned_seconds(experiment, cfg, world)))
     if not kernels.compiled or seconds < LONG_RUN_SECONDS:
@@ -147,8 +147,8 @@ def trusted_kernels(experiment, cfg, world: World, kernels: Kernels,
         found = compare(experiment, cfg, world, kernels)
         verdict = (found.agrees, found.error, str(found))
     except UserError:
-        raise       # of a rule of the experiment, which names what to change
-    except Exception as error:      # whatever fails in a small model would fail in the run, or mislead it
+        raise       # from a rule of the experiment; its message says what to change
+    except Exception as error:      # what fails in a small model would stop or corrupt the run
         verdict = (False, float("inf"), f"an error ({type(error).__name__}: {first_line(error)})")
     agrees, _, said = min(world.gather(verdict), key=lambda one: (one[0], -one[1]))
     if agrees:

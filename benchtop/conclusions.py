@@ -1,6 +1,6 @@
-"""What can be concluded from groups of runs, in sentences.
+"""Conclusions about groups of runs, in sentences.
 
-compare() sets two groups against each other, standing() one run against a group. The numbers come from
+compare() compares two groups, standing() compares one run with a group. The statistics come from
 significance.py.
 """
 
@@ -25,18 +25,18 @@ from benchtop.groups import (
 )
 from benchtop.progress import COMPUTE, Multiplier, multiplier, multiplier_line
 
-ROUNDING = 1e-9     # of a mean: a spread below this is none, and no test can be made of it
+ROUNDING = 1e-9     # relative to the mean: a smaller spread counts as none, and no test is possible
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What group b's metric does beside group a's; without tests where they take more runs.
+    """Group b's metric compared with group a's; `welch` and `paired` are None where no test is possible.
 
-    seeds   that both have; the test is paired if these are all that the smaller group has
-    effect  a difference that would matter, for which to say how many runs it needs; 0: none is named
-    over_documents  the interval that covers the choice of text, too; or why there is none, if it could be
-                    expected
-    multipliers     of what b needs less of than a, or more
+    seeds           seeds that both groups have; the test is paired if the smaller group has no others
+    effect          smallest difference that matters (--effect), to report the runs it needs; 0: not given
+    over_documents  the interval that also covers the choice of held-out text, or why there is none; "" if no
+                    run has held_out.csv
+    multipliers     compute multipliers: how much less or more compute b needs than a
     """
     a: Group
     b: Group
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def test(self) -> significance.Difference | None:
-        """The one that sees most."""
+        """The paired test if there is one, else Welch's."""
         return self.paired or self.welch
 
     def lines(self) -> list[str]:
@@ -74,12 +74,12 @@ class Comparison:
 
     @property
     def depends_on_text(self) -> bool:
-        """Whether a difference could vanish on other documents."""
+        """Whether the interval over documents includes 0: the difference may vanish on other text."""
         found = self.over_documents
         return not isinstance(found, str) and found.low < 0 < found.high
 
     def lines_on_documents(self) -> list[str]:
-        """The interval that covers the choice of held-out documents, beside those that do not."""
+        """A line with the interval that covers the choice of held-out documents, or why there is none."""
         found = self.over_documents
         if isinstance(found, str):
             return [f"  no interval over documents: {found}"] if found else []
@@ -90,7 +90,7 @@ class Comparison:
                 f"{over}held-out documents ({found.documents:,}, bootstrap); {more}"]
 
     def facts(self) -> dict:
-        """The comparison for programs; null is what could not be said."""
+        """The comparison as a dict for JSON; None where a value is unknown."""
         found, test = self.over_documents, self.test
         tests = {kind: one and {"mean": one.mean, "low": one.low, "high": one.high, "t": one.t, "df": one.df,
                                 "p": one.p, "error": one.error, "sd": one.sd}
@@ -105,10 +105,10 @@ class Comparison:
                 "differing": differences_of(self.a.finished[0], self.b.finished[0])}
 
     def power(self, test: significance.Difference) -> dict:
-        """The smallest difference that so many runs detect with 80 % power, and what --effect needs."""
+        """The smallest difference these runs detect with 80 % power, and the runs that --effect needs."""
         needed = None
         if self.effect:
-            with contextlib.suppress(ValueError):       # more than anybody would make
+            with contextlib.suppress(ValueError):       # more than 10,000 runs
                 needed = significance.runs_needed(self.effect, test.sd, bool(self.paired), test.df_per_run)
         return {"detectable_difference": significance.smallest_effect(test.error, test.df),
                 "effect": self.effect or None, "runs_needed": needed}
@@ -119,7 +119,7 @@ class Comparison:
         return [multiplier_line(self.a.name, self.b.name, self.metric, list(self.multipliers))]
 
     def without_test(self, a: list[float], b: list[float]) -> str:
-        """What can be said without a test: one side, or both, have a single run, or runs without a spread."""
+        """The line where no test is possible: a group has a single run, or the runs have no spread."""
         difference = f"  difference {fmean(b) - fmean(a):+.4f}"
         if min(len(a), len(b)) > 1:
             return (f"{difference}; the runs of each side agree to the last digit, whatever their seed, so "
@@ -132,9 +132,9 @@ class Comparison:
                 "run: repeat it with more seeds")
 
     def power_lines(self, test: significance.Difference) -> list[str]:
-        """What so many runs can detect, and how many the effect named by --effect needs.
+        """The smallest difference that these runs can detect, and how many runs --effect needs.
 
-        Never for the effect that was seen: its power says no more than its p, and tempts one to add runs
+        Never for the observed effect: its power says no more than its p value, and tempts people to add runs
         until p is small.
         """
         have = [len(self.seeds)] if self.paired else [len(self.a.finished), len(self.b.finished)]
@@ -144,7 +144,7 @@ class Comparison:
         return [line + (f" {self.runs_for(abs(self.effect), test, have)}" if self.effect else "")]
 
     def runs_for(self, effect: float, test: significance.Difference, have: list[int]) -> str:
-        """How many runs an effect needs, and how many of them are missing."""
+        """How many runs an effect needs, and how many of them are still missing."""
         unit = "pairs" if self.paired else "runs per group"
         try:
             needed = significance.runs_needed(effect, test.sd, bool(self.paired), test.df_per_run)
@@ -173,15 +173,15 @@ def compare(a: Group, b: Group, metric: str, effect: float = 0.0) -> Comparison:
                       tuple(filter(None, (multiplier(a, b, axis, metric) for axis in COMPUTE))))
 
 
-# of each metric, what held_out.csv has of a document: nats, and what they are divided by
+# metric -> columns of held_out.csv with a document's nats and size, and the nats per unit of the metric
 OF_DOCUMENTS = {"val_bpb": ("text_nats", "bytes", math.log(2)), "val_loss": ("nats", "tokens", 1.0)}
 
 
 def compare_documents(a: Group, b: Group, metric: str, seeds: list[int], test: significance.Difference | None,
                       ) -> significance.OverDocuments | str:
-    """The difference with an interval over documents and seeds; or why not, nothing where no run has them.
+    """The difference with an interval over documents and seeds, or why there is none; "" if no run has any.
 
-    seeds  that pair the runs; empty: all runs of both
+    seeds  seeds whose runs are paired; empty: all runs of both groups
     """
     both = [[run for run in group.finished if not seeds or run.summary["seed"] in seeds] for group in (a, b)]
     runs = [run for group in both for run in group]
@@ -210,7 +210,7 @@ def p_in_words(p: float) -> str:
 
 
 def target_line(group: Group, metric: str, target: float) -> str:
-    """Whether a group reaches a target on average, by the speedruns' test."""
+    """Whether a group's mean reaches a target, by the one-sided test of Modded-NanoGPT's speedruns."""
     values = group.values(metric)
     if any(run.summary.get("target") for run in group.finished):
         return (f"{group.name}: its runs stopped when they reached --target_loss, so their final losses "
@@ -228,13 +228,13 @@ def target_line(group: Group, metric: str, target: float) -> str:
 
 
 def benchmark_lines(a: Group, b: Group) -> list[str]:
-    """McNemar's test on the questions of each benchmark that runs of both groups were scored on."""
+    """McNemar's test on the questions of each benchmark that both groups have scores for."""
     return [line for name in benchmarks_of([a]) if name in benchmarks_of([b])
             for line in mcnemar_lines(a, b, name)]
 
 
 def mcnemar_lines(a: Group, b: Group, name: str) -> list[str]:
-    """The test for each pair of runs that belong together; of models, not recipes."""
+    """A test for each pair of runs with the same seed (or one run each); it compares models, not recipes."""
     runs_a, runs_b = ([run for run in group.finished if run.items(name)] for group in (a, b))
     seeds_b = {run.summary["seed"]: run for run in runs_b}
     pairs = [(run, seeds_b[run.summary["seed"]]) for run in runs_a if run.summary["seed"] in seeds_b]
@@ -255,7 +255,7 @@ def mcnemar_lines(a: Group, b: Group, name: str) -> list[str]:
 
 
 def baseline(spec: str) -> Group:
-    """All finished runs that a word of --compare_to means, as one group.
+    """All finished runs that --compare_to names, as one group.
 
     raises  UserError if there are none
     """
@@ -267,14 +267,14 @@ def baseline(spec: str) -> Group:
 
 
 def standing(run: SavedRun, spec: str, metric: str = "val_bpb") -> str:
-    """How far a finished run is from a group, in its standard deviations; or why that cannot be said."""
+    """How many standard deviations a finished run is from a group's mean, or why that is unknown."""
     group = baseline(spec)
     others = [other for other in group.runs if other.folder.resolve() != run.folder.resolve()]
     group = Group(group.name, others)
     if not others:
         return f"no comparison with {group.name}: this run is all that it has"
     try:
-        # bits per byte of one text are bits per byte, whatever the tokenizer and the data
+        # bits per byte of the same text are comparable across tokenizers and training data
         check_comparable([group, Group("this run", [run])], metric, ("data", "tokenizer"))
     except NotComparable as error:
         return f"no comparison with {group.name}: {error.problem}"
@@ -290,12 +290,12 @@ def standing(run: SavedRun, spec: str, metric: str = "val_bpb") -> str:
 
 
 def compare_all(groups: list[Group], metric: str, effect: float = 0.0) -> list[Comparison]:
-    """Each further group against the first."""
+    """Compare each further group with the first."""
     return [compare(groups[0], group, metric, effect) for group in groups[1:]]
 
 
 def conclusions(groups: list[Group], compared: list[Comparison]) -> list[str]:
-    """What compare_all found of groups, in words; then what holds for all of these comparisons."""
+    """The comparisons of compare_all in words, then notes that concern all of them."""
     lines = []
     for one in compared:
         lines += [""] if lines else []
@@ -307,7 +307,7 @@ def conclusions(groups: list[Group], compared: list[Comparison]) -> list[str]:
 
 
 def facts_of(compared: list[Comparison]) -> list[dict]:
-    """What compare_all found, for programs."""
+    """The comparisons of compare_all as dicts for JSON."""
     tested = [one for one in compared if one.test]
     adjusted = dict(zip([one.b.name for one in tested], significance.holm([one.test.p for one in tested]),
                         strict=True))
@@ -315,7 +315,7 @@ def facts_of(compared: list[Comparison]) -> list[dict]:
 
 
 def adjusted_lines(compared: list[Comparison]) -> list[str]:
-    """A line with p values by Holm's method, where more than one comparison has a test."""
+    """A line with Holm-adjusted p values, if more than one comparison has a test."""
     tested = [one for one in compared if one.test]
     if len(tested) < 2:
         return []
@@ -327,7 +327,7 @@ def adjusted_lines(compared: list[Comparison]) -> list[str]:
 
 
 def noise_line(name: str, values: list[float], metric: str) -> str:
-    """Mean and spread of a metric over seeds, and how small a difference they let one find."""
+    """Mean and spread of a metric over seeds, and the smallest difference that such groups can detect."""
     if len(values) < 2:
         return f"{name}: {counted(len(values), 'run')} finished; a standard deviation needs at least two"
     low, high = significance.interval(values)
@@ -338,10 +338,10 @@ def noise_line(name: str, values: list[float], metric: str) -> str:
 
 
 def speed_lines(groups: list[Group]) -> list[str]:
-    """A line where a machine that became faster or slower could explain a difference in tokens/s.
+    """A warning if a change in the machine's speed could explain a difference in tokens/s.
 
-    That is where all runs of a group began before, or after, all of the first group; only folders with a date
-    tell when that was.
+    That is so if all runs of a group began before all runs of the first group, or all after them. Only runs
+    whose folder names begin with a date tell when they began.
     """
     first, *others = ([run.began for run in group.finished] for group in groups)
     apart = [group.name for group, began in zip(groups[1:], others, strict=True)

@@ -1,7 +1,7 @@
-"""The second look: a kept idea against its baseline again, with fresh seeds, on text that nobody has seen.
+"""Confirmation: a kept idea against its baseline again, with fresh seeds, on the unseen test split.
 
-Whoever tries many ideas on one held-out text keeps those that suit its documents and seeds a little better
-than they suit others. What is left of a gain here is what the idea is worth.
+Trying many ideas on one held-out text selects those that happen to suit its documents and seeds. The gain
+that remains here is what the idea is worth.
 """
 
 from dataclasses import replace
@@ -16,14 +16,15 @@ from benchtop.shards import open_dataset
 from benchtop.trials import Plan, Trial, read
 from benchtop.turns import Turns
 
-# only the end of each run looks at the test split
+# each run is evaluated on the test split only at its end
 LOOK_ONCE = ["--held_out", TEST, "--val_every", "1000000000"]
 
 
 def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
-    """The trial that confirms what the trial `name` kept, and the results of that one.
+    """The trial that confirms what the trial `name` kept, and the results of the trial `name`.
 
-    raises  UserError if it kept nothing, if something of it has changed, or if its idea was looked at before
+    raises  UserError if `name` kept nothing, if its code or data have changed, or if one of its ideas was
+            evaluated on the test split before
     """
     folder = places.EXPERIMENTS / "trials" / name
     if not (folder / "results.json").is_file():
@@ -71,8 +72,7 @@ def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
 
 
 def looks(data: str) -> dict[str, str]:
-    """Changes that were looked at on the test split of these data, also by trials that have not ended -> the
-    trial."""
+    """Hashes of changes that were evaluated on the test split of these data -> the trial, finished or not."""
     found = {entry.change: entry.trial for entry in ledger.read()
              if entry.split == TEST and entry.data == data}
     for file in (places.EXPERIMENTS / "trials").glob("*/plan.json"):
@@ -83,7 +83,7 @@ def looks(data: str) -> dict[str, str]:
 
 
 def again(name: str, facts: dict, folder: Path, baseline: Side) -> Side:
-    """An idea as it was tried, from what the trial kept of it."""
+    """An idea as it was tried, restored from the trial's folder and plan."""
     patch, flags = folder / f"{name}.diff", tuple(facts["flags"])
     if patch.is_file():
         return with_script(name, patch, baseline, facts["typed"], flags)
@@ -91,7 +91,7 @@ def again(name: str, facts: dict, folder: Path, baseline: Side) -> Side:
 
 
 def selection(before: dict, results: dict) -> list[str]:
-    """How much of each gain is left, in words; it is added to the results, too."""
+    """How much of each gain is left, in words; also adds these figures to `results`."""
     lines = []
     for name, result in results["ideas"].items():
         if "gain" in result:

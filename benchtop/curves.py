@@ -1,4 +1,4 @@
-"""Pictures of validation curves and of their differences, for a paper or a page."""
+"""Figures of validation curves and of their differences, for papers and HTML pages."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -12,23 +12,23 @@ from benchtop.progress import AXES, curve, differences, on_common_grid
 from benchtop.significance import t_quantile
 
 METRICS = {"val_bpb": "bits per byte, held-out text", "val_loss": "nats per token, held-out text"}
-# Okabe and Ito's colours, which people who see colours differently can tell apart
+# Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
-# text of an SVG stays text, and the same runs make the same file
+# text in an SVG stays text, and the same runs produce the same file
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "benchtop"}
 
 
 def draw(groups: Sequence[Group], axis: str, metric: str):
-    """A figure of matplotlib: each group's mean in a band of its standard deviation; None without curves."""
+    """A matplotlib figure of each group's mean with a band of one standard deviation; None without curves."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
         for number, group in enumerate(groups):
-            # a run that broke off would cut the others' mean short
+            # an unfinished run would cut short the mean of the others
             curves = [curve(run, axis, metric) for run in group.finished or group.runs]
             curves = [(x, y) for x, y in curves if x]
             if not curves:
@@ -55,8 +55,8 @@ def draw(groups: Sequence[Group], axis: str, metric: str):
 
 
 def _zoom(axes) -> None:
-    """Leave the steep beginning out, which hides how the curves differ: show what is at most half above the
-    lowest end, and more where the ends themselves lie further apart."""
+    """Cut off the steep beginning, which hides how the curves differ: show values up to 1.5 times the lowest
+    final value, or higher if the final values are far apart."""
     heights = np.concatenate([line.get_ydata() for line in axes.lines])
     ends = np.array([line.get_ydata()[-1] for line in axes.lines])
     top = min(heights.max(), ends.min() + max(0.5 * ends.min(), 3 * np.ptp(ends)))
@@ -65,16 +65,16 @@ def _zoom(axes) -> None:
 
 
 def draw_differences(groups: Sequence[Group], axis: str, metric: str):
-    """A figure of matplotlib: how far each further group is above the first, run by run of a shared seed.
+    """A matplotlib figure of each further group minus the first, paired by seed.
 
-    The mean over the seeds in a band of its 95 % interval at each place; None where no seed is shared.
+    It shows the mean over seeds with a band of its pointwise 95 % interval; None if no seed is shared.
     """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-        late = []       # heights behind the steep beginning, which would hide all else
+        late = []       # heights after the steep beginning, which would hide everything else
         for number, group in enumerate(groups[1:], 1):
             grid, values = differences(groups[0], group, axis, metric)
             if not len(grid):
@@ -103,9 +103,9 @@ def draw_differences(groups: Sequence[Group], axis: str, metric: str):
 
 
 def save_curves(groups: list[Group], metric: str, base: Path, compared: Sequence[Group] = ()) -> list[Path]:
-    """BASE_AXIS.png and .svg for every axis that the runs know.
+    """Write BASE_AXIS.png and .svg for every axis that the runs have; returns their paths.
 
-    compared  groups of which BASE_difference_AXIS.png and .svg are written, too
+    compared  groups whose differences are also drawn, as BASE_difference_AXIS.png and .svg
     raises    UserError if no run was validated
     """
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def save_curves(groups: list[Group], metric: str, base: Path, compared: Sequence
 
 
 def as_bytes(groups: Sequence[Group], axis: str, metric: str, ending: str, of: Callable = draw) -> bytes:
-    """The figure as a file of this kind; empty without curves.
+    """The figure as the content of a file of type `ending`; empty without curves.
 
     of  draw or draw_differences
     """

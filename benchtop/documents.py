@@ -1,7 +1,7 @@
-"""What all text is on its way to a model: documents, the sources that they come from, and their order.
+"""Documents, the sources that they are read from, and the order in which they are read.
 
 A document is a pair (id, text). A Source reads documents from files one at a time; sources.py finds the files
-that a name or a path stands for, hub.py those of the Hugging Face Hub.
+for a name or a path, hub.py those on the Hugging Face Hub.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ FILE_IS_DOCUMENT = (".txt", ".md", ".py")
 ROW_IS_DOCUMENT = (".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
-HELD_OUT_ONE_IN = 64            # of a large source, this share of all distinct documents is held out
-SHUFFLE_CHARACTERS = 200_000_000    # how much text the shuffle may hold in memory
-BATCH_CHARACTERS = 1_000_000    # text that travels to a worker process at a time
-BEGINNING = 1 << 20             # bytes of a file of rows that tell its encoding
-NAMED_LINES = 20                # bad ones of a file that a complaint names
+HELD_OUT_ONE_IN = 64            # of a large source, one distinct document in this many is held out per split
+SHUFFLE_CHARACTERS = 200_000_000    # of text that the shuffle may hold in memory
+BATCH_CHARACTERS = 1_000_000    # of text that a worker process gets at a time
+BEGINNING = 1 << 20             # bytes of a .jsonl file from which its encoding is determined
+NAMED_LINES = 20                # maximum number of bad lines that an error lists
 
 
 # ------------------------------------------------------------------------------------------------
@@ -42,12 +42,12 @@ NAMED_LINES = 20                # bad ones of a file that a complaint names
 class Unit:
     """A part of a source that is read as a whole, in an order of its own.
 
-    read     its documents that are not empty
-    size     bytes to download; 0 if it is here
-    documents  how many there are, once it is being read and if that is known then
-    is_here  whether it need not be downloaded
-    begin    start to fetch it, while others work
-    remove   give its disk back
+    read       its non-empty documents
+    size       bytes of the download; 0 for text that is not downloaded
+    documents  their number; 0 until the unit is read, or if unknown
+    is_here    whether the text is on this machine
+    begin      start the download in the background
+    remove     delete the downloaded text
     """
     name: str
     read: Callable[[], Iterator[Document]]
@@ -61,12 +61,12 @@ class Unit:
 class Source:
     """Documents in a fixed order, read one at a time.
 
-    fingerprint  SHA-256 over the names and contents of the files; changes when the source changes
-    label        `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
-    replaced_in  invalid sequences of each file that were replaced by U+FFFD when it was last read
-    odd_in       rows of each file that hold NULs or escapes of ISO-2022, and were kept as they are
-    is_large     whether it surely has thousands of documents, so that nobody need count them
-    held_out_file  the unit that is held out, and nothing else is; empty: documents by a hash of their text
+    fingerprint    SHA-256 over the names and contents of the files; changes when the source changes
+    label          `books-1f0c9a3e`, safe in a file name: a word for people, then the fingerprint's beginning
+    replaced_in    invalid sequences of each file that were replaced by U+FFFD when it was last read
+    odd_in         rows of each file that contain NULs or escapes of ISO-2022; they are kept as they are
+    is_large       whether it is known to have thousands of documents, so that they need not be counted
+    held_out_file  the only unit that is held out; empty: documents are held out by a hash of their text
     """
     is_large = False
     held_out_file = ""
@@ -83,7 +83,7 @@ class Source:
         return self.replaced_in.total()
 
     def replaced_in_words(self) -> str:
-        """For people; empty if nothing was replaced, and no row is odd."""
+        """A line about replaced sequences and odd rows, for people; empty if there are none."""
         said = []
         if self.replaced:
             said.append(f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} by U+FFFD in "
@@ -101,7 +101,7 @@ class Source:
                 raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
 
     def units(self, seed: int | None) -> list[Unit]:
-        """All of it as one unit, in an order that the seed decides; without one, as it comes."""
+        """The whole source as one unit, shuffled by the seed; without a seed, in the source's order."""
         def read() -> Iterator[Document]:
             full = (document for document in self if document[1])
             return full if seed is None else shuffled(full, seed)
@@ -121,21 +121,21 @@ class Source:
     def _unless_most_is_wrong(self, rows: Iterator[Document], name: str, path: Path) -> Iterator[Document]:
         """The rows of a file.
 
-        raises  UserError behind the last if more of them are odd than not, or more of the file's sequences
-                invalid than explained by UTF-8
+        raises  UserError after the last row if most rows are odd, or the file has too many invalid sequences
+                for its valid ones
         """
         total = size = explained = 0
         for row, text in rows:
             total += 1
             size += len(text)
             if not text.isascii():
-                explained += len(text.encode()) - len(text)     # at least one for each valid sequence
+                explained += len(text.encode()) - len(text)     # at least 1 per valid sequence
             yield row, text
         odd, invalid = self.odd_in[name], self.replaced_in[name]
         if 2 * odd > total:
             raise UserError(f"{path}: {odd:,} of {total:,} rows hold NULs or escapes of ISO-2022, so they "
                             "are no text, or in another encoding; write them anew in UTF-8")
-        if decoding.too_many(invalid, size, explained - 2 * invalid):       # U+FFFD has three bytes
+        if decoding.too_many(invalid, size, explained - 2 * invalid):       # 2 per U+FFFD
             raise UserError(f"{path} is not UTF-8 throughout: {invalid:,} invalid sequences, more than "
                             "characters that UTF-8 explains; write it anew in UTF-8")
 
@@ -144,7 +144,7 @@ class Source:
             encoding = decoding.encoding_of(file.read(BEGINNING), path, ".jsonl")
             file.seek(0)
             lines = (self._decode(line, name) for line in file)
-            if encoding != "utf-8":     # a line ends there in two bytes or four
+            if encoding != "utf-8":     # UTF-16 or UTF-32, where a line end has two or four bytes
                 raw = file.read()
                 decoding.encoding_of(raw, path, ".jsonl")
                 lines = self._decode(raw, name, encoding).split("\n")
@@ -172,7 +172,7 @@ class Source:
                         number += 1
                         if text is not None:
                             yield f"{name}:{number}", self._counted(self._decode(text, name), name)
-            except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # the latter in a column's name
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # latter: in column names
                 raise UserError(f"{path} is no readable parquet file ({first_line(error)})") from error
 
     def _decode(self, raw: bytes, name: str, encoding: str = "utf-8") -> str:
@@ -191,7 +191,7 @@ class Source:
         return text
 
     def _valid(self, text: str, name: str) -> str:
-        """JSON can spell half a surrogate pair, which is no text."""
+        """Replace lone surrogates, which JSON can spell but UTF-8 cannot encode."""
         try:
             text.encode()
             return text
@@ -202,14 +202,14 @@ class Source:
 
 
 def files_in_words(counts: Counter[str]) -> str:
-    """`2 files: a.txt (9), b.txt (1)`, the worst first."""
+    """`2 files: a.txt (9), b.txt (1)`, the largest counts first."""
     worst = [f"{decoding.shown(name)} ({count:,})" for name, count in counts.most_common(4)]
     files = "" if len(counts) == 1 else f"{counted(len(counts), 'file')}: "
     return files + ", ".join(worst[:3]) + (" ..." if len(worst) > 3 else "")
 
 
 def refuse_columns(schema, path: Path) -> None:
-    """raises  UserError if a parquet file has no one column of text"""
+    """raises  UserError unless a parquet file has exactly one column named text, of strings or bytes"""
     import pyarrow
     number = schema.names.count("text")
     if not number:
@@ -224,11 +224,11 @@ def refuse_columns(schema, path: Path) -> None:
 
 
 def text_of_row(line: str) -> str | None:
-    """The text of a line of JSON; None where it is null, as in parquet, or the line empty.
+    """The text of a line of JSON; None if the text is null, as in parquet, or the line is empty.
 
-    raises  ValueError with the rest of a sentence that begins with the line
+    raises  ValueError whose message continues "FILE line NUMBER"
     """
-    line = line.lstrip(decoding.MARK)       # also within a file, where two were joined
+    line = line.lstrip(decoding.MARK)       # also in later lines, of files that were joined
     if not line.strip():
         return None
     try:
@@ -243,7 +243,7 @@ def text_of_row(line: str) -> str | None:
 
 
 def without_bad_lines(path: Path, first: int, others: Iterable[tuple[int, str]]) -> str:
-    """How to drop the bad lines of a file, of which the first is known; `others` are those behind it."""
+    """How to drop the bad lines of a file; `first` is the first of them, `others` are all lines after it."""
     bad, good = [first], first - 1
     for number, line in others:
         try:
@@ -259,7 +259,7 @@ def without_bad_lines(path: Path, first: int, others: Iterable[tuple[int, str]])
 
 
 def parquet_rows(path: Path) -> int:
-    """How many rows a parquet file has; 0 if that cannot be read."""
+    """The number of rows of a parquet file; 0 if it cannot be read."""
     import pyarrow
     import pyarrow.parquet
     try:
@@ -269,7 +269,7 @@ def parquet_rows(path: Path) -> int:
 
 
 def kind_of(path: Path) -> str:
-    """`.jsonl` for rows.jsonl and for rows.jsonl.gz."""
+    """The suffix of the plain file: `.jsonl` for rows.jsonl and for rows.jsonl.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -278,14 +278,14 @@ def kind_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_bytes(path: Path):
-    """The file's bytes, decompressed as its last suffix says; a parquet file needs to be sought in."""
+    """The file, decompressed according to its last suffix, and seekable, as parquet requires."""
     suffix = path.suffix.lower()
     if suffix not in COMPRESSIONS:
         with open(path, "rb") as file:
             yield file
         return
     try:
-        if not path.stat().st_size:     # nothing, compressed, has some bytes
+        if not path.stat().st_size:     # even empty data have some bytes when compressed
             raise EOFError("it has no bytes")
         with tempfile.TemporaryFile() as plain:
             with open_compressed(path, suffix) as packed:
@@ -308,16 +308,16 @@ def open_compressed(path: Path, suffix: str):
 # ------------------------------------------------------------------------------------------------
 
 def hash_of(text: str) -> int:
-    """64 bits of a text's SHA-256, which decide whether it is held out (held_out.py)."""
+    """The first 64 bits of a text's SHA-256, which decide whether it is held out (held_out.py)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def shuffled(documents: Iterable[Document], seed: int, characters: int = SHUFFLE_CHARACTERS,
              ) -> Iterator[Document]:
-    """The documents in an order that the seed (0 is one too) decides.
+    """The documents in an order that the seed decides (0 is a seed, too).
 
-    A source of at most `characters` characters is shuffled as a whole. Of a larger one about that much is
-    held in memory, and a document drawn at random from it leaves for each that arrives.
+    A source of at most `characters` characters is shuffled as a whole. For a larger one, a buffer of about
+    that size is kept in memory; when it overflows, documents drawn from it at random are yielded.
     """
     rng = random.Random(seed)
     held: list[Document] = []
@@ -340,7 +340,7 @@ def _draw(held: list[Document], rng: random.Random) -> Document:
 
 
 def batched(documents: Iterable[Document], characters: int = BATCH_CHARACTERS) -> Iterator[list[Document]]:
-    """Lists of documents of about `characters` characters together, in order."""
+    """Lists of consecutive documents, with about `characters` characters in each list."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's POST /chat/completions, asked questions that have one of three answers.
+"""A client for servers with OpenAI's POST /chat/completions; it asks for one of three answers: A, B or tie.
 
-It is asked again where that may help, a bounded number of times. A key goes into the header and nowhere else.
+Failed requests are retried a bounded number of times. The API key goes into the header and nowhere else.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ VERDICT = re.compile(r"[\W_]*(?:(?:the|final|answer|verdict|winner|continuation|
 
 @dataclass(frozen=True)
 class Asked:
-    """A pair in one order: the run whose text is shown as continuation A, and the request."""
+    """A pair in one order; `first` is the run (A or B) whose text is shown first, as continuation A."""
     number: int
     first: str
     body: bytes
@@ -39,12 +39,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the judge said to a question, as a line of the judgement's file has it.
+    """The judge's answer to a question, as stored in a line of the judgement's file.
 
-    said        A, B or tie; None if it said nothing of the kind, and then `nonsense` is the last of that
-    requests    answered ones that it took
-    with_usage  of these, those for which the server reported tokens
-    model       what the server says has answered
+    said        A, B or tie; None if no reply was one of these, and `nonsense` then quotes the last reply
+    requests    number of requests that got a reply
+    with_usage  number of those whose reply reported token counts
+    model       name of the model that answered, according to the server
     """
     number: int
     first: str
@@ -58,20 +58,20 @@ class Answer:
 
     @property
     def preferred(self) -> str | None:
-        """The run whose text is preferred, or tie."""
+        """The run whose text is preferred (A or B), or tie; None without a verdict."""
         if self.said in ("A", "B"):
             return self.first if self.said == "A" else "AB".replace(self.first, "")
         return self.said
 
     def after(self, earlier: "Answer | None") -> "Answer":
-        """This answer, with what an earlier one to the same question has cost."""
+        """This answer, with the cost of an earlier one to the same question added."""
         costs = ("requests", "with_usage", "tokens_in", "tokens_out")
         return self if earlier is None else dataclasses.replace(
             self, **{cost: getattr(self, cost) + getattr(earlier, cost) for cost in costs})
 
 
 class Again(Exception):
-    """What another try may mend; the server asks for so many seconds before it."""
+    """An error that a retry may fix; `seconds` is the delay that the server asks for."""
 
     def __init__(self, complaint: str, seconds: float = 0.0):
         super().__init__(complaint)
@@ -81,13 +81,13 @@ class Again(Exception):
 class Endpoint:
     """A server that answers chat completions.
 
-    key      from the environment variable of that name, if it is set; it goes nowhere but into the header
-    timeout  seconds for a whole answer
-    raises   UserError if the address is none, or the key would travel in the clear
+    key_variable  environment variable that holds the API key, if it is set; '' sends no key
+    timeout       seconds for a complete answer
+    raises        UserError if the address is invalid, or the key would be sent unencrypted
     """
 
     def __init__(self, base_url: str, key_variable: str, timeout: int, attempts: int, at_once: int):
-        import httpx2  # late, since it takes a while
+        import httpx2  # imported late, since that takes a while
         self.timeout, self.attempts, self.at_once = timeout, attempts, at_once
         self.stop = threading.Event()
         self.key_variable, self.key = key_variable, key_of(key_variable)
@@ -96,10 +96,10 @@ class Endpoint:
             is_address = url.scheme in ("http", "https") and url.host and (url.port or 1) < 2**16
         except (httpx2.InvalidURL, ValueError):
             is_address = False
-        # a key of less than 8 characters, as a local server may be content with, is none: see without_secrets
+        # a key of less than 8 characters, as for a local server, is no secret: see without_secrets()
         holds_key = len(self.key) >= 8 and self.key in base_url
         if not is_address or url.userinfo or url.query or url.fragment or holds_key:
-            # it is not repeated here, since it may hold a password
+            # the message does not repeat the address, which may hold a password
             raise UserError("--base_url must be http://HOST:PORT/PATH or https://HOST/PATH without password, "
                             "key or query, as in http://127.0.0.1:8000/v1")
         is_here = is_this_machine(url.host)
@@ -108,15 +108,15 @@ class Endpoint:
                             "or --key_variable '' to send none")
         self.url = base_url.rstrip("/") + "/chat/completions"
         authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        # no proxy that the environment names stands between this machine and itself; redirects, which could
-        # take the key elsewhere, are not followed
+        # a server on this machine is reached without the environment's proxies; redirects, which could take
+        # the key elsewhere, are not followed
         self.client = httpx2.Client(headers=JSON | authorization, timeout=timeout, trust_env=not is_here,
                                     follow_redirects=False, limits=httpx2.Limits(max_connections=at_once))
 
     def answers(self, questions: list[Asked]) -> Iterator[Answer]:
-        """As they come, `at_once` under way. The first is asked alone: what fails it would fail them all.
+        """Answers as they arrive, `at_once` requests at a time; the first is asked alone, to fail early.
 
-        raises  UserError where no further try helps, or the tries are used up
+        raises  UserError if a retry cannot help, or all attempts are used up
         """
         waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
         for question in questions:
@@ -128,12 +128,12 @@ class Endpoint:
                     question = waiting.get_nowait()
                     try:
                         done.put(self.ask(question))
-                    except Exception as error:      # it is raised below, and nothing more is asked
+                    except Exception as error:      # raised below; nothing more is asked
                         self.stop.set()
                         done.put(error)
         for number in range(len(questions)):
             for _ in range(1 if number == 0 else self.at_once - 1 if number == 1 else 0):
-                # a daemon: one who presses Ctrl-C need not wait for a slow server
+                # a daemon, so that Ctrl-C does not wait for a slow server
                 threading.Thread(target=work, daemon=True).start()
             answer = done.get()
             if isinstance(answer, Exception):
@@ -141,7 +141,7 @@ class Endpoint:
             yield answer
 
     def ask(self, question: Asked) -> Answer:
-        """One verdict; nonsense and what may pass are asked again, `attempts` requests in all."""
+        """Ask one question; retries nonsense and temporary errors, up to `attempts` requests in all."""
         said, nonsense, model = None, "", ""
         requests = with_usage = tokens_in = tokens_out = 0
         for attempt in range(1, self.attempts + 1):
@@ -165,7 +165,7 @@ class Endpoint:
                       with_usage, tokens_in, tokens_out, model)
 
     def _wait(self, attempt: int, error: Again) -> None:
-        """Before the next try, if there is one."""
+        """Wait before the next attempt; raises UserError after the last one."""
         complaint = self._quoted(str(error))
         if attempt == self.attempts:
             raise UserError(f"{self.url}: {complaint}, {counted(attempt, 'time')}; try later, or look at "
@@ -178,9 +178,9 @@ class Endpoint:
             raise error
 
     def _post(self, body: bytes) -> dict:
-        """The object that the server answers with.
+        """Send a request; returns the JSON object that the server replies with.
 
-        raises  Again, or UserError where that would not help
+        raises  Again, or UserError if a retry cannot help
         """
         import httpx2
         begun, content = time.monotonic(), b""
@@ -192,7 +192,7 @@ class Endpoint:
                         raise Again(f"no end of the answer in {self.timeout} s or {LARGEST_ANSWER:,} bytes")
         except httpx2.TimeoutException as error:
             raise Again(f"no answer in {self.timeout} s") from error
-        except (httpx2.HTTPError, ValueError) as error:     # the latter of names that cannot be a host's
+        except (httpx2.HTTPError, ValueError) as error:     # ValueError: an invalid host name
             raise Again(self._quoted(str(error) or type(error).__name__)) from error
         try:
             reply = json.loads(content)
@@ -215,14 +215,14 @@ class Endpoint:
                 "temperature 0")
 
     def _quoted(self, text: str) -> str:
-        """What the server says, on a short line, without the key, which it may repeat."""
+        """The server's text as one short line; the key, which it may repeat, is replaced."""
         if self.key:
             text = text.replace(self.key, f"[{self.key_variable}]")
         return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:200]
 
 
 def key_of(variable: str) -> str:
-    """The key that an environment variable holds; empty where there is none, or no variable is named."""
+    """The key in an environment variable; empty if `variable` is, or if OPENAI_API_KEY is not set."""
     if variable and not re.fullmatch(r"[A-Za-z_]\w*", variable):
         raise UserError(f"--key_variable must be the name of a variable, such as {KEY_VARIABLE}")
     key = os.environ.get(variable, "").strip()
@@ -240,17 +240,17 @@ def is_this_machine(host: str) -> bool:
 
 
 def message_in(reply: object) -> str:
-    """What a server says is wrong, behind a colon; nothing where it says it in no common form."""
+    """The server's error message after a colon; empty if it has none of the common forms."""
     error = reply.get("error", reply) if isinstance(reply, dict) else ""
     message = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
     return f": {message}" if message and isinstance(message, str) else ""
 
 
 def content_of(reply: dict) -> str:
-    """What the model wrote, in one text or in parts; what it says where it refuses; else empty, as of one
-    that thinks until its tokens are used, or calls a tool.
+    """The model's text, from one string or from parts, or its refusal; empty if it has neither, as when it
+    thinks until max_tokens are used up, or calls a tool.
 
-    raises  Again if this is no chat completion
+    raises  Again if the reply is not a chat completion
     """
     try:
         message = reply["choices"][0]["message"]
@@ -264,7 +264,7 @@ def content_of(reply: dict) -> str:
 
 
 def usage_of(reply: dict) -> tuple[int, int] | None:
-    """Tokens in and out, if the server reports them."""
+    """Input and output tokens, if the server reports them."""
     usage = reply.get("usage")
     if not isinstance(usage, dict):
         return None
@@ -273,9 +273,9 @@ def usage_of(reply: dict) -> tuple[int, int] | None:
 
 
 def verdict_of(content: str) -> str | None:
-    """A, B or tie, where an answer is that, up to case, punctuation and words such as: the answer is.
+    """A, B or tie, if the answer is just that, up to case, punctuation and words such as "the answer is".
 
-    What some models think aloud before it does not count.
+    Everything up to the last </think> is ignored.
     """
     match = VERDICT.fullmatch(content.rpartition("</think>")[2])
     return None if not match else match[1].upper() if len(match[1]) == 1 else "tie"

@@ -1,4 +1,4 @@
-"""Errors that the person at the keyboard can mend, each said in one line."""
+"""Errors that the user can fix, each reported in one line."""
 
 import os
 import sys
@@ -6,26 +6,26 @@ import time
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend; shown as one line, without a traceback."""
+    """An error that the user can fix; shown as one line, without a traceback."""
 
 
 class SharedError(UserError):
-    """A UserError that all processes raise at once, so that only the first one of each machine prints it."""
+    """A UserError raised on all processes at once; only the first process of each machine prints it."""
 
 
 class NonFinite(SharedError):
-    """A loss, gradient, weight or score that is not a number; the run cannot go on."""
+    """A loss, gradient, weight or score that is NaN or infinite; the run cannot continue."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a line of our own."""
+    """The first line of an error's message, or the name of its type; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def exit_quietly_on_other_ranks() -> None:
-    """For an error that all processes have: end, unless this is the first one that torchrun started here.
+    """Exit silently, except on local rank 0, which reports an error that occurs on all ranks.
 
-    It waits, since torchrun would otherwise kill the first before it has spoken; when that one has, this one.
+    The exit is delayed: torchrun kills all ranks as soon as one exits, and rank 0 must print the error first.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)

@@ -1,7 +1,7 @@
 """Evaluation: the loss of a model on held-out text, in nats per token and bits per byte.
 
-An experiment hands over a model, never a number: what is computed here is the cross-entropy of model.logits
-over model.hidden, for the same tokens in the same windows for any number of processes and rows at a time.
+An experiment supplies a model, never a loss: the cross-entropy of model.logits(model.hidden) is computed
+here, on the same tokens in the same windows for any number of processes and any batch size.
 """
 
 import math
@@ -22,9 +22,9 @@ from benchtop.tokenizer import token_bytes
 
 @dataclass(frozen=True)
 class Validation:
-    """What the model makes of held-out tokens: nats per token, and bits per byte of text without specials.
+    """The loss on held-out tokens: nats per token, and bits per byte of text without special tokens.
 
-    nats  (2, documents) float64 of each document, of its special tokens and of its text
+    nats  (2, documents) float64: the nats of each document's special tokens, then of its text
     """
     val_loss: float
     val_bpb: float
@@ -32,9 +32,9 @@ class Validation:
 
 
 def chunk_losses(model: nn.Module, x: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
-    """(1, N) float32 losses of hidden states x (N, D), without their gradient.
+    """(1, N) float32 losses of hidden states x (N, D); call it under no_grad.
 
-    likeliest  (2, N): the losses, then 1 where the target's logit is the largest (the first such), else 0
+    likeliest  return (2, N): the losses, then 1 where the target's logit is largest (first of ties), else 0
     """
     z = model.logits(x)                                                                     # (N, V)
     losses = F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                 # (N)
@@ -44,7 +44,7 @@ def chunk_losses(model: nn.Module, x: Tensor, targets: Tensor, likeliest: bool =
 class TokenLosses:
     """The loss of each target under a model.
 
-    compiled  whether to compile what is behind the hidden states
+    compiled  whether to compile what follows the hidden states
     """
 
     def __init__(self, model: nn.Module, world: World, compiled: bool = False):
@@ -52,20 +52,20 @@ class TokenLosses:
         self.kernel = torch.compile(chunk_losses, dynamic=False) if compiled else chunk_losses
 
     def __call__(self, inputs: Tensor, targets: Tensor, likeliest: bool = False) -> Tensor:
-        """Loss of each target in nats, 0 where there is none; all (B, T), the result float32, no graph.
+        """Loss of each target in nats, 0 where there is no target: (B, T) float32, without a graph.
 
-        targets    (B, T) on the CPU, which saves a GPU from being waited for; inputs are on the device
-        likeliest  the result is (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
+        targets    (B, T) on the CPU, so that a GPU need not be waited for; inputs (B, T) are on the device
+        likeliest  return (2, B, T): the losses, then 1 where the target is the likeliest token, else 0
         """
         wanted, columns = targets.flatten(), self.model.cfg.padded_vocab_size               # (BT)
-        places = (wanted >= 0).nonzero()[:, 0]      # the head is spared the others
+        places = (wanted >= 0).nonzero()[:, 0]      # the head computes only these
         wanted, places = self.world.sent(wanted), self.world.sent(places)
-        # detached only here: with gradients on, the layers compiled for training serve for validation too
+        # not under no_grad: with gradients on, the layers compiled for training serve for validation, too
         x = self.model.hidden(inputs).detach().flatten(0, 1)                                # (BT, D)
         found = torch.zeros(1 + likeliest, len(wanted), device=x.device)
         with torch.no_grad():
             for some in places.split(chunk_rows(x, columns)):
-                # filled up to the size of all chunks, so that one kernel serves them
+                # padded to the full chunk size, so that one compiled kernel serves all chunks
                 filled = F.pad(some, (0, chunk_rows(x, columns) - len(some)))
                 found[:, some] = self.kernel(self.model, x[filled], wanted[filled], likeliest)[:, :len(some)]
         found = found.view(1 + likeliest, *targets.shape)
@@ -73,10 +73,10 @@ class TokenLosses:
 
 
 class HeldOut:
-    """The held-out tokens in fixed windows of seq_len, one after the other; each token is predicted once.
+    """The held-out tokens in consecutive windows of seq_len; each token is predicted once.
 
-    A window begins with an <|endoftext|>, as rows do in training, and predicts its seq_len tokens.
-    raises  UserError if there is no text in them
+    A window predicts its seq_len tokens after an initial <|endoftext|>, as rows do in training.
+    raises  UserError if the tokens contain no text
     """
 
     def __init__(self, shards: list[np.ndarray], cfg, tokenizer: Encoding):
@@ -92,15 +92,15 @@ class HeldOut:
                             "the data again" if self.is_whole else
                             f"--val_tokens {len(self.tokens)} leaves no text to validate on; use more, or 0 "
                             "for all")
-        # (N) number of the document that each token is of; what precedes the first <|endoftext|> is one, too
+        # (N) each token's document number; tokens before the first <|endoftext|> are a document, too
         self.document_of = np.cumsum(self.tokens == self.eot_id) - (self.tokens[0] == self.eot_id)
 
     def text(self) -> bytes:
-        """The bytes that the windows hold, special tokens left out."""
+        """The bytes of the tokens in the windows, without special tokens."""
         return b"".join(self.token_bytes[token] for token in self.tokens.tolist())
 
     def windows(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """(B, T) inputs and targets of these windows; -1 in targets behind the end and where no window is."""
+        """(B, T) inputs and targets of these windows; targets are -1 after the end and in missing windows."""
         targets = np.full((len(numbers), self.seq_len), -1)
         for place, number in enumerate(numbers):
             window = self.tokens[number * self.seq_len:(number + 1) * self.seq_len]
@@ -110,11 +110,11 @@ class HeldOut:
         return torch.from_numpy(np.where(inputs < 0, self.eot_id, inputs)), torch.from_numpy(targets)
 
     def places(self, numbers: list[int], of_text: Tensor) -> Tensor:
-        """(B, T) where in Validation.nats the losses of these windows are added up.
+        """(B, T) index into the flattened Validation.nats to which each loss of these windows is added.
 
         of_text  (B, T) whether a target has bytes
         """
-        documents = np.zeros(of_text.shape, np.int64)   # where no target is, its loss of 0 may go anywhere
+        documents = np.zeros(of_text.shape, np.int64)   # without a target, the loss of 0 may go anywhere
         for place, number in enumerate(numbers):
             window = self.document_of[number * self.seq_len:(number + 1) * self.seq_len]
             documents[place, :len(window)] = window
@@ -125,9 +125,9 @@ class HeldOut:
         return int((self.tokens == self.eot_id).sum())
 
     def table(self, nats: Tensor) -> list[tuple[int, int, int, float, float]]:
-        """Number, tokens, bytes, nats, and nats of the text alone, of each document of Validation.nats.
+        """(number, tokens, bytes, nats, nats of the text alone) of each document in Validation.nats.
 
-        All nats over all tokens are val_loss; those of the text, over ln 2 and all bytes, val_bpb.
+        val_loss is all nats / all tokens; val_bpb is all nats of the text / (ln 2 * all bytes).
         """
         tokens = np.bincount(self.document_of).tolist()
         num_bytes = np.bincount(self.document_of, self.num_bytes[self.tokens]).astype(int).tolist()
@@ -135,7 +135,7 @@ class HeldOut:
                         strict=True))
 
     def evaluate(self, losses_of: TokenLosses, rows: int, world: World) -> Validation:
-        """Validate with `rows` rows at a time; sums in float64."""
+        """Validate on `rows` windows at a time; sums are float64."""
         nats = torch.zeros(2, dtype=torch.float64, device=world.float64_device)     # of all tokens, of text
         by_document = nats.new_zeros(2 * (self.document_of[-1].item() + 1))
         counts, model = torch.zeros(2, dtype=torch.float64), losses_of.model        # tokens, bytes of text
@@ -150,7 +150,7 @@ class HeldOut:
             places = world.sent(self.places(numbers, of_text))                                  # (B, T)
             of_text = world.sent(of_text)
             losses = losses_of(world.sent(inputs), targets)                                     # (B, T)
-            # in two steps, since a device without float64 cannot convert on the way
+            # in two steps, since a device without float64 cannot convert before the copy
             losses = torch.stack([losses, losses * of_text]).to(nats.device).to(nats.dtype)     # (2, B, T)
             nats += losses.sum((1, 2))
             by_document.index_add_(0, places.flatten().to(nats.device), losses[0].flatten())
@@ -161,10 +161,10 @@ class HeldOut:
 
 
 def bpb_by_source(table: list[tuple], documents: dict[str, int]) -> dict[str, float]:
-    """Bits per byte of each source of a mixture; of those that are validated on, with fewer tokens not all.
+    """Bits per byte of each source of a mixture; --val_tokens may leave no text of some sources.
 
-    table      as HeldOut.table has it
-    documents  how many are of each source, one source behind the other
+    table      rows of HeldOut.table
+    documents  number of held-out documents of each source, in the order of the table
     """
     rows, found = iter(table), {}
     for name, count in documents.items():

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole, and locks between processes."""
+"""Files that get their name only when they are complete, and locks between processes."""
 
 import contextlib
 import errno
@@ -19,12 +19,12 @@ from benchtop.errors import UserError, first_line
 
 @contextlib.contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """A temporary path for libraries that open files themselves; what they leave there gets the name `path`.
+    """A temporary path for a library that opens files itself; the finished file is renamed to `path`.
 
         with whole_path(folder / "model.safetensors") as partial:
             save_file(tensors, partial)
 
-    The file gets its name when all of it is on the disk; after an error, what had that name stays.
+    The file is renamed when all of it is on disk; after an error, an existing file at `path` is unchanged.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -33,16 +33,16 @@ def whole_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if error.strerror and not error.filename:       # a full disk names no file
+        if error.strerror and not error.filename:       # as when the disk is full
             error.filename = str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)     # still there after an error, or as a second link to `path`
+        partial.unlink(missing_ok=True)     # exists after an error, or if it was a hard link to `path`
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """A file to write that gets its name when all of it is on the disk; after an error, what had it stays.
+    """A file to write, which is renamed to `path` when all of it is on disk (see whole_path).
 
         with whole_file(folder / "model.safetensors") as file:
             file.write(content)
@@ -53,9 +53,9 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def save_tensors(path: Path, tensors: dict, **options) -> str:
-    """Write a file of safetensors; its SHA-256.
+    """Write a safetensors file and return its SHA-256.
 
-    raises  OSError that names the file, as of a full disk, of which safetensors makes an error of its own
+    raises  OSError that names the file, for instance if the disk is full; safetensors has its own error type
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -79,7 +79,7 @@ def write_json(path: Path, content: dict | list) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give a file a further name, or a copy where the file system has no links; an existing name stays."""
+    """Hard-link a file to `name`, or copy it if the file system has no links; an existing file is kept."""
     if name.exists():
         return
     try:
@@ -90,7 +90,7 @@ def link(path: Path, name: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make renames in a folder outlast a loss of power."""
+    """Make renames in a folder survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -99,7 +99,7 @@ def sync(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, read in pieces."""
+    """The SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -109,10 +109,10 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
-    """Hold a file against other processes, and remove it afterwards.
+    """Lock a file against other processes, and remove it afterwards.
 
-    shared  let others that share it hold it at the same time; who holds it alone removes it
-    raises  UserError if another process holds it and `wait` is off, or something else is in its place
+    shared  take a shared lock; the file is then kept, since only the holder of an exclusive lock removes it
+    raises  UserError if another process holds the lock and `wait` is off, or a folder or file is in the way
     """
     file = _hold(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     try:
@@ -124,7 +124,7 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
 
 
 def _hold(path: Path, how: int) -> IO:
-    """The file, open and locked. One that was removed while we waited holds nobody off: a new one is made."""
+    """The file, open and locked. A file removed while we waited excludes nobody, so a new one is made."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +133,8 @@ def _hold(path: Path, how: int) -> IO:
             wrong = path if path.is_dir() else path.parent
             raise UserError(f"{wrong} is in the way ({error.strerror}); remove it with: "
                             f"rm -r {shlex.quote(str(wrong))}") from error
-        except FileNotFoundError:       # the folder was removed, too
-            if path.is_symlink():       # to nowhere: it would be so for ever
+        except FileNotFoundError:       # the folder was removed after mkdir
+            if path.is_symlink():       # into a missing folder: a retry would fail, too
                 raise
             continue
         try:

@@ -1,4 +1,4 @@
-"""What a machine is and what it can do, before a model is made: versions, driver, power, memory, products.
+"""Checks of a machine that need no model: versions, driver, power, memory, speed of matrix products.
 
 `machine` and `product` are parts of ./run.sh proof; Proof is what all of its parts share.
 """
@@ -21,15 +21,15 @@ from benchtop.machine import MIX_ORDER, Kernels, World, choose_kernels, has_wron
 from benchtop.measure import copy_bytes, fp8_product_flops, product_flops, seconds_of
 from benchtop.run import Experiment
 
-LEAST_SHARE = 0.6       # of the peak that the maker states, for a large product
+LEAST_SHARE = 0.6       # of the vendor's peak; a large matrix product below this is slow
 LEAST_DISK_MIB = 10_000
-LARGE = 8192            # rows and columns of the matrices; a CPU takes a quarter
-LOAD_SECONDS = 1.5      # of products, while nvidia-smi is asked for the clock
+LARGE = 8192            # rows and columns of the matrices; a quarter of that on a CPU
+LOAD_SECONDS = 1.5      # of matrix products to run while nvidia-smi reads the clocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What the parts share: an experiment, the Config whose speed is asked for, and this machine."""
+    """What all parts share: an experiment, the Config to measure, and this machine."""
     experiment: Experiment
     cfg: object
     world: World
@@ -60,7 +60,7 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# What it is
+# What the machine is
 # ------------------------------------------------------------------------------------------------
 
 def machine(proof: Proof) -> Iterator[Finding]:
@@ -82,8 +82,8 @@ def machine(proof: Proof) -> Iterator[Finding]:
 
 
 def versions() -> Finding:
-    """The versions of torch, CUDA and Python; it fails for a torch that compiles wrong gradients, unless what
-    is wrong is switched off."""
+    """The versions of torch, CUDA and Python; FAILED for a torch that compiles wrong gradients, or WARNING if
+    the cause is switched off."""
     version, fault, status = str(torch.__version__), "", OK
     if has_wrong_reductions():
         fault = f"torch {version} compiles wrong gradients by default; {MIX_ORDER}=0 avoids it"
@@ -95,7 +95,7 @@ def versions() -> Finding:
 
 
 def cards() -> Iterator[Finding]:
-    """The driver, and a line for each GPU, by nvidia-smi."""
+    """The driver, and a line for each GPU, as reported by nvidia-smi."""
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     found, problem = ask_nvidia_smi()
     if problem:
@@ -123,7 +123,7 @@ def pace_of(gpu: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# What it can do
+# What the machine can do
 # ------------------------------------------------------------------------------------------------
 
 def product(proof: Proof) -> Iterator[Finding]:
@@ -145,7 +145,7 @@ def product(proof: Proof) -> Iterator[Finding]:
 
 
 def beside_the_table(proof: Proof, found: float) -> Finding:
-    """The speed of a product in TFLOP/s, as a share of the peak that the table has for this device."""
+    """The speed of a matrix product in TFLOP/s, and as a fraction of this device's peak if that is known."""
     peak = proof.world.peak_flops(proof.cfg) / proof.world.size / 1e12
     share = found / peak if peak else None
     slow = share is not None and share < LEAST_SHARE
@@ -156,7 +156,7 @@ def beside_the_table(proof: Proof, found: float) -> Finding:
 
 
 def clocks(proof: Proof) -> Finding:
-    """What nvidia-smi says while products are queued, for a second or two."""
+    """The clocks that nvidia-smi reports while matrix products keep the GPU busy for a second or two."""
     a = torch.randn(LARGE, LARGE, device=proof.device).to(proof.dtype)
     out = torch.empty_like(a)
     each = seconds_of(lambda: torch.mm(a, a, out=out), proof.world)

@@ -1,12 +1,12 @@
-"""The folder of a run: finding it, holding it, reading what a run left in it.
+"""The folder of a run: finding it, locking it, reading what the run left in it.
 
     experiments/20261121_011504_demo/
         config.json  metrics.csv  held_out.csv  training_log.txt  loss.png  samples.jsonl  summary.json
-        hellaswag.jsonl and other .jsonl of benchmarks, model.safetensors        if asked for
+        hellaswag.jsonl, .jsonl of other benchmarks, model.safetensors           if asked for
         code/  train_gpt.txt  git.diff  requirements.txt  meta.json              what made it (identity.py)
         checkpoint.pt  checkpoint_previous.pt  checkpoint_best.pt                while it is unfinished
 
-log.py writes it while the run goes on.
+log.py writes it during the run.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from benchtop.files import sha256_of, write_text
 from benchtop.redaction import without_secrets
 from benchtop.tokenizer import load_tokenizer, tokenizer_sha256
 
-if TYPE_CHECKING:       # who only reads what runs left need not wait for it
+if TYPE_CHECKING:       # slow to import, and not needed to read most files
     import torch
 
-# what the last validation found of each held-out document; text_nats leave out special tokens, which have no
-# bytes
+# results of the last validation for each held-out document; text_nats leaves out special tokens, which have
+# no bytes
 HELD_OUT_FILE = "held_out.csv"
 HELD_OUT_COLUMNS = ("document", "tokens", "bytes", "nats", "text_nats")
 
@@ -44,7 +44,7 @@ HELD_OUT_COLUMNS = ("document", "tokens", "bytes", "nats", "text_nats")
 # ------------------------------------------------------------------------------------------------
 
 def new_folder(name: str) -> Path:
-    """experiments/DATE_TIME_NAME, with a number behind when two runs of a name begin in the same second."""
+    """Make experiments/DATE_TIME_NAME, or _2 etc. when runs of the same name begin in the same second."""
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     for attempt in range(1, 1000):
         folder = places.EXPERIMENTS / (f"{stamp}_{name}" if attempt == 1 else f"{stamp}_{name}_{attempt}")
@@ -55,7 +55,7 @@ def new_folder(name: str) -> Path:
 
 
 def find_run(resume: str, name: str) -> Path | None:
-    """The folder that --resume means; None where `auto` finds no unfinished run with a checkpoint.
+    """The folder that --resume means; None if `auto` finds no unfinished run with a checkpoint.
 
     raises  UserError if it cannot be resumed
     """
@@ -82,7 +82,7 @@ def find_run(resume: str, name: str) -> Path | None:
 
 
 def saved_name(folder: Path) -> str | None:
-    """The --model_name of a run; none, with a warning, where config.json is damaged."""
+    """The --model_name of a run; None, with a warning, if config.json is damaged."""
     try:
         return saved_knobs(folder).get("model_name")
     except UserError as error:
@@ -91,7 +91,7 @@ def saved_name(folder: Path) -> str | None:
 
 
 def status_of(folder: Path) -> str:
-    """What summary.json says of a run: finished, or failed and why; nothing while it is unfinished."""
+    """The status of a run in summary.json: finished, or failed and why; empty while it is unfinished."""
     try:
         return str(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["status"])
     except (FileNotFoundError, NotADirectoryError):
@@ -101,7 +101,7 @@ def status_of(folder: Path) -> str:
 
 
 def locked_log(folder: Path) -> TextIO:
-    """The log of a run, which this process holds as long as it lives, so that no second one trains the run.
+    """The log of a run, locked while this process lives, so that no second process trains the run.
 
     raises  UserError if another process holds it
     """
@@ -133,7 +133,7 @@ def is_locked(folder: Path) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 def saved_knobs(folder: Path) -> dict:
-    """What config.json of a run says; nothing where the file is missing."""
+    """The knobs in a run's config.json; empty if the file is missing."""
     try:
         return read_object(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -141,7 +141,7 @@ def saved_knobs(folder: Path) -> dict:
 
 
 def summary_of(folder: Path) -> dict:
-    """raises  UserError if the folder is not that of a finished run"""
+    """A run's summary.json; raises UserError if it is missing or damaged."""
     try:
         return read_object(folder / "summary.json")
     except FileNotFoundError as error:
@@ -149,14 +149,14 @@ def summary_of(folder: Path) -> dict:
 
 
 def require_script(folder: Path, name: str) -> None:
-    """raises  UserError unless the script of this name trained a run; in another, knobs mean other things"""
+    """raises  UserError if a script other than `name` trained the run: its knobs mean other things"""
     script = summary_of(folder).get("script", name)
     if script != name:
         raise UserError(f"{folder} was trained by {script}; use that script with --sample")
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object of a file in a run folder; raises UserError if it holds something else"""
+    """The JSON object in a file of a run folder; raises UserError if it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -167,13 +167,13 @@ def read_object(path: Path) -> dict:
 
 
 def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
-    """raises  UserError if the run left none, or they are damaged, not those that it wrote, or not finite"""
+    """A run's weights; raises UserError if they are missing, damaged, changed since, or not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors; train it with --save_model")
-    summary = folder / "summary.json"       # earlier runs and other programs tell no SHA-256
+    summary = folder / "summary.json"       # earlier runs and other programs record no SHA-256
     wanted = read_object(summary).get("weights_sha256") if summary.is_file() else None
     try:
         if wanted and wanted != sha256_of(path):
@@ -189,7 +189,7 @@ def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
 
 
 def saved_tokenizer(folder: Path) -> Encoding:
-    """The tokenizer that a run was trained with, which must still be what it was."""
+    """The tokenizer that a run was trained with; raises UserError if it is unknown or has changed."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         name, sha256 = meta["name"], summary_of(folder)["tokenizer_sha256"]
@@ -205,7 +205,7 @@ def saved_tokenizer(folder: Path) -> Encoding:
 
 
 def module_of(script: Path) -> ModuleType:
-    """A script as a module; raises whatever it raises."""
+    """Import a script as a module; its exceptions pass through."""
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script.stem), script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -214,10 +214,10 @@ def module_of(script: Path) -> ModuleType:
 
 
 def load_script(folder: Path) -> ModuleType:
-    """The script that trained a run, if it still lies here; with a warning if it has changed.
+    """Import the script that trained a run; warns if the script has changed since.
 
     returns  the module, whose EXPERIMENT the functions of benchtop/saved.py take
-    raises   UserError if it cannot be loaded, or has no EXPERIMENT
+    raises   UserError if the script is missing, is no valid Python or has no EXPERIMENT
     """
     facts = summary_of(folder)
     name = str(facts.get("script") or str(facts.get("command", "")).split(" ")[0])
@@ -241,13 +241,13 @@ def load_script(folder: Path) -> ModuleType:
 # ------------------------------------------------------------------------------------------------
 
 def write_items(folder: Path, name: str, items: list[dict]) -> None:
-    """NAME.jsonl of a run folder: a line for each row of a benchmark."""
+    """Write NAME.jsonl into a run folder: one line for each row of a benchmark."""
     lines = [json.dumps(item) + "\n" for item in items]
     write_text(folder / f"{name}.jsonl", without_secrets("".join(lines)))
 
 
 def write_benchmark(folder: Path, name: str, result: dict, items: list[dict]) -> None:
-    """Leave what a finished run scores in its folder, as if it had been scored at its end."""
+    """Add a benchmark's result to a finished run's folder, as if it had been scored at the run's end."""
     write_items(folder, name, items)
     facts = summary_of(folder)
     facts["benchmarks"] = facts.get("benchmarks", {}) | {name: result}

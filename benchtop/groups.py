@@ -1,7 +1,7 @@
-"""Runs as their folders tell them, groups of runs, and what may be compared with what.
+"""Runs read from their folders, groups of runs, and which runs may be compared.
 
 A group is NAME=GLOB, or a folder of run folders, such as the committed experiments/demo; a trial is a folder
-of groups. Knows files, and no statistics.
+of groups. This module reads files and does no statistics.
 """
 
 import csv
@@ -30,20 +30,20 @@ from benchtop.shards import FEW_DOCUMENTS
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run folder says. `summary` is empty while the run is unfinished."""
+    """The content of a run folder. `summary` is empty while the run is unfinished."""
     folder: Path
     knobs: dict
     summary: dict
 
     @property
     def name(self) -> str:
-        """The folder as seen from experiments/, if it is there."""
+        """The folder's path below experiments/ if it is there, else its name."""
         folder, home = self.folder.resolve(), places.EXPERIMENTS.resolve()
         return str(folder.relative_to(home)) if folder.is_relative_to(home) else folder.name
 
     @property
     def began(self) -> str:
-        """YYYYMMDD_HHMMSS, which the folder's name begins with; empty where it does not, as of a kept run."""
+        """The YYYYMMDD_HHMMSS that the folder's name begins with; empty if it has none, like a kept run."""
         date = re.match(r"\d{8}_\d{6}(?=_)", self.folder.resolve().name)
         return date[0] if date else ""
 
@@ -58,7 +58,7 @@ class SavedRun:
 
     @functools.cached_property
     def rows(self) -> list[dict[str, float]]:
-        """metrics.csv, without the cells in which nothing was measured.
+        """The rows of metrics.csv, without empty cells.
 
         raises  UserError if it is not what a run writes
         """
@@ -74,9 +74,9 @@ class SavedRun:
 
     @functools.cached_property
     def documents(self) -> dict[str, list[float]]:
-        """held_out.csv by columns: what the run found of each held-out document; empty where it has none.
+        """The columns of held_out.csv, a value for each held-out document; empty if there is no such file.
 
-        raises  UserError if it is not what a run writes, as where it does not add up to the run's val_bpb
+        raises  UserError if it is not what a run writes or does not add up to the run's val_loss and val_bpb
         """
         path = self.folder / HELD_OUT_FILE
         try:
@@ -104,11 +104,11 @@ class SavedRun:
 
     @property
     def benchmarks(self) -> dict[str, dict]:
-        """What it scored on each benchmark, by name."""
+        """The run's results on benchmarks, by name."""
         return self.summary.get("benchmarks") or {}
 
     def items(self, benchmark: str) -> list[dict]:
-        """Each row of a benchmark that it was scored on: its name, its label, and what was chosen."""
+        """The rows of a benchmark that the run was scored on: name, label, and the choice by each metric."""
         path = self.folder / f"{benchmark}.jsonl"
         items = lines_of(path)
         for item in items:
@@ -119,7 +119,7 @@ class SavedRun:
 
 
 def lines_of(path: Path) -> list[dict]:
-    """The objects of a .jsonl file of a run folder; none where it is missing.
+    """The objects in a .jsonl file of a run folder; none if it is missing.
 
     raises  UserError if it holds anything else
     """
@@ -136,14 +136,14 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def texts_of(path: Path) -> list[dict]:
-    """Prompts and texts of a .jsonl file of a run folder; none where it is missing."""
+    """The prompts and texts in a .jsonl file of a run folder; none if it is missing."""
     rows = lines_of(path)
     if not all(isinstance(row.get(field), str) for row in rows for field in ("prompt", "text")):
         raise UserError(f"{path} is not what a run writes: each line needs a prompt and a text")
     return rows
 
 
-# what a finished run measured, and what else of a run is counted or named
+# fields of a summary: numbers that every finished run has, further numbers, objects, texts
 MEASURED = ("seed", "tokens", "train_seconds", "val_loss", "val_bpb", "tokens_per_second")
 COUNTED = ("parameters", "cost", "held_out_documents", "held_out_tokens", "peak_memory_mib")
 NAMED = ("sources", "bench", "benchmarks")
@@ -169,7 +169,7 @@ def read_run(folder: Path) -> SavedRun:
 
 
 def problem_of(summary: dict) -> str:
-    """What a summary has that no run writes; empty where it is in order."""
+    """What is wrong with a summary; empty if nothing is."""
     finished = summary.get("status") == "finished"
     missing = [fact for fact in MEASURED if summary.get(fact) is None]
     if finished and missing:
@@ -178,7 +178,7 @@ def problem_of(summary: dict) -> str:
         return f"its seed is {summary['seed']!r}, no whole number"
     for fact in (*MEASURED, *COUNTED):
         value = summary.get(fact)
-        # a run that failed may say of what: a loss that is not finite
+        # a failed run may have a loss that is not finite
         right = is_measured(value) or (not finished and isinstance(value, float))
         if fact != "seed" and value is not None and not right:
             return f"its {fact} is {str(value)[:40]}, no number from 0 on"
@@ -199,7 +199,7 @@ def problem_of(summary: dict) -> str:
 
 
 def problem_of_documents(columns: dict[str, list[float]], summary: dict) -> str:
-    """What a held_out.csv has that no run writes; empty where it is in order."""
+    """What is wrong with a held_out.csv; empty if nothing is."""
     if tuple(columns) != HELD_OUT_COLUMNS:
         return f"its columns are {name_some(list(columns))}"
     if columns["document"] != list(range(len(columns["document"]))):
@@ -208,20 +208,20 @@ def problem_of_documents(columns: dict[str, list[float]], summary: dict) -> str:
         return "it has what is no number from 0 on"
     tokens, num_bytes, nats, text_nats = (sum(columns[name]) for name in HELD_OUT_COLUMNS[1:])
     for fact, whole, part in (("val_loss", tokens, nats), ("val_bpb", num_bytes, text_nats / math.log(2))):
-        # to the digits that each document has
+        # up to the rounding of each document's values
         if not math.isclose(part, whole * summary.get(fact, math.nan), rel_tol=1e-6):
             return f"it does not add up to the run's {fact}"
     return ""
 
 
 def is_measured(value: object, most: float = 1e300) -> bool:
-    """Whether this is a number from 0 on, and neither infinite nor a NaN."""
+    """Whether this is a number from 0 to `most`, neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration with several seeds; or a single run that was named alone."""
+    """Runs of one configuration with several seeds, or a single run that was named on its own."""
     name: str
     runs: list[SavedRun]
     is_alone: bool = False
@@ -232,7 +232,7 @@ class Group:
 
     @property
     def count(self) -> str:
-        """How many runs finished, and of how many if not all did."""
+        """The number of finished runs, followed by `of` the number of all if some are not finished."""
         finished = len(self.finished)
         return str(finished) if finished == len(self.runs) else f"{finished} of {len(self.runs)}"
 
@@ -240,20 +240,20 @@ class Group:
         return [run.summary[metric] for run in self.finished]
 
     def by_seed(self, metric: str) -> dict[int, float]:
-        """The metric by seed; nothing where two runs share one."""
+        """The metric by seed; empty if two runs share a seed."""
         runs = {run.summary["seed"]: run.summary[metric] for run in self.finished}
         return runs if len(runs) == len(self.finished) else {}
 
 
 def benchmarks_of(groups: list[Group]) -> list[str]:
-    """The names of all benchmarks that some run was scored on."""
+    """The names of all benchmarks that any run was scored on."""
     return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.benchmarks))
 
 
 def open_groups(specs: list[str]) -> list[Group]:
-    """The groups that the words of a command line mean, each run once.
+    """The groups that arguments of a command line name, each run once.
 
-    raises  UserError if one means no run, all runs are damaged, or a run stands in two groups
+    raises  UserError if one names no run, all runs are damaged, or two groups share a run or a name
     """
     groups, seen = [], {}
     for spec in specs:
@@ -262,7 +262,7 @@ def open_groups(specs: list[str]) -> list[Group]:
             name, spec = spec.split("=", 1)
             found = matches(spec)
         holding = [folder for path in found for folder in holding_runs(path)]
-        if len(specs) > 1 and not name and found and not holding:   # such as a README.md that a * found
+        if len(specs) > 1 and not name and found and not holding:   # a README.md that * matched
             print(f"left out: {spec} is no run folder", file=sys.stderr)
             continue
         if not holding:
@@ -276,7 +276,7 @@ def open_groups(specs: list[str]) -> list[Group]:
             continue
         for path in holding:
             alone = is_run(path)
-            # a damaged run that was named alone is no side matter
+            # a damaged run is an error if it is the only one named, else it is left out
             only = alone and len(specs) == len(holding) == 1
             runs = [read_run(path)] if only else without_copies(runs_in(path))
             called = runs[0].name if alone and runs else path.name if path in found else side_name(path)
@@ -296,7 +296,7 @@ def open_groups(specs: list[str]) -> list[Group]:
 
 
 def without_copies(runs: Iterable[SavedRun]) -> list[SavedRun]:
-    """Each run once, also where links or --keep made it appear under two names."""
+    """Each run once, even if links or --keep gave it two names."""
     kept: list[SavedRun] = []
     known: dict[object, SavedRun] = {}      # by folder, and by what the summary says
     for run in runs:
@@ -311,7 +311,7 @@ def without_copies(runs: Iterable[SavedRun]) -> list[SavedRun]:
 
 
 def matches(pattern: str) -> list[Path]:
-    """What a path or glob means: here, or in experiments/ if it finds no run here."""
+    """What a path or glob matches: here, or in experiments/ if it matches no run here."""
     pattern = os.path.expanduser(pattern)
     here, there = ([where / path for path in sorted(glob.glob(pattern, root_dir=where))] if pattern else []
                    for where in (Path(), places.EXPERIMENTS))
@@ -319,7 +319,7 @@ def matches(pattern: str) -> list[Path]:
 
 
 def runs_in(path: Path) -> list[SavedRun]:
-    """The run that a folder is, or those that lie in it; a damaged one is left out with a word."""
+    """The run in this folder, or the runs in its subfolders; damaged ones are left out with a message."""
     runs = []
     for folder in [path] if is_run(path) else sorted(path.iterdir()):
         try:
@@ -332,12 +332,12 @@ def runs_in(path: Path) -> list[SavedRun]:
 
 
 def is_run(folder: Path) -> bool:
-    """Also one whose files are damaged. No error where a folder may not be read."""
+    """Whether this is a run's folder, even a damaged one; no error if it cannot be read."""
     return os.path.lexists(folder / "config.json") or os.path.isfile(folder / "summary.json")
 
 
 def holding_runs(path: Path) -> list[Path]:
-    """This folder if it is a run or holds some; the sides of a trial, its baseline first; else nothing."""
+    """This folder if it is a run or has runs in it; the sides of a trial, its baseline first; else []."""
     if is_run(path) or any(map(is_run, path.glob("*"))):
         return [path]
     if not (path / "plan.json").is_file():
@@ -348,7 +348,7 @@ def holding_runs(path: Path) -> list[Path]:
 
 
 def side_name(side: Path) -> str:
-    """Of a trial: an idea's name, and of a baseline without ideas that of the trial."""
+    """The name of a trial's side: its folder's, or the trial's if the baseline is the only side with runs."""
     return side.name if len(holding_runs(side.parent)) > 1 else side.parent.name
 
 
@@ -356,20 +356,20 @@ def side_name(side: Path) -> str:
 # What may be compared
 # ------------------------------------------------------------------------------------------------
 
-# what --although may name, and where a run's summary has it; of the bench only those files count that decide
+# what --although may name -> its field in a summary. Of the bench, only DECISIVE files count, which determine
 # a run's numbers: what it trains on, in which order, for how long, how it computes, and how it is measured
 CONDITIONS = {"data": "data_sha256", "tokenizer": "tokenizer_sha256", "tokens": "tokens", "bench": "bench"}
 DECISIVE = tuple(f"{name}.py" for name in (
     "processes", "documents", "held_out", "tokenizer", "shards", "batches", "machine", "memory", "initial",
     "steps", "evaluation", "tasks", "scoring", "knobs", "budget", "saved", "run"))
-# knobs that say where and when a run was, not what it trained
+# knobs that do not say what was trained
 PERSONAL_KNOBS = ("model_name", "seed", "save_model", *NEUTRAL_KNOBS)
 
 
 class NotComparable(UserError):
-    """Two runs of which one number must not be set against the other's.
+    """Two runs whose numbers must not be compared.
 
-    advice  what to do about it on compare.py's command line
+    advice  what to do about it, such as flags of compare.py
     """
 
     def __init__(self, problem: str, advice: str):
@@ -378,7 +378,7 @@ class NotComparable(UserError):
 
 
 def check_comparable(groups: list[Group], metric: str, although: Iterable[str] = ()) -> None:
-    """Within groups and between them.
+    """Check that the metric of all finished runs, within and between groups, can be compared.
 
     raises  NotComparable that names what forbids it
     """
@@ -405,7 +405,7 @@ def check_comparable(groups: list[Group], metric: str, although: Iterable[str] =
 
 
 def describe_difference(first: SavedRun, second: SavedRun, condition: str) -> str:
-    """How two runs differ in their data, tokenizer, tokens or bench; empty where they do not."""
+    """How two runs differ in their data, tokenizer, tokens or bench; empty if they do not."""
     if condition == "bench":
         unhashed = [run.name for run in (first, second) if not run.bench]
         if len(unhashed) == 1:
@@ -417,13 +417,13 @@ def describe_difference(first: SavedRun, second: SavedRun, condition: str) -> st
 
 
 def describe_condition(run: SavedRun, condition: str) -> str:
-    """A run's data, tokenizer or tokens, as people tell them apart."""
+    """A run's data, tokenizer or tokens, in readable form."""
     value, sha256 = run.summary.get(condition), str(run.summary.get(CONDITIONS[condition]))
     return f"{value:,}" if condition == "tokens" else f"{value} {sha256[:8]}"
 
 
 def how_to_allow(conditions: list[str]) -> str:
-    """What to type to compare runs of one held-out text that differ in these conditions."""
+    """Which flags to use to compare runs that differ in these conditions but share the held-out text."""
     allow = " ".join(f"--although {condition}" for condition in conditions)
     if "bench" in conditions:
         return f"if you know that this does not change the numbers, use {allow}"
@@ -432,13 +432,13 @@ def how_to_allow(conditions: list[str]) -> str:
 
 
 def differing_files(runs: list[SavedRun]) -> list[str]:
-    """The files of the bench that are not the same for all of these runs."""
+    """The files of the bench that differ between these runs."""
     names = sorted({name for run in runs for name in run.bench})
     return [name for name in names if len({run.bench.get(name) for run in runs}) > 1]
 
 
 def describe_bench(runs: list[SavedRun]) -> str:
-    """Whether runs stood on the same bench, in one line."""
+    """One line on whether all runs used the same bench."""
     unhashed = [run.name for run in runs if not run.bench]
     if len(unhashed) == len(runs):
         return "these runs were made before the bench was hashed; only the sources they name are compared"
@@ -459,13 +459,13 @@ def validated_on_one_text(a: SavedRun, b: SavedRun) -> bool:
     hashes = [run.summary.get("held_out_sha256") for run in (a, b)]
     if all(hashes):
         return hashes[0] == hashes[1]
-    # of runs made before the text was hashed: equal data and as many tokens of it are the same text
+    # for runs made before the text was hashed: equal data and equal token counts mean the same text
     facts = [(run.summary.get("data_sha256"), run.summary.get("held_out_tokens")) for run in (a, b)]
     return facts[0] == facts[1]
 
 
 def few_documents(runs: list[SavedRun]) -> list[str]:
-    """A line if runs were validated on so few documents that other ones could change the result."""
+    """A warning if runs were validated on so few documents that others could change the result."""
     counts = [count for run in runs if (count := run.summary.get("held_out_documents")) is not None]
     if not counts or min(counts) >= FEW_DOCUMENTS:
         return []
@@ -474,7 +474,7 @@ def few_documents(runs: list[SavedRun]) -> list[str]:
 
 
 def differences_of(first: SavedRun, second: SavedRun) -> list[str]:
-    """What two runs did differently: knobs, scripts, and the machine; describe_bench has the bench."""
+    """How two runs differ in knobs, scripts and machine; describe_bench is for the bench."""
     found = [f"--{knob} {first.knobs.get(knob)!r} against {second.knobs.get(knob)!r}"
              for knob in {**first.knobs, **second.knobs}
              if knob not in PERSONAL_KNOBS and first.knobs.get(knob) != second.knobs.get(knob)]
@@ -483,7 +483,7 @@ def differences_of(first: SavedRun, second: SavedRun) -> list[str]:
     if first.summary.get("code_sha256") != second.summary.get("code_sha256"):
         found.append(f"the script, {scripts[0]} against {scripts[1]}" if scripts[0] != scripts[1] else
                      f"the code of {scripts[0]}")
-    if bool(first.bench) == bool(second.bench):     # else one of them names the bench among its sources
+    if bool(first.bench) == bool(second.bench):     # else one run has the bench among its sources
         found += [f"the code of {name}" for name in sorted({*sources[0], *sources[1]} - set(scripts))
                   if sources[0].get(name) != sources[1].get(name)]
     found += [f"{fact} {first.summary.get(fact)} against {second.summary.get(fact)}"
@@ -493,7 +493,7 @@ def differences_of(first: SavedRun, second: SavedRun) -> list[str]:
 
 
 def mixed(group: Group) -> list[str]:
-    """A line if runs of one group differ in more than their seed."""
+    """A warning if runs of one group differ in more than their seed."""
     runs = group.finished
     other = next((run for run in runs[1:] if differences_of(runs[0], run)), None)
     return [] if not other else [f"{group.name} is mixed: {runs[0].name} and {other.name} differ in "

@@ -1,14 +1,14 @@
-"""Which documents of a source are held out: neither model nor tokenizer sees them, both are measured on them.
+"""Which documents of a source are held out: models and tokenizers do not see them and are evaluated on them.
 
-There are two such splits. Every run is validated on VAL, and whoever picks the best of many runs picks some
-of their luck. TEST is for `trial.py --confirm` alone. Of a large source about one document in 64 is held out
-for each, chosen by a hash of its own text: the same ones for everybody, with any tokenizer, seed or number of
-shards. Where that gives fewer than 64 documents, those with the next hashes join them, until there are 64 or
-5 % of the text, whichever is less. Where documents are too large for that, since they are books or the source
-is a single file, all of them are cut into parts first, and parts are held out in the same way. A corpus that
-names a file to validate on (hub.py) holds out that file as a whole, and nothing else.
+There are two held-out splits. Every run is validated on VAL, so selecting the best of many runs also selects
+luck; TEST is therefore used by `trial.py --confirm` only. Of a large source, about one document in 64 is held
+out for each split, chosen by a hash of its text: the same ones for everybody, with any tokenizer, seed or
+number of shards. If that gives fewer than 64 documents, those with the next hashes are added until there are
+64 or 5 % of the text, whichever is less. If documents are too large for that (books, or a single file), all
+of them are first cut into parts, and parts are held out in the same way. If a corpus names a file to validate
+on (hub.py), that file is held out as a whole, and nothing else.
 
-What is decided here depends on the texts of the source and on nothing else.
+These decisions depend only on the texts of the source.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,26 +17,26 @@ from dataclasses import dataclass
 from benchtop.documents import HELD_OUT_ONE_IN, Document, Source, hash_of
 from benchtop.errors import UserError
 
-ENOUGH_DOCUMENTS = 64       # as many are held out of a small source,
-MOST_OF_TEXT = 0.05         # unless they were more than this share of its bytes;
-NEARLY_MOST = 0.045         # a document that would be too much is passed over until this share is reached;
-                            # with fewer documents and less of the text, it is cut into parts,
-LEAST_OF_TEXT = 1 / HELD_OUT_ONE_IN     # which must give this much, since parts are not as small as one likes
-PARTS = 512                 # that a source is cut into, so that 5 % of them are some 25,
-LONGEST_PART, SHORTEST_PART, SHORTEST_AT_FIRST = 20_000, 50, 200     # within these numbers of characters
-VAL, TEST = "val", "test"   # the splits that are held out, by residues 0 and 1 of the hash
-BYTES_PER_TOKEN = 4         # turns --val_tokens into an amount of text, the same one for every tokenizer
+ENOUGH_DOCUMENTS = 64       # documents per split that are held out of a small source,
+MOST_OF_TEXT = 0.05         # but not more than this fraction of its bytes
+NEARLY_MOST = 0.045         # below this fraction, documents that would exceed MOST_OF_TEXT are skipped;
+                            # if fewer than 64 documents do not reach it, the source is cut into parts
+LEAST_OF_TEXT = 1 / HELD_OUT_ONE_IN     # smallest fraction to accept, since parts have a minimum length
+PARTS = 512                 # number of parts that a source is first cut into, so that 5 % are about 25
+LONGEST_PART, SHORTEST_PART, SHORTEST_AT_FIRST = 20_000, 50, 200     # limits of a part, in characters
+VAL, TEST = "val", "test"   # the held-out splits; in a large source, where hash % 64 is 0 or 1
+BYTES_PER_TOKEN = 4         # converts --val_tokens to an amount of text, the same for every tokenizer
 
 
 @dataclass(frozen=True)
 class Rule:
     """How documents are held out.
 
-    one_in   one document in so many for each split, by a hash of its text; 0: only those chosen
-    chosen   hashes of the texts that are held out for VAL
-    part     characters of the parts that documents are cut into, at least; 0: they stay whole
-    file     the file whose documents are held out, and no others
-    test     hashes of those held out for TEST, beside one in `one_in`; None: there is no such split, as in
+    one_in   one document in this many is held out per split, by a hash of its text; 0: only chosen ones
+    chosen   hashes of texts that are held out for VAL
+    part     minimum length of the parts that documents are cut into, in characters; 0: they stay whole
+    file     the only file whose documents are held out
+    test     hashes of texts that are held out for TEST, besides one in `one_in`; None: no such split, as in
              data made by earlier versions
     """
     one_in: int = HELD_OUT_ONE_IN
@@ -47,13 +47,13 @@ class Rule:
 
     @classmethod
     def of_facts(cls, facts: dict) -> "Rule":
-        """The rule that a manifest tells; those of earlier versions name no documents."""
+        """The rule in a manifest; manifests of earlier versions list no documents."""
         test = facts.get("chosen_for_test")
         return cls(facts["one_in"], frozenset(facts.get("chosen", ())), facts["cut_characters"],
                    facts.get("file", ""), None if test is None else frozenset(test))
 
     def facts(self) -> dict:
-        """For a manifest, and for its reader."""
+        """The rule for a manifest, with a description for people."""
         test = {} if self.test is None else {"chosen_for_test": sorted(self.test)}
         if self.file:
             return {"rule": f"the documents of {self.file}", "one_in": 0, "cut_characters": 0, "chosen": [],
@@ -66,7 +66,7 @@ class Rule:
                 "one_in": self.one_in, "cut_characters": self.part, "chosen": sorted(self.chosen)} | test
 
     def split_of(self, text: str, name: str = "") -> str:
-        """VAL or TEST where a document is held out, by its text, or by its id where a file is; else empty."""
+        """VAL or TEST if a document is held out, else empty; with a held-out file, only its documents are."""
         if self.file and not name.startswith(f"{self.file}:"):
             return ""
         number = hash_of(text)
@@ -79,11 +79,11 @@ class Rule:
         return TEST if (self.one_in and number % self.one_in == 1) or _name(number) in self.test else ""
 
     def holds_out(self, text: str, name: str = "") -> bool:
-        """Whether a document is held out, for either split."""
+        """Whether a document is held out for either split."""
         return bool(self.split_of(text, name))
 
     def covers(self, other: "Rule") -> bool:
-        """Whether all that the other rule holds out is held out by this one, too."""
+        """Whether this rule holds out everything that the other rule holds out."""
         if self.file or other.file or self.part != other.part or other.one_in not in (0, self.one_in):
             return self == other
         if other.one_in and other.test is not None and self.test is None:
@@ -94,7 +94,7 @@ class Rule:
                    for name in other.chosen | (other.test or frozenset()))
 
     def documents(self, source: Source) -> "Source | Parts":
-        """What is held out or trained on: the source's documents, or their parts."""
+        """The documents to hold out or to train on: the source's own, or their parts."""
         return Parts(source, self.part) if self.part else source
 
 
@@ -124,9 +124,9 @@ class Parts:
 # ------------------------------------------------------------------------------------------------
 
 def rule_for(source: Source) -> Rule | None:
-    """How documents of a source are held out; None if it has too little text for both sides.
+    """How documents of a source are held out; None if it has too little text to hold some out.
 
-    It reads until it has met 64 documents that are held out anyway: a few thousand, or a small source whole.
+    Reads until it has found 64 documents that are held out by hash: a few thousand, or all of a small source.
     """
     if source.held_out_file:
         return Rule(one_in=0, file=source.held_out_file)
@@ -143,11 +143,11 @@ def rule_for(source: Source) -> Rule | None:
 
 
 def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule, float, int]:
-    """The rule for documents that are not cut any more, what it is worth, and how many characters were read.
+    """The rule for documents that are not cut further, its score, and the number of characters read.
 
-    It is worth the share of the text that is held out, or 1 if that is as many documents as are wanted.
+    The score is the fraction of the text that is held out for VAL, or 1 if that is enough documents.
     """
-    sizes: dict[int, int] = {}      # hash -> bytes, of each text once
+    sizes: dict[int, int] = {}      # hash -> bytes of each distinct text
     characters = held_out = 0
     for _, text in stream:
         characters += len(text)
@@ -165,10 +165,10 @@ def _rule_for_whole(stream: Iterable[Document], part: int) -> tuple[Rule, float,
 
 
 def _chosen(sizes: dict[int, int], residue: int, total: int) -> tuple[set[int], int]:
-    """The hashes of a small source that are held out for a split, and the bytes of their texts.
+    """The hashes of the texts of a small source that are held out for a split, and the bytes of these texts.
 
-    sizes    hash -> bytes, of the texts to choose from
-    residue  of the hashes that a large source would hold out, which come first
+    sizes    hash -> bytes of the texts to choose from
+    residue  hash % 64 of the texts that would be held out of a large source; they are chosen first
     total    bytes of the source
     """
     chosen, size = set(), 0
@@ -184,7 +184,7 @@ def _chosen(sizes: dict[int, int], residue: int, total: int) -> tuple[set[int], 
 
 
 def _name(number: int) -> str:
-    """A hash as a manifest writes it."""
+    """A hash as written in a manifest."""
     return f"{number:016x}"
 
 
@@ -193,8 +193,7 @@ def _name(number: int) -> str:
 # ------------------------------------------------------------------------------------------------
 
 def documents_to_hold_out(source: Source, rule: Rule, tokens: int) -> dict[str, list[Document]]:
-    """For VAL and TEST about as many documents as make that many tokens; of a large source, from the first
-    files.
+    """Documents of about `tokens` tokens for VAL and for TEST; of a large source, from its first files.
 
     raises  UserError if there are none for VAL
     """
@@ -206,9 +205,9 @@ def documents_to_hold_out(source: Source, rule: Rule, tokens: int) -> dict[str, 
 
 
 def choose_held_out(stream: Iterable[Document], budget: int, rule: Rule) -> dict[str, list[Document]]:
-    """For VAL and TEST: of the texts held out for it those with the smallest hashes, each once, in order.
+    """For VAL and for TEST, the held-out texts with the smallest hashes, each once, sorted by hash.
 
-    budget   UTF-8 bytes after which to stop
+    budget   UTF-8 bytes per split after which to stop
     """
     held: dict[str, dict[int, Document]] = {VAL: {}, TEST: {}}
     sizes = {VAL: 0, TEST: 0}
@@ -237,11 +236,11 @@ def _up_to(held: dict[int, Document], budget: int) -> list[tuple[int, Document]]
 
 
 def _enough_of(stream: Source | Parts, budget: int, rule: Rule) -> Iterator[Document]:
-    """The documents of as many units, in their fixed order, as hold `budget` bytes of held-out text."""
+    """The documents of the first units, in fixed order, that contain `budget` bytes of text for VAL."""
     size = 0
     for unit in stream.units(seed=None):
         for name, text in unit.read():
             size += len(text.encode()) if rule.split_of(text, name) == VAL else 0
             yield name, text
-        if size >= budget or rule.file:     # no other file has more of them
+        if size >= budget or rule.file:     # no other file has held-out text
             return

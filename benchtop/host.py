@@ -1,4 +1,4 @@
-"""The computer this runs on, as far as it can be asked without torch."""
+"""Facts about this computer that need no torch: CPU cores and free memory."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ def available_cores() -> int:
 
 
 def free_memory_mib() -> float:
-    """What this machine has left, or the container that this process is in."""
+    """Free memory of this machine or, if less, of its container; all memory if /proc/meminfo is missing."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -26,7 +26,7 @@ def free_memory_mib() -> float:
 
 
 def control_groups() -> Iterator[tuple[Path, str, str, str]]:
-    """What may limit this process's memory: its own group's folder and those around it, of both versions."""
+    """Each cgroup (v1, v2) that may limit our memory: folder, limit file, usage file, key in memory.stat."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
@@ -37,4 +37,3 @@ def control_groups() -> Iterator[tuple[Path, str, str, str]]:
                 elif controllers == "memory":
                     yield (Path("/sys/fs/cgroup/memory") / group, "memory.limit_in_bytes",
                            "memory.usage_in_bytes", "total_inactive_file")
-

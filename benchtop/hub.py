@@ -1,10 +1,10 @@
-"""Files of datasets on the Hugging Face Hub: which there are, and whole copies of them.
+"""Files of datasets on the Hugging Face Hub: list and download them.
 
-Every copy lies in huggingface_hub's own cache and is what the Hub announced, by size and SHA-256. What the
-network does is waited out: a download goes on where it was cut, a busy or broken Hub is asked again after a
-pause that grows (or is as long as the Hub asks for), and each pause is reported. What waiting does not mend
-(no such dataset, no permission) ends in one line. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what
-they always mean.
+Downloads are stored in huggingface_hub's own cache and verified against the size and SHA-256 that the Hub
+announces. Network failures are retried: an interrupted download resumes, and a busy or failing Hub is asked
+again after a growing pause (or the one it asks for); each pause is reported. What a retry cannot fix (no such
+dataset, no permission) ends in a one-line error. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE have their
+usual meaning.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from benchtop.documents import Document, Source, Unit, parquet_rows, shuffled
 from benchtop.errors import UserError, first_line
 from benchtop.files import sha256_of
 
-TRIES = 5               # then a file is given up
-FIRST_WAIT = 1.0        # seconds; each further one is twice as long
-LONGEST_WAIT = 60.0     # seconds, but what the Hub asks for is granted up to five minutes
+TRIES = 5               # attempts per file
+FIRST_WAIT = 1.0        # seconds; doubled after each attempt
+LONGEST_WAIT = 60.0     # seconds; up to LONGEST_ASKED_WAIT if the Hub asks for it
 LONGEST_ASKED_WAIT = 300.0
 
 
@@ -33,7 +33,7 @@ LONGEST_ASKED_WAIT = 300.0
 class HubFile:
     """A file of a dataset at one commit.
 
-    sha256  of its content, where the Hub tells it; else empty
+    sha256  of its content; empty if the Hub does not give it
     """
     repo: str
     revision: str
@@ -43,7 +43,7 @@ class HubFile:
 
 
 def list_files(repo: str, folder: str, suffix: str, revision: str = "main") -> list[HubFile]:
-    """The files below a folder of a dataset, sorted by path, at the commit that the revision is now.
+    """The files below a folder of a dataset, sorted by path, at the commit that `revision` points to now.
 
     raises  UserError if there are none or the Hub does not answer
     """
@@ -67,14 +67,14 @@ def list_files(repo: str, folder: str, suffix: str, revision: str = "main") -> l
 
 
 def fetch(file: HubFile) -> Path:
-    """A whole copy of the file in the cache; fetched if it is not there, or there and damaged.
+    """The path of a complete copy in the cache; downloaded if it is missing or damaged.
 
-    raises  UserError when waiting does not help
+    raises  UserError if retrying does not help
     """
     hub, damaged = _library(), []
 
     def ask() -> Path:
-        # by force, since a damaged content stays in the cache where another revision points to it, too
+        # forced after damage, since damaged content stays cached if another revision points to it
         path = Path(hub.hf_hub_download(file.repo, file.path, repo_type="dataset", revision=file.revision,
                                         force_download=bool(damaged)))
         problem = problem_of(path, file)
@@ -87,9 +87,9 @@ def fetch(file: HubFile) -> Path:
 
 
 def fetch_url(url: str) -> bytes:
-    """The content of a small file anywhere on the web, as long as was announced.
+    """The complete content of a small file anywhere on the web.
 
-    raises  UserError when waiting does not help
+    raises  UserError if retrying does not help
     """
     import httpx2
 
@@ -108,7 +108,7 @@ def in_cache(file: HubFile) -> bool:
 
 
 def problem_of(path: Path, file: HubFile) -> str:
-    """Why a copy is not what the Hub announced; empty if it is."""
+    """How a copy differs from what the Hub announced; empty if it does not."""
     size = path.stat().st_size
     if size != file.size:
         return f"it has {size:,} bytes instead of {file.size:,}"
@@ -118,10 +118,10 @@ def problem_of(path: Path, file: HubFile) -> str:
 
 
 def forget(path: Path) -> None:
-    """Remove a copy from the cache, and its content unless another revision or repository has it, too.
+    """Remove a copy from the cache, and its content unless another revision or repository uses it, too.
 
-    huggingface_hub removes it, and counts the repositories. Revisions are counted here: its own count gives
-    up where one link of a repository leads nowhere.
+    huggingface_hub removes the files and checks the other repositories. The other revisions are checked here,
+    since its own check fails if a repository has one broken link.
     """
     hub = _library()
     cache = Path(hub.constants.HF_HUB_CACHE)
@@ -134,12 +134,12 @@ def forget(path: Path) -> None:
 
 
 def content_of(name: Path) -> Path:
-    """What a name in the cache points to: one link further, since behind it contents may be shared."""
+    """The target of a name in the cache, following one link only: beyond it, contents may be shared."""
     return Path(os.path.abspath(name.parent / os.readlink(name))) if name.is_symlink() else name
 
 
 class Download(threading.Thread):
-    """Fetches a file while others work; a process that ends does not wait for it."""
+    """Downloads a file in the background; a process that exits does not wait for it."""
 
     def __init__(self, file: HubFile):
         super().__init__(daemon=True)
@@ -149,7 +149,7 @@ class Download(threading.Thread):
     def run(self) -> None:
         try:
             self._result = fetch(self.file)
-        except Exception as error:      # it is raised where the result is wanted
+        except Exception as error:      # raised by result()
             self._error = error
 
     def result(self) -> Path:
@@ -160,7 +160,7 @@ class Download(threading.Thread):
 
 
 # ------------------------------------------------------------------------------------------------
-# Patience
+# Retries
 # ------------------------------------------------------------------------------------------------
 
 class _Damaged(Exception):
@@ -168,7 +168,7 @@ class _Damaged(Exception):
 
 
 def _library():
-    """huggingface_hub, silent about its own progress; imported late, since it takes a while."""
+    """huggingface_hub without progress bars; imported late, since the import is slow."""
     import huggingface_hub
     import huggingface_hub.constants
     import huggingface_hub.errors
@@ -182,7 +182,7 @@ def _endpoint() -> str:
 
 
 def _patiently(what: str, ask: Callable, host: str = ""):
-    """What `ask` returns, after as many tries as it takes, up to TRIES."""
+    """The result of `ask`, which is tried up to TRIES times."""
     for attempt in range(1, TRIES + 1):
         try:
             return ask()
@@ -200,12 +200,12 @@ def _patiently(what: str, ask: Callable, host: str = ""):
 def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]:
     """What went wrong, and how many seconds the Hub asks to wait.
 
-    raises  UserError if waiting does not help; the error itself if it is not of the network
+    raises  UserError if waiting does not help; the error itself if it is not a network error
     """
     hub = _library()
     import httpx2
     if isinstance(error, hub.errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__         # the library looked into its cache, too
+        error = error.__cause__         # what made the library look into its cache
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else None
     if isinstance(error, hub.errors.OfflineModeIsEnabled) or hub.constants.HF_HUB_OFFLINE:
@@ -231,13 +231,13 @@ def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]
 
 
 def pause(attempt: int, asked_wait: float) -> float:
-    """Seconds to wait after a try that failed, 1 being the first, where the server asks for `asked_wait`."""
+    """Seconds to wait after a failed attempt (the first is 1), if the server asks for `asked_wait`."""
     wait = min(LONGEST_WAIT, FIRST_WAIT * 2**(attempt - 1)) * random.uniform(0.75, 1.25)
     return max(wait, min(asked_wait, LONGEST_ASKED_WAIT))
 
 
 def seconds_asked(response) -> float:
-    """What an answer's Retry-After asks for, in seconds or as a date; 0 without one.
+    """Seconds that a response's Retry-After (seconds or a date) asks to wait; 0 without one.
 
     source  RFC 9110, 10.2.3
     """
@@ -257,9 +257,9 @@ def seconds_asked(response) -> float:
 class Corpus:
     """Text on the Hub: the parquet files below a folder of a dataset.
 
-    word      what its data are called
-    held_out  the file that is held out as a whole; without one, documents are, by a hash of their text
-    tokens    how many it has, roughly, for estimates; 0: not known
+    word      name of its data
+    held_out  the file that is held out as a whole; empty: documents are held out by a hash of their text
+    tokens    approximate size, for estimates; 0: unknown
     """
     word: str
     repo: str
@@ -273,7 +273,7 @@ CORPORA = {f"{size}{kind}": Corpus(f"fineweb{size}{kind}", f"HuggingFaceFW/finew
            for kind in ("", "edu")
            for size, folder in (("10B", "sample/10BT"), ("100B", "sample/100BT"), ("350B", "sample/350BT"),
                                 ("full", "data"))}
-# what is trained and validated on for five minutes by all who compare by karpathy/autoresearch
+# the data of the five-minute runs that karpathy/autoresearch compares
 CORPORA["climbmix"] = Corpus("climbmix", "karpathy/climbmix-400b-shuffle", "", "shard_06542.parquet", 4e11)
 READY_MADE = {"10B-gpt2": "kjj0/fineweb10B-gpt2", "100B-gpt2": "kjj0/fineweb100B-gpt2",
               "10Bedu-gpt2": "kjj0/finewebedu10B-gpt2"}
@@ -282,7 +282,7 @@ READY_MADE = {"10B-gpt2": "kjj0/fineweb10B-gpt2", "100B-gpt2": "kjj0/fineweb100B
 class HubText(Source):
     """Documents of parquet files on the Hub, one file at a time.
 
-    revision  commit that the files are of
+    revision  commit of the files
     raises    UserError if the file to hold out is not among them
     """
     is_large = True
@@ -300,14 +300,14 @@ class HubText(Source):
         self._downloads: dict[str, Download] = {}
 
     def __iter__(self) -> Iterator[Document]:
-        """All documents, in an order of files that depends on nothing but their names."""
+        """All documents; the order of the files depends only on their names."""
         for unit in self.units(seed=None):
             yield from unit.read()
 
     def units(self, seed: int | None) -> list[Unit]:
-        """A unit for each file, in an order that the seed decides over all; without one, a fixed order.
+        """One unit per file, shuffled by the seed; without a seed, in a fixed order.
 
-        A file that is held out comes first in the fixed order, in which it is looked for, and else last.
+        A held-out file comes first in the fixed order, which is used to find held-out text, otherwise last.
         """
         files = sorted(self.hub_files, key=lambda file: hashlib.sha256(file.path.encode()).digest())
         if seed is not None:

@@ -1,9 +1,9 @@
-"""What a trial compares: a script, flags, and what an idea changes of them.
+"""What a trial compares: a baseline script with flags, and ideas that change the script or the flags.
 
 An idea is typed as one of
-    gelu.py                     a changed copy of the script, beside it
+    gelu.py                     a changed copy of the script
     backout.diff                a patch for the script
-    'lr2: --muon_lr 0.1'        a name and flags; a patch or a script may stand among them
+    'lr2: --muon_lr 0.1'        a name and flags, which may include a patch or a script
 """
 
 import difflib
@@ -27,13 +27,13 @@ from benchtop.folder import module_of
 from benchtop.identity import bench_hashes, bench_sha256
 
 BASELINE = "baseline"
-# names of trials and ideas stand in those of runs and files
+# names of trials and ideas are parts of run and file names
 NAME, IDEA = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", r"[A-Za-z0-9][A-Za-z0-9_.-]{0,29}"
 RESERVED = (BASELINE, "output", "plan.json", "results.json")
-# a trial sets these for each run, or checks the script by them
+# knobs that a trial sets for each run, or uses to check the script
 TAKEN = ("seed", "model_name", "resume", "resume_changed", "held_out", "check", "smoke", "sample")
 BUDGET = ("num_steps", "train_tokens", "train_minutes")
-# what all sides share, or they could not be compared
+# knobs that all sides must share to be comparable
 SHARED = (*BUDGET, "target_loss", "preset", "data", "tokenizer", "val_tokens")
 
 
@@ -41,10 +41,10 @@ SHARED = (*BUDGET, "target_loss", "preset", "data", "tokenizer", "val_tokens")
 class Side:
     """One side of a trial: the baseline, or an idea.
 
-    script  stands beside the bench, where scripts find it
-    typed   how the idea was given
-    flags   its own, behind those that all sides share
-    patch   what its script changes in the baseline's, as a unified diff; empty if nothing
+    script  in the repository root, where it can import benchtop
+    typed   the idea as typed by the user
+    flags   the side's own flags, after those that all sides share
+    patch   unified diff from the baseline's script to this one; empty if they are the same
     """
     name: str
     script: Path
@@ -54,7 +54,7 @@ class Side:
 
     @property
     def change_sha256(self) -> str:
-        """Of what an idea is: its patch and its flags."""
+        """Hash of what defines an idea: its patch and its flags."""
         return hashlib.sha256(json.dumps([self.patch, *self.flags]).encode()).hexdigest()
 
 
@@ -68,12 +68,12 @@ def baseline_side(against: str) -> Side:
 
 
 def open_idea(typed: str, baseline: Side) -> Side:
-    """The side that a word of the command line means.
+    """The Side that a command-line argument means.
 
-    A changed script is copied beside the bench under a name of its content, so that neither a later edit nor
-    another idea changes what a trial runs.
+    A changed script is copied to the repository root under a name with its hash, so that neither a later
+    edit nor another idea changes what a trial runs.
 
-    raises  UserError if it is no idea, or its patch does not apply
+    raises  UserError if the argument is no idea, or its patch does not apply
     """
     name, colon, rest = typed.partition(":")
     if not colon or Path(typed).is_file():
@@ -103,7 +103,7 @@ def open_idea(typed: str, baseline: Side) -> Side:
 
 
 def check_flags(flags: list[str], whose: str, taken: tuple[str, ...] = TAKEN) -> None:
-    """raises  UserError if one of them is a trial's own"""
+    """raises  UserError if one of the flags sets a knob in `taken`"""
     for word in flags:
         if word.startswith("--") and word[2:].split("=")[0] in taken:
             raise UserError(f"leave {word.split('=')[0]} out of {whose}; the trial sets it for all runs")
@@ -131,14 +131,14 @@ def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[
 
 
 def ended(text: str) -> str:
-    """With a new line at its end, without which a diff cannot be applied again."""
+    """The text with a newline at its end, without which a diff of it cannot be applied."""
     return text if text.endswith("\n") or not text else text + "\n"
 
 
 def patched(patch: Path, script: Path) -> str:
-    """The script with a patch applied, without touching it.
+    """The text of a script with a patch applied; the script itself stays as it is.
 
-    raises  UserError if the patch does not apply
+    raises  UserError if there is no git, or the patch does not apply or changes other files
     """
     if not shutil.which("git"):
         raise UserError(f"git is needed to apply {patch}; install it, or give a changed copy of "
@@ -185,7 +185,7 @@ def import_script(path: Path) -> ModuleType:
 # ------------------------------------------------------------------------------------------------
 
 def machine_facts(processes: int) -> dict:
-    """What a result depends on of this machine, asked without touching a GPU."""
+    """Facts about this machine that results depend on, found without using a GPU."""
     from benchtop.gpus import nvidia_gpus
     from benchtop.machine import cpu_facts
     gpus = [gpu.get("name", "") for gpu in nvidia_gpus()]
@@ -194,9 +194,9 @@ def machine_facts(processes: int) -> dict:
 
 
 def key_of(side: Side, shared_flags: list[str], data: list[str], machine: dict) -> str:
-    """Eight letters that are the same for runs whose results must be the same, but for the seed.
+    """Eight hex digits, equal for runs whose results may differ only because of the seed.
 
-    data  hashes of what is trained on
+    data  hashes of dataset and tokenizer
     """
     bench = bench_sha256(bench_hashes())
     parts = [sha256_of(side.script), bench, [*shared_flags, *side.flags], data, machine]

@@ -1,14 +1,14 @@
-"""What made a result: code, data, versions and command, for its record and for whoever resumes the run.
+"""What made a result: code, data, versions and command, for the record and for checks when a run resumes.
 
-A run folder keeps the sources that ran, to read and to run again:
+A run folder keeps the sources that ran, so that they can be read and run again:
 
     code/train_gpt.py  code/benchtop/*.py     the script, any other script it imports, and the bench
-    train_gpt.txt                             the script once more, as a text for a design card
+    train_gpt.txt                             the script again, as a text file for a design card
     config.json  git.diff  requirements.txt   knobs, uncommitted changes, all installed packages
     meta.json                                 the tokenizer
 
-A resumed run that has changed any of them keeps the earlier ones beside: config_until_step_6.json,
-code_until_step_6/.
+If any of these has changed when a run resumes, the earlier version is kept beside it:
+config_until_step_6.json, code_until_step_6/.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from benchtop.redaction import without_secrets
 from benchtop.tokenizer import tokenizer_sha256
 
 BENCH = Path(__file__).parent
-# knobs that leave every result as it is; data and tokenizer are compared by their content
+# knobs that do not change results; data and tokenizer are compared by content instead
 NEUTRAL_KNOBS = ("check", "smoke", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
                  "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
                  "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "trackio",
                  "tensorboard")
-NAMED_FILES = 5         # of a bench that differs; further ones are counted
+NAMED_FILES = 5         # named in a message at most; further ones are counted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -50,21 +50,21 @@ def bench_files() -> list[Path]:
 
 
 def bench_hashes() -> dict[str, str]:
-    """The hash of each file of the bench, by name."""
+    """The SHA-256 of each file of the bench, by name."""
     return {path.name: sha256_of(path) for path in bench_files()}
 
 
 def bench_sha256(bench: dict[str, str]) -> str:
     """One hash for the whole bench, from its files' names and hashes.
 
-    The same as from a shell:   cd benchtop; LC_ALL=C; sha256sum *.py | sha256sum
+    The same in a shell:   cd benchtop; LC_ALL=C; sha256sum *.py | sha256sum
     """
     lines = [f"{sha256}  {name}\n" for name, sha256 in sorted(bench.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def own_sources() -> list[Path]:
-    """The scripts of the repository that this process runs: its own, and those it imports."""
+    """The repository's scripts that this process runs: its own and those that it imports."""
     scripts = {path.name: path for path in places.ROOT.glob("*.py")}
     files = [Path(module.__file__) for module in list(sys.modules.values())
              if getattr(module, "__file__", None)]
@@ -73,7 +73,7 @@ def own_sources() -> list[Path]:
 
 
 def facts_about_code(script: str) -> dict:
-    """The hashes of what this process runs: of the script, of the scripts beside it, of the bench."""
+    """The hashes of the code that this process runs: the script, the scripts it imports, the bench."""
     sources = {path.name: sha256_of(path) for path in own_sources()}
     bench = bench_hashes()
     return {"script": script, "code_sha256": sources[script], "sources": sources,
@@ -81,19 +81,19 @@ def facts_about_code(script: str) -> dict:
 
 
 def code_that_runs() -> dict[str, str]:
-    """The files of a run's code/, with their contents."""
+    """The files for a run's code/ folder: name -> content."""
     files = {path.name: path for path in own_sources()}
     files |= {f"{BENCH.name}/{path.name}": path for path in bench_files()}
     return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
 def git(*arguments: str) -> str:
-    """What git says of the repository.
+    """The output of a git command in the repository.
 
-    raises  UserError with git's reason where it fails, as without a repository, or is not installed
+    raises  UserError with git's message if git fails (without a repository, for example) or is not installed
     """
     try:
-        # variables that a hook or a script left would make git speak of another folder
+        # if a hook or a script has set these variables, git would look at another repository
         environment = {name: value for name, value in os.environ.items()
                        if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")}
         done = subprocess.run(["git", *arguments], cwd=places.ROOT, capture_output=True, encoding="utf-8",
@@ -106,15 +106,15 @@ def git(*arguments: str) -> str:
 
 
 def facts_about_git() -> dict:
-    """The commit, whether what runs differs from it, and why git cannot tell; None is what is not known.
+    """The commit, whether the running code differs from it, and why git cannot tell; None if unknown.
 
-    What git does not track differs from every commit, also where it is ignored.
+    A script that git does not track differs from every commit, even if git ignores it.
     """
     commit = dirty = problem = None
     names = {path.name for path in own_sources()}
     try:
         tracked = {*git("ls-files", "-z").split("\0")}
-        if not tracked & {*names, f"benchtop/{Path(__file__).name}"}:   # a repository of something else
+        if not tracked & {*names, f"benchtop/{Path(__file__).name}"}:   # an unrelated repository
             raise UserError(f"git tracks no {' and no '.join(sorted(names))}")
         dirty = bool(git("status", "--porcelain") or names - tracked)
         commit = git("rev-parse", "--verify", "HEAD").strip()
@@ -124,7 +124,7 @@ def facts_about_git() -> dict:
 
 
 def uncommitted_changes() -> str:
-    """Those of git.diff; nothing where git cannot tell, and then the summary says so."""
+    """The content of git.diff; empty if git cannot tell, which the summary records as git_problem."""
     try:
         return git("diff", "--no-ext-diff", "--no-color", "HEAD")
     except UserError:
@@ -132,7 +132,7 @@ def uncommitted_changes() -> str:
 
 
 def installed_packages() -> str:
-    """What pip freeze would say."""
+    """All installed packages, in the format of pip freeze."""
     found = {f"{package.metadata['Name']}=={package.version}"
              for package in importlib.metadata.distributions()}
     return "\n".join(sorted(found, key=str.lower)) + "\n"
@@ -151,7 +151,7 @@ def tokenizer_meta(tokenizer: Encoding) -> str:
 # ------------------------------------------------------------------------------------------------
 
 def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
-    """What made a result, for its summary and for whoever resumes it."""
+    """What made a result, for its summary and for checks when the run resumes."""
     return {"model_name": cfg.model_name, "preset": cfg.preset, "seed": cfg.seed,
             "data": dataset.folder.name, "data_sha256": dataset.sha256,
             "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -161,8 +161,8 @@ def identity_of(script: Path, cfg, world, tokenizer: Encoding, dataset) -> dict:
 def facts_about_session(script: Path, world) -> dict:
     """Code, machine, versions and command of this process.
 
-    cuda  what torch was built for; None without
-    gpus  of the first process's machine, where it trains on them
+    cuda  version of CUDA (or HIP) that torch was built for; None without
+    gpus  those of the first process's machine, if it trains on CUDA
     """
     import torch
     gpus = nvidia_gpus() if world.is_main and world.device.type == "cuda" else []
@@ -174,7 +174,7 @@ def facts_about_session(script: Path, world) -> dict:
 
 
 def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
-    """What differs, but for neutral knobs, between the run that was saved and the one that would go on."""
+    """How a session that resumes a run would differ from what was saved, apart from neutral knobs."""
     now, then = dataclasses.asdict(cfg), saved["config"]
     changes = [f"--{knob} is {now.get(knob)!r}, was {then.get(knob)!r}" for knob in {**then, **now}
                if knob not in NEUTRAL_KNOBS and now.get(knob) != then.get(knob)]
@@ -185,7 +185,7 @@ def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
         if identity[f"{thing}_sha256"] != then[f"{thing}_sha256"]:
             changes.append(f"the {thing} changed")
     changes += [f"{name} {what}" for name, what in differing(then["sources"], identity["sources"]).items()]
-    # a run of an earlier version kept no hashes of a bench
+    # runs of earlier versions have no hashes of bench files
     names = list(differing(then.get("bench", {}), identity["bench"]))
     if names:
         changes.append(f"the bench changed ({name_some(names)})")
@@ -193,7 +193,7 @@ def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
 
 
 def require_equal_machines(identity: dict, world) -> None:
-    """raises  SharedError if processes have other code, data or tokenizer than the first one"""
+    """raises  SharedError if code, data or tokenizer are not the same on all processes"""
     facts = world.gather(identity)
     for fact in ("data_sha256", "tokenizer_sha256", "bench_sha256", "sources"):
         if any(other[fact] != identity[fact] for other in facts):
@@ -201,13 +201,13 @@ def require_equal_machines(identity: dict, world) -> None:
 
 
 def name_some(names: list[str]) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first NAMED_FILES names, and how many more there are."""
     more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
     return ", ".join(names[:NAMED_FILES]) + more
 
 
 def differing(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
-    """The files of other content, by name, and what happened to each."""
+    """The files whose hashes differ, by name: `changed`, `is new` or `is missing`."""
     return {name: "changed" if name in now and name in then else "is new" if name in now else "is missing"
             for name in sorted({*then, *now}) if now.get(name) != then.get(name)}
 
@@ -217,14 +217,14 @@ def differing(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------
 
 class Origin:
-    """What makes the results of a session, for the run folder.
+    """The code, knobs and environment of a session, for the run folder.
 
-    It is collected when the session begins, since files may be edited while it trains, and written when the
-    session has left something of its own.
+    They are collected when the session begins, since files may be edited while it trains, and written once
+    the session has saved something.
     """
 
     def __init__(self, cfg, identity: dict, tokenizer: Encoding):
-        # the knobs of resuming speak of one session only
+        # the knobs for resuming concern one session only
         knobs = dataclasses.asdict(cfg) | {"resume": "", "resume_changed": False}
         code = code_that_runs()
         script = identity["script"]
@@ -236,7 +236,7 @@ class Origin:
         self.is_written = False
 
     def write(self, folder: Path, from_step: int) -> None:
-        """Write it, the first time; what an earlier session wrote otherwise stays as NAME_until_step_N."""
+        """Write the files, once; an earlier session's file that differs is kept as NAME_until_step_N."""
         if self.is_written:
             return
         for name, text in self.texts.items():
@@ -248,7 +248,7 @@ class Origin:
         self.is_written = True
 
     def _write_code(self, folder: Path, before: Path) -> None:
-        """The folder code/, which appears when it is complete."""
+        """Write the folder code/, which gets its name when it is complete."""
         if folder.exists() and scripts_in(folder) == self.code:
             return
         partial = folder.with_name(f"{folder.name}.partial")

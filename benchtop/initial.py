@@ -1,6 +1,7 @@
-"""Initial weights: every parameter draws from (seed, its own name).
+"""Initial weights: every parameter is drawn by its own generator, seeded with (seed, parameter name).
 
-So a changed layer leaves all other weights of that seed as they were, and two runs of one seed are a pair:
+A changed layer therefore leaves all other initial weights of that seed as they were, and two runs with the
+same seed are a pair:
 
     self.up = uniform(hidden, width, std=0.02)      # instead of nn.Parameter(torch.empty(...).uniform_(...))
 """
@@ -16,7 +17,7 @@ Draw = Callable[[Tensor, torch.Generator | None], object]
 
 
 def drawn(parameter: nn.Parameter, draw: Draw) -> nn.Parameter:
-    """The parameter, filled in place by `draw`; draw_weights() does so again with a generator of its own."""
+    """Fill the parameter by `draw`; draw_weights() repeats that with a generator of the parameter's own."""
     parameter.draw = draw
     draw(parameter.detach(), None)
     return parameter
@@ -42,7 +43,7 @@ def zeros(*shape: int) -> nn.Parameter:
 
 
 def draw_weights(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew, from the seed and its name; on the device where the model was made."""
+    """Redraw every parameter that has a `draw`, seeded with (seed, its name), on the parameter's device."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "draw"):
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -51,9 +52,8 @@ def draw_weights(model: nn.Module, seed: int) -> None:
 
 
 def drawn_in_one_stream(model: nn.Module) -> list[str]:
-    """A line for the log, where parameters were made otherwise and are not constant: a change elsewhere in
-    the model changes those, too."""
-    # vectors that a script makes are constants, such as (1, 0); those of torch's modules are random
+    """A line for the log if random parameters have no `draw`: any change in the model may change them."""
+    # vectors that a script makes are constants, such as (1, 0); biases of torch's modules are random
     biases = {id(module.bias) for module in model.modules() if hasattr(module, "bias")}
     others = {name: weight.detach() for name, weight in model.named_parameters()
               if not hasattr(weight, "draw") and (weight.ndim > 1 or id(weight) in biases)}

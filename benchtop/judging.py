@@ -1,4 +1,4 @@
-"""Which of two runs writes better: the texts that are judged, the answers that are kept, and the result."""
+"""Which of two runs writes better: the texts to judge, the stored answers, and the result."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from benchtop.redaction import without_secrets
 from benchtop.significance import wilson_interval
 
 PROMPTS = places.ROOT / "prompts.txt"
-# of the texts that are written for a judge; the n-th prompt is continued with seed n
+# knobs of the texts written for a judge; prompt n, counted from 0, is continued with seed n
 SAMPLING = {"temperature": 0.8, "top_k": 50, "sample_tokens": 64}
 
 INSTRUCTIONS = """\
@@ -47,14 +47,14 @@ is no fault, and length is no merit. Answer with one word: A, B, or tie if neith
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and how both runs continue it."""
+    """A prompt and both runs' continuations of it."""
     prompt: str
     a: str
     b: str
 
 
 def only_run(word: str) -> SavedRun:
-    """The run that a word of the command line means, here or in experiments/."""
+    """The one run that a command-line argument names, here or in experiments/."""
     runs = [run for group in open_groups([word]) for run in group.runs]
     if len(runs) != 1:
         raise UserError(f"{word} is {counted(len(runs), 'run')}; name one"
@@ -63,9 +63,9 @@ def only_run(word: str) -> SavedRun:
 
 
 def pairs_of(a: SavedRun, b: SavedRun) -> tuple[list[Pair], str]:
-    """What both runs wrote, and the file that it is from.
+    """Both runs' texts in pairs, and the file that their prompts come from.
 
-    raises  UserError if they have no texts of the same beginnings
+    raises  UserError if the runs have no texts for the same prompts
     """
     prompts = [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line]
     able = [run for run in (a, b) if kept_texts(run, prompts) or can_write(run)]
@@ -83,7 +83,7 @@ def can_write(run: SavedRun) -> bool:
 
 
 def kept_texts(run: SavedRun, prompts: list[str]) -> list[str]:
-    """What prompts.jsonl has, if it is of these prompts and of this way of sampling; else nothing."""
+    """The texts in prompts.jsonl, if made from these prompts with the knobs of SAMPLING; else none."""
     rows = texts_of(run.folder / "prompts.jsonl")
     fit = ([row["prompt"] for row in rows] == prompts
            and all(row.get(knob) == value for row in rows for knob, value in SAMPLING.items()))
@@ -91,8 +91,8 @@ def kept_texts(run: SavedRun, prompts: list[str]) -> list[str]:
 
 
 def write_texts(run: SavedRun, prompts: list[str]) -> list[str]:
-    """Go on with the prompts by the script and the weights of a run, and keep the texts in prompts.jsonl."""
-    from benchtop.saved import continue_prompts  # late, since it needs torch
+    """Continue the prompts with the script and weights of a run, and store the texts in prompts.jsonl."""
+    from benchtop.saved import continue_prompts  # imported late, since it needs torch
     experiment = load_script(run.folder).EXPERIMENT
     print(f"{run.name} writes {len(prompts)} texts", flush=True)
     texts = list(tqdm(continue_prompts(experiment, run.folder, prompts, **SAMPLING), total=len(prompts),
@@ -105,7 +105,7 @@ def write_texts(run: SavedRun, prompts: list[str]) -> list[str]:
 
 
 def sampled_pairs(a: SavedRun, b: SavedRun) -> list[Pair]:
-    """The texts of both samples.jsonl, each beginning once. Their seeds may differ: they only draw."""
+    """The texts of both samples.jsonl, each prompt once. Seeds may differ: they only affect sampling."""
     rows = [run.samples for run in (a, b)]
     for run, mine in zip((a, b), rows, strict=True):
         if not mine:
@@ -128,7 +128,7 @@ def sampled_pairs(a: SavedRun, b: SavedRun) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All that decides which requests go where."""
+    """Everything that determines the requests and where they are sent."""
     a: SavedRun
     b: SavedRun
     source: str
@@ -144,7 +144,7 @@ class Judgement:
                 for first, texts in (("A", (pair.a, pair.b)), ("B", (pair.b, pair.a)))]
 
     def _request(self, prompt: str, first: str, second: str) -> bytes:
-        # in JSON no text can pretend to end and to be followed by instructions
+        # inside JSON, a text cannot pretend to end and be followed by instructions
         shown = json.dumps({"beginning": prompt, "A": first, "B": second}, ensure_ascii=False, indent=1)
         messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": shown}]
         return json.dumps({"model": self.model, "messages": messages, "temperature": 0,
@@ -152,7 +152,7 @@ class Judgement:
 
     @cached_property
     def mean_lengths(self) -> tuple[float, float]:
-        """Characters in a text of A and of B; with another tokenizer, as many tokens are longer."""
+        """Mean characters per text of A and of B; they may differ at equal token counts."""
         return fmean(len(pair.a) for pair in self.pairs), fmean(len(pair.b) for pair in self.pairs)
 
     @cached_property
@@ -161,30 +161,30 @@ class Judgement:
                               ).hexdigest()
 
     def name(self, other: SavedRun) -> str:
-        """Of the files in a run's folder, where it is judged beside the other one."""
+        """Name, without extension, of the files in a run's folder for the judgement against `other`."""
         return f"judge_{re.sub(r'[^A-Za-z0-9_.-]+', '-', other.name)}_{self.sha256[:8]}"
 
     @property
     def path(self) -> Path:
-        """Of the answers."""
+        """The file of the answers, in A's folder."""
         return self.a.folder / f"{self.name(self.b)}.jsonl"
 
     def heading(self) -> dict:
-        """The first line of the answers."""
+        """The first line of the answers' file."""
         return {"format": "benchtop judgement 1", "sha256": self.sha256, "A": self.a.name, "B": self.b.name,
                 "texts": self.source, "url": self.url, "model": self.model, "max_tokens": self.max_tokens,
                 "instructions": INSTRUCTIONS}
 
 
 # ------------------------------------------------------------------------------------------------
-# The answers: each is written as it comes, and none is asked for twice.
+# The answers: each is written as soon as it arrives, and no verdict is asked for twice.
 # ------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[BinaryIO]:
-    """The file of answers, open to add some, and held against another process that would pay for the same.
+    """The answers' file, open for appending and locked, so that no other process pays for the same answers.
 
-    Where none came, it is removed.
+    It is removed if it is still empty at the end.
     """
     with open(path, "ab") as file:
         try:
@@ -202,7 +202,7 @@ def held(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_answers(judgement: Judgement, file: BinaryIO | None) -> dict[tuple[int, str], Answer]:
-    """The answers that are there, by number and order; half a line at the end is cut off the open file.
+    """The stored answers by number and order; an incomplete last line is cut off if `file` is open.
 
     raises  UserError if the file is damaged
     """
@@ -235,7 +235,7 @@ def add_line(file: BinaryIO, content: dict) -> None:
 
 @dataclass(frozen=True)
 class Tally:
-    """Prompts that run A won, lost or shared, that the order decided (they count as ties), or nothing did."""
+    """Numbers of prompts; `ties` include the order_decided ones, on which the two orders disagree."""
     wins: int
     losses: int
     ties: int
@@ -251,8 +251,8 @@ class Tally:
         return (self.wins + self.ties / 2) / self.judged
 
     def interval(self) -> tuple[float, float]:
-        """Of 95 %, over prompts: Wilson's, as if each prompt had a winner. Ties scatter less, so with many of
-        them it is wider than it need be.
+        """95 % Wilson interval of win_rate over prompts, as if each had a winner. Ties vary less, so with
+        many of them the interval is wider than necessary.
 
         source  Wilson 1927, J. Am. Stat. Assoc. 22, 209
         """
@@ -263,7 +263,7 @@ class Tally:
 
 
 def tally(answers: dict[tuple[int, str], Answer]) -> Tally:
-    """What both orders of each prompt come to."""
+    """Count the prompts by their answers in both orders."""
     counts: Counter[str] = Counter()
     for number in {number for number, _ in answers}:
         one, other = (answers[number, first].preferred for first in "AB")
@@ -276,7 +276,7 @@ def tally(answers: dict[tuple[int, str], Answer]) -> Tally:
 
 
 def write_results(judgement: Judgement, found: Tally, answers: list[Answer], used: dict) -> list[Path]:
-    """The result, in the folder of each run as that one sees it.
+    """Write the result into both runs' folders, each from that run's point of view; returns the paths.
 
     used  requests, tokens and dollars
     """
@@ -285,7 +285,7 @@ def write_results(judgement: Judgement, found: Tally, answers: list[Answer], use
     common = {
         "prompts": len(judgement.pairs),
         "prompts_sha256": hashlib.sha256(prompts.encode(errors="surrogatepass")).hexdigest(),
-        # A is what is shown first, so a judge without a liking for a place says A and B as often
+        # A is the text shown first, so a judge without position bias says A and B equally often
         "said": {word: said[word] for word in ("A", "B", "tie", "nonsense")},
         "answered_by": sorted({answer.model for answer in answers}), **used, "judge": judgement.heading()}
     paths = []
@@ -321,7 +321,7 @@ def cost_in_words(dollars: float) -> str:
 
 
 def dollars_of(prices: tuple[float, float], tokens_in: int, tokens_out: int) -> float:
-    """What tokens cost at prices for a million of them."""
+    """Cost of tokens, at prices per million input and output tokens."""
     return (prices[0] * tokens_in + prices[1] * tokens_out) / 1e6
 
 

@@ -1,4 +1,4 @@
-"""Knobs: a frozen dataclass as command-line flags, and the knobs of every run.
+"""Knobs: a frozen dataclass read as command-line flags, and the knobs that every run has.
 
 A field is a flag, the comment behind it is its help, a comment on a line of its own is a heading:
 
@@ -8,8 +8,8 @@ A field is a flag, the comment behind it is its help, a comment on a line of its
         num_layers: int = 6           # transformer layers
         bias: bool = True             # --no_bias switches it off
 
-RunConfig has the knobs of the run, the data and the machine. An experiment's Config inherits from it, adds
-the knobs of its model and optimizer, and has the budget (seq_len, batch_tokens, num_steps, ...).
+RunConfig has the knobs of the run, the data and the machine. An experiment's Config inherits from it and adds
+the knobs of its model, its optimizer and its budget (seq_len, batch_tokens, num_steps, ...).
 """
 
 import argparse
@@ -44,27 +44,27 @@ FIRST = ("preset", "data", "model_name", "seed", "num_layers", "model_dim", "tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the bench reads of a run's knobs; the comment behind a field is its help."""
+    """The knobs that the bench reads; the comment behind a field is its help."""
     # the run
     model_name: str = "gpt"           # last part of the run folder's name
     preset: str = ""                  # a named set of knobs; explicit flags override it
     seed: int = 0                     # seed of the weights, the order of the data and the samples
-    check: bool = False               # only print what the run would do, and whether it can
-    smoke: bool = False               # only test this script for some seconds on tiny random data
-    sample: str = ""                  # folder of a run with --save_model: only write text with its weights
+    check: bool = False               # only print what the run would do and whether it can start
+    smoke: bool = False               # only test this script for a few seconds on tiny random data
+    sample: str = ""                  # folder of a run with --save_model: only generate text from its weights
     prompt: str = ""                  # prompt for --sample; without one, prompts are read from the terminal
     # the data
-    data: str = ""                    # folder in data/; empty: the only one there is (for the tokenizer)
+    data: str = ""                    # folder in data/; empty: the only one (that uses --tokenizer)
     tokenizer: str = ""               # folder in tokenizers/; empty: the one the data was made with
-    vocab_size: int = 0               # 0: the tokenizer's; any other number must be the tokenizer's
+    vocab_size: int = 0               # 0: the tokenizer's; any other number must equal it
     # stopping and resuming
-    resume: str = ""                  # folder of a run to resume; auto: the newest unfinished one of the name
+    resume: str = ""                  # folder of a run to resume; auto: newest unfinished one of --model_name
     resume_changed: bool = False      # resume although code, data or knobs have changed since the run began
-    save_every_steps: int = 0         # steps between checkpoints; 0: by minutes, and when stopped by a signal
-    save_every_minutes: float = 10    # minutes between checkpoints; 0: by steps only
+    save_every_steps: int = 0         # steps between checkpoints; 0: only by time, validation and stop signal
+    save_every_minutes: float = 10    # minutes between checkpoints; 0: none by time
     # watching the run
     log_every: int = 10               # steps between rows of metrics.csv
-    val_every: int = 0                # steps between validations; 0: ten over the run
+    val_every: int = 0                # steps between validations; 0: ten per run
     val_tokens: int = 0               # held-out tokens to validate on; 0: all
     held_out: str = "val"             # split to validate on; test is for trial.py --confirm alone
     benchmarks: str = "hellaswag"     # to score if downloaded: hellaswag, arc_easy, piqa, lambada; or all
@@ -74,21 +74,21 @@ class RunConfig:
     temperature: float = 0.8          # sampling temperature; 0 takes the likeliest token
     top_k: int = 50                   # sample from this many of the likeliest tokens; 0: from all
     save_model: bool = False          # keep the weights as model.safetensors
-    compare_to: str = ""              # folder or glob of runs to compare with, in their standard deviations
+    compare_to: str = ""              # folder or glob of runs; report the distance in standard deviations
     wandb: str = ""                   # project of Weights & Biases to log to; WANDB_MODE=offline works
     trackio: str = ""                 # project of Trackio to log to, on this machine
     tensorboard: bool = False         # write event files for TensorBoard into the run folder
     gpu_cost_per_hour: float = 0      # price of all GPUs (or the box) per hour, for the cost in summary.json
     # the machine
-    device: str = "auto"              # cpu, cuda, mps, xpu, or auto: a GPU that torch can use, or the cpu
-    dtype: str = "auto"               # bfloat16, float16, float32, or auto: what is native to the hardware
+    device: str = "auto"              # cpu, cuda, mps, xpu, or auto: a GPU that torch can use, else the cpu
+    dtype: str = "auto"               # bfloat16, float16, float32, or auto: what the hardware does natively
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
-    micro_batch_tokens: int = 0       # most tokens a process takes at once; 0: as many as fit into memory
-    peak_tflops: float = 0            # of one device, for the MFU; 0: from a table, or no MFU if not listed
-    by_speed: bool = False            # choose what is 0 of size, batch and val_tokens by measured_tflops
-    measured_tflops: float = 0        # of all devices in large products; 0: measured first, for --by_speed
-    deterministic: bool = False       # only kernels that repeat to the bit, as on CPUs; slower on a GPU
-    timeout_seconds: float = 600      # give up on another process that is silent for so long
+    micro_batch_tokens: int = 0       # most tokens per process and forward pass; 0: as many as memory allows
+    peak_tflops: float = 0            # peak of one device, for the MFU; 0: from a table (no MFU if unlisted)
+    by_speed: bool = False            # choose size, batch and val_tokens, where 0, by measured_tflops
+    measured_tflops: float = 0        # speed of all devices in large products, for --by_speed; 0: measure it
+    deterministic: bool = False       # only bit-reproducible kernels, as on CPUs; slower on a GPU
+    timeout_seconds: float = 600      # exit if another process is silent for this long
 
     def __post_init__(self) -> None:
         kinds = typing.get_type_hints(type(self))
@@ -128,14 +128,14 @@ class RunConfig:
             self.require(knob, 0 <= getattr(self, knob) <= 1, "between 0 and 1")
 
     def fill(self, **values) -> None:
-        """Set knobs that are 0 to what a rule says; only while the Config is being made."""
+        """Set those of these knobs that are 0 to the given values; only while the Config is being made."""
         for knob, value in values.items():
             if not getattr(self, knob):
                 object.__setattr__(self, knob, value)
 
     @classmethod
     def presets(cls) -> dict[str, dict]:
-        """The knobs that each --preset sets; an experiment has its own."""
+        """The knobs that each --preset sets; an experiment overrides this."""
         return {}
 
     @classmethod
@@ -144,19 +144,19 @@ class RunConfig:
 
     @classmethod
     def preset_knobs(cls, preset: str) -> dict:
-        """The knobs that a preset sets, of those that this Config has."""
+        """The knobs that a preset sets, as far as this Config has them."""
         return {knob: value for knob, value in cls.presets().get(preset, {}).items() if knob in cls.names()}
 
     def with_size(self) -> "RunConfig":
-        """The Config with the size that --by_speed leaves to measured_tflops; an experiment has the rule."""
+        """The Config with the size that --by_speed derives from measured_tflops; an experiment's own rule."""
         return self
 
     def with_budget(self, epoch_tokens: int) -> "RunConfig":
-        """The Config with the budget that this much data allows; an experiment has the rule."""
+        """The Config with the budget for epochs of this many tokens; an experiment's own rule."""
         return self
 
     def require_vocabulary(self, tokenizer: str, size: int) -> None:
-        """raises  UserError if the preset or --vocab_size asks for a vocabulary that the tokenizer has not"""
+        """raises  UserError if the preset or --vocab_size asks for a size other than the tokenizer's"""
         if self.vocab_size in (0, size):
             return
         if self.preset and self.preset_knobs(self.preset).get("vocab_size") == self.vocab_size:
@@ -167,15 +167,15 @@ class RunConfig:
                         f"{self.vocab_size}")
 
     def require_machine(self, device: "torch.device", dtype: "torch.dtype") -> None:
-        """raises  UserError if to train by these knobs needs another machine; an experiment's own check"""
+        """raises  UserError if this machine cannot train with these knobs; an experiment's own check"""
 
     def remarks(self) -> list[str]:
-        """What the log should say of the knobs."""
+        """Lines for the log about the knobs."""
         return []
 
     @property
     def padded_vocab_size(self) -> int:
-        """The head has some more columns, which are never predicted: products of round sizes are faster."""
+        """Columns of the head: a multiple of 64, for faster products; extra columns are never predicted."""
         return 64 * math.ceil(self.vocab_size / 64)
 
     @property
@@ -188,20 +188,20 @@ class RunConfig:
 # ------------------------------------------------------------------------------------------------
 
 def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
-    """Defaults, then the preset's knobs, then the flags.
+    """The Config from defaults, overridden by the preset, overridden by the flags.
 
-    With --sample or --resume, the knobs of that run stand in the preset's place.
+    With --sample or --resume, the knobs of that run replace the defaults.
     """
     flags = vars(parser_of(config).parse_args(argv))
     if flags.get("train_tokens") and flags.get("num_steps"):
         raise UserError(f"--train_tokens {flags['train_tokens']} and --num_steps {flags['num_steps']} "
                         "are two budgets; give one of them")
-    # --train_tokens replaces the steps and the batch of a preset or of the run that is resumed, but no flags
+    # --train_tokens overrides num_steps and batch_tokens of a preset or of the resumed run, but not as flags
     dropped = {"num_steps", "batch_tokens"} - {*flags} if "train_tokens" in flags else set()
     preset = config.preset_knobs(flags.get("preset", ""))
     knobs = {knob: value for knob, value in preset.items() if knob not in dropped} | flags
     if "sample" in knobs:
-        # of the run's own knobs those count that its weights need; a CPU decodes fastest in float32
+        # the run's own values of these knobs are not needed for its weights; CPUs decode fastest in float32
         folder = Path(knobs["sample"])
         require_script(folder, script_of(config).name)
         own = known_knobs(folder, config)
@@ -217,17 +217,17 @@ def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
 
 
 def script_of(config: type[RunConfig]) -> Path:
-    """The script whose Config this is."""
+    """The script that defines this Config."""
     return Path(sys.modules[config.__module__].__file__)
 
 
 def known_knobs(folder: Path, config: type[RunConfig]) -> dict:
-    """The knobs of a run that its Config still has."""
+    """The saved knobs of a run, as far as this Config still has them."""
     return {knob: value for knob, value in saved_knobs(folder).items() if knob in config.names()}
 
 
 def parser_of(config: type[RunConfig]) -> argparse.ArgumentParser:
-    """A flag for each field of a Config, under the headings of its source; the experiment's come first."""
+    """A parser with a flag for each field, under the headings of the source; the experiment's come first."""
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=31, width=110)
     parser = Parser("Train a model. Each flag is a field of Config in the script, with its default in [].",
@@ -258,9 +258,9 @@ class Switch(argparse.Action):
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type, text: str,
              ) -> argparse.Action:
-    """Let argparse read a field; how to switch it off is shown where it is on.
+    """Add the flag of a field; --help shows --no_X only for switches that are on by default.
 
-    raises  UserError if it is of no kind that a flag can have
+    raises  UserError if the field is not int, float, str or bool
     """
     name, common = f"--{field.name}", {"dest": field.name, "default": argparse.SUPPRESS}
     if kind is bool:
@@ -279,13 +279,13 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: typ
 
 @functools.cache
 def comments_of(config: type[RunConfig]) -> tuple[dict[str, str], dict[str, str]]:
-    """The heading over each field in the source of its class, and the comment behind it, if any."""
+    """The heading above each field in the source of its class, and the comment behind it, if any."""
     headings, helps = {}, {}
     for part in reversed(config.__mro__):
         if not dataclasses.is_dataclass(part):
             continue
         source = ""
-        with contextlib.suppress(OSError, TypeError):       # its file is gone: flags without help
+        with contextlib.suppress(OSError, TypeError):       # no source file: flags without help
             source = textwrap.dedent(inspect.getsource(part))
         heading, field = "", ""
         for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -1,7 +1,7 @@
-"""torchrun without its own report: python -m benchtop.launch --standalone --nproc_per_node=8 train_gpt.py
+"""torchrun without its error report: python -m benchtop.launch --standalone --nproc_per_node=8 train_gpt.py
 
-It takes torchrun's flags and is torchrun, but for what it says when a process fails. The process itself has
-said why, in one line or with its traceback; torchrun would add a page in which that line is lost.
+It is torchrun, with the same flags, but prints less when a process fails. The failed process has already
+printed the reason, as one line or a traceback; torchrun would bury it under a page of its own.
 """
 
 import logging
@@ -14,8 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    """Exit status: of the process that failed first; 128 and the signal's number if one ended it."""
-    logging.disable(logging.ERROR)      # which process ends and how many threads each has
+    """Exit with the status of the first process that failed; 128 + signal number if a signal ended it."""
+    logging.disable(logging.ERROR)      # hides messages about ending processes and thread counts
     try:
         run.run(run.parse_args(sys.argv[1:]))
     except SignalException as told:

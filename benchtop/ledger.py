@@ -1,6 +1,6 @@
-"""experiments/ledger.tsv: one line for each idea that was ever tried, whatever became of it.
+"""experiments/ledger.tsv: one line for each idea that was ever tried, whatever the outcome.
 
-Lines are only ever added. Columns that a later version adds come last; a reader takes what it knows.
+Lines are only appended. New columns of later versions come last, and readers ignore columns they do not know.
 """
 
 import csv
@@ -23,16 +23,16 @@ VERDICTS = (KEEP, DISCARD, UNDECIDED, *FAILURES, CONFIRMED, NOT_CONFIRMED)
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the ledger. Numbers are empty where nothing was measured.
+    """A line of the ledger. Numbers are None where nothing was measured.
 
-    time                  UTC, as 2026-11-26T22:40:00Z, when the verdict was reached
-    change                the first 12 letters of the SHA-256 of the idea's patch and flags
-    baseline, value       means of the metric over the pairs
-    gain, low, high       of the idea over the baseline, larger is better, with its interval
-    runs                  of the idea; tokens and seconds are theirs together, memory_mib the largest
-    split                 held-out text that was looked at: val, or test where it was confirmed
-    flags, shared_flags   the idea's own, and those of all runs of the trial
-    baseline_key          of the runs that it was compared with (benchtop/ideas.py)
+    time                  UTC, as 2026-11-26T22:40:00Z, when the trial finished
+    change                first 12 hex digits of the SHA-256 of the idea's patch and flags
+    baseline, value       means of the metric over the pairs, of the baseline and of the idea
+    gain, low, high       the idea's gain over the baseline (larger is better), with its interval
+    runs                  number of the idea's runs; tokens and seconds are totals, memory_mib the maximum
+    split                 held-out text used: val, or test for a confirmation
+    flags, shared_flags   the idea's own flags, and those of all runs of the trial
+    baseline_key          key of the baseline's runs (benchtop/ideas.py)
     """
     time: str
     trial: str
@@ -66,7 +66,7 @@ def now() -> str:
 
 
 def add(entry: Entry) -> None:
-    """Append a line, in one write that reaches the disk; the file begins with the names of the columns."""
+    """Append a line, under a lock, and sync it to disk; a new file starts with the column names."""
     file = path()
     file.parent.mkdir(exist_ok=True)
     names = [field.name for field in fields(Entry)]
@@ -75,9 +75,9 @@ def add(entry: Entry) -> None:
         content = out.read().decode(errors="replace")
         if not content:
             out.write(("\t".join(names) + "\n").encode())
-        elif not content.endswith("\n"):       # half a line, of a disk that was full
+        elif not content.endswith("\n"):       # an incomplete line, left by a full disk
             out.write(b"\n")
-        # by the columns of the file, which an earlier version may have begun
+        # in the columns of the file, which an earlier version may have created
         columns = content.splitlines()[0].split("\t") if content else names
         line = [cell_of(getattr(entry, name, None)) for name in columns]
         out.write(("\t".join(line) + "\n").encode())
@@ -89,11 +89,11 @@ def cell_of(value: object) -> str:
     if value is None:
         return ""
     text = f"{value:.7g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split())       # a tab or a new line in a description would break the table
+    return " ".join(text.split())       # a tab or newline in a description would break the table
 
 
 def read() -> list[Entry]:
-    """All lines, oldest first; none where there is no ledger. One that is damaged is left out with a word.
+    """All entries, oldest first; none without a ledger. Damaged lines are skipped with a message.
 
     raises  UserError if the file cannot be read
     """
@@ -117,7 +117,7 @@ def entry_of(row: dict[str, str]) -> Entry:
     values = {}
     for field in fields(Entry):
         if field.default is not MISSING and not row.get(field.name):
-            continue        # a column that this file does not have
+            continue        # a column that this file lacks
         cell = row[field.name] or ""
         if field.type is str:
             values[field.name] = cell

@@ -1,4 +1,4 @@
-"""The ledger as a table for the terminal and as one page for any browser."""
+"""The ledger as a text table for the terminal and as one HTML page."""
 
 import io
 from html import escape
@@ -11,7 +11,7 @@ from benchtop.ledger import KEEP, NOT_CONFIRMED, Entry
 from benchtop.page import STYLE
 
 COLUMNS = ("when", "trial", "idea", "verdict", "gain", "interval", "runs", "tokens", "time", "description")
-TEXTS = ("idea", "verdict", "interval", "description", "trial", "when")    # left in their cells
+TEXTS = ("idea", "verdict", "interval", "description", "trial", "when")    # left-aligned
 MORE_STYLE = """
 td.description { white-space: normal; min-width: 14rem; }
 .text { text-align: left; }
@@ -39,8 +39,8 @@ def as_text(entries: list[Entry]) -> str:
 
 
 def page(entries: list[Entry]) -> str:
-    """The HTML of the page; it needs no other file and no network. What matters most comes first, for a
-    narrow screen."""
+    """The HTML of the page; it needs no other file and no network. The most important columns come first,
+    for narrow screens."""
     tried = [entry for entry in entries if entry.split == VAL]
     kept, looks = sum(entry.verdict == KEEP for entry in tried), len(entries) - len(tried)
     order = ("idea", "verdict", "gain", "interval", "description", "runs", "tokens", "time", "trial", "when")
@@ -72,7 +72,7 @@ def flags_of(entry: Entry) -> str:
 
 
 def patch_of(entry: Entry) -> str:
-    """What the idea changed in the script, to unfold; empty if it changed only flags."""
+    """The idea's patch as a collapsed block; empty if the idea changed only flags."""
     path = places.EXPERIMENTS / "trials" / entry.trial / f"{entry.idea}.diff"
     if not path.is_file():
         return ""
@@ -81,8 +81,8 @@ def patch_of(entry: Entry) -> str:
 
 
 def curve(entries: list[Entry]) -> str:
-    """The metric of each idea with its interval, and the best that was kept so far, as inline SVG; only what
-    shares metric, data and all other flags stands in one picture."""
+    """Inline SVG of each idea's metric with its interval, and of the best value kept so far; one figure for
+    each combination of metric, data and shared flags."""
     def kind(entry: Entry) -> tuple[str, str, str]:
         return entry.metric, entry.data, entry.shared_flags
     figures = []
@@ -98,7 +98,7 @@ def curve(entries: list[Entry]) -> str:
 
 
 def drawn(points: list[tuple[int, Entry]], metric: str, not_confirmed: set[str]) -> str:
-    """not_confirmed  changes that are not the best, whatever they seemed to be"""
+    """not_confirmed  changes that failed confirmation, so they never count as the best"""
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
     with pyplot.rc_context(FIGURE):
@@ -106,7 +106,7 @@ def drawn(points: list[tuple[int, Entry]], metric: str, not_confirmed: set[str])
         for is_kept, colour, label in ((False, "#999999", "not kept"), (True, "#0072B2", "kept")):
             chosen = [(number, entry) for number, entry in points if (entry.verdict == KEEP) == is_kept]
             if chosen:
-                # the interval is of the gain, so it is drawn around the baseline's mean
+                # the interval is that of the gain, subtracted from the baseline's mean
                 middle = [entry.baseline - entry.gain for _, entry in chosen]
                 below = [entry.high - entry.gain for _, entry in chosen]
                 above = [entry.gain - entry.low for _, entry in chosen]

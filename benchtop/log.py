@@ -1,4 +1,4 @@
-"""What a run says and writes while it goes on: the log, metrics.csv, the picture, summary.json."""
+"""What a run prints and writes: the log, metrics.csv, loss.png, checkpoints, summary.json."""
 
 import contextlib
 import dataclasses
@@ -27,21 +27,21 @@ from benchtop.trackers import Trackers, check_packages
 if TYPE_CHECKING:
     from torch import nn
 
-PICTURE_SECONDS = 10    # between drawings of loss.png while a run goes on
-RISE = 0.01             # of the held-out loss above its lowest, from which a run counts as over-fitting
+PICTURE_SECONDS = 10    # minimum between drawings of loss.png during a run
+RISE = 0.01             # relative rise of the held-out loss above its minimum that counts as over-fitting
 
 
 class RunLog:
-    """Writes all that made a result into experiments/DATE_TIME_NAME, and what one wants to see on screen.
+    """Write everything about a run into experiments/DATE_TIME_NAME, and its progress to the screen.
 
     cfg       the dataclass of all knobs
     columns   of metrics.csv
-    identity  what identity_of gives
-    active    False on processes other than the first: there every method does nothing
+    identity  the result of identity_of
+    active    False on processes other than the first, where every method does nothing
 
-    A resumed run (`saved` is its checkpoint, `text` its log) goes on in its folder: metrics.csv is cut back
-    to the checkpoint's step and the log says where it goes on. When it has saved something of its own, the
-    folder tells of the new knobs and code; those before stay beside them.
+    A resumed run (`saved` is its checkpoint, `text` its log) continues in its folder: metrics.csv is cut back
+    to the checkpoint's step. Once the session has saved something, its knobs and code are in the folder; the
+    earlier ones are kept beside them if they differ.
     """
 
     def __init__(self, cfg, columns: tuple[str, ...], identity: dict, tokenizer: Encoding, saved: dict | None,
@@ -51,25 +51,25 @@ class RunLog:
         self.saved_step = saved["step"] if saved else 0
         self.begun = time.perf_counter() - (saved["total_seconds"] if saved else 0)
         self.last_line = self.last_picture = time.perf_counter()
-        self.unheard = False    # whether the pipe that lines go to is closed
+        self.unheard = False    # whether stdout is a pipe that its reader has closed
         if not self.active:
             return
         check_packages(cfg)
         self.folder = Path(cfg.resume) if saved else new_folder(cfg.model_name)
         self.text = text or locked_log(self.folder)
-        # the bar is a picture of what the lines say, for a terminal; elsewhere the lines come sparsely
+        # a terminal shows a bar instead of most lines; elsewhere a line is printed now and then
         self.bar = tqdm(total=1.0, leave=False, disable=not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}% |{bar}| {desc}")
         self.sessions = [*(saved["sessions"] if saved else []), {
             "from_step": self.saved_step,
             **{fact: identity[fact] for fact in ("processes", "device", "code_sha256", "bench_sha256",
                                                  "command")}}]
-        # a run is known by the command that began it, also when it goes on by another
+        # a resumed run keeps the command that it began with
         self.identity = identity | ({"command": saved["identity"]["command"]} if saved else {})
         self.origin = Origin(cfg, identity, tokenizer)
         if not saved:
             self._write_origin()
-        (self.folder / "summary.json").unlink(missing_ok=True)      # of a run that failed and goes on
+        (self.folder / "summary.json").unlink(missing_ok=True)      # of a failed run that is resumed
         self._write("metrics.csv", "\n".join([",".join(columns), *map(self._csv_row, self.rows), ""]))
         self.csv = open(self.folder / "metrics.csv", "a", encoding="utf-8")  # noqa: SIM115
         self.trackers = Trackers(cfg, self.folder, self.saved_step)
@@ -81,7 +81,7 @@ class RunLog:
         write_text(self.folder / name, without_secrets(content))
 
     def say(self, line: str) -> None:
-        """A line for the log and the screen."""
+        """Write a line to the log and to the screen."""
         if self.active:
             self.note(line)
             self.bar.clear()
@@ -89,13 +89,13 @@ class RunLog:
             self.last_line = time.perf_counter()
 
     def note(self, line: str) -> None:
-        """A line for the log only."""
+        """Write a line to the log only."""
         if self.active:
             self.text.write(without_secrets(line) + "\n")
             self.text.flush()
 
     def row(self, values: dict, progress: float) -> None:
-        """A row of metrics.csv, and its line in the log; on screen as a bar, or now and then as a line."""
+        """Write a row of metrics.csv and a line of the log; on screen, update the bar or print some lines."""
         if not self.active:
             return
         self.rows.append(values)
@@ -113,11 +113,11 @@ class RunLog:
         self.bar.update(progress - self.bar.n)
 
     def _step(self, values: dict) -> str:
-        steps = str(self.cfg.num_steps or "")       # 0 where the clock alone ends the run
+        steps = str(self.cfg.num_steps or "")       # 0 if only the clock ends the run
         return f"step {values['step']:>{len(steps)}}" + f"/{steps}" * bool(steps)
 
     def _line(self, values: dict, seconds_left: float) -> str:
-        """What a row says to people."""
+        """A row of metrics.csv as a line for people."""
         parts = [self._step(values), f"train_loss {values['train_loss']:.4f}"]
         if "val_loss" in values:
             best = best_row(self.rows)
@@ -136,7 +136,7 @@ class RunLog:
         return ",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
 
     def picture(self, documents: int, bar: dict, at_end: bool = True) -> None:
-        """Draw loss.png; before the end only if the last drawing, which takes a moment, is some time ago."""
+        """Draw loss.png; before the end at most every PICTURE_SECONDS, since it takes a moment."""
         if self.active and (at_end or time.perf_counter() - self.last_picture > PICTURE_SECONDS):
             draw_loss(self.folder / "loss.png", self.rows, self.cfg.model_name, documents, bar)
             self.last_picture = time.perf_counter()
@@ -147,7 +147,7 @@ class RunLog:
             self._write("samples.jsonl", "".join(lines))
 
     def held_out(self, table: list[tuple]) -> None:
-        """held_out.csv: a line for each held-out document, as benchtop.evaluation.HeldOut.table has it."""
+        """Write held_out.csv: one line for each held-out document, from benchtop.evaluation.HeldOut.table."""
         if self.active:
             lines = [f"{number},{tokens},{num_bytes},{nats:.6f},{text_nats:.6f}"
                      for number, tokens, num_bytes, nats, text_nats in table]
@@ -158,7 +158,7 @@ class RunLog:
             write_items(self.folder, name, items)
 
     def weights(self, model: "nn.Module") -> dict[str, str]:
-        """Write model.safetensors; what the summary says of it."""
+        """Write model.safetensors; returns its facts for the summary."""
         if not self.active:
             return {}
         # a copy of each, since safetensors refuses tensors that share memory, as a tied head does
@@ -166,13 +166,13 @@ class RunLog:
         return {"weights_sha256": save_tensors(self.folder / "model.safetensors", tensors)}
 
     def no_weights(self, error: OSError) -> None:
-        """A full disk costs the file of the weights, and no result."""
+        """Warn that a full disk prevented model.safetensors; the results are not affected."""
         self.say(f"warning: no model.safetensors ({error.strerror}); checkpoints stay; to get it, "
                  f"make room, delete {os.path.relpath(self.folder)}/summary.json, and train the end again: "
                  + self.last_good())
 
     def summary(self, status: str, results: dict) -> dict:
-        """Write summary.json: the numbers that the run ends with, the best validation, and what made them."""
+        """Write summary.json: the run's final numbers, its best validation, and its identity."""
         if not self.active:
             return {}
         best = best_row(self.rows)
@@ -192,7 +192,7 @@ class RunLog:
         return results
 
     def checkpoint(self, state: dict) -> None:
-        """Save all that a run needs to go on; a full disk leaves the checkpoints that are there."""
+        """Save everything that a run needs to resume; on a full disk, the earlier checkpoints stay."""
         if not self.active:
             return
         state |= {"rows": self.rows, "sessions": self.sessions, "identity": self.identity,
@@ -205,7 +205,7 @@ class RunLog:
             self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
 
     def withdraw(self, step: int) -> None:
-        """The checkpoint of this step, if it was saved, is not good; the one before takes its place."""
+        """Discard the checkpoint of this step, if there is one; the previous one takes its place."""
         if self.active and self.saved_step == step:
             self.saved_step = withdraw_checkpoint(self.folder)
 
@@ -216,7 +216,7 @@ class RunLog:
                 + shlex.join([*program(), "--resume", os.path.relpath(self.folder)]))
 
     def keep_best(self, step: int) -> None:
-        """The checkpoint of this step, if it was saved, is the best so far."""
+        """Keep the checkpoint of this step, if there is one, as the best so far."""
         if self.active and self.saved_step == step:
             keep_best_checkpoint(self.folder)
 
@@ -243,7 +243,7 @@ def best_row(rows: list[dict]) -> dict | None:
 
 
 def rise_of_held_out_loss(rows: list[dict]) -> str:
-    """A warning where the last validation is more than 1 % above the best one; else nothing."""
+    """A warning if the last val_loss is more than 1 % above the best one; else an empty text."""
     best, last = best_row(rows), next((row for row in reversed(rows) if "val_loss" in row), None)
     if not best or last["val_loss"] <= (1 + RISE) * best["val_loss"]:
         return ""
@@ -252,8 +252,8 @@ def rise_of_held_out_loss(rows: list[dict]) -> str:
 
 
 def last_lines(summary: dict) -> list[str]:
-    """The end of a run for programs: a line of dashes, then a number a line; mfu_percent only where known,
-    val_bpb_by_source, as JSON, only of a mixture.
+    """The end of a run's output, for programs: a line of dashes, then one number per line; mfu_percent only
+    if known, val_bpb_by_source (JSON) only for a mixture.
 
         ---
         val_bpb: 0.871953
@@ -277,5 +277,5 @@ def last_lines(summary: dict) -> list[str]:
 
 
 def rounded(numbers: dict[str, float]) -> str:
-    """Numbers by their names, as one line of JSON."""
+    """Numbers by name, as one line of JSON."""
     return json.dumps({name: round(number, 6) for name, number in numbers.items()})

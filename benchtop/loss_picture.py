@@ -1,4 +1,4 @@
-"""loss.png: the losses of one run, drawn while it goes on and at its end."""
+"""loss.png: the loss curves of one run, drawn during the run and at its end."""
 
 import math
 from pathlib import Path
@@ -19,11 +19,11 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
 
 
 def draw_loss(path: Path, rows: list[dict], title: str, documents: int, bar: dict) -> None:
-    """Losses in nats per token on the left, bits per byte of the held-out text on the right, over tokens.
+    """Draw losses in nats per token (left) and bits per byte of the held-out text (right), over tokens.
 
     rows       of metrics.csv; without val_loss where there was no validation; only finite losses are drawn
-    documents  that are held out
-    bar        xz_bpb and xz_training_bytes of a summary: what xz needs for the held-out text, if it is known
+    documents  number of held-out documents
+    bar        xz_bpb and xz_training_bytes of a summary: what xz needs for the held-out text, if known
     """
     from matplotlib import rc_context
     with rc_context(STYLE):
@@ -68,7 +68,7 @@ def loss_figure(rows: list[dict], title: str, documents: int, bar: dict) -> "Fig
 
 
 def draw(axes: "Axes", rows: list[dict], column: str, label: str, **style) -> list[dict]:
-    """A column over tokens, as far as it is finite; returns the rows that are drawn."""
+    """Plot a column's finite values over tokens; returns the rows that are drawn."""
     shown = [row for row in rows if math.isfinite(row[column])]
     axes.plot([row["tokens"] / 1e6 for row in shown], [row[column] for row in shown], label=label, **style)
     return shown

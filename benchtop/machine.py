@@ -1,7 +1,7 @@
 """The machine and its processes: device, dtype, kernels that work here, memory as the system counts it.
 
-The one module that names torch.distributed's tensors and torch's modules of devices; choices are made here
-and their reasons said.
+Only this module calls collectives on tensors and torch.get_device_module. It chooses device, dtype and
+kernels, and gives a reason for each choice.
 """
 
 import contextlib
@@ -33,23 +33,23 @@ from benchtop.gpus import ACCELERATORS, peak_tflops
 from benchtop.host import available_cores
 from benchtop.processes import Processes
 
-BUCKET_BYTES = 2**25        # of tensors that NCCL exchanges in one call
-NCCL_GRACE_SECONDS = 60     # behind the time limit, until NCCL itself ends a process that lost another one
-# of FlexAttention: its own, and smaller ones, in the backward pass or in both
+BUCKET_BYTES = 2**25        # tensors are gathered up to this size for one NCCL call
+NCCL_GRACE_SECONDS = 60     # after --timeout_seconds, until NCCL itself aborts a process that lost another
+# FlexAttention's tile sizes: its defaults; smaller in the backward pass; smaller in both passes
 TILES = ({}, {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32},
          {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32})
-# the first of them to try by compute capability: with its own, these GPUs spill 400 to 530 bytes a thread of
-# heads 128 wide, or have not enough shared memory (what Triton compiles; none of them has run it)
+# which of TILES to try first, by compute capability: with the defaults and heads of 128, these GPUs spill 400
+# to 530 bytes per thread or lack shared memory (according to Triton's compiler; not run on any of them)
 FIRST_TILES = {(8, 0): 1, (8, 6): 2, (8, 9): 2, (12, 0): 2, (12, 1): 2}
-PR_SET_PDEATHSIG = 1        # of linux/prctl.h
-MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"     # what torch 2.10 compiles wrongly; 0 is off
+PR_SET_PDEATHSIG = 1        # from linux/prctl.h
+MIX_ORDER = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"     # torch 2.10 miscompiles these; 0: off
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed, instead of getting them anew from the system page by page:
-    a step allocates the same ones again. It saves a tenth of the time on two cores."""
-    top_pad, trim_threshold, mmap_max = -2, -1, -4      # of malloc.h
-    with contextlib.suppress(AttributeError):           # other systems' libraries have no such call
+    """Let glibc keep large freed blocks instead of returning them to the system: each step allocates the same
+    sizes again, and new pages are slow to get. This saves 10 % of the time on two cores."""
+    top_pad, trim_threshold, mmap_max = -2, -1, -4      # from malloc.h
+    with contextlib.suppress(AttributeError):           # the C libraries of other systems have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
@@ -57,16 +57,16 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Give what keep_freed_memory kept back to the system."""
+    """Return to the system the free memory that keep_freed_memory holds."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_kernels_by_cpu() -> None:
-    """Let torch.compile keep its kernels apart by what the CPU can do.
+    """Give torch.compile a separate kernel cache for each CPU capability.
 
-    torch 2.13 has one folder for all: a process that may use AVX2 alone and one that has AVX-512 find each
-    other's kernels there, and crash with a damaged heap.
+    torch 2.13 has one cache folder for all: a process limited to AVX2 and one with AVX-512 would load each
+    other's kernels from it and crash with a corrupted heap.
     """
     capability = re.sub(r"\W+", "_", torch.backends.cpu.get_cpu_capability().lower())
     folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{capability}"
@@ -74,23 +74,23 @@ def keep_kernels_by_cpu() -> None:
 
 
 def set_up_torch() -> None:
-    """What torch reads when a device, its memory or the compiler starts; the user's own settings win."""
+    """Set variables that torch reads when the allocator or compiler starts; the user's own settings win."""
     keep_kernels_by_cpu()
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & {*os.environ}:
-        # blocks of many sizes share what was reserved, so that less of it lies idle
+        # blocks of different sizes share reserved memory, so that less of it lies idle
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if has_wrong_reductions():
         os.environ.setdefault(MIX_ORDER, "0")
 
 
 def has_wrong_reductions() -> bool:
-    """Whether this torch compiles some gradients wrongly by default (pytorch#190796, #193061): it fuses
-    reductions of two orders, of a norm's input and of its weight, say, into one kernel."""
+    """Whether this torch miscompiles some gradients by default (pytorch#190796, #193061): it fuses reductions
+    over different dimensions, such as those of a norm's input and of its weight, into one kernel."""
     return str(torch.__version__).startswith("2.10.")
 
 
 class World(Processes):
-    """One process with its device, or as many as torchrun started; alone, methods change nothing."""
+    """A process and its device, alone or one of several under torchrun; alone, collectives do nothing."""
 
     advice = "start again with --resume auto"
 
@@ -110,9 +110,9 @@ class World(Processes):
             threads = torch.get_num_threads() if self.size == 1 else available_cores() // self.local_size
             torch.set_num_threads(max(1, threads))
             keep_freed_memory()
-            give_back_memory()      # of a run before this one, so that it is not counted
+            give_back_memory()      # of an earlier run in this process, so that it is not counted
         if self.size > 1:
-            with contextlib.suppress(AttributeError):   # Linux stops us if torchrun is killed, others do not
+            with contextlib.suppress(AttributeError):   # Linux only: stop this process if torchrun is killed
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             seconds = cfg.timeout_seconds + NCCL_GRACE_SECONDS * (self.backend == "nccl")
             self.connect(backend=self.backend, device_id=None if self.backend == "gloo" else self.device,
@@ -122,13 +122,13 @@ class World(Processes):
 
     @property
     def backend(self) -> str:
-        """What exchanges tensors of this device."""
+        """The torch.distributed backend for tensors on this device."""
         own = {"cuda": "nccl", "xpu": "xccl"}.get(self.device.type, "gloo")
         return own if dist.is_backend_available(own) else "gloo"
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor, in place."""
-        if self.size > 1 and tensor.device.type != self.device.type:    # float64, where the device has none
+        """Sum a tensor over all processes, in place."""
+        if self.size > 1 and tensor.device.type != self.device.type:    # float64, if the device has none
             tensor.copy_(sum(self.gather(tensor)))
         elif self.size > 1:
             with self.contact():
@@ -136,15 +136,15 @@ class World(Processes):
         return tensor
 
     def begin_sum(self, tensor: Tensor, owner: int) -> None:
-        """Begin to add up every process's tensor on the owner, in place; done after wait()."""
+        """Start to sum every process's tensor on the owner, in place; complete after wait()."""
         self._begin(dist.reduce, tensor, dst=owner)
 
     def begin_copy(self, tensor: Tensor, owner: int) -> None:
-        """Begin to give every process the owner's tensor, in place; done after wait()."""
+        """Start to broadcast the owner's tensor to every process, in place; complete after wait()."""
         self._begin(dist.broadcast, tensor, src=owner)
 
     def _begin(self, collective: Callable, tensor: Tensor, **owner: int) -> None:
-        """NCCL takes some 30 microseconds a call, so it gets several tensors at once."""
+        """Start a collective. NCCL gets several in one call, since a call takes about 30 microseconds."""
         if self.size == 1:
             return
         self._gathering.append((collective, tensor, owner))
@@ -163,7 +163,7 @@ class World(Processes):
                 self._pending.append(together)
 
     def wait(self) -> None:
-        """Wait for all that was begun."""
+        """Wait for all collectives that were started."""
         self._launch()
         with self.contact():
             for work in self._pending:
@@ -171,7 +171,7 @@ class World(Processes):
         self._pending.clear()
 
     def share_weights(self, model: nn.Module) -> None:
-        """Give every process the weights of the first."""
+        """Copy the first process's weights to all others."""
         for parameter in model.parameters():
             self.begin_copy(parameter.detach(), 0)
         self.wait()
@@ -180,44 +180,44 @@ class World(Processes):
 
     @property
     def module(self) -> ModuleType:
-        """torch.cuda, torch.mps, torch.xpu or torch.cpu: alike, but none has all that another has."""
+        """torch.cuda, torch.mps, torch.xpu or torch.cpu; they overlap, but each lacks some functions."""
         return torch.get_device_module(self.device)
 
     def use_device(self) -> None:
-        """Let the calling thread work on the device of this process; each thread begins on the first one."""
+        """Select this process's device in the calling thread; every new thread starts on device 0."""
         if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index or 0)
 
     @property
     def queues(self) -> bool:
-        """Whether copies to and from the device may be under way while Python goes on. Only CUDA is known to
-        keep what they read, and to have marks that say when they are done."""
+        """Whether copies to and from the device are asynchronous. Only CUDA is known to keep their source
+        alive, and to have events that tell when they are done."""
         return self.device.type == "cuda"
 
     @property
     def reports_behind(self) -> int:
-        """How many steps may be queued before what they found is read: a GPU need not wait for Python. The
-        gradients of float16 have to be looked at before they are used."""
+        """How many steps may be queued before their reports are read, so that a GPU need not wait for Python.
+        0 for float16, whose gradients must be checked for overflow before they are used."""
         return int(self.queues and self.dtype != torch.float16)
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """A tensor in memory that the device can read while Python goes on."""
+        """A tensor in memory that the device can read asynchronously."""
         return tensor.pin_memory() if self.queues else tensor
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A copy on the device; one of a pinned tensor is on its way."""
+        """A copy on the device; asynchronous if the tensor is pinned."""
         return tensor.to(self.device, non_blocking=self.queues)
 
     def sent(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor of the CPU, on its way to the device."""
+        """Copy a CPU tensor to the device, asynchronously where possible."""
         return self.to_device(self.pinned(tensor))
 
     def fetch(self, tensor: Tensor) -> tuple[Tensor, torch.Event | None]:
-        """A copy of a tensor on the CPU, on its way, and the mark to wait_for before the copy is read."""
+        """Start to copy a tensor to the CPU; returns the copy and the mark to wait_for before reading it."""
         return tensor.to("cpu", non_blocking=self.queues), self.mark()
 
     def mark(self) -> torch.Event | None:
-        """A mark behind all that the device was told; None where copies are waited for anyway."""
+        """An event after all work queued on the device so far; None where copies are synchronous."""
         if not self.queues:
             return None
         mark = self.module.Event()
@@ -225,10 +225,10 @@ class World(Processes):
         return mark
 
     def wait_for(self, mark: torch.Event | None) -> None:
-        """Wait until the device has come to a mark.
+        """Wait until the device has reached a mark.
 
-        With several processes not for ever: NCCL waits for a lost one on the device, where Python hears of
-        nothing, and ends the process in the end with a report of its own.
+        With several processes, give up after timeout_seconds: NCCL waits for a lost process on the device,
+        where Python does not notice, and finally aborts this process with a report of its own.
         """
         if mark is None:
             return
@@ -242,20 +242,20 @@ class World(Processes):
             time.sleep(0.0002)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was told, so that a clock may be read."""
+        """Wait until the device has finished all queued work, so that a clock may be read."""
         if self.queues:
             self.wait_for(self.mark())
         else:
             self.module.synchronize()
 
     def forget_kernels(self) -> None:
-        """Forget what was compiled: torch compiles a function for eight sizes, and for no more."""
+        """Forget all compiled code, since torch compiles a function for at most eight sizes."""
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
 
     @functools.cached_property
     def float64_device(self) -> torch.device:
-        """Where sums in float64 are made: on the device, or on the CPU where it has none, as Apple's."""
+        """The device for float64 sums: this one, or the CPU if it has no float64 (Apple GPUs)."""
         try:
             torch.ones(2, dtype=torch.float64, device=self.device).sum()
             return self.device
@@ -263,12 +263,12 @@ class World(Processes):
             return torch.device("cpu")
 
     def random_state(self) -> dict[str, Tensor]:
-        """The states of this process's generators, on the CPU and on its device."""
+        """The states of this process's random generators, for the CPU and for its device."""
         state = {"cpu": torch.get_rng_state()}
         return state if self.device.type == "cpu" else state | {self.device.type: self.module.get_rng_state()}
 
     def set_random_state(self, state: dict[str, Tensor]) -> None:
-        """Go on with these states; one of another kind of device is left out."""
+        """Restore the states of random generators; a state of another kind of device is ignored."""
         torch.set_rng_state(state["cpu"])
         if self.device.type != "cpu" and self.device.type in state:
             self.module.set_rng_state(state[self.device.type])
@@ -277,7 +277,7 @@ class World(Processes):
 
     @contextlib.contextmanager
     def memory_of(self, phase: str) -> Iterator[None]:
-        """Count memory for `phase`, and no more for the phase around it."""
+        """Attribute the peak memory of this block to `phase`, not to the phase around it."""
         around, self.phase = self.phase, self._close_phase(phase)
         yield
         self.phase = self._close_phase(around)
@@ -286,19 +286,19 @@ class World(Processes):
         self.peaks[self.phase] = self.peak_memory_mib(self.phase)
         if self.device.type == "cpu":
             give_back_memory()
-            with contextlib.suppress(OSError):      # where it cannot be reset, the peak is the process's
+            with contextlib.suppress(OSError):      # no reset: the peak is that of the whole process
                 Path("/proc/self/clear_refs").write_text("5")
         else:
             getattr(self.module, "reset_peak_memory_stats", self.empty_cache)()
         return following
 
     def peak_memory_mib(self, phase: str = "training") -> float:
-        """Peak memory of this process in a phase so far: on its GPU, or as a whole on a CPU."""
+        """Peak memory of this process in a phase so far: on its GPU, or all of its memory on a CPU."""
         known = self.peaks.get(phase, 0.0)
         if phase != self.phase:
             return known
         if self.device.type != "cpu":
-            # Metal counts no peak, but what it holds, freed blocks included
+            # Metal reports no peak, only what it holds now, freed blocks included
             peak = getattr(self.module, "max_memory_allocated", None) or self.module.driver_allocated_memory
             return max(known, peak() / 2**20)
         status = Path("/proc/self/status")
@@ -308,20 +308,20 @@ class World(Processes):
         return max(known, peak / (2**20 if sys.platform == "darwin" else 2**10))
 
     def free_memory_mib(self) -> float:
-        """What this process may take: of its device, or its share of the machine's memory."""
+        """Free memory that this process may take: on its device, or its share of the machine's."""
         if self.device.type == "mps":
             return (self.module.recommended_max_memory() - self.module.driver_allocated_memory()) / 2**20
         if self.device.type != "cpu":
-            with contextlib.suppress(RuntimeError):     # some of Intel's drivers do not know
+            with contextlib.suppress(RuntimeError):     # some of Intel's drivers cannot tell
                 return self.module.mem_get_info()[0] / 2**20
         return host.free_memory_mib() / self.local_size
 
     def empty_cache(self) -> None:
-        """Give freed memory back to the device."""
+        """Return freed memory to the device."""
         if self.device.type != "cpu":
             self.module.empty_cache()
 
-    # ---- what it is
+    # ---- facts about it
 
     def device_name(self) -> str:
         if self.device.type == "mps":
@@ -336,13 +336,13 @@ class World(Processes):
                 "dtype": str(self.dtype).removeprefix("torch.")}
 
     def peak_flops(self, cfg) -> float:
-        """Floating-point operations per second that all devices could do; 0 if that is not known."""
+        """Peak floating-point operations per second of all devices together; 0 if unknown."""
         listed = 0 if self.dtype == torch.float32 else peak_tflops(self.device_name())
         return 1e12 * self.size * (cfg.peak_tflops or listed)
 
 
 def choose_device(cfg, local_rank: int, num_processes: int) -> torch.device:
-    """What --device names; `auto`: what torch.accelerator offers, or the CPU."""
+    """The device that --device names; for `auto` the accelerator that torch finds, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     kind = found.type if found and found.type in ACCELERATORS else "cpu"
     if kind == "mps" and num_processes > 1 and cfg.device == "auto":
@@ -363,7 +363,7 @@ def choose_device(cfg, local_rank: int, num_processes: int) -> torch.device:
 
 
 def cpu_facts() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; nothing on systems without it."""
+    """The fields of the first processor in /proc/cpuinfo; empty on systems without it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except FileNotFoundError:
@@ -372,7 +372,7 @@ def cpu_facts() -> dict[str, str]:
 
 
 def choose_dtype(cfg, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of products, and why: what the hardware multiplies natively, not what it can emulate."""
+    """The dtype of matrix products, and why: one that the hardware multiplies natively, not by emulation."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "asked for with --dtype"
     if device.type == "cuda":
@@ -396,7 +396,7 @@ def choose_dtype(cfg, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
-    """Why there are no FP8 products here; "" if there are. On CPUs they work slowly, for trying them out."""
+    """Why FP8 products do not work here; "" if they do. On CPUs they are slow, good only for trying them."""
     if dtype != torch.bfloat16:
         return f"needs --dtype bfloat16; it is {str(dtype).removeprefix('torch.')}"
     if device.type not in ("cpu", "cuda") or torch.version.hip:
@@ -420,26 +420,26 @@ def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(
             torch.ones(8, device=device, requires_grad=True)).backward()
-    except Exception as error:      # a missing compiler, header or kernel: each has its own; all say "no"
+    except Exception as error:      # missing compilers, headers and kernels each raise their own type
         reason = f"torch.compile does not work here ({type(error).__name__}: {first_line(error)})"
         if cfg.compile == "on":
             raise UserError(f"{reason}; on Debian it needs: apt install g++ python3-dev") from error
         return False, reason
-    # else what changes with every step would run uncompiled from the ninth on, and nobody would know
+    # otherwise a function recompiled in every step would silently run uncompiled from the ninth step on
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     without = ", without the mix-order reductions, of which torch 2.10 compiles wrong gradients"
     return True, "a tiny function compiled" + (without if has_wrong_reductions() else "")
 
 
 def is_recompile_limit(error: BaseException) -> bool:
-    """Whether torch gave up compiling a function anew for what changes in it."""
-    dynamo = sys.modules.get("torch._dynamo")       # where nothing compiles, it is not imported
+    """Whether torch reports that a function was recompiled too often."""
+    dynamo = sys.modules.get("torch._dynamo")       # not imported if nothing was compiled
     return bool(dynamo) and isinstance(error, dynamo.exc.FailOnRecompileLimitHit)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes the model, and why it is that."""
+    """How the model is computed, and why."""
     compiled: bool
     compile_reason: str
     flex: dict | None       # options of FlexAttention; None: DenseAttention
@@ -447,11 +447,11 @@ class Kernels:
 
 
 def choose_kernels(cfg, world: World) -> Kernels:
-    """What works on all processes; every process asks the others, whatever works on it."""
-    world.forget_kernels()      # those of a run before this one, in this process, do not count
-    compiled, reason = min(world.gather(choose_compile(cfg, world.device)))     # one that cannot decides
+    """The kernels that work on all processes. Every process must call it, even if nothing works there."""
+    world.forget_kernels()      # those of an earlier run in this process do not count
+    compiled, reason = min(world.gather(choose_compile(cfg, world.device)))     # False if one cannot compile
     kernels = Kernels(compiled, reason, None, "plain products")
-    if world.device.type == "cpu":      # FlexAttention has no backward there
+    if world.device.type == "cpu":      # FlexAttention has no backward pass there
         return kernels
     number, problem = max(world.gather(choose_tiles(cfg, world, compiled)))
     if problem:
@@ -460,7 +460,7 @@ def choose_kernels(cfg, world: World) -> Kernels:
 
 
 def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
-    """The number of the TILES by which FlexAttention works; or one behind all, and why it does not."""
+    """Index of the first TILES with which FlexAttention works, and ""; or len(TILES), and why none works."""
     problems = []
     if not compiled:
         problems.append("FlexAttention needs torch.compile")
@@ -468,7 +468,7 @@ def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
         problems.append(f"FlexAttention takes heads of 16 or more; these have {cfg.head_dim}")
     elif world.device.type == "cuda" and not torch.version.hip \
             and torch.cuda.get_device_capability(world.device) < (8, 0):
-        # its kernels compile, but keep most of their numbers in slow memory
+        # its kernels compile, but spill most of their registers to slow memory
         problems.append("FlexAttention is slow on GPUs of a compute capability below 8.0, older than Ampere")
     else:
         capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else ()
@@ -481,7 +481,7 @@ def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
 
 
 def flex_problem(cfg, world: World, tiles: dict) -> str:
-    """What goes wrong when a tiny row attends by FlexAttention, forward and backward; nothing if it works."""
+    """Why FlexAttention fails on a tiny row, forward or backward; "" if it works."""
     try:
         heads, length = (3, 1, 1, 256, cfg.head_dim), 256
         q, k, v = torch.ones(heads, dtype=world.dtype, device=world.device, requires_grad=True).unbind()
@@ -490,5 +490,5 @@ def flex_problem(cfg, world: World, tiles: dict) -> str:
         torch.compile(flex_attention)(q, k, v, block_mask=mask, kernel_options=tiles).sum().backward()
         world.synchronize()
         return ""
-    except Exception as error:      # a compiler's, a driver's, a kernel's: each has its own; all say "no"
+    except Exception as error:      # compilers, drivers and kernels each raise their own types
         return f"FlexAttention does not work here ({type(error).__name__}: {first_line(error)})"

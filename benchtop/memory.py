@@ -1,7 +1,7 @@
-"""What fits into memory: an estimate from the model as it is, and micro-batches that fit.
+"""Estimate the memory that a model needs, and choose micro-batches that fit.
 
 Activations are counted, not guessed: the model runs once on torch's meta device, where tensors have shapes
-and no content, and what autograd keeps for backward is added up. So a changed layer changes the estimate.
+but no data, and what autograd keeps for backward is added up. So changing a layer changes the estimate.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ from benchtop.batches import micro_batch_shape
 from benchtop.errors import SharedError, UserError
 from benchtop.machine import Kernels, World
 
-# alive together of a chunk: copies of its logits as float32; compiled, logits and gradient
+# copies of a chunk's logits alive at once: in float32; when compiled, logits and gradient in the run's dtype
 LOSS_COPIES, COMPILED_LOSS_COPIES = 6, 2.1
-BACKWARD = 1.3          # uncompiled, times what is kept for backward is what backward takes
-# of what is free; a GPU's blocks share what was reserved, and need little more than what is counted
+BACKWARD = 1.3          # uncompiled, the backward pass takes this many times what is kept for it
+# fraction of free memory to use; a GPU's blocks share reserved memory and need little more than is counted
 MOST_OF_GPU, MOST_OF_CPU = 0.9, 0.8
 LARGEST_CPU_MICRO_BATCH = 2**14     # tokens; more are not faster on a CPU
 
 
 def largest_chunk(device: torch.device) -> int:
-    """Bytes that a chunk's logits may take as float32.
+    """Most bytes that a chunk's logits may take as float32.
 
-    On a GPU a thirty-second of its memory, since it multiplies in few and large products; up to 4,096 rows
-    of 50,304 columns, where twice as many are 1 % faster (H200).
+    On CUDA 1/32 of the GPU's memory, since few large products are faster, but at most 1 GiB: 4,096 rows of
+    50,304 columns (twice as many rows are 1 % faster on an H200).
     """
     if device.type != "cuda":
         return 2**27 if device.type == "cpu" else 2**28
@@ -47,10 +47,10 @@ PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.o
 
 
 class Watch(TorchDispatchMode):
-    """Notes what products read and make, and tells what is made of weights alone.
+    """Record inputs and outputs of matrix products, and which tensors are made from weights alone.
 
-    Compiled code keeps for backward what products touch, and makes anew what lies between: for GPT 21 widths
-    a token and layer, where uncompiled code keeps 28.
+    Compiled code keeps the inputs and outputs of products for backward and recomputes what lies between: for
+    GPT 21 model widths per token and layer, where uncompiled code keeps 28.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
@@ -62,7 +62,7 @@ class Watch(TorchDispatchMode):
         made = operation(*args, **(kwargs or {}))
         read = [thing for thing in args if isinstance(thing, Tensor)]
         if read and isinstance(made, Tensor) and all(id_of(tensor) in self.weights for tensor in read):
-            self.weights[id_of(made)] = made        # a copy in another dtype, which is there once
+            self.weights[id_of(made)] = made        # a copy in another dtype, of which there is one
         elif operation.overloadpacket in PRODUCTS:
             self.touched += [*read, made]
         return made
@@ -74,7 +74,7 @@ def id_of(tensor: Tensor) -> int:
 
 def kept_mib(make_model: Callable[..., nn.Module], cfg, dtype: torch.dtype, kernels: Kernels,
              ) -> tuple[float, float]:
-    """What is kept for backward, by a pass over the meta device: for each row of a micro-batch, and once."""
+    """MiB kept for backward, from a pass on the meta device: (for each row of a micro-batch, once)."""
     with torch.device("meta"):
         model = make_model(cfg, 0, dtype)
         inputs = torch.zeros(1, cfg.seq_len, dtype=torch.int64)
@@ -100,11 +100,10 @@ def kept_mib(make_model: Callable[..., nn.Module], cfg, dtype: torch.dtype, kern
 
 def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels,
                         kept: tuple[float, float] | None = None) -> float:
-    """What a process needs, within a tenth where kernels are compiled and roughly where not: weights,
-    gradients, optimizer state, what is kept for backward, and a chunk of the loss. On a CPU torch itself
-    counts, too.
+    """MiB that a process needs, within 10 % if kernels are compiled and roughly if not: weights, gradients,
+    optimizer state, what is kept for backward, a chunk of the loss, and on a CPU torch itself.
 
-    kept  what kept_mib finds, where that is known; it is the same for all sizes of micro-batches
+    kept  the result of kept_mib, if known; it does not depend on the micro-batch size
     """
     with torch.device("meta"):
         model = experiment.Model(cfg, 0, world.dtype)
@@ -113,7 +112,7 @@ def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels,
     states = 4 * (2 * sum(p.numel() for p in named.values()) + state / world.size)
     _, rows = micro_batch_shape(cfg, world.size)
     tokens, columns, bytes_each = rows * cfg.seq_len, cfg.padded_vocab_size, world.dtype.itemsize
-    chunk = min(largest_chunk(world.device) // 4, tokens * columns)     # logits in it
+    chunk = min(largest_chunk(world.device) // 4, tokens * columns)     # logits in a chunk
     head = model.head.numel() * (4 + bytes_each) + tokens * cfg.model_dim * bytes_each
     torch_itself = 550 * 2**20 if world.device.type == "cpu" else 0
     by_row, once = kept or kept_mib(experiment.Model, cfg, world.dtype, kernels)
@@ -125,12 +124,12 @@ def memory_estimate_mib(experiment, cfg, world: World, kernels: Kernels,
 
 
 def choose_micro_batch(experiment, cfg, world: World, kernels: Kernels, saved: dict | None = None):
-    """The Config with micro-batches that seem to fit: all a process has in a step, or half, and so on."""
+    """The Config with micro-batches that seem to fit: a process's whole share of a step, or half, etc."""
     share = cfg.seq_len * math.ceil(cfg.rows_per_step / world.size)
     if cfg.micro_batch_tokens:
         return dataclasses.replace(cfg, micro_batch_tokens=min(cfg.micro_batch_tokens, share))
     if saved and saved["identity"]["processes"] == world.size:
-        # sums over other micro-batches would differ in the last bit
+        # as before the run was resumed: sums over other micro-batches would differ in the last bit
         return dataclasses.replace(cfg, micro_batch_tokens=saved["micro_batch_tokens"])
     if world.device.type == "cpu":
         share = min(share, max(cfg.seq_len, LARGEST_CPU_MICRO_BATCH))
@@ -150,14 +149,14 @@ def with_half_micro_batch(cfg):
 
 
 def memory_advice(experiment, cfg, world: World, kernels: Kernels) -> str:
-    """The three flags that would save most memory, by the estimate, the most effective first."""
+    """The three flags that save the most memory by the estimate, the most effective first."""
     smaller = {"seq_len": cfg.seq_len // 2, "model_dim": cfg.model_dim // 2,
                "num_layers": cfg.num_layers // 2, "value_embeddings": 0, "mlp_ratio": 2}
     needs = []
     for knob, value in smaller.items():
         if knob not in cfg.names() or getattr(cfg, knob) <= value:
             continue
-        with contextlib.suppress(UserError):    # a rule of Config forbids this one
+        with contextlib.suppress(UserError):    # Config forbids this value
             changed = dataclasses.replace(cfg, **{knob: value, "micro_batch_tokens": 0})
             changed = dataclasses.replace(changed, micro_batch_tokens=changed.seq_len)
             needs.append((memory_estimate_mib(experiment, changed, world, kernels), f"--{knob} {value}"))
@@ -165,11 +164,11 @@ def memory_advice(experiment, cfg, world: World, kernels: Kernels) -> str:
 
 
 def fit_micro_batch(cfg, world: World, warm_up: Callable, clear: Callable, say: Callable, advice: Callable):
-    """Warm up with the micro-batch of cfg, or half of it, and so on, until all processes have the memory.
+    """Warm up with the micro-batch of cfg, and halve it until it fits into memory on all processes.
 
-    The tokens of a step stay the same, so nothing changes but its speed.
-    warm_up  tries a Config; clear gives back what it took; advice says what would need less
-    raises   SharedError with three flags that need less memory if one row is too much
+    The tokens of a step stay the same, so only its speed changes.
+    warm_up  tries a Config; clear frees what it allocated; advice returns flags that need less memory
+    raises   SharedError with that advice if not even one row fits
     """
     while True:
         fits = True
@@ -193,7 +192,7 @@ def fit_micro_batch(cfg, world: World, warm_up: Callable, clear: Callable, say: 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class for it on GPUs; for CPUs and for cuBLAS only words."""
+    """torch has an exception class for it on GPUs, but only messages on CPUs and for cuBLAS."""
     words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return (isinstance(error, torch.OutOfMemoryError | MemoryError)
             or any(word in str(error) for word in words))

@@ -1,17 +1,17 @@
 """Mixtures: one dataset of several sources, each with its share of the training tokens.
 
-The next document is always of the source that stays furthest behind its share with half of it, so any
-beginning of the data has about these shares: of two sources, either is off by at most half of the longest
-document. The mixture ends when the source whose turn it is has no more. Each source is shuffled, and
-documents of it are held out, as if it stood alone; nothing is trained on that any of the sources holds out.
-In the val shard and in the test shard the documents of one source follow those of the other, so runs of any
-mixture of the same sources are validated on the same text, and the manifest tells whose is whose:
+The next document comes from the source with the smallest (tokens so far + half of that document) / share, so
+any prefix of the data has about these shares: with two sources, each is off by at most half of the longest
+document. The mixture ends when the source whose turn it is runs out. Each source is shuffled and split into
+training and held-out documents as if it were used alone; what any source holds out is never trained on.
+The val and test shards hold the documents of one source after those of another, so runs on any mixture of
+the same sources are validated on the same text. The manifest lists the sources in that order:
 
     "sources": [{"name": "books", "source": "books-1f0c9a3e", "fingerprint": "1f0c9a3e...", "share": 0.7,
                  "documents": 812, "tokens": 700123, "bytes": 2712345, "documents_left": 0, "bytes_left": 0,
                  "val_documents": 44, "test_documents": 43, "held_out": {"rule": ...}}, ...]
 
-What is left over is only counted of text on this machine.
+documents_left and bytes_left are counted only for text on this machine.
 """
 
 import argparse
@@ -33,21 +33,21 @@ from benchtop.sources import Mixture
 from benchtop.unfinished import Progress, assert_kinds, damage_in, read_held_out
 
 NOTHING = {"unit": 0, "read": 0, "documents": 0, "tokens": 0, "bytes": 0}
-FAR_OFF = 0.005         # a share that whole documents miss by more than this gets a note
+FAR_OFF = 0.005         # mixed_in_words adds a note if an actual share is off by more than this
 
 
 class Lane:
-    """The documents of one source on their way into a mixture.
+    """One source of a mixture, read document by document.
 
-    far   how much of it is used: documents of earlier units and `read` of this one; what they came to
-    next  the unit and number of its next document, and the document; None behind the last one
+    far   what is used: all units before `unit` and `read` documents of `unit`; total documents, tokens, bytes
+    next  the next document as (unit, number in the unit, document); None after the last one
     """
 
     def __init__(self, units: list[Unit], rules: list[Rule], share: float, far: dict, tokenizer: str,
                  num_workers: int):
         self.units, self.rules, self.share, self.far = units, rules, share, far
         self.tokenizer = tokenizer
-        # at least two, since one would be this process, which waits for each document
+        # two or more where allowed: a single worker is this process, which would wait for each document
         self.num_workers = max(min(2, num_workers), math.ceil(share * num_workers))
         self.stream = self._read()
         self.next = next(self.stream, None)
@@ -67,13 +67,13 @@ class Lane:
 
     @property
     def due(self) -> float:
-        """The lane where this is least goes next; with half of the document, shares are rounded, not exceeded
-        (in elections: the method of Webster and Sainte-Lague)."""
+        """The lane with the smallest value goes next. Counting half of the next document rounds shares to the
+        nearest document (as the Webster/Sainte-Lague method does for seats in elections)."""
         tokens = self.next[2].tokens if self.next else None
         return (self.far["tokens"] + (0 if tokens is None else len(tokens) / 2)) / self.share
 
     def take(self) -> None:
-        """The next document has been used."""
+        """Count the next document as used and read the one after it."""
         unit, read, document = self.next
         used = 0 if document.tokens is None else 1
         self.far = {"unit": unit, "read": read + 1, "documents": self.far["documents"] + used,
@@ -83,8 +83,8 @@ class Lane:
 
 
 class Mixing(Preparation):
-    """A mixture while it is made. Its shards are those of one unit; in each one's entry, `sources` tells how
-    far each source is at its end, and so where a later start goes on."""
+    """A mixture in preparation. All shards belong to one unit; `sources` in a shard's entry records how much
+    of each source is used up to the end of that shard, so that an interrupted command can resume there."""
 
     def __init__(self, folder: Path, mixture: Mixture, tokenizer: tiktoken.Encoding, facts: dict,
                  args: argparse.Namespace):
@@ -95,7 +95,7 @@ class Mixing(Preparation):
         super().__init__(folder, units, tokenizer, facts, args)
 
     def make(self) -> dict:
-        """All of it; the manifest."""
+        """Make the dataset; returns its manifest."""
         held_out = self.held_out(self.mixture)
         rules = [Rule.of_facts(source["held_out"]) for source in held_out["sources"]]
         progress = self.write_mixed(rules)
@@ -107,9 +107,9 @@ class Mixing(Preparation):
         return self.finish([progress], held_out, {"sources": sources})
 
     def held_out(self, mixture: Mixture) -> dict:
-        """As of one source; `sources` has the rule and the counts of each.
+        """Like Preparation.held_out; `sources` has the rule and the document counts of each source.
 
-        raises  UserError if one of them has too little text
+        raises  UserError if a source has too little text
         """
         path = self.partial / "val.json"
         if path.exists():
@@ -135,11 +135,11 @@ class Mixing(Preparation):
         return read_held_out(path)
 
     def far_of(self, progress: Progress) -> list[dict]:
-        """How far each source is at the end of the last shard."""
+        """How much of each source is used up to the end of the last shard, as Lane.far."""
         return progress.entries[-1]["sources"] if progress.entries else [NOTHING] * len(self.units_of)
 
     def write_mixed(self, rules: list[Rule]) -> Progress:
-        """Write the shards, until there are as many as wanted or a source whose turn it is has ended."""
+        """Write shards until there are as many as wanted, or the source whose turn it is runs out."""
         progress = replace(self._progress_of(0), name="mixture")
         self.bar.update(progress.tokens)
         if progress.done or 0 < self.goal <= len(progress.entries):
@@ -181,11 +181,11 @@ class Mixing(Preparation):
             self.give_back(range(first, first + lane.far["unit"]))
 
     def _firsts(self) -> list[int]:
-        """The number of each source's first unit among all units."""
+        """Index of each source's first unit in the list of all units."""
         return list(accumulate(map(len, self.units_of), initial=0))[:-1]
 
     def left_of(self, number: int, rule: Rule, rules: list[Rule], used: dict) -> dict:
-        """What could be trained on of a source and is not used; of text on the Hub nobody knows."""
+        """A source's trainable documents and bytes that are not used; {} for text on the Hub, not counted."""
         source, _ = self.mixture.parts[number]
         if source.is_large:
             return {}
@@ -195,7 +195,7 @@ class Mixing(Preparation):
 
 
 def mixed_in_words(manifest: dict) -> list[str]:
-    """What became of the sources, and a note where whole documents do not come near to a share."""
+    """Each source's actual share and what is left of it, and a note if a share is off by over FAR_OFF."""
     sources = manifest["sources"]
     total = max(1, sum(source["tokens"] for source in sources))
     lines = ["mixed " + "; ".join(

@@ -1,7 +1,7 @@
-"""One page about some runs, for any browser: tables, conclusions, curves, samples side by side.
+"""One HTML page about some runs: tables, conclusions, curves, samples side by side.
 
-It needs no network and no other file: curves are inline SVG, and a few lines of script do the sorting. What
-runs say (names, samples) is text and never markup.
+It needs no network and no other file: curves are inline SVG, and a few lines of script sort the tables. Text
+from runs (names, samples) is escaped.
 """
 
 import re
@@ -15,7 +15,7 @@ from benchtop.groups import Group, SavedRun
 from benchtop.progress import AXES
 from benchtop.tables import groups_table, used_columns
 
-# what stands in no page, though a sample may hold it: control characters, and halves of surrogate pairs
+# characters that samples may hold but HTML may not: control characters and lone surrogates
 NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 
 STYLE = """
@@ -78,9 +78,9 @@ def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool 
          compared: Sequence[Group] = ()) -> str:
     """The HTML of the page.
 
-    said           the conclusions in lines
-    is_comparable  whether means may be taken of the groups
-    compared       groups of which differences are drawn, too
+    said           lines of conclusions
+    is_comparable  whether the means of the groups are meaningful
+    compared       groups whose differences are also drawn
     """
     title = " and ".join(group.name for group in groups[:3]) + (" and others" if len(groups) > 3 else "")
     runs = [run for group in groups for run in group.runs]
@@ -108,7 +108,7 @@ def _groups_table(groups: list[Group]) -> str:
 
 
 def _runs_table(groups: list[Group]) -> str:
-    """The table that a click on a column's title sorts."""
+    """The runs table; a click on a column's title sorts it."""
     columns = used_columns(groups)
     head = "".join(f"<th scope=\"col\"><button>{escape(title)}</button></th>"
                    for title in ["group", *(column.title for column in columns)])
@@ -126,7 +126,7 @@ def _runs_table(groups: list[Group]) -> str:
 
 
 def _curves(groups: list[Group], compared: Sequence[Group], metric: str) -> str:
-    """Figures for each axis that the runs know, of which those of one axis are shown."""
+    """Figures for each axis that the runs have; only those of the selected axis are visible."""
     labels, figures = [], []
     for axis, (name, _) in AXES.items():
         curves, differences = (as_bytes(drawn, axis, metric, "svg", of).decode()
@@ -146,7 +146,7 @@ def _curves(groups: list[Group], compared: Sequence[Group], metric: str) -> str:
 
 
 def _samples(groups: list[Group]) -> str:
-    """Each prompt's continuations side by side, of one run of each group."""
+    """Continuations of each prompt side by side, from one run of each group."""
     shown, which = _sampled_runs(groups)
     prompts = list(dict.fromkeys(sample["prompt"] for _, run in shown for sample in run.samples))
     parts = []
@@ -161,7 +161,7 @@ def _samples(groups: list[Group]) -> str:
 
 
 def _sampled_runs(groups: list[Group]) -> tuple[list[tuple[str, SavedRun]], str]:
-    """A run of each group that has samples, of one seed where they all have one; and which runs these are."""
+    """One run with samples per group, of a common seed if there is one; and a description of the choice."""
     sampled = [(group, {run.summary["seed"]: run for run in reversed(group.finished) if run.samples})
                for group in groups]
     sampled = [(group, runs) for group, runs in sampled if runs]

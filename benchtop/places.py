@@ -1,6 +1,6 @@
-"""Where things lie, and which names they may have.
+"""Paths of the project's folders, and the names that files and folders may have.
 
-Read them through the module (places.DATA), so that a test can move all of them at once.
+Read the paths through the module (places.DATA), so that a test can redirect all of them at once.
 """
 
 import difflib
@@ -12,14 +12,14 @@ DATA = ROOT / "data"
 TOKENIZERS = ROOT / "tokenizers"
 EXPERIMENTS = ROOT / "experiments"
 
-FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name ends at 255 bytes, .partial included
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,239}"      # a file name has at most 255 bytes, with .partial
 
 
 def name_in(folder: Path, typed: str) -> str:
-    """The name of something in a folder, which may be typed as the shell completes it.
+    """The name of an item in `folder`; it may be typed as a path, as completed by the shell.
 
-    In data, `mine`, `mine/`, `data/mine` and `data/mine/` are all `mine`, and so is the absolute path.
-    Any other path stays as it is.
+    For the folder data, `mine`, `mine/`, `data/mine`, `data/mine/` and the absolute path all give `mine`.
+    Any other path is only stripped of trailing slashes.
     """
     path = typed.rstrip("/")
     parent, name = os.path.split(path)
@@ -28,9 +28,9 @@ def name_in(folder: Path, typed: str) -> str:
 
 
 def what_is_there(name: str, there: dict[str, str]) -> str:
-    """For a complaint that there is no such folder: the nearest ones that are, or all. "To make ..." follows.
+    """Suggest the closest existing names, or all, in an error about a missing one; "make NAME: ..." follows.
 
-    there  names to compare with, and the folders that they stand for
+    there  existing names to compare with -> the names to show
     """
     near = [other for other in there if other.startswith(name) or name.startswith(other)]
     near = near or difflib.get_close_matches(name, there, n=1)

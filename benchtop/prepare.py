@@ -1,8 +1,8 @@
-"""Documents become token shards, in a way that survives anything.
+"""Turn documents into token shards; an interrupted run can be resumed.
 
-A dataset is made in the folder .NAME.partial, unit by unit of its source and shard by shard; a start after a
-kill goes on behind the last finished shard and ends with the same bytes. The folder data/NAME appears when
-all of it is there.
+A dataset is made in the folder .NAME.partial, unit by unit of its source and shard by shard. If a run is
+killed, the next one resumes after the last finished shard and produces identical files. The folder data/NAME
+appears when the dataset is complete.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from benchtop.unfinished import (
 from benchtop.workers import in_parallel
 from benchtop.xz import TRAINING_BYTES, bar_in_words, xz_bar
 
-NAMED_TROUBLES = 100            # documents that were split or skipped and that the manifest names
+NAMED_TROUBLES = 100            # maximum number of split or skipped documents that the manifest names
 
 
 # ------------------------------------------------------------------------------------------------
@@ -62,15 +62,15 @@ def _set_tokenizer(name: str) -> None:
 
 
 class Encoded(NamedTuple):
-    """A document in tokens."""
+    """A tokenized document."""
     name: str
-    tokens: np.ndarray | None   # <|endoftext|> first; none if tiktoken cannot encode the document
-    num_bytes: int              # of its UTF-8
-    was_split: bool             # cut where a token might have gone across
+    tokens: np.ndarray | None   # <|endoftext|> first; None if tiktoken cannot encode the document
+    num_bytes: int              # length in UTF-8
+    was_split: bool             # cut where a token might have spanned the cut
 
 
 def tokenize(batch: list[Document]) -> list[Encoded]:
-    """The tokens of each document. Needs _set_tokenizer first."""
+    """The tokens of each document. Call _set_tokenizer first."""
     dtype = shard_format(_tokenizer.n_vocab)[2]
     encoded = []
     for name, text in batch:
@@ -90,15 +90,15 @@ def tokenized(stream: Iterable[Document], tokenizer: str, num_workers: int) -> I
 
 
 # ------------------------------------------------------------------------------------------------
-# Units to shards, so that a kill loses one shard at most
+# From units to shards; a kill loses at most one shard
 # ------------------------------------------------------------------------------------------------
 
 class Preparation:
-    """A dataset while it is made, in the folder .NAME.partial, where a later start goes on.
+    """A dataset that is being made in the folder .NAME.partial, where a later run can resume.
 
     units  all parts of the text
-    facts  what decides the content of all shards; with others the work begins anew
-    goal   shards to train on; 0 takes all text
+    facts  settings that determine the content of all shards; a run with other ones cannot resume
+    goal   number of training shards; 0: all of the text
     """
 
     def __init__(self, folder: Path, units: list[Unit], tokenizer: tiktoken.Encoding, facts: dict,
@@ -114,10 +114,10 @@ class Preparation:
 
     @contextlib.contextmanager
     def held(self, wait: bool = False, shared: bool = False) -> Iterator[None]:
-        """Hold the dataset's name against other commands, and take up what an earlier start left.
+        """Lock the dataset's name against other commands, and resume what an interrupted run left.
 
-        shared  with the processes that make other parts of it
-        raises  UserError if another command holds it, finished it meanwhile or left unfinished shards
+        shared  allow processes that make other parts of the dataset at the same time
+        raises  UserError if another command has the lock, finished the dataset meanwhile, or left shards
         """
         with hold(self.partial, wait, shared):
             if manifest_text(self.folder) != self.manifest_before:
@@ -136,11 +136,11 @@ class Preparation:
                     return
         elif self.manifest_before:
             self._take_over(read_manifest(self.folder / "manifest.json"))
-        # text that was here before stays
+        # text that was here before is not deleted
         files.write_json(was_here, [unit.name for unit in self.units if unit.is_here()])
 
     def _take_over(self, manifest: dict) -> None:
-        """Begin with the shards of a finished dataset, which is to grow."""
+        """Start from the shards of a finished dataset that is to grow."""
         held_out, train = ([entry for entry in manifest["shards"] if (entry["split"] == "train") == wanted]
                            for wanted in (False, True))
         for entry in held_out:
@@ -158,10 +158,10 @@ class Preparation:
             self._save(number, progress)
 
     def held_out(self, source: Source) -> dict:
-        """Write the shards to validate and to test on, unless they are there; how documents are held out, for
-        the manifest.
+        """Write the validation and test shards, unless they exist.
 
-        raises  UserError if the source has too little text
+        returns  what the manifest says about held-out documents
+        raises   UserError if the source has too little text
         """
         path = self.partial / "val.json"
         if path.exists():
@@ -176,9 +176,9 @@ class Preparation:
         return read_held_out(path)
 
     def choose_held_out(self, source: Source) -> tuple[Rule, dict[str, list[Document]]]:
-        """How documents of a source are held out, and those for VAL and for TEST.
+        """How documents of a source are held out, and the documents for VAL and for TEST.
 
-        raises  UserError if it has too little text
+        raises  UserError if the source has too little text
         """
         rule = rule_or_complaint(source)
         chosen = documents_to_hold_out(source, rule, self.args.val_tokens)
@@ -189,10 +189,10 @@ class Preparation:
 
     def write_held_out(self, chosen: list[dict[str, list[Document]]], label: str,
                        ) -> tuple[list[dict], Progress, list[dict[str, int]]]:
-        """Write the shards to validate and to test on, the documents of one source behind those of the other.
+        """Write the validation and test shards, with the documents of one source after those of another.
 
         chosen   documents for VAL and for TEST, of each source
-        returns  what the manifest says of the shards; trouble; how many documents of each source they have
+        returns  the shards' manifest entries; split and skipped documents; number of documents per source
         """
         entries, trouble, counts = [], Progress(""), [{} for _ in chosen]
         for split in (VAL, TEST):
@@ -216,7 +216,7 @@ class Preparation:
             "skipped": trouble.skipped, "entries": entries})
 
     def write_units(self, numbers: Iterable[int], rule: Rule, goal: int) -> list[Progress]:
-        """Write the shards of these units, in their order, until there are `goal` of them (0: all).
+        """Write the shards of these units, in this order, until there are `goal` shards (0: all).
 
         rule     how documents are held out
         returns  the progress of the units that were needed
@@ -237,8 +237,7 @@ class Preparation:
 
     def _write_unit(self, number: int, progress: Progress, rule: Rule, limit: int,
                     following: list[int]) -> None:
-        """Write the unit's further shards, up to `limit` in all; meanwhile the following unit's text comes.
-        """
+        """Write the unit's remaining shards, up to `limit` in total; download the next unit meanwhile."""
         unit = self.units[number]
         trainable = (document for document in unit.read() if not rule.holds_out(document[1], document[0]))
         self._unit_folder(number).mkdir(exist_ok=True)
@@ -260,7 +259,7 @@ class Preparation:
         self._save(number, progress)
 
     def _needs_more(self, unit: Unit, seen: int, tokens: int, limit: int) -> bool:
-        """Whether this unit seems too small for all shards, to judge by a twentieth of its documents."""
+        """Whether a unit after this one is needed, as estimated from a twentieth of this one's documents."""
         if limit == sys.maxsize or not unit.documents:
             return limit == sys.maxsize
         return seen >= unit.documents / 20 and tokens / seen * unit.documents < limit * self.args.shard_size
@@ -285,7 +284,7 @@ class Preparation:
             print(f"a shard of {entry['tokens']:,} tokens; {rate:,.0f} tokens/s so far", flush=True)
 
     def give_back(self, numbers: Iterable[int]) -> None:
-        """Remove the text of these units, unless it was here before or is to be kept."""
+        """Delete the text of these units, unless it was here before or --keep_text is set."""
         was_here = read_was_here(self.partial / "was_here.json")
         for number in numbers:
             unit = self.units[number]
@@ -311,7 +310,7 @@ class Preparation:
     def finish(self, all_progress: list[Progress], held_out: dict, facts: dict | None = None) -> dict:
         """Give all shards their final names, write the manifest last, and return it.
 
-        facts  what else it is to say
+        facts  additional content of the manifest
         """
         whole = new_whole(self.folder)
         val, *others = held_out.pop("entries")
@@ -343,14 +342,14 @@ class Preparation:
 
     def _xz_bar(self, dataset: Dataset) -> dict:
         if all(shard["split"] != "train" for shard in dataset.manifest["shards"]):
-            return {}       # tiktoken could encode no document to train on
+            return {}       # tiktoken could not encode any training document
         train, val = dataset.tokens("train"), dataset.tokens("val")
         if sum(map(len, train)) >= TRAINING_BYTES / 8:
             print("compressing the text with xz -9e, the bar for models; this takes some seconds", flush=True)
         return xz_bar(train, val, token_bytes(self.tokenizer))
 
     def clear(self) -> None:
-        """Remove what only an unfinished dataset needs."""
+        """Delete what only an unfinished dataset needs."""
         empty(self.partial)
 
 
@@ -372,13 +371,13 @@ def rule_or_complaint(source: Source) -> Rule:
 
 
 def manifest_text(folder: Path) -> str:
-    """The manifest as it is now; empty without one."""
+    """The text of the current manifest; empty without one."""
     path = folder / "manifest.json"
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def new_whole(folder: Path) -> Path:
-    """An empty folder for all that a dataset will have."""
+    """A new, empty folder for all files of a dataset."""
     whole = folder.with_name(f".{folder.name}.whole.partial")
     if whole.is_symlink() or whole.is_file():
         whole.unlink()
@@ -388,7 +387,7 @@ def new_whole(folder: Path) -> Path:
 
 
 def publish(whole: Path, folder: Path, manifest: dict) -> None:
-    """Give a finished folder its name; a dataset that has it grows: its files stay, the manifest is last."""
+    """Give a finished folder its name; an existing dataset grows: its files stay, the manifest comes last."""
     if not folder.exists():
         files.write_json(whole / "manifest.json", manifest)
         os.replace(whole, folder)
@@ -412,13 +411,13 @@ def data_folder(typed: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------
-# Datasets that are there, and parts of one
+# Existing datasets, and parts of one
 # ------------------------------------------------------------------------------------------------
 
 def grows(folder: Path, facts: dict, num_shards: int) -> bool:
-    """Whether more shards are wanted than the dataset has; if it is there as wanted, that is said.
+    """Whether more shards are wanted than the dataset has; if not, prints that it is reused.
 
-    raises  UserError if it was made from something else
+    raises  UserError if it was made with other settings
     """
     manifest = manifest_of_whole(folder)
     wanted = num_shards or sys.maxsize
@@ -436,7 +435,7 @@ def grows(folder: Path, facts: dict, num_shards: int) -> bool:
 
 
 def manifest_of_whole(folder: Path) -> dict:
-    """raises  UserError if the dataset that is there is damaged"""
+    """raises  UserError if the existing dataset is damaged"""
     try:
         manifest = read_manifest(folder / "manifest.json")
         Dataset(folder, manifest).verify()
@@ -446,14 +445,14 @@ def manifest_of_whole(folder: Path) -> dict:
 
 
 def refuse_differing(folder: Path, differing: list[str]) -> None:
-    """raises  UserError that names what a dataset was made from otherwise"""
+    """raises  UserError that names the settings that differ from those of an existing dataset"""
     raise UserError(f"{folder.relative_to(places.ROOT)} exists and was made with another "
                     f"{', '.join(differing)}; choose another --name or remove it with: "
                     f"rm -r {shlex.quote(str(folder))}")
 
 
 def prepare_part(preparation: Preparation, rule: Rule, part: int, parts: int) -> None:
-    """Write the shards of every parts-th unit; too many or too few are mended when all are put together."""
+    """Write the shards of every parts-th unit; too many or too few are corrected when parts are merged."""
     done = done_by(preparation, part, parts)
     if not done.exists():
         with preparation.held(shared=True), files.locked(done.with_suffix(".lock")):
@@ -468,12 +467,12 @@ def prepare_part(preparation: Preparation, rule: Rule, part: int, parts: int) ->
 
 
 def done_by(preparation: Preparation, part: int, parts: int) -> Path:
-    """What is there when a part of so many shards is."""
+    """The file that exists once a part of a dataset with this number of shards is finished."""
     return preparation.partial / f"part_{part + 1}_of_{parts}_for_{preparation.goal}.done"
 
 
 def wait_for_parts(preparation: Preparation, parts: int) -> None:
-    """Under torchrun the first process puts together what all made; torchrun ends it if another one fails."""
+    """Wait for all parts: under torchrun, rank 0 merges them, and torchrun kills it if another rank fails."""
     while missing := [part for part in range(parts) if not done_by(preparation, part, parts).exists()]:
         time.sleep(min(1.0, 0.1 * len(missing)))
 

@@ -1,4 +1,4 @@
-"""The processes that torchrun started, and what they tell each other."""
+"""The processes that torchrun started, and the communication between them."""
 
 import contextlib
 import os
@@ -11,14 +11,14 @@ TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def is_first_process() -> bool:
-    """Whether this process does the work; under torchrun the others leave it to the first."""
+    """Whether this is the first process (rank 0), which does what must be done only once."""
     return places_by_torchrun()[0] == 0
 
 
 def places_by_torchrun() -> tuple[int, int, int, int]:
-    """Rank and number of processes, in all and on this machine; 0, 1, 0, 1 without torchrun.
+    """Rank, world size, and the same within this machine; 0, 1, 0, 1 without torchrun.
 
-    raises  UserError unless all of torchrun's variables are set, to what torchrun may set them to, or none
+    raises  UserError if some of torchrun's variables are missing or have values that torchrun never sets
     """
     said = {name: os.environ[name] for name in TORCHRUNS if name in os.environ}
     if not said:
@@ -36,36 +36,36 @@ def places_by_torchrun() -> tuple[int, int, int, int]:
 
 
 class Processes:
-    """This process alone, or all that torchrun started; alone, every method leaves things as they are.
+    """This process alone, or all that torchrun started; a single process communicates with nobody.
 
-    torch.distributed is imported only where there are several.
+    torch.distributed is imported only if there are several processes.
     """
 
     def __init__(self):
         self.rank, self.size, self.local_rank, self.local_size = places_by_torchrun()
         self.is_main = self.rank == 0
-        self.timeout_seconds = 0.0      # of silence, after which another process counts as lost; 0: torch's
+        self.timeout_seconds = 0.0      # of silence, after which a process counts as lost; 0: torch's default
         self._lost = False
 
     def connect(self, **options) -> None:
-        """Meet the other processes; options are those of torch.distributed.init_process_group."""
+        """Join the other processes; the options are those of torch.distributed.init_process_group."""
         if self.size > 1:
             import torch.distributed
             with self.contact():
                 torch.distributed.init_process_group(**options)
 
     def close(self) -> None:
-        """Leave the other processes; at once if one of them is lost, or this could wait for it."""
+        """Leave the process group; do nothing if a process was lost, since leaving could wait for it."""
         if self.size > 1 and not self._lost:
             import torch.distributed
             torch.distributed.destroy_process_group()
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes get here."""
         self.gather(None)
 
     def gather(self, thing: object) -> list:
-        """Every process's thing, in the order of ranks."""
+        """The things of all processes, in rank order."""
         if self.size == 1:
             return [thing]
         import torch.distributed
@@ -75,7 +75,7 @@ class Processes:
         return things
 
     def gather_on_main(self, thing: object) -> list:
-        """Every process's thing, in the order of ranks, on the first; on the others their own alone."""
+        """On rank 0, the things of all processes in rank order; on other ranks, only their own."""
         if self.size == 1:
             return [thing]
         import torch.distributed
@@ -85,7 +85,7 @@ class Processes:
         return things or [thing]
 
     def same(self, thing: object) -> object:
-        """The first process's thing, on every process."""
+        """The thing of rank 0, on every process."""
         if self.size == 1:
             return thing
         import torch.distributed
@@ -95,7 +95,7 @@ class Processes:
         return things[0]
 
     def raise_on_all_ranks(self, work: Callable) -> object:
-        """What `work` returns; where it fails on one process with a UserError, all raise it."""
+        """The result of `work`; if it raises a UserError on any process, all raise it as a SharedError."""
         problem = result = None
         try:
             result = work()
@@ -108,7 +108,7 @@ class Processes:
 
     @contextlib.contextmanager
     def contact(self) -> Iterator[None]:
-        """Turn the loss of another process into one clear line."""
+        """Turn the loss of another process into a one-line UserError."""
         try:
             yield
         except RuntimeError as error:
@@ -118,4 +118,4 @@ class Processes:
             raise UserError(f"process {self.rank} of {self.size} lost another one, which died or {silent}; "
                             f"see what it said, then {self.advice} ({first_line(error)})") from error
 
-    advice = "start again"      # how to go on after a process was lost
+    advice = "start again"      # what to do after a process was lost

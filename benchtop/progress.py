@@ -1,7 +1,7 @@
-"""How runs get on: their validation curves over steps, tokens, time, FLOPs and cost, as numbers.
+"""The progress of runs: validation curves over steps, tokens, time, FLOPs and cost, as numbers.
 
-differences() sets the curves of two groups against each other, multiplier() says how much more of something
-one needs than the other. Knows runs and groups, and draws nothing.
+differences() compares the curves of two groups; multiplier() gives the factor by which one group needs more
+compute than the other. This module knows runs and groups, and draws nothing.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from benchtop import significance
 from benchtop.groups import Group, SavedRun
 
-Curve = tuple[list[float], list[float]]     # places, which ascend, and the metric there
+Curve = tuple[list[float], list[float]]     # ascending places on an axis, and the metric there
 
 
 def _price(run: SavedRun) -> float:
@@ -25,7 +25,7 @@ def _share(value: float | None, whole: float) -> float | None:
     return None if value is None else value / whole
 
 
-# how far a run was at a row of metrics.csv: what the axis says, and the value or None
+# axis -> its label, and its value at a row of metrics.csv (None if unknown)
 AXES: dict[str, tuple[str, Callable[[SavedRun, dict], float | None]]] = {
     "step": ("steps", lambda run, row: row.get("step")),
     "tokens": ("million tokens", lambda run, row: _share(row.get("tokens"), 1e6)),
@@ -34,14 +34,14 @@ AXES: dict[str, tuple[str, Callable[[SavedRun, dict], float | None]]] = {
     "cost": ("cost of the training time",
              lambda run, row: _share(row.get("train_seconds"), 3600 / _price(run)) if _price(run) else None),
 }
-# what a multiplier is told of, and how
+# axes of multipliers, and their names in messages
 COMPUTE = {"flops": "FLOPs", "tokens": "tokens", "time": "time"}
 
 
 def curve(run: SavedRun, axis: str, metric: str) -> Curve:
-    """Where a run was validated, and the metric there; empty if the run does not know the axis.
+    """The places where a run was validated, and the metric there; empty if the run lacks the axis's values.
 
-    What is not finite is left out; of two values at one place, the later one counts.
+    Values that are not finite are left out; of two values at one place, the later one counts.
     """
     place = AXES[axis][1]
     points = [(place(run, row), row[metric]) for row in run.rows if math.isfinite(row.get(metric, math.nan))]
@@ -52,7 +52,7 @@ def curve(run: SavedRun, axis: str, metric: str) -> Curve:
 
 
 def on_common_grid(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Places from the latest begin to the earliest end of the curves, and each one's heights there."""
+    """Places (P) from the latest start to the earliest end of the curves, and their heights, (curves, P)."""
     first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     places = max((x for x, _ in curves), key=len)
     grid = np.unique([first, *(x for x in places if first < x < last), max(first, last)])
@@ -60,7 +60,7 @@ def on_common_grid(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def curve_pairs(a: Group, b: Group, axis: str, metric: str) -> list[tuple[Curve, Curve]]:
-    """The curves of both groups' runs of each seed that they share; none where some run has no curve."""
+    """For each seed in both groups, the curves of their runs (a, b); empty if any run has no curve."""
     if not (a.by_seed(metric) and b.by_seed(metric)):
         return []
     runs_a, runs_b = ({run.summary["seed"]: run for run in group.finished} for group in (a, b))
@@ -70,7 +70,7 @@ def curve_pairs(a: Group, b: Group, axis: str, metric: str) -> list[tuple[Curve,
 
 
 def differences(a: Group, b: Group, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Places (P), and how far b is above a there for each seed that both have, (seeds, P); P may be 0."""
+    """Places (P), and b minus a there for each seed that both have, (seeds, P); P may be 0."""
     pairs = curve_pairs(a, b, axis, metric)
     each = [curve for pair in pairs for curve in pair]
     if not each or max(x[0] for x, _ in each) > min(x[-1] for x, _ in each):
@@ -88,13 +88,13 @@ IN_WORDS = {NOT_REACHED: "not reached", BEFORE_THE_FIRST: "reached before the fi
 
 
 def reached_at(places: list[float], heights: list[float], value: float) -> float:
-    """Where a curve first is as low as `value`: linear between two validations, over the axis's logarithm.
+    """The place where a curve first is as low as `value`, interpolated linearly over the axis's logarithm.
 
         >>> reached_at([1, 4], [3.0, 1.0], 2.0)
         2.0
 
-    Nothing is extrapolated: NOT_REACHED where it never is, BEFORE_THE_FIRST where its first validation
-    already is lower.
+    Nothing is extrapolated: NOT_REACHED if it never is, BEFORE_THE_FIRST if its first validation is already
+    lower.
     """
     for number, height in enumerate(heights):
         if height > value:
@@ -109,16 +109,16 @@ def reached_at(places: list[float], heights: list[float], value: float) -> float
 
 @dataclass(frozen=True)
 class Multiplier:
-    """How many times as much the baseline needs for a loss as another group: above 1, the other is ahead.
+    """How many times the other group's compute the baseline needs for a loss; above 1, the other is ahead.
 
-    axis       of COMPUTE
-    pairs      of runs that share a seed; 0: of the groups' mean curves
-    is_ahead   whether the other group ends lower: then it is the baseline's final loss, and the other's curve
-               tells where it was reached. Else it is the other's final loss, on the baseline's curve. In the
-               middle of a curve the learning rate is still high, so a shorter run would do better than its
-               curve there: multipliers of equal budgets are nearer to 1 than those of runs made for that.
-    value      the geometric mean over the pairs; None where `problem` says why there is none
-    low, high  its 95 % interval over seeds; None with fewer than two pairs
+    axis       a key of COMPUTE
+    pairs      number of pairs of runs that share a seed; 0: from the groups' mean curves instead
+    is_ahead   whether the other group ends lower. If so, the loss is the baseline's final loss, looked up on
+               the other's curve; else it is the other's final loss, looked up on the baseline's curve. In the
+               middle of a curve the learning rate is still high, so a shorter run would do better than the
+               curve does there: equal budgets give multipliers nearer to 1 than budgets set to reach the loss
+    value      the geometric mean over the pairs; None if `problem` says why there is none
+    low, high  95 % interval of the value over seeds; None with fewer than two pairs
     """
     axis: str
     pairs: int
@@ -130,7 +130,7 @@ class Multiplier:
 
 
 def multiplier(a: Group, b: Group, axis: str, metric: str) -> Multiplier | None:
-    """Of group b beside the baseline a; None if the runs do not know the axis, or were not validated."""
+    """The multiplier of group b against the baseline a; None if a run lacks the axis or any validation."""
     pairs = curve_pairs(a, b, axis, metric)
     count = len(pairs)
     if not pairs:
@@ -140,7 +140,7 @@ def multiplier(a: Group, b: Group, axis: str, metric: str) -> Multiplier | None:
         grids = [on_common_grid(group) for group in curves]
         pairs = [tuple((grid.tolist(), heights.mean(0).tolist()) for grid, heights in grids)]
     if min(x[0] for pair in pairs for x, _ in pair) <= 0:
-        return None     # such a place has no logarithm; no run writes it
+        return None     # 0 has no logarithm; no run writes such a place
     ends = [(mine[1][-1], other[1][-1]) for mine, other in pairs]
     is_ahead = fmean(other for _, other in ends) < fmean(mine for mine, _ in ends)
     places = [reached_at(*other, end) if is_ahead else reached_at(*mine, other_end)
@@ -156,8 +156,8 @@ def multiplier(a: Group, b: Group, axis: str, metric: str) -> Multiplier | None:
 
 
 def multiplier_line(a: str, b: str, metric: str, found: list[Multiplier]) -> str:
-    """What multipliers of group b beside the baseline a say, in words."""
-    reader, ends = (b, a) if found[0].is_ahead else (a, b)      # on whose curve, and whose final loss
+    """The multipliers of group b against the baseline a, as one line."""
+    reader, ends = (b, a) if found[0].is_ahead else (a, b)      # whose curve, and whose final loss
     known = [one for one in found if not one.problem]
     if not known:
         return f"  compute multiplier: {ends}'s final {metric} is {found[0].problem} of {reader}"

@@ -1,4 +1,4 @@
-"""Token shards of GPT-2's vocabulary that others have put on the Hugging Face Hub, fetched as they are."""
+"""Download GPT-2 token shards that others have published on the Hugging Face Hub; they are kept unchanged."""
 
 import argparse
 import shutil
@@ -26,7 +26,7 @@ from benchtop.unfinished import differing_facts, empty, hold, partial_of, take_u
 
 
 def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
-    """Bring token shards of GPT-2's vocabulary from the Hub, and write the manifest that they lack."""
+    """Download GPT-2 token shards from the Hub, and write the manifest that they lack."""
     tokenizer = load_tokenizer("gpt2")
     folder = data_folder(args.name or version)
     shards = hub.list_files(hub.READY_MADE[version], "", ".bin")
@@ -68,7 +68,7 @@ def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
 
 
 def refuse_another(folder: Path, facts: dict, num_train: int) -> None:
-    """raises  UserError if the folder is there and has other shards, damaged ones, or more of them"""
+    """raises  UserError if the folder exists and its shards are different, damaged or more than num_train"""
     if not folder.exists():
         return
     manifest = manifest_of_whole(folder)
@@ -80,7 +80,7 @@ def refuse_another(folder: Path, facts: dict, num_train: int) -> None:
 
 
 def bring(file: hub.HubFile, path: Path, keep: bool) -> None:
-    """Copy a file of the Hub to `path`; what was not in the cache before is not there afterwards."""
+    """Copy a file from the Hub to `path`; unless `keep`, leave it cached only if it was before."""
     keep = keep or hub.in_cache(file)
     copy = hub.fetch(file)
     with open(copy, "rb") as source, files.whole_file(path) as file:
@@ -90,7 +90,7 @@ def bring(file: hub.HubFile, path: Path, keep: bool) -> None:
 
 
 def entry_of(path: Path, split: str, tokenizer: tiktoken.Encoding) -> dict:
-    """What a manifest says of a shard that somebody else made."""
+    """The manifest entry of a shard; raises UserError if it has tokens that are not in the vocabulary."""
     tokens = read_shard(path, None)
     lengths = np.array([len(token) for token in token_bytes(tokenizer)])
     if len(tokens) and int(tokens.max()) >= tokenizer.n_vocab:

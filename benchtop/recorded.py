@@ -1,8 +1,8 @@
-"""A micro-batch as one recording of all its kernels (a CUDA graph), for models so small that starting kernels
-one by one takes longer than running them.
+"""Record a micro-batch as one CUDA graph, for models so small that launching kernels one by one takes longer
+than running them.
 
-A recording repeats addresses and numbers as they were: nothing that Python decides may change from one
-micro-batch to the next.
+A graph replays the addresses and Python values of its recording: nothing that Python decides may change from
+one micro-batch to the next.
 """
 
 import time
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from benchtop.errors import first_line
 from benchtop.machine import World
 
-WORTH_IT = 0.8      # from this share of its time on, that Python takes to start its kernels
+WORTH_IT = 0.8      # record if launching the kernels takes at least this share of a micro-batch's time
 
 
 def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World) -> list[str]:
-    """Record forward and backward of the model where that is faster; what the log should say of it.
+    """Record forward and backward of the model where that is faster; returns lines for the log.
 
-    Losses and gradients stay what they are. The model must be compiled and warmed up; inputs and targets are
+    Losses and gradients do not change. The model must be compiled and warmed up; inputs and targets are
     (B, T) as in every micro-batch.
     """
     if world.device.type != "cuda":
@@ -28,10 +28,10 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     pace = f"its kernels are started in {1000 * started:.1f} ms and done in {1000 * done:.1f} ms"
     if started < WORTH_IT * done:
         return []
-    if cfg.deterministic:       # the library of products may choose other kernels while it is recorded
+    if cfg.deterministic:       # cuBLAS may choose other kernels while they are recorded
         return [f"launches    a micro-batch is not recorded for --deterministic; {pace}"]
-    progress = vars(model).pop("progress")      # who reads it now finds nothing
-    # gradients come from a stream of their own, once; newer versions warn of it
+    progress = vars(model).pop("progress")      # reading it while recording raises AttributeError
+    # while recording, gradients come from a stream of their own; newer torch versions warn about that
     getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     try:
         torch.cuda.make_graphed_callables(model, (inputs, targets), allow_unused_input=True)
@@ -39,13 +39,13 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
         if "progress" not in str(error):
             raise
         return [f"launches    a micro-batch changes with model.progress, so it is not recorded; {pace}"]
-    except (RuntimeError, AssertionError) as error:     # too little memory, or what a graph cannot hold
+    except (RuntimeError, AssertionError) as error:     # out of memory, or not allowed in a graph
         world.empty_cache()
         return [f"launches    a micro-batch cannot be recorded ({first_line(error)}); {pace}"]
     finally:
         model.progress = progress
         clear(model)
-    # gradients arrive in memory that the next micro-batch writes over
+    # gradients arrive in memory that the next micro-batch overwrites
     for parameter in model.parameters():
         parameter.register_hook(torch.clone)
     _, recorded = launch_seconds(model, inputs, targets, world)
@@ -53,7 +53,7 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
 
 
 def launch_seconds(model: nn.Module, inputs: Tensor, targets: Tensor, world: World) -> tuple[float, float]:
-    """How long it takes to start all kernels of a micro-batch, and until they are done."""
+    """Seconds until all kernels of a micro-batch are launched, and until they are done."""
     for _ in range(2):      # the first time warms up
         world.synchronize()
         begun = time.perf_counter()

@@ -1,23 +1,23 @@
-"""Secrets of the environment never reach a file or a log."""
+"""Remove the values of secret environment variables from text that goes to a file or a log."""
 
 import json
 import os
 import re
 
-# of variables: MY_TOKEN, API_KEY, DB_PASSWORD; BATCH_TOKENS and TOKENIZER are none, nor is PWD, a folder
+# names of secret variables: MY_TOKEN, API_KEY, DB_PASSWORD; not BATCH_TOKENS, TOKENIZER or PWD (a folder)
 SECRET = re.compile(r"(?:^|_)(?:\w*TOKEN|\w*KEY|SECRETS?|PASS|PASSW\w*|(?<=_)PWD|PASSPHRASE|CREDENTIALS?|PAT)"
                     r"(?:_|$)", re.IGNORECASE)
 
 
 def without_secrets(text: str) -> str:
-    """The text, with values of the environment's tokens, keys and passwords replaced by their names.
+    """The text, with the values of secret environment variables replaced by the variables' names.
 
-    They are found as they are, in JSON and in a shell's quotes. A number, which could stand anywhere, is no
-    secret.
+    Values are found as they are, escaped in JSON and quoted for a shell. Values of fewer than 8 characters or
+    of digits only are kept, since they could occur anywhere.
     """
     secrets = [(value, name) for name, value in os.environ.items()
                if len(value) >= 8 and not value.isdigit() and SECRET.search(name)]
-    # the longest first, since one may hold another
+    # the longest first, since one value may contain another
     for value, name in sorted(secrets, reverse=True, key=lambda secret: len(secret[0])):
         for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1],
                      value.replace("'", "'\"'\"'")):

@@ -1,21 +1,21 @@
-"""A run: from knobs to a folder that holds all of it. An experiment's script ends with
+"""A run, from its knobs to its run folder. An experiment's script ends with
 
     EXPERIMENT = Experiment(Config, GPT, Optimizer, train)
     EXPERIMENT.main()
 
-and its `train` takes the steps that Run.batches() gives it. Everything between two steps happens here: the
-budget is counted, held-out text validated, checkpoints saved, signals heard, rows logged.
+and its `train` loops over Run.batches(). Everything between two steps happens here: counting the budget,
+validation, checkpoints, stop signals, logging.
 
-What an experiment hands over:
+What an experiment supplies:
     Config     a frozen dataclass that inherits from benchtop.knobs.RunConfig and has the budget: seq_len,
                batch_tokens, max_doc_len, num_steps, train_tokens, train_minutes, target_loss, with_budget()
     Model      Model(cfg, eot_id, dtype, flex): an nn.Module that returns the summed loss of inputs and
                targets. It has hidden, logits, head, layers, cfg, eot_id, longest, flops_per_token,
-               compile_parts and remarks; `progress` is set from here
+               compile_parts and remarks; the run sets its `progress`
     Optimizer  Optimizer(model, cfg, world, dtype) with parameters, sum_gradients, divide_gradients,
-               clear_gradients, state, load, remarks and, for the estimate of memory, group_of and state_of
-    train      train(run), the loop
-train_gpt.Model and train_gpt.Optimizer have all of this; a script need only change what differs.
+               clear_gradients, state, load, remarks and, for the memory estimate, group_of and state_of
+    train      train(run), the training loop
+train_gpt.Model and train_gpt.Optimizer have all of this; a script only overrides what differs.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a script hands over; see the top of this file."""
+    """What a script supplies; see the top of this file."""
     Config: type[RunConfig]
     Model: Callable[..., nn.Module]
     Optimizer: type
@@ -120,12 +120,12 @@ class Experiment:
 
 
 # ------------------------------------------------------------------------------------------------
-# While it goes on
+# During the run
 # ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
-    """All that a run consists of, and how far it is; the loop calls `batches`, `backward`, `accepts_step`."""
+    """The parts and the state of a run; the training loop calls `batches`, `backward` and `accepts_step`."""
     experiment: Experiment
     cfg: RunConfig
     world: World
@@ -137,33 +137,33 @@ class Run:
     clock: Clock
     loss_scale: LossScale
     step: int = 0                       # optimizer steps done
-    progress: float = 0.0               # share of the budget that is used, 0 to 1
-    progress_before: float = 0.0        # the same, one step earlier
-    clock_share: float = 0.0            # share of --train_minutes that the first process found used
-    values: dict = dataclasses.field(default_factory=dict)      # of the last step, as metrics.csv has them
+    progress: float = 0.0               # fraction of the budget used, 0 to 1
+    progress_before: float = 0.0        # `progress` one step earlier
+    clock_share: float = 0.0            # fraction of --train_minutes used, by rank 0's clock
+    values: dict = dataclasses.field(default_factory=dict)      # metrics.csv columns of the last step read
     flops: float = 0.0                  # floating-point operations so far
-    logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops of metrics.csv's last row
+    logged: tuple[int, float, float] = (0, 0.0, 0.0)    # step, seconds and flops at metrics.csv's last row
     best_val_loss: float = math.inf
     best_step: int = 0
     document_nats: Tensor | None = None     # Validation.nats of the last validation
-    reports: list[Report] = dataclasses.field(default_factory=list)     # of steps that were not read yet
-    target: dict | None = None          # when val_loss first was as low as --target_loss
-    save_seconds: float = 0.0           # time that went into checkpoints
-    compile_seconds: float = 0.0        # time that went into compiling, over all sessions
+    reports: list[Report] = dataclasses.field(default_factory=list)     # of steps not read yet
+    target: dict | None = None          # when val_loss first reached --target_loss
+    save_seconds: float = 0.0           # time spent on checkpoints
+    compile_seconds: float = 0.0        # time spent compiling, over all sessions
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
     signals: StopSignals = dataclasses.field(default_factory=StopSignals)
 
     # ---- what the training loop uses
 
     def batches(self) -> Iterator[Batch]:
-        """The batch of each step, until the budget is used up or the target reached.
+        """The batch of each step, until the budget is used up or the target is reached.
 
-        What follows `yield` is done when the loop asks for the next batch: the step is counted, and where
-        it is time for that the run validates, saves and logs.
-        raises  Stopped, saved, on all processes when one of them was told to stop
+        The code after `yield` runs when the loop asks for the next batch: it counts the step, and validates,
+        saves and logs if that is due.
+        raises  Stopped on all ranks, after saving, when one of them was told to stop
         """
         if self.step:
-            self.validate_and_log()     # checkpoints are made before what belongs to their step
+            self.validate_and_log()     # a checkpoint is written before its step is validated and logged
         with prepared_batches(self.data.rows, self.cfg, self.world, self.step) as batches:
             self.clock.start()
             while self.progress < 1 and not self.target:
@@ -174,21 +174,21 @@ class Run:
                 self.between_steps()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a part of the step's loss."""
+        """Accumulate the gradients of a part of the step's loss."""
         self.loss_scale.backward(loss)
 
     def accepts_step(self, loss: Tensor, norms: Tensor, lr_scale: float) -> bool:
-        """Whether to use the gradients of a step; False where float16 overflowed, and then they are cleared.
+        """Whether to apply a step's gradients; False if float16 overflowed and they were cleared.
 
-        Scaling for float16 is undone here, in gradients and norms alike, and the step is noted for the log.
-        loss      () this process's part of the step's mean loss
-        norms     (P) of the gradients of each parameter, over all processes
-        lr_scale  what the schedule multiplies all learning rates by, for the log
-        raises    NonFinite if loss or gradients are not finite: on a CPU here, before weights are touched;
-                  on a GPU, which is not waited for, one step later, and nothing is saved until then
+        Undoes the loss scaling of float16, in gradients and in `norms`, and records the step for the log.
+        loss      () this rank's part of the step's mean loss
+        norms     (P) gradient norm of each parameter, over all ranks
+        lr_scale  factor of the schedule on all learning rates, for the log
+        raises    NonFinite if loss or gradients are not finite: at once, before weights change; on CUDA
+                  (except in float16) one step later, to avoid waiting, and nothing is saved in between
         """
-        # all processes learn the loss, whether one was told to stop, and what the first one's clock says:
-        # whether it is time to save, and how much of the budget is used
+        # all ranks learn the loss, whether one was told to stop, and by rank 0's clock whether a save is due
+        # and which fraction of --train_minutes is used
         clock_share = self.clock.share(self.cfg) if self.world.is_main else 0.0
         told = torch.tensor([float(self.told_to_stop), float(self.is_time_to_save), clock_share])
         shared = self.world.sum(torch.cat([loss[None], self.world.sent(told)]))             # (4)
@@ -202,7 +202,7 @@ class Run:
     # ---- between two steps
 
     def between_steps(self) -> None:
-        """Read what steps found; save, stop, validate and log where it is time for that."""
+        """Read the reports of steps; save, stop, validate and log if that is due."""
         stops, saves = self.read_reports(behind=0 if self.is_log_step else self.world.reports_behind)
         self.progress_before = self.progress
         self.progress = self.model.progress = budget_used(self.cfg, self.step, self.clock_share)
@@ -219,7 +219,7 @@ class Run:
             self.clock.start()
 
     def read_reports(self, behind: int) -> tuple[bool, bool]:
-        """Read the reports of all steps but the last `behind`: whether to stop, and whether to save."""
+        """Read the reports of all but the last `behind` steps; returns whether to stop, and to save."""
         stops = saves = False
         while len(self.reports) > behind:
             report = self.reports.pop(0)
@@ -242,12 +242,12 @@ class Run:
 
     @property
     def is_time_to_save(self) -> bool:
-        """Whether the first process finds the last checkpoint old."""
+        """Whether this is rank 0 and the last checkpoint is older than --save_every_minutes."""
         age = time.perf_counter() - self.last_save
         return self.world.is_main and 0 < 60 * self.cfg.save_every_minutes < age
 
     def validate_and_log(self) -> None:
-        """Validate and write a row of metrics.csv, where the step is one for that."""
+        """Validate and write a row of metrics.csv, if that is due after this step."""
         if not self.logs:
             return
         gc.collect()
@@ -266,7 +266,7 @@ class Run:
         with self.world.memory_of("validation"):
             result = self.data.held_out.evaluate(self.losses_of, rows_at_once, self.world)
         if not math.isfinite(result.val_loss) or not math.isfinite(result.val_bpb):
-            self.log.withdraw(self.step)    # nobody should go on from there
+            self.log.withdraw(self.step)    # nobody should resume from this step's checkpoint
             raise NonFinite(f"the val_loss of step {self.step} is {result.val_loss}; {CURE}")
         self.values |= {"val_loss": result.val_loss, "val_bpb": result.val_bpb}
         self.document_nats = result.nats
@@ -279,7 +279,7 @@ class Run:
                            "train_seconds": round(self.clock.seconds, 2)}
 
     def pace(self) -> dict[str, float]:
-        """How far the run is, and how fast since the last row."""
+        """How far the run is, and its speed since the last row of metrics.csv."""
         cfg, seconds = self.cfg, self.clock.seconds
         step, second, flops = self.logged
         speed = cfg.batch_tokens * (self.step - step) / (seconds - second)
@@ -294,11 +294,11 @@ class Run:
 
     @property
     def told_to_stop(self) -> int:
-        """The number of the signal that says so, also where a closed pipe does; or 0."""
+        """The number of the stop signal received, SIGPIPE if the pipe for output was closed, or 0."""
         return self.signals.received or signal.SIGPIPE * self.log.unheard
 
     def save(self) -> None:
-        """Write a checkpoint: all a run needs to go on, on any number of processes.
+        """Write a checkpoint: all that a run needs to resume, on any number of processes.
 
         raises  NonFinite if the weights are not finite
         """
@@ -324,7 +324,7 @@ class Run:
         self.save_seconds += self.last_save - begun
 
     def load(self, saved: dict | None) -> None:
-        """Go on where the first process's checkpoint was made; the other processes pass None."""
+        """Resume from the checkpoint that rank 0 passes; all other ranks pass None."""
         if saved:
             self.model.load_state_dict(saved["model"])
         self.world.share_weights(self.model)
@@ -343,17 +343,17 @@ class Run:
         self.loss_scale.load(small["loss_scale"])
         self.world.peaks |= small["peak_memory_mib"]
         states = small["random_states"]
-        if len(states) == self.world.size:      # another number of processes draws other random numbers
+        if len(states) == self.world.size:      # states of another number of processes do not fit
             self.world.set_random_state(states[self.world.rank])
 
 
 # ------------------------------------------------------------------------------------------------
-# Beginning and end
+# Start and end
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained and validated on."""
+    """The data that a run trains and validates on."""
     dataset: Dataset
     tokenizer: Encoding
     rows: Rows
@@ -362,7 +362,7 @@ class Data:
 
     @property
     def bar(self) -> dict:
-        """What the manifest says of xz, where all the text is validated that it says it of."""
+        """xz's figures from the manifest; the values are None unless the whole val split is validated on."""
         facts = self.dataset.manifest if self.held_out.is_whole and self.split == VAL else {}
         return {fact: facts.get(fact) for fact in ("xz_bpb", "xz_training_bytes")}
 
@@ -370,7 +370,7 @@ class Data:
 def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
     """The verified data of a run, and its Config with the vocabulary and the budget that follow from them.
 
-    raises  UserError on all processes at once
+    raises  UserError on all ranks together
     """
     dataset, tokenizer = world.raise_on_all_ranks(lambda: open_dataset(cfg.data, cfg.tokenizer))
     dataset = dataset.verified(world)
@@ -385,7 +385,7 @@ def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
 
 
 def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, dict | None]:
-    """The first process's knobs for all; on it alone, the log and checkpoint of the run that is resumed."""
+    """Rank 0's Config on all ranks; on rank 0 alone, also the log and checkpoint of a run to resume."""
     cfg = world.same(cfg)
 
     def hold_and_read() -> tuple[TextIO | None, dict | None]:
@@ -397,7 +397,7 @@ def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, di
 
 
 def tasks_of(cfg: RunConfig) -> dict[str, Task | None]:
-    """What --benchmarks names; None for one that is not downloaded."""
+    """The benchmarks that --benchmarks names; None for one that is not downloaded."""
     names = BENCHMARKS if cfg.benchmarks == "all" else map(str.strip, cfg.benchmarks.split(","))
     names = [name for name in names if name]
     cfg.require("benchmarks", set(names) <= set(BENCHMARKS),
@@ -406,7 +406,7 @@ def tasks_of(cfg: RunConfig) -> dict[str, Task | None]:
 
 
 def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
-    """Train, validate, sample, and leave a run folder; or go on with a run that was stopped."""
+    """Train, validate, sample and leave a run folder; or resume a run that was stopped."""
     on_all = world.raise_on_all_ranks
     cfg, text, saved = open_run(cfg, world)
     on_all(lambda: cfg.require_machine(world.device, world.dtype))
@@ -427,7 +427,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     on_all(lambda: saved and check_shapes(saved["model"], model))
     log = on_all(lambda: RunLog(cfg, COLUMNS, identity, data.tokenizer, saved, text, world.is_main))
     with log, say_how_to_resume(log):
-        # sizes that are found here stay out of config.json, which has the knobs as they were given
+        # config.json does not get the sizes chosen here; it keeps the knobs as they were given
         sized = world.same(memory.choose_micro_batch(experiment, cfg, world, kernels, saved))
         needs = memory.memory_estimate_mib(experiment, sized, world, kernels)
         if world.is_main:
@@ -452,7 +452,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
         left = time_to_the_end(sized, each, run.progress)
         log.say(f"kernels ready after {compile_seconds:.1f} s; training "
                 + (f"resumes after step {run.step}" if cfg.resume else "begins") + f", {left}")
-        saved = None    # its memory is needed
+        saved = None    # its memory is needed for training
         with StopSignals() as run.signals, collector_at_rest():
             experiment.train(run)
         with StopSignals(at_once=True):     # everything is saved, so there is no step to wait for
@@ -461,7 +461,7 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
 
 @contextlib.contextmanager
 def say_how_to_resume(log: RunLog) -> Iterator[None]:
-    """Let whatever ends a run early say in one line how to resume it."""
+    """If an error or a signal ends the run early, say in one line how to resume it."""
     try:
         yield
     except NonFinite as error:
@@ -491,7 +491,7 @@ def say_how_to_resume(log: RunLog) -> Iterator[None]:
 
 
 def finish(run: Run, tasks: list[Task]) -> None:
-    """Weights, benchmarks, samples, picture, summary, and last what a newcomer wants to know."""
+    """Write weights, benchmark scores, samples, picture and summary, then print the results."""
     cfg, model, held_out, log, tokenizer = run.cfg, run.model, run.data.held_out, run.log, run.data.tokenizer
     results = run.values | {"compile_seconds": round(run.compile_seconds, 1)}
     model.progress = 1.0
@@ -515,8 +515,8 @@ def finish(run: Run, tasks: list[Task]) -> None:
         if not run.world.is_main:
             return
         model.eval()
-        model.flex = None       # texts have many lengths, and none is worth compiling for
-        # the compiler takes a second to import; only a model that is compiled has loaded it
+        model.flex = None       # samples have many lengths, none of which is worth compiling for
+        # importing torch.compiler takes a second, unless a compiled model has imported it already
         compiled = run.losses_of.compiled
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             samples = sample_held_out(model, tokenizer, held_out, cfg)
@@ -546,7 +546,7 @@ def finish(run: Run, tasks: list[Task]) -> None:
 
 
 def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:
-    """Say what a run would do; False if it could not train."""
+    """Print what a run would do (--check); returns False if it could not train."""
     problems = []
     cfg = with_speed(cfg, world)
     kernels = choose_kernels(cfg, world)
@@ -585,5 +585,5 @@ def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:
     if world.is_main:
         print("\n".join([*lines, *(f"problem     {problem}" for problem in problems),
                          "cannot train" if problems else "ready to train"]), flush=True)
-    world.barrier()     # torchrun ends all processes when the first one fails, so the word comes first
+    world.barrier()     # torchrun kills all processes once one fails, so rank 0 prints first
     return not problems

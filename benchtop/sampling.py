@@ -1,7 +1,7 @@
-"""Text from a model, token by token.
+"""Sample text from a model, token by token.
 
-Every token is decoded by a plain forward pass over the whole text, many texts at a time. There is no cache of
-keys and values, so a new layer needs no code for decoding and samples exactly what it was trained to do.
+Every token takes a plain forward pass over the whole text, for many texts at a time. There is no KV cache, so
+a new layer needs no decoding code and computes exactly what it computes in training.
 """
 
 import itertools
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from benchtop.errors import NonFinite
 from benchtop.evaluation import HeldOut
 
-TOKENS_AT_ONCE = 2**14      # of all texts that are decoded together, at most
+TOKENS_AT_ONCE = 2**14      # at most, in all texts that are decoded together
 
 
 @torch.no_grad()
 def generate(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int] | None = None,
              ) -> list[list[int]]:
-    """Continue texts by at most sample_tokens tokens, each the same whichever others are beside it.
+    """Continue each prompt by at most sample_tokens tokens, whatever the other prompts are.
 
-    prompts  token ids, at least one each, of any lengths
-    seeds    of each text; None: cfg.seed and those after it
-    returns  the new tokens of each, without the <|endoftext|> that ends a text
+    prompts  token ids, at least one per prompt; lengths may differ
+    seeds    one per prompt; None: cfg.seed, cfg.seed + 1, ...
+    returns  the new tokens of each prompt, without the <|endoftext|> that ends a text
     """
     seeds = seeds or [cfg.seed + number for number in range(len(prompts))]
     longest = max(map(len, prompts), default=1) + cfg.sample_tokens
@@ -40,14 +40,14 @@ def _continue(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int])
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(prompt) for prompt in prompts]
-    open_texts = list(range(len(texts)))        # numbers of those that have not ended
-    # the end of a text that the model cannot read as a whole; or of which its layers see no more, since each
-    # looks back over a row of training at most, and over one or two tokens beside it
+    open_texts = list(range(len(texts)))        # numbers of the unfinished ones
+    # only the end of a long text is read: the most that the model can read, or that its layers can see, since
+    # each looks back over a training row at most, and one or two tokens more
     most = model.longest or len(model.layers) * (model.cfg.seq_len + 2)
     for _ in range(cfg.sample_tokens):
         read = [texts[number][-most:] for number in open_texts]
         lengths = list(map(len, read))
-        # what is behind a text's end is not seen from before it
+        # padding behind a text is not seen by the tokens before it
         inputs = torch.full((len(read), max(lengths)), model.eot_id)                        # (B, T)
         for row, text in enumerate(read):
             inputs[row, :lengths[row]] = torch.tensor(text)
@@ -66,20 +66,20 @@ def _continue(model: nn.Module, prompts: list[list[int]], cfg, seeds: list[int])
 
 
 def choose(logits: Tensor, cfg, generator: torch.Generator) -> int:
-    """One token for (V) logits."""
+    """Choose a token from (V) logits."""
     if cfg.temperature == 0:
         return int(logits.argmax())
     if cfg.top_k:
         kth = logits.topk(min(cfg.top_k, len(logits))).values[-1]                           # ()
         logits = logits.masked_fill(logits < kth, -math.inf)                                # (V)
-    # below 0 and in float64, where no temperature gives infinity minus infinity or 0 / 0
+    # shifted to 0 at most and in float64, so that no temperature gives infinity minus infinity or 0 / 0
     z = (logits - logits.max()).double() / cfg.temperature                                  # (V)
     probabilities = torch.softmax(z.float(), dim=-1)                                        # (V)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def sample_held_out(model: nn.Module, tokenizer: Encoding, held_out: HeldOut, cfg) -> list[dict]:
-    """Continue the beginnings of held-out documents, which the model has never seen."""
+    """Continue the first 16 tokens of held-out documents, which the model has never seen."""
     begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
     begins = begins[np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)]
     prompts = [held_out.tokens[begin:begin + 17].tolist() for begin in begins]

@@ -1,6 +1,6 @@
-"""Models that finished runs left (--save_model): loading, sampling, scoring.
+"""Models saved by finished runs (--save_model): loading, sampling, scoring.
 
-An experiment (benchtop.run.Experiment) is what the run's script hands over: Config, Model, Optimizer, train.
+`experiment` is the benchtop.run.Experiment of the run's script: Config, Model, Optimizer, train.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from benchtop.scoring import Scores, hellaswag_accuracy
 from benchtop.tasks import Question, Task
 from benchtop.tokenizer import CannotEncode, encode
 
-WORTH_COMPILING = 1000              # rows of multiple choice to score with weights from a file
+WORTH_COMPILING = 1000              # from this many questions on, compiling a loaded model pays
 
 
 def saved_config(experiment, folder: Path, **changes):
-    """The Config of a run, as far as its script still has the knobs, on whatever machine this is."""
+    """The Config of a saved run on this machine; knobs that the script no longer has are dropped."""
     here = {"device": "auto", "compile": "auto", "deterministic": False}
     return experiment.Config(**known_knobs(folder, experiment.Config) | here | changes)
 
@@ -38,7 +38,7 @@ def saved_config(experiment, folder: Path, **changes):
 def load_trained(experiment, folder: Path, cfg, world: World) -> tuple[nn.Module, Encoding]:
     """The model that a run left with --save_model, and its tokenizer.
 
-    raises  UserError if there is none, or it is of another script
+    raises  UserError if the weights are missing or damaged, or do not fit this script's model
     """
     tokenizer, weights = saved_tokenizer(folder), read_weights(folder)
     if cfg.vocab_size != tokenizer.n_vocab:
@@ -50,7 +50,7 @@ def load_trained(experiment, folder: Path, cfg, world: World) -> tuple[nn.Module
 
 
 def check_shapes(weights: dict[str, Tensor], model: nn.Module) -> None:
-    """raises  UserError if the weights of a checkpoint do not belong to this model"""
+    """raises  UserError if the names or shapes of saved weights are not those of the model"""
     then = {name: list(weight.shape) for name, weight in weights.items()}
     now = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
@@ -61,7 +61,7 @@ def check_shapes(weights: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def sample_run(experiment, cfg, world: World) -> None:
-    """Print text by the weights that a run left: after --prompt, or after each line that is typed."""
+    """Print text sampled from a run's weights: after --prompt, or after each line typed at the terminal."""
     folder = Path(cfg.sample)
     if summary_of(folder).get("code_sha256") != sha256_of(experiment.script):
         print(f"warning: {experiment.script.name} has changed since it trained {folder}", file=sys.stderr)
@@ -78,7 +78,7 @@ def sample_run(experiment, cfg, world: World) -> None:
 
 
 def tokens_of(tokenizer: Encoding, prompt: str) -> list[int]:
-    """A prompt as the beginning of a document."""
+    """The tokens of a prompt at the beginning of a document."""
     try:
         return [tokenizer.eot_token, *encode(tokenizer, prompt)[0]]
     except CannotEncode as error:
@@ -86,14 +86,14 @@ def tokens_of(tokenizer: Encoding, prompt: str) -> list[int]:
 
 
 def typed_lines() -> Iterator[str]:
-    """What a person types, until Ctrl-D."""
+    """The lines that a person types, until Ctrl-D."""
     with contextlib.suppress(EOFError):
         while True:
             yield input("> ")
 
 
 def continue_prompts(experiment, folder: Path, prompts: list[str], **sampling) -> Iterator[str]:
-    """Continue each text by the weights that a run left, the n-th one with seed n; for judge.py."""
+    """Continue each prompt with a run's weights, prompt number n (from 0) with seed n; for judge.py."""
     cfg = dataclasses.replace(parse_config([f"--sample={folder}"], experiment.Config), **sampling)
     world = World(cfg)
     try:
@@ -110,9 +110,9 @@ def continue_prompts(experiment, folder: Path, prompts: list[str], **sampling) -
 
 def score(losses_of: TokenLosses, tokenizer: Encoding, questions: list[Question], rows: int, world: World,
           ) -> Scores:
-    """Accuracy of a model on a benchmark, `rows` rows at a time; all processes call it and share the work.
+    """Score a model on a benchmark, `rows` rows at a time; all processes call it and share the work.
 
-    With as many rows as in training no kernel is compiled for it, but one for likeliest tokens.
+    With as many rows as in training, only the kernel for likeliest tokens must be compiled anew.
     """
     def log_probabilities(inputs: np.ndarray, targets: np.ndarray, likeliest: bool = False) -> np.ndarray:
         inputs = torch.from_numpy(inputs).to(world.device)
@@ -127,14 +127,14 @@ def score(losses_of: TokenLosses, tokenizer: Encoding, questions: list[Question]
 
 
 def scored_on(experiment, world: World) -> dict:
-    """What a score may depend on in its last digits, and the script."""
+    """The machine facts that a score's last digits may depend on, and the script's hash."""
     return world.facts() | {"code_sha256": sha256_of(experiment.script)}
 
 
 def score_saved(experiment, folder: Path, task: Task) -> tuple[Scores, dict, bool]:
-    """Score the weights that a run left, on as many processes as there are.
+    """Score a run's saved weights, on all processes that torchrun started.
 
-    returns  the scores, what they were made on, and whether this is the first process
+    returns  the scores, the facts of scored_on, and whether this is the first process
     """
     cfg = saved_config(experiment, folder)
     world = World(cfg)

@@ -1,7 +1,7 @@
 """Scores of a language model on multiple choice: log-probabilities in, accuracies with their intervals out.
 
 The model is one function from token ids to log-probabilities, both numpy arrays, so nothing here needs torch.
-The questions come from tasks.py; evaluation.py makes that function of a model.
+The questions come from tasks.py; saved.py wraps a model into that function.
 """
 
 import bisect
@@ -20,17 +20,17 @@ from benchtop.significance import wilson_interval
 from benchtop.tasks import Question
 from benchtop.tokenizer import CannotEncode, encode
 
-# what the log-probability of an ending is divided by; of a single ending there is acc alone
+# acc_norm_X divides an ending's log-probability by its length in X; single endings have only acc
 METRICS = ("acc", "acc_norm_characters", "acc_norm_bytes", "acc_norm_tokens")
-LARGEST_EXPONENT = 700      # of a perplexity; exp of 710 is more than a float64 holds
+LARGEST_EXPONENT = 700      # of a perplexity; exp(710) overflows a float64
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of rows whose likeliest ending is the right one, with its Wilson 95 % interval.
+    """Fraction of rows whose likeliest ending is the right one, with its Wilson 95 % interval.
 
     A single ending is right if each of its tokens is the likeliest one, so that greedy decoding writes it.
-    ties  rows in which several endings are likeliest; the first of them counts as the choice
+    ties  rows in which several endings tie for the likeliest; the first of them counts as the choice
     """
     value: float
     low: float
@@ -41,16 +41,16 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of a task.
+    """The results of a model on a task.
 
-    chance        accuracy of guessing: an ending, or each token of a single one
-    cut_contexts  endings before which the context was too long for the model and was cut from the left
-    cut_endings   endings that are longer than the model reads; only what is left of them is scored
-    seconds       that scoring took
+    chance        accuracy of random guessing: of an ending, or of each token of a single ending
+    cut_contexts  endings whose context was too long for the model and was cut from the left
+    cut_endings   endings longer than the model can read; only their last tokens are scored
+    seconds       time that scoring took
     accuracies    by METRICS
-    items         for each row: its name and label, and for each ending its log-probability in nats and its
-                  length; then the choice by each metric, -1 where a single ending is not what greedy
-                  decoding writes
+    items         for each row: its name and label; for each ending, its log-probability in nats and its
+                  lengths; then the choice by each metric, -1 if greedy decoding does not write a single
+                  ending
     perplexity    of single endings, each as a whole: exp of their mean negative log-probability
     """
     rows: int
@@ -63,7 +63,7 @@ class Scores:
     perplexity: float | None = None
 
     def summary(self) -> dict:
-        """All but the items, as summary.json has it."""
+        """All but the items, in the form of summary.json."""
         return {"rows": self.rows, "chance": self.chance, "cut_contexts": self.cut_contexts,
                 "cut_endings": self.cut_endings, "seconds": self.seconds,
                 **({} if self.perplexity is None else {"perplexity": self.perplexity}),
@@ -84,7 +84,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An ending behind its context: the model predicts the last `predicted` tokens from those before them."""
+    """A context and one ending: the model predicts the last `predicted` tokens from those before them."""
     tokens: tuple[int, ...]
     predicted: int
     context_is_cut: bool
@@ -92,26 +92,26 @@ class Candidate:
 
     @property
     def width(self) -> int:
-        """Tokens to be read; the last is predicted only."""
+        """Number of tokens that the model reads: all but the last, which is only predicted."""
         return len(self.tokens) - 1
 
 
 def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: Encoding,
                        questions: list[Question], shape: tuple[int, int], rank: int = 0, world_size: int = 1,
                        add_up: Callable[[np.ndarray], np.ndarray] = lambda sums: sums) -> Scores:
-    """Score a model on multiple choice, or on questions of one ending each, many candidates in a row.
+    """Score a model on multiple choice, or on questions with one ending each; rows pack many candidates.
 
-    log_probabilities  (B, T) int64 inputs and targets -> (B, T) log-probability of each target in nats; a
-                       target of -1 is not to be predicted, and what stands there in the answer does not
-                       count. The model must keep documents apart: each candidate begins with <|endoftext|>.
-                       For single endings it is given True as well, and answers (2, B, T): these, then 1 where
-                       the target is the likeliest token, else 0
+    log_probabilities  (B, T) int64 inputs and targets -> (B, T) log-probability of each target in nats;
+                       where a target is -1, the result is ignored. The model must keep documents apart: each
+                       candidate begins with <|endoftext|>. For single endings it gets True as a third
+                       argument and must return (2, B, T): the log-probabilities, then 1 where the target is
+                       the likeliest token, else 0
     shape              (B, T) of every batch; T is the most that the model can read
-    rank, world_size   this process scores every world_size-th batch, and
-    add_up             gives the sum of all processes' arrays, in float64
+    rank, world_size   this process scores every world_size-th batch
+    add_up             sums an array over all processes, in float64
 
-    The batches are the same for any number of processes, and each candidate is in one of them; equal ones
-    are scored once, or their scores would differ in the last digits.
+    The batches are the same for any number of processes. Equal candidates are scored only once, since their
+    scores could otherwise differ in the last digits.
     """
     begun = time.perf_counter()
     rows, width = shape
@@ -120,7 +120,7 @@ def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: 
     candidates = list(dict.fromkeys(endings))
     packed = packed_rows([candidate.width for candidate in candidates], width)
     single = all(len(question.endings) == 1 for question in questions)
-    sums = np.zeros((1 + single, len(candidates)))      # of log-probabilities, then of likeliest tokens
+    sums = np.zeros((1 + single, len(candidates)))      # log-probabilities, then likeliest tokens
     starts = range(rank * rows, len(packed), world_size * rows)
     with tqdm(starts, unit=" batches", disable=rank > 0 or not sys.stderr.isatty(), leave=False) as bar:
         for start in bar:
@@ -158,7 +158,7 @@ def hellaswag_accuracy(log_probabilities: Callable[..., np.ndarray], tokenizer: 
 
 
 def candidates_for(question: Question, tokenizer: Encoding, longest: int) -> Iterator[Candidate]:
-    """Each ending with what stands before it, at most `longest` tokens to be read."""
+    """Each ending with its context, cut from the left to at most `longest` tokens to read."""
     def tokens_of(text: str) -> list[int]:
         try:
             return encode(tokenizer, text)[0]
@@ -167,7 +167,7 @@ def candidates_for(question: Question, tokenizer: Encoding, longest: int) -> Ite
     context = tokens_of(question.ctx)
     for ending in question.endings:
         predicted = tokens_of(f" {ending}")
-        # <|endoftext|> begins the text, as in training; of what follows, the last `longest` tokens stay
+        # the text begins with <|endoftext|>, as in training; of the rest, the last `longest` tokens are kept
         behind = context + predicted
         kept = behind[max(0, len(behind) - longest):]
         yield Candidate((tokenizer.eot_token, *kept), min(len(predicted), len(kept)), len(kept) < len(behind),
@@ -175,12 +175,12 @@ def candidates_for(question: Question, tokenizer: Encoding, longest: int) -> Ite
 
 
 def packed_rows(widths: list[int], width: int) -> list[list[int]]:
-    """Numbers of candidates, row by row; a row holds `width` tokens.
+    """Pack candidates into rows of `width` tokens; returns the numbers of the candidates in each row.
 
-    The longest go first, each into the fullest row that has room (best fit, decreasing).
+    The longest go first, each into the fullest row that has room (best-fit decreasing).
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []        # what each row has left, and its number; sorted
+    room: list[tuple[int, int]] = []        # (free tokens, number) of each row, sorted
     for number in sorted(range(len(widths)), key=lambda number: (-widths[number], number)):
         place = bisect.bisect_left(room, (widths[number], 0))
         left, row = room.pop(place) if place < len(room) else (width, len(rows))
@@ -193,7 +193,7 @@ def packed_rows(widths: list[int], width: int) -> list[list[int]]:
 
 def item_of(question: Question, sums: np.ndarray, likeliest: np.ndarray | None = None, *,
             tokens: list[int]) -> dict:
-    """What a row's endings score; `likeliest` counts a single ending's likeliest tokens."""
+    """A row's entry in Scores.items; `likeliest` counts the likeliest tokens of a single ending."""
     lengths = {"characters": [len(ending) for ending in question.endings],
                "bytes": [len(ending.encode(errors="replace")) for ending in question.endings],
                "tokens": tokens}

@@ -1,17 +1,17 @@
-"""A test that may be looked at after every pair of runs, and still errs no more often than it promises.
+"""A sequential test: it may be evaluated after every pair of runs, and its error rate stays at most alpha.
 
     >>> test = Sequential(margin=0.01, alpha=0.05, first=3, most=8)
     >>> test.look([0.020, 0.024, 0.021, 0.023]).verdict
     'keep'
 
-Looking at a p value after each pair and stopping when it is small finds a gain in far more than 5 % of ideas
-that have none. Here each look has a limit of its own, so that all looks together err with probability alpha.
-Knows numbers only: gains of one idea over the baseline, one for each seed, larger is better.
+Checking a p value after each pair and stopping once it is small finds a gain in far more than 5 % of ideas
+that have none. Here each look has its own limit, so that all looks together err with probability alpha.
+Knows numbers only: gains of one idea over the baseline, one for each seed; larger is better.
 
-source  repeated t tests: Pocock 1977, doi:10.1093/biomet/64.2.191, by significance levels; repeated
-        confidence intervals: Jennison & Turnbull 1989, doi:10.1111/j.2517-6161.1989.tb01433.x. The limits are
-        not their approximations for large samples but simulated, since Student's t of a few normal
-        differences has the same distribution whatever their spread.
+source  repeated t tests by significance levels: Pocock 1977, doi:10.1093/biomet/64.2.191; repeated
+        confidence intervals: Jennison & Turnbull 1989, doi:10.1111/j.2517-6161.1989.tb01433.x. Their limits
+        are approximations for large samples; here limits are simulated, which works because Student's t of
+        a few normal differences has the same distribution whatever their spread.
 """
 
 import functools
@@ -24,17 +24,17 @@ import numpy as np
 
 from benchtop.significance import t_quantile
 
-PATHS = 400_000         # simulated, for the limits: alpha 0.05 is met within 0.001
+PATHS = 400_000         # simulated to find the limits; an alpha of 0.05 is met within 0.001
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is known after some pairs.
+    """The result of a look at some pairs.
 
     verdict    "keep", "discard", or "undecided"
     gain       mean gain over the pairs
-    low, high  the gain's interval; it holds at all looks together
-    sd         of single gains
+    low, high  interval of the gain, valid for all looks together
+    sd         standard deviation of single gains
     """
     verdict: str
     pairs: int
@@ -46,14 +46,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Sequential:
-    """The rule by which trials stop; all of it is decided before the first run.
+    """The stopping rule of a trial, fixed before its first run.
 
-    margin  the smallest gain that matters
-    alpha   how often an idea without any gain is kept, at most, and how often one with a gain of `margin` is
-            discarded
+    margin  smallest gain that matters
+    alpha   largest probability of keeping an idea that has no gain, and of discarding an idea whose gain is
+            `margin`
     first   pairs before the first look, at least 2
     most    pairs after which the trial ends undecided
-    ideas   in the same trial: the chance that any of those without gain is kept stays alpha (Bonferroni)
+    ideas   number of ideas in the trial; the chance of keeping any that has no gain stays alpha (Bonferroni)
     """
     margin: float
     alpha: float
@@ -62,10 +62,10 @@ class Sequential:
     ideas: int = 1
 
     def look(self, gains: Sequence[float]) -> Look:
-        """What to conclude from these pairs.
+        """Draw a conclusion from the gains of all pairs so far.
 
         keep     the interval of the gain lies above 0
-        discard  it lies below the margin, so there is no gain that matters
+        discard  the interval lies below the margin, so there is no gain that matters
         raises   ValueError if there are fewer pairs than `first`, or more than `most`
         """
         pairs = len(gains)
@@ -79,11 +79,11 @@ class Sequential:
         return Look(verdict, pairs, gain, low, high, sd)
 
     def limit(self, pairs: int, alpha: float) -> float:
-        """The t of this look; that of one look or another is exceeded by chance with probability alpha."""
+        """The limit on t at this look; the chance of exceeding the limit at any look is alpha."""
         return limits(self.first, self.most, alpha)[pairs - self.first]
 
     def power(self, sd: float) -> float:
-        """How often an idea with a gain of exactly the margin is kept, where single gains scatter by `sd`."""
+        """Probability of keeping an idea whose gain is exactly the margin; `sd` as in Look."""
         if sd == 0:
             return 1.0
         t = paths(self.first, self.most, self.margin / sd)
@@ -91,8 +91,8 @@ class Sequential:
         return float((t > keep).any(1).mean())
 
     def more(self, sd: float) -> int:
-        """About how many pairs, as `most`, find a gain of the margin in 80 % of cases: as many as a z test
-        takes, and what looking so often and not knowing the spread cost on top (simulated for 5 to 40 pairs).
+        """About how large `most` must be to detect a gain of the margin with 80 % power: the pairs of a z
+        test, plus the price of repeated looks and an unknown spread (simulated for 5 to 40 pairs).
         """
         normal = statistics.NormalDist()
         limit = normal.inv_cdf(1 - self.alpha / self.ideas)
@@ -102,11 +102,11 @@ class Sequential:
 
 @functools.cache
 def limits(first: int, most: int, alpha: float) -> tuple[float, ...]:
-    """Student's t for each look, from `first` to `most` pairs: one of them is exceeded by chance with
-    probability alpha (one-sided).
+    """Limits on Student's t at each look, from `first` to `most` pairs; the chance of exceeding any of them
+    is alpha (one-sided).
 
-    Each look spends a level in proportion to its pairs, so that the last ones, which know most, have most of
-    it, and early ones still stop what is plain.
+    The significance level of a look is proportional to its number of pairs: late looks, which know most, get
+    most of it, and early looks can still stop clear cases.
     """
     t = paths(first, most, 0.0)
     pairs = range(first, most + 1)
@@ -122,7 +122,7 @@ def limits(first: int, most: int, alpha: float) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=4)
 def paths(first: int, most: int, shift: float) -> np.ndarray:
-    """(PATHS, looks) Student's t of normal gains with spread 1 and mean `shift`, as pairs arrive."""
+    """(PATHS, looks) Student's t of simulated normal gains with standard deviation 1 and mean `shift`."""
     gains = np.random.default_rng(0).standard_normal((PATHS, most)) + shift
     count = np.arange(1, most + 1)
     mean = gains.cumsum(1) / count

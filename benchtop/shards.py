@@ -1,14 +1,14 @@
-"""Token shards and their manifest: written once, checked whenever they are read.
+"""Token shards and their manifest: written once, verified whenever they are read.
 
     data/NAME/
-        train_000001.bin ...   documents to train on; none is split over two shards
-        val_000000.bin         documents to validate on
-        test_000000.bin        documents that only trial.py --confirm looks at
-        manifest.json          what the shards hold: source, tokenizer, counts, SHA-256 of each file
+        train_000001.bin ...   training documents; none is split across shards
+        val_000000.bin         validation documents
+        test_000000.bin        documents that only trial.py --confirm uses
+        manifest.json          what the shards contain: source, tokenizer, counts, SHA-256 of each file
 
-A shard is llm.c's: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16;
-each document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's other variant (20240801, 7,
-uint32 tokens). Shards of llm.c or Modded-NanoGPT are read without a manifest, too.
+Shards have llm.c's format: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as
+uint16; each document begins with <|endoftext|>. Vocabularies above 65,536 use llm.c's other variant
+(20240801, 7, uint32 tokens). Shards of llm.c or Modded-NanoGPT can be read without a manifest, too.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from benchtop.tokenizer import (
 
 FORMAT_VERSION = 1
 HEADER_INTS = 256
-FEW_DOCUMENTS, FEW_TOKENS = 16, 20_000      # with fewer to validate on, there is a warning
+FEW_DOCUMENTS, FEW_TOKENS = 16, 20_000      # with fewer for validation, there is a warning
 
 
 def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
@@ -54,7 +54,7 @@ def shard_format(vocab_size: int) -> tuple[int, int, np.dtype]:
 # ------------------------------------------------------------------------------------------------
 
 class ShardWriter:
-    """Writes documents as shards of at most `shard_size` tokens; a longer document stands alone."""
+    """Writes documents to shards of at most `shard_size` tokens; a longer document gets its own shard."""
 
     def __init__(self, folder: Path, vocab_size: int, shard_size: int):
         self.folder, self.vocab_size, self.shard_size = folder, vocab_size, shard_size
@@ -73,7 +73,7 @@ class ShardWriter:
         self.bytes += num_bytes
 
     def write(self, name: str, split: str) -> dict:
-        """Write what was collected as a shard; what the manifest says of it is returned."""
+        """Write the collected documents as a shard; returns its manifest entry."""
         magic, version, dtype = shard_format(self.vocab_size)
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:3] = magic, version, self.tokens
@@ -98,17 +98,17 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """What identifies the data, wherever they were made: the shards in order and their tokenizer.
+        """The identity of the data, wherever they were made: the shards in order and their tokenizer.
 
-        The test split does not count, since runs neither train nor are validated on it. Of shards whose
-        manifest lacks a SHA-256, or that have none, only `verified` tells it.
+        The test split does not count, since runs neither train nor validate on it. If the manifest lacks
+        SHA-256 values, or there is no manifest, only the result of `verified` has this identity.
         """
         shards = [[shard["split"], shard["tokens"], shard["sha256"]] for shard in self.manifest["shards"]
                   if shard["split"] != "test"]
         return hashlib.sha256(json.dumps([self.manifest["tokenizer_sha256"], shards]).encode()).hexdigest()
 
     def verify(self, part: int = 0, num_parts: int = 1) -> dict[str, str]:
-        """Read every num_parts-th shard, and raise UserError if one is not what the manifest says.
+        """Read every num_parts-th shard from `part` on; raises UserError if one differs from the manifest.
 
         returns  the SHA-256 of each file that was read
         """
@@ -136,9 +136,9 @@ class Dataset:
         return sha256
 
     def verified(self, world) -> "Dataset":
-        """The same, with the SHA-256 of each shard, when all of them are what the manifest says.
+        """This dataset with the SHA-256 of each shard, after all were verified against the manifest.
 
-        Each machine has its own disk, whose shards its processes share out.
+        Each machine has its own disk, so the processes of a machine divide its shards among them.
         raises  UserError on all processes at once
         """
         mine = world.raise_on_all_ranks(lambda: self.verify(world.local_rank, world.local_size))
@@ -152,9 +152,9 @@ class Dataset:
         return Dataset(self.folder, self.manifest | {"shards": shards})
 
     def _twins(self, sha256: dict[str, str]) -> list[str]:
-        """Of shards that no manifest tells of: what is a copy of another one, or a link to it.
+        """Among shards without a SHA-256 in the manifest, those that are copies of another or links to it.
 
-        raises  UserError if one is validated on and the other trained on
+        raises  UserError if one of them is for validation and the other for training
         """
         first, twins = {}, []
         for shard in self.manifest["shards"]:
@@ -169,7 +169,7 @@ class Dataset:
         return twins
 
     def documents_by_source(self, split: str) -> dict[str, int]:
-        """Of a mixture: how many documents of "val" or "test" are of each source, one behind the other."""
+        """For a mixture, the number of documents of each source in "val" or "test", in stored order."""
         return {source["name"]: source[f"{split}_documents"] for source in self.manifest.get("sources", ())}
 
     def tokens(self, split: str) -> list[np.ndarray]:
@@ -182,14 +182,14 @@ class Dataset:
 
 
 def few_held_out(manifest: dict) -> str:
-    """A warning where too little is held out to tell models apart; empty where it is enough."""
+    """A warning if too little is held out to tell models apart; empty if it is enough."""
     val = [shard for shard in manifest["shards"] if shard["split"] == "val"]
     return too_few(*(sum(shard[what] for shard in val) for what in ("documents", "tokens")))
 
 
 def too_few(documents: int, tokens: int) -> str:
-    """As few_held_out, of what is validated on."""
-    if (documents >= FEW_DOCUMENTS or not documents) and tokens >= FEW_TOKENS:    # 0: nobody counted them
+    """As few_held_out, from the numbers of documents and tokens for validation."""
+    if (documents >= FEW_DOCUMENTS or not documents) and tokens >= FEW_TOKENS:    # 0: not counted
         return ""
     those = f"{counted(documents, 'document')} with " if documents else ""
     return (f"only {those}{tokens:,} tokens are held out; on fewer than {FEW_DOCUMENTS} documents or "
@@ -197,14 +197,14 @@ def too_few(documents: int, tokens: int) -> str:
 
 
 def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Encoding]:
-    """The dataset and tokenizer of these names; an empty name stands for the only one that fits.
+    """The dataset and tokenizer with these names; an empty name means the only one that fits.
 
-    raises  UserError with the command that makes what is missing, or if the two do not belong together
+    raises  UserError with the command that makes what is missing, or if the two do not match
     """
     if tokenizer_name:
         tokenizer_name = find_tokenizer(tokenizer_name)
     folder = find_dataset(data, tokenizer_name)
-    if os.path.lexists(folder / "manifest.json"):      # one that cannot be read is not the same as none
+    if os.path.lexists(folder / "manifest.json"):      # a broken link is not a missing manifest
         manifest = read_manifest(folder / "manifest.json")
         tokenizer = load_tokenizer(tokenizer_name or manifest["tokenizer"])
     elif tokenizer_name:
@@ -221,8 +221,7 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
 
 
 def find_dataset(typed: str, tokenizer: str) -> Path:
-    """The folder of the dataset that is meant by `mine` or data/mine/; by nothing, the tokenizer's only one.
-    """
+    """The folder of a dataset typed as `mine` or data/mine/; if typed is empty, the tokenizer's only one."""
     if typed:
         name = places.name_in(places.DATA, typed)
         is_name = re.fullmatch(FOLDER_NAME, name)
@@ -250,8 +249,8 @@ def find_dataset(typed: str, tokenizer: str) -> Path:
 
 
 def how_to_make_data(tokenizer: str, text: str = "") -> str:
-    """The command that makes data of a text, or of the tokenizer's own; without a tokenizer, with one that is
-    there or is made first."""
+    """The command that makes data from a text, or from the tokenizer's own; without a tokenizer, it uses an
+    existing one or makes one first."""
     known = known_tokenizers()
     name = tokenizer or (known[0] if known else "mine")
     first = "" if tokenizer or known else f"{how_to_make(name, text)} && "
@@ -260,7 +259,7 @@ def how_to_make_data(tokenizer: str, text: str = "") -> str:
 
 
 def read_manifest(path: Path) -> dict:
-    """raises UserError if the file is not a manifest of this format"""
+    """raises  UserError if the file is not a manifest of this format"""
     def expect(entry: dict, kinds: dict[str, type]) -> None:
         for key, kind in kinds.items():
             if not isinstance(entry[key], kind):
@@ -291,7 +290,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def expect_sources(manifest: dict, expect: Callable[[dict, dict[str, type]], None]) -> None:
-    """raises  ValueError if what a mixture's manifest says of its sources cannot be"""
+    """raises  ValueError if what a mixture's manifest says about its sources is inconsistent"""
     expect(manifest, {"sources": list})
     for split in ("val", "test"):
         key = f"{split}_documents"
@@ -306,8 +305,8 @@ def expect_sources(manifest: dict, expect: Callable[[dict, dict[str, type]], Non
 def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
     """A manifest for llm.c or Modded-NanoGPT shards, *train*.bin and *val*.bin; nothing else is known.
 
-    In the order of a manifest's own, so that the same shards are the same data with or without it. Files that
-    say test are left alone, and so are hidden ones, as other systems put them beside each file.
+    Shards are in the order of our own manifests, so that the same shards have the same identity with and
+    without one. Files for test are left out, and so are hidden files, which some systems put beside others.
     """
     splits = {path: split_of(path) for path in sorted(folder.glob("[!.]*.bin"))}
     paths = sorted((path for path in splits if splits[path] != "test"),
@@ -323,9 +322,9 @@ def manifest_of_bare_shards(folder: Path, tokenizer: tiktoken.Encoding) -> dict:
 
 
 def split_of(path: Path) -> str:
-    """train, val or test: what a shard without a manifest is for, by the last such word of its name.
+    """What a shard without a manifest is for: train, val or test, whichever is last in its name.
 
-    raises  UserError if it has none
+    raises  UserError if its name has none of them
     """
     words = re.findall(r"(?<![a-z])(train|val|test)", path.stem.lower())
     if not words:
@@ -335,7 +334,7 @@ def split_of(path: Path) -> str:
 
 
 def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped; its header, its size and the manifest must agree."""
+    """The memory-mapped tokens of a shard; its header, its size and the manifest must agree."""
     if not path.is_file():
         what = "is no file" if os.path.lexists(path) else "is missing"
         raise UserError(f"{path} {what}; make the data again with download_fineweb.py")

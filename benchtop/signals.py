@@ -1,24 +1,24 @@
-"""Stop signals: a run that is told to stop saves first."""
+"""Stop signals: a run that receives one saves a checkpoint and stops."""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
-# of people and terminals, of schedulers before a job's end, of limits, timers and a failing power supply,
-# where a system has them; SIGQUIT ends all at once
+# sent by people and terminals, by schedulers before a job ends, by resource limits, timers and failing power
+# supplies, as far as the system has them; SIGQUIT is left out, so that it ends a run at once
 STOPS = tuple(getattr(signal, name) for name in
               ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGPWR")
               if hasattr(signal, name))
 
 
 def heard_signals() -> list[signal.Signals]:
-    """Those of STOPS that are heard: what is ignored, as SIGHUP under nohup, stays so."""
+    """The STOPS to handle; a signal that is ignored, such as SIGHUP under nohup, stays ignored."""
     return [number for number in STOPS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 @contextlib.contextmanager
 def heard_by(handler: Callable) -> Iterator[None]:
-    """Let a function hear them, and afterwards whoever did before."""
+    """Handle stop signals with `handler`, then restore the previous handlers."""
     before = {number: signal.signal(number, handler) for number in heard_signals()}
     try:
         yield
@@ -28,9 +28,9 @@ def heard_by(handler: Callable) -> Iterator[None]:
 
 
 class StopSignals:
-    """STOPS let a run save and stop after its step; a second Ctrl-C ends it at once.
+    """Note a stop signal, so that the run saves and stops after its step; a second Ctrl-C ends it at once.
 
-    at_once  raise Stopped wherever the run is, as when all is saved
+    at_once  raise Stopped wherever the run is, for when everything is saved
     """
 
     def __init__(self, at_once: bool = False):
@@ -53,4 +53,4 @@ class StopSignals:
 
 
 class Stopped(Exception):
-    """The run was told to stop by the signal of this number, and is saved."""
+    """The run was stopped by the signal with this number, and everything is saved."""

@@ -1,13 +1,13 @@
-"""What can be concluded from a few runs: differences with intervals, tests, how many runs an effect needs.
+"""Statistics of a few runs: differences with confidence intervals, tests, and how many runs an effect needs.
 
     >>> welch([3.28, 3.29, 3.27], [3.31, 3.33, 3.32]).p < 0.05
     True
     >>> runs_needed(effect=0.01, sd=0.004)
     4
 
-Everything here takes lists of numbers, one for each run, and knows nothing of files. Results of seeds scatter
-about their mean like a normal distribution, to the precision that matters with a handful of runs; the tests
-are Student's and its kin. tests/test_significance.py holds each beside scipy.
+Everything here takes lists of numbers, one per run, and knows nothing about files. The tests are Student's t
+and its relatives: for a handful of runs, results of different seeds are close enough to normally distributed.
+tests/test_significance.py compares each function with scipy.
 """
 
 import math
@@ -20,14 +20,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Difference:
-    """How far group b is above group a.
+    """The mean of group b minus the mean of group a.
 
-    kind        "paired" by seed, or "Welch": independent, with spreads of their own
-    low, high   the 95 % interval of the mean difference
-    t, df, p    of the two-sided test that there is no difference
-    error       standard error of the mean
-    sd          spread that a single run (or pair) has
-    df_per_run  degrees of freedom that another pair, or another run in each group, adds
+    kind        "paired" by seed, or "Welch": independent groups, each with its own variance
+    low, high   95 % confidence interval of the mean difference
+    t, df, p    of the two-sided test of no difference
+    error       standard error of the mean difference
+    sd          standard deviation of a single run (or of a pair's difference)
+    df_per_run  degrees of freedom added by another pair, or by another run in each group
     """
     kind: str
     mean: float
@@ -63,7 +63,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Mean of b[i] - a[i], for runs that share a seed: what the seed changes in both cancels.
+    """Mean of b[i] - a[i], for runs that share a seed: an effect of the seed on both cancels.
 
     raises  ValueError if there are fewer than two pairs, or the groups have different lengths
     """
@@ -76,7 +76,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def _difference(kind: str, mean: float, error: float, df: float, sd: float, df_per_run: float) -> Difference:
-    if error == 0:      # all runs agree to the last digit
+    if error == 0:      # the results do not vary at all
         t = math.copysign(math.inf, mean) if mean else 0.0
         return Difference(kind, mean, mean, mean, t, df, 0.0 if mean else 1.0, 0.0, sd, df_per_run)
     half, t = t_quantile(0.975, df) * error, mean / error
@@ -85,16 +85,16 @@ def _difference(kind: str, mean: float, error: float, df: float, sd: float, df_p
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of two runs or more."""
+    """95 % confidence interval of the mean of two or more runs."""
     half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
 
 
 def p_below(values: Sequence[float], target: float) -> float:
-    """One-sided p of the mean being `target` or more: small if the runs reach the target on average.
+    """One-sided p value for a mean of `target` or more: small if the runs are below the target on average.
 
-    It is the test of Modded-NanoGPT's speedruns, which ask for p < 0.01.
+    Modded-NanoGPT's speedruns use this test and require p < 0.01.
     raises  ValueError if there are fewer than two runs
     """
     if len(values) < 2:
@@ -107,7 +107,7 @@ def p_below(values: Sequence[float], target: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values of several tests, raised so that the chance of any false positive stays that of one test.
+    """p values of several tests, adjusted so that the chance of any false positive is that of a single test.
 
         >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03, 0.005])]
         [0.03, 0.06, 0.06, 0.02]
@@ -123,7 +123,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Two models on the same questions: those that only one of them answers right, the p of no difference."""
+    """Two models on the same questions: how many only one, both or neither get right; p of no difference."""
     only_a: int
     only_b: int
     both: int
@@ -132,7 +132,7 @@ class McNemar:
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
-    """The exact test: of equally good models, each would win half of the questions that divide them.
+    """The exact test: of the questions that only one model gets right, equally good models expect half each.
 
     source  McNemar 1947, doi:10.1007/BF02295996
     """
@@ -145,7 +145,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
 
 
 # ------------------------------------------------------------------------------------------------
-# Which text was held out: a bootstrap
+# Bootstrap over the held-out documents
 # ------------------------------------------------------------------------------------------------
 
 RESAMPLES = 10_000
@@ -153,7 +153,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class OverDocuments:
-    """A mean difference, and its 95 % interval over the choice of documents, and of seeds if covers_seeds."""
+    """A mean difference and its 95 % interval over the choice of documents (and of seeds if covers_seeds)."""
     documents: int
     mean: float
     low: float
@@ -165,15 +165,15 @@ def over_documents(differences: Sequence[float], sizes: Sequence[float], error: 
                    resamples: int = RESAMPLES) -> OverDocuments:
     """The difference of two groups per unit of text, with an interval for other documents of the same kind.
 
-    differences  (D) nats of each document, b minus a, in the mean over seeds
-    sizes        (D) what each document has of the unit: tokens, or bytes x ln 2 for bits per byte
-    error, df    of the mean over seeds, as Difference has them; an error of 0: of these models alone
-    raises       ValueError if there are fewer than two documents, or nothing in them
+    differences  (D) nats of each document, b minus a, averaged over seeds
+    sizes        (D) size of each document in that unit: tokens, or bytes x ln 2 for bits per byte
+    error, df    of the mean over seeds, as in Difference; with error 0 the interval is for these models only
+    raises       ValueError if there are fewer than two documents, or all are empty
 
-    Documents are drawn with replacement, as many as there are, and their sums divided (Efron and Tibshirani
-    1993, chapter 13). Seeds are too few for that: of three, no draw leaves their range, which holds the true
-    mean in 75 % of cases. So their part is drawn from Student's distribution, as Difference's interval is;
-    without a spread between documents, this is that interval.
+    Documents are resampled with replacement, and the sums of both arguments divided (Efron and Tibshirani
+    1993, chapter 13). Seeds are too few to resample: with three, no draw leaves their range, which contains
+    the true mean in 75 % of cases. Their part is drawn from Student's t instead, as in Difference's interval;
+    if documents did not vary, the result would be that interval.
     """
     parts = np.array([differences, sizes], float)       # (2, D)
     documents = parts.shape[1]
@@ -186,7 +186,7 @@ def over_documents(differences: Sequence[float], sizes: Sequence[float], error: 
         draws = min(at_once, resamples - begin)
         chosen = rng.integers(documents, size=(draws, documents)) + documents * np.arange(draws)[:, None]
         times = np.bincount(chosen.ravel(), minlength=draws * documents).reshape(draws, documents)
-        with np.errstate(invalid="ignore"):     # documents without a byte alone, of which nothing follows
+        with np.errstate(invalid="ignore"):     # a draw of only empty documents is NaN and skipped
             drawn.append(np.divide(*(parts @ times.T)))
     values = np.concatenate(drawn) + error * rng.standard_t(df, resamples)
     low, high = np.nanquantile(values, (0.025, 0.975)).tolist()
@@ -194,11 +194,11 @@ def over_documents(differences: Sequence[float], sizes: Sequence[float], error: 
 
 
 # ------------------------------------------------------------------------------------------------
-# How many runs: an experiment that is too small finds nothing, whatever is there.
+# Power: how many runs an experiment needs
 # ------------------------------------------------------------------------------------------------
 
 def power(effect: float, error: float, df: float) -> float:
-    """How often a two-sided test at 5 % finds a true effect, where the mean's standard error is `error`."""
+    """Probability that a two-sided test at 5 % detects a true effect; `error`: the mean's standard error."""
     critical, shift = t_quantile(0.975, df), effect / error
     return 1 - noncentral_t_cdf(critical, df, shift) + noncentral_t_cdf(-critical, df, shift)
 
@@ -206,21 +206,21 @@ def power(effect: float, error: float, df: float) -> float:
 def detectable_effect(sd: float, runs_a: int, runs_b: int = 0) -> float:
     """The smallest true difference that is detected with 80 % power.
 
-    sd              spread of single runs; of differences if the runs are paired
-    runs_a, runs_b  in each group; without runs_b, runs_a pairs
+    sd              standard deviation of single runs; of differences if the runs are paired
+    runs_a, runs_b  runs in each group; without runs_b, runs_a is the number of pairs
     """
     return smallest_effect(*error_and_df(sd, runs_a, runs_b))
 
 
 def error_and_df(sd: float, runs_a: int, runs_b: int) -> tuple[float, int]:
-    """Standard error of the mean difference, and its degrees of freedom; arguments as detectable_effect's."""
+    """Standard error of the mean difference and its degrees of freedom; arguments as in detectable_effect."""
     if not runs_b:
         return sd / math.sqrt(runs_a), runs_a - 1
     return sd * math.sqrt(1 / runs_a + 1 / runs_b), runs_a + runs_b - 2
 
 
 def smallest_effect(error: float, df: float) -> float:
-    """The true difference that is detected with 80 % power, where the mean's standard error is `error`."""
+    """The true difference that is detected with 80 % power; `error` is the mean's standard error."""
     if error == 0:
         return 0.0
     low, high = 0.0, error
@@ -233,10 +233,10 @@ def smallest_effect(error: float, df: float) -> float:
 
 
 def runs_needed(effect: float, sd: float, is_paired: bool = False, df_per_run: float = 0.0) -> int:
-    """Runs in each group (or pairs) with which a true difference is detected with 80 % power.
+    """Runs per group (or pairs) needed to detect a true difference with 80 % power.
 
-    df_per_run  as Difference has it, of groups of different spread; 0: of one spread
-    raises  ValueError if it would take more than 10,000
+    df_per_run  as in Difference, for groups with different variances; 0: for equal variances
+    raises      ValueError if 8,192, the last power of two below 10,000, do not suffice
     """
     def suffices(runs: int) -> bool:
         error, df = error_and_df(sd, runs, 0 if is_paired else runs)
@@ -256,17 +256,17 @@ def runs_needed(effect: float, sd: float, is_paired: bool = False, df_per_run: f
 
 
 # ------------------------------------------------------------------------------------------------
-# Student's distribution
+# Student's t distribution
 # ------------------------------------------------------------------------------------------------
 
 def t_cdf(t: float, df: float) -> float:
-    """How often Student's t of so many degrees of freedom is at most t."""
+    """Probability that Student's t with `df` degrees of freedom is at most t."""
     tail = beta_cdf(df / (df + t * t), df / 2, 0.5) / 2
     return tail if t < 0 else 1 - tail
 
 
 def t_quantile(share: float, df: float) -> float:
-    """The t below which a share of Student's distribution lies."""
+    """The t below which a fraction `share` of Student's t distribution lies."""
     low, high = -1.0, 1.0
     while t_cdf(high, df) < share:
         high *= 2
@@ -289,7 +289,7 @@ def beta_cdf(x: float, a: float, b: float) -> float:
         return 1 - beta_cdf(1 - x, b, a)
     front = math.exp(a * math.log(x) + b * math.log1p(-x)
                      + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
-    # Lentz's way to a continued fraction: numerators d_1, d_2, ...; all denominators are 1
+    # Lentz's method for a continued fraction with numerators d_1, d_2, ... and denominators 1
     value, upper, lower = 1.0, 1.0, 0.0
     for number in range(1, 10_000):
         m = number // 2
@@ -306,9 +306,10 @@ def beta_cdf(x: float, a: float, b: float) -> float:
 
 
 def noncentral_t_cdf(t: float, df: float, shift: float) -> float:
-    """How often (Z + shift) / sqrt(chi-square / df) is at most t, Z being standard normal.
+    """Probability that (Z + shift) / sqrt(chi-square / df) is at most t, for a standard normal Z.
 
-    The mean of Phi(t s - shift) over s = sqrt(chi-square / df), by Simpson's rule within ten spreads of s.
+    The mean of Phi(t s - shift) over s = sqrt(chi-square / df), by Simpson's rule within ten standard
+    deviations of s.
     """
     spread = math.sqrt(1 / (2 * df))
     low, high = max(0.0, 1 - 10 * spread), 1 + 10 * spread
@@ -328,7 +329,7 @@ def noncentral_t_cdf(t: float, df: float, shift: float) -> float:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion.
+    """95 % confidence interval of a proportion.
 
     source  Wilson 1927, J. Am. Stat. Assoc. 22, 209
     """
@@ -337,4 +338,3 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, centre - half), min(1.0, centre + half)
-

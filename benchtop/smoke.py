@@ -1,6 +1,6 @@
-"""--smoke: is a changed script sound? Half a minute on random text, on the CPU, in a folder that is removed.
+"""--smoke: is a changed script sound? Half a minute on the CPU, with random text, in a temporary folder.
 
-Each check is a line. They do not find that a model is good, but that a result of it would mean something.
+Each check prints a line. Passing does not show that a model is good, but that its results mean something.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ SMALL = dict(num_layers=4, num_heads=2, model_dim=64, seq_len=64, batch_tokens=2
              device="cpu", dtype="float32", compile="off", fp8=False, save_model=True, save_every_steps=0,
              val_every=0, log_every=1, val_tokens=0, num_samples=1, sample_tokens=4, benchmarks="",
              wandb="", trackio="", tensorboard=False, compare_to="", by_speed=False)
-STEP_TO_STOP = 2        # after which the second run is told to stop, to be resumed
+STEP_TO_STOP = 2        # step after which SIGTERM stops the second run, to be resumed
 
 
 class Unsound(UserError):
-    """What a check finds wrong with a script."""
+    """A check found something wrong with a script."""
 
 
 def smoke(experiment, cfg, start: Callable) -> None:
-    """Check a script; `start` is the bench's own way to run it.
+    """Run all checks on a script; `start` is benchtop.run.start.
 
-    raises  Unsound, after the line of the check that failed
+    raises  Unsound, after printing the line of the check that failed
     """
     begun = time.perf_counter()
-    torch.set_num_threads(1)        # more are slower on tensors as small as these
+    torch.set_num_threads(1)        # more threads are slower on tensors this small
     cfg = dataclasses.replace(cfg, **{knob: value for knob, value in SMALL.items() if knob in cfg.names()})
     with empty_bench():
         make_data()
@@ -77,7 +77,7 @@ def smoke(experiment, cfg, start: Callable) -> None:
 
 
 class Checks:
-    """Runs checks and says how each went; what they print themselves is shown only where one fails."""
+    """Runs checks and prints a line for each; a check's own output is shown only if the check crashes."""
 
     def __init__(self, script: Path):
         self.script, self.count = script, 0
@@ -100,7 +100,7 @@ class Checks:
 
 
 def place_of(error: Exception, script: Path) -> str:
-    """FILE:LINE where an error arose, in the script if it passed there."""
+    """FILE:LINE of an error: the innermost frame in the script if there is one, else the innermost of all."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == script]
     frame = (own or frames)[-1]
@@ -109,7 +109,7 @@ def place_of(error: Exception, script: Path) -> str:
 
 @contextlib.contextmanager
 def empty_bench() -> Iterator[None]:
-    """Let data, tokenizers and runs be below a folder that is removed afterwards."""
+    """Keep data, tokenizers and runs in a temporary folder that is removed afterwards."""
     names = ("DATA", "TOKENIZERS", "EXPERIMENTS")
     before = {name: getattr(places, name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def empty_bench() -> Iterator[None]:
 
 
 def make_data() -> None:
-    """A tokenizer of single bytes, and shards of 200 documents of random words."""
+    """Write a tokenizer of single bytes, and shards with 200 documents of random words."""
     save_tokenizer("smoke", [], [bytes([byte]) for byte in range(256)], PATTERNS["gpt4"], {}, "")
     tokenizer, folder, entries = load_tokenizer("smoke"), places.DATA / "smoke", []
     folder.mkdir()
@@ -153,7 +153,7 @@ def fresh_model(experiment, cfg) -> nn.Module:
 
 
 def rows_of(cfg) -> tuple[Tensor, Tensor]:
-    """(2, T) inputs of two documents each, and their targets."""
+    """(2, T) inputs, each row with two documents, and their targets."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, cfg.vocab_size - 1, (2, cfg.seq_len + 1), generator=generator)
     tokens[:, [0, cfg.seq_len // 2]] = cfg.vocab_size - 1
@@ -161,7 +161,7 @@ def rows_of(cfg) -> tuple[Tensor, Tensor]:
 
 
 def trained(experiment, cfg, start: Callable, name: str, **knobs) -> dict[str, Tensor]:
-    """The weights that a run ends with."""
+    """Train a run; returns its final weights."""
     cfg = dataclasses.replace(cfg, model_name=name, **knobs)
     start(experiment, cfg, World(cfg))
     return weights_of(folder_of(name))
@@ -203,7 +203,7 @@ def require_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Move weights that are still zero, as of layers that three steps did not reach, so that all matters."""
+    """Fill parameters that are all zero, as in layers not trained yet, so that each has an effect."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():
@@ -220,9 +220,9 @@ def require_gradients(model: nn.Module, cfg) -> None:
 
 
 def require_slope(model: nn.Module, cfg) -> None:
-    """A small step against each parameter's gradient lowers the loss by as much as the gradient says.
+    """Compare each parameter's gradient with a central finite difference of the loss along it.
 
-    In float64, but for what a model computes in float32 whatever its dtype, as the loss.
+    Runs in float64, except for what a model always computes in float32, such as the loss.
     """
     inputs, targets = rows_of(cfg)
     model = copy.deepcopy(model).double()
@@ -234,7 +234,7 @@ def require_slope(model: nn.Module, cfg) -> None:
         step = parameter.grad * (1e-3 * max(1.0, float(parameter.detach().norm())) / size)
         with torch.no_grad():
             losses = []
-            for sign in (1, -2):        # forth, and from there back to the other side
+            for sign in (1, -2):        # to the start + step, then to the start - step
                 parameter.add_(step, alpha=sign)
                 losses.append(float(model(inputs, targets)))
             parameter.add_(step)
@@ -260,7 +260,7 @@ def require_causal(model: nn.Module, cfg) -> None:
 
 @torch.no_grad()
 def require_apart(model: nn.Module, cfg) -> None:
-    """Neither documents of one row nor rows of one batch."""
+    """Neither documents of one row nor rows of one batch may influence each other."""
     inputs, _ = rows_of(cfg)
     border, changed = cfg.seq_len // 2, inputs.clone()
     changed[0, 1:border] = (inputs[0, 1:border] + 1) % (cfg.vocab_size - 1)

@@ -1,20 +1,20 @@
-"""Where text comes from: Python's own library, your files, or the Hugging Face Hub.
+"""Where text comes from: Python's standard library, your files, or the Hugging Face Hub.
 
-    stdlib                       every module of this Python's library, outside its tests and site-packages
-    10B  100B  350B  full        FineWeb on the Hub, with `edu` appended FineWeb-Edu (hub.py)
+    stdlib                       every module of this Python's standard library, except its tests
+    10B  100B  350B  full        FineWeb on the Hub; append `edu` for FineWeb-Edu (hub.py)
     climbmix                     ClimbMix, shuffled, on the Hub; its last file is held out
-    notes.txt  book.md  code.py  one file is one document
-    rows.jsonl  rows.parquet     one row is one document, in the column `text`
-    corpus/  'corpus/*.jsonl'    a folder (searched to its depths) or a glob of such files
+    notes.txt  book.md  code.py  each file is one document
+    rows.jsonl  rows.parquet     each row is one document, in the column `text`
+    corpus/  'corpus/*.jsonl'    a folder (searched recursively) or a glob of such files
 
-Files may be plain, .gz or .zst. In folders and globs, links are followed, each file counts once, and what
-nobody wrote to be read is left out: hidden files, virtual environments, caches, other kinds; one line says
-what was left out. `a/=0.7 b/=0.3` is a Mixture (open_mixture). A document is a pair (id, text):
+Files may be compressed (.gz or .zst). In folders and globs, links are followed, each file counts once, and
+hidden files, virtual environments, caches and files of other kinds are left out; a note says what was left
+out. `a/=0.7 b/=0.3` is a Mixture (open_mixture). A document is a pair (id, text):
 
     >>> next(iter(open_source("stdlib")))[0]
     'stdlib/__future__.py'
 
-Look at a source before you train on it:  python -m benchtop.sources stdlib
+Inspect a source before you train on it:  python -m benchtop.sources stdlib
 """
 
 import glob
@@ -41,16 +41,16 @@ from benchtop.files import sha256_of
 from benchtop.held_out import VAL, rule_for
 from benchtop.processes import is_first_process
 
-MADE_BY_TOOLS = ("__MACOSX", "__pycache__", "node_modules")   # folders of these names, and environments
+MADE_BY_TOOLS = ("__MACOSX", "__pycache__", "node_modules")   # names of folders to leave out
 HIDDEN, TOOLS, KIND, NOWHERE, LOCKED, AGAIN = ("hidden", "made by tools", "of unknown kind",
                                                "linked to nothing", "unreadable", "found twice")
 WITHOUT_SHARES = "without shares, which download_fineweb.py takes, as in stdlib=0.7 notes/=0.3"
 
 
 def open_source(spec: str | list[str]) -> Source:
-    """A Source from a name or from paths and globs.
+    """A Source from a name, or from paths and globs.
 
-    raises  UserError if a name or path is unknown, a glob matches nothing or a file's kind is not known
+    raises  UserError if a name or path is unknown, a glob matches nothing, or a file is of an unknown kind
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     if shared := [item for item in specs if split_share(item)[1]]:
@@ -77,12 +77,12 @@ def open_source(spec: str | list[str]) -> Source:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     if search.left_out and is_first_process():
         print(f"note: left out {search.left_out_in_words()}")
-    ids = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]       # an id must be UTF-8
+    ids = [os.fsencode(path).decode(errors="backslashreplace") for path in paths]       # ids must be UTF-8
     return Source(word_for(specs), list(zip(ids, paths, strict=True)), stamp)
 
 
 def python_library() -> Source:
-    """Every module of the running Python's library, sorted by path; the same for all with that Python."""
+    """Every module of this Python's standard library except its tests, sorted by path."""
     top = Path(sysconfig.get_paths()["stdlib"])
     leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = sorted(path.relative_to(top).as_posix() for path in top.rglob("*.py")
@@ -94,10 +94,10 @@ def python_library() -> Source:
 
 
 class Search:
-    """Finds the files that names, folders and globs stand for.
+    """Finds the files for names, folders and globs.
 
-    found     where a file really is -> its path as it was found first
-    left_out  why -> the paths that are no part of the source
+    found     real path of a file -> the path at which it was first found
+    left_out  reason -> paths that are not part of the source
     """
 
     def __init__(self):
@@ -105,7 +105,7 @@ class Search:
         self.left_out: dict[str, list[Path]] = defaultdict(list)
 
     def find(self, item: str) -> None:
-        """raises  UserError if the item stands for no file, or for one of an unknown kind"""
+        """raises  UserError if the item matches no file, or is a file of an unknown kind"""
         path = Path(item)
         if os.path.isdir(path):
             if not self._take(self._below(path)):
@@ -123,7 +123,7 @@ class Search:
                             f"{self._because()}")
 
     def _take(self, paths: list[Path]) -> bool:
-        """Add the files among these that can be read and hold documents; whether there are any."""
+        """Add those files that are readable and of a known kind; returns whether there are any."""
         some = False
         for path in sorted(paths):
             real = os.path.realpath(path)
@@ -142,7 +142,7 @@ class Search:
         return [file for _, files in self._walk(top) for file in files]
 
     def _walk(self, top: Path) -> Iterator[tuple[Path, list[Path]]]:
-        """Each folder from this one on, with its files; of two ways to one, that through no link counts."""
+        """This folder and all below it, each once and with its files; paths without links come first."""
         folders, links, seen = [top], [], set()
         while folders or links:
             folder, files = folders.pop() if folders else links.pop(0), []
@@ -171,7 +171,7 @@ class Search:
             return []
 
     def _matching(self, pattern: str) -> list[Path]:
-        """What a glob finds; where it has a `**`, in the same folders as a search below a folder."""
+        """The paths that match a glob; `**` matches the folders that a search below a folder visits."""
         parts = pattern.split("/")
         if "**" not in parts:
             return list(map(Path, glob.glob(pattern)))
@@ -198,14 +198,14 @@ def is_known(path: Path) -> bool:
 
 
 def is_text(typed: str) -> bool:
-    """Whether a source can be made of a file or folder, to judge by its name; not of what holds data/."""
+    """Whether a file or folder may be a source, judged by its name; folders that contain data/ may not."""
     if os.path.isdir(typed):
         return not places.DATA.is_relative_to(Path(typed).resolve())
     return os.path.isfile(typed) and is_known(Path(typed))
 
 
 def word_for(specs: list[str]) -> str:
-    """What people would call these files: the file's name, or its folder's."""
+    """A word that describes these files: the name of the file or of its folder."""
     first = Path(specs[0])
     word = first.parent.name if glob.has_magic(first.name) or len(specs) > 1 else first.name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9-]+", "-", word).strip("-")[:30] or "files"
@@ -215,15 +215,15 @@ def word_for(specs: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources, and the share of the training tokens that each is to have; the shares sum to 1.
+    """Sources with their shares of the training tokens, which sum to 1.
 
-    They are sorted by their labels, so it does not matter in which order they were typed.
+    Sources are sorted by label, so the order in which they were typed does not matter.
     """
     parts: tuple[tuple[Source, Fraction], ...]
 
     @property
     def names(self) -> list[str]:
-        """A word for each source; its label, where another source has the same word."""
+        """A word for each source, or its label if another source has the same word."""
         labels = [source.label for source, _ in self.parts]
         words = [label.rpartition("-")[0] for label in labels]
         return [word if words.count(word) == 1 else label for word, label in zip(words, labels, strict=True)]
@@ -235,7 +235,7 @@ class Mixture:
 
     @property
     def label(self) -> str:
-        """`books70-web30-1f0c9a3e`: the sources with their shares in percent, as far as they fit."""
+        """`books70-web30-1f0c9a3e`: the sources with their shares in percent, cut to 80 characters."""
         words = [f"{name}{100 * float(share):.3g}"
                  for name, (_, share) in zip(self.names, self.parts, strict=True)]
         return f"{'-'.join(words)[:80].strip('-.')}-{self.fingerprint[:8]}"
@@ -249,10 +249,10 @@ class Mixture:
 
 
 def open_mixture(specs: list[str]) -> Source | Mixture:
-    """A Mixture where each source is typed with its share, as in a/=0.7 b/=0.3; without, as open_source.
+    """A Mixture if each source is typed with its share, as in a/=0.7 b/=0.3; without shares, as open_source.
 
-    Shares that do not sum to 1 are divided by their sum, with a note. One source alone is itself.
-    raises  UserError if a share is no positive number or missing, or sources have text in common
+    Shares that do not sum to 1 are divided by their sum, with a note. A single source is returned as it is.
+    raises  UserError if a share is missing or not a positive number, or sources have text in common
     """
     typed = [split_share(item) for item in specs]
     if not any(share for _, share in typed):
@@ -274,11 +274,11 @@ def open_mixture(specs: list[str]) -> Source | Mixture:
 
 
 def split_share(item: str) -> tuple[str, Fraction | None]:
-    """(a/, 0.7) for a/=0.7; (item, None) for a file, folder or glob whose name has a `=`, and without one.
+    """(a/, 0.7) for a/=0.7; (item, None) without `=`, or if a file, folder or glob has one in its name.
 
-    raises  UserError if what stands behind a source and its `=` is no positive number, or the item is empty
+    raises  UserError if the share of a source is not a positive number, or the item is empty
     """
-    if not item:        # which a Path would take for the current folder
+    if not item:        # Path("") is the current folder
         raise UserError("the name of a source is empty, as of a variable that is not set; type stdlib, a "
                         "file, a folder (. is this one) or a glob")
     name, equals, typed = item.rpartition("=")
@@ -305,7 +305,7 @@ def refuse_common_text(name: str, source: Source, other: str, another: Source) -
                         "in common")
 
 # ------------------------------------------------------------------------------------------------
-# Looking at a source
+# Inspect a source
 # ------------------------------------------------------------------------------------------------
 
 @command
@@ -333,7 +333,7 @@ def main() -> None:
         print("held out: too little text to hold some out")
         return
     count = ""
-    if not source.is_large:     # whose text need not be here to read it again
+    if not source.is_large:     # a large source is not read a second time
         texts = {text for name, text in rule.documents(source) if rule.split_of(text, name) == VAL}
         count = f"; {len(texts):,} of {sum(map(len, texts)):,} characters"
     print(f"held out: {rule.facts()['rule']}{count}")

@@ -1,5 +1,5 @@
-"""What surrounds a step: its batch, made while the step before runs; what it found, read when the device is
-done; the scale of float16's losses.
+"""Around a training step: its batch, prepared during the previous step; its report, read when the device is
+done; loss scaling for float16.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from benchtop.machine import World
 
 @contextlib.contextmanager
 def prepared_batches(rows: Rows, cfg, world: World, first_step: int) -> Iterator[Iterator[Batch]]:
-    """The batch of each step from `first_step` on, on the device; made while the step before runs."""
+    """The batch of each step from `first_step` on, on the device; prepared during the previous step."""
     def make(step: int) -> Batch:
         return batch_of(rows, cfg, step, world.rank, world.size).each(world.pinned)
 
@@ -35,7 +35,7 @@ def prepared_batches(rows: Rows, cfg, world: World, first_step: int) -> Iterator
 
 @contextlib.contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """Keep Python's garbage collector from stopping a step to walk through all modules."""
+    """Switch off Python's garbage collector, which would interrupt a step to traverse all modules."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -47,11 +47,11 @@ def collector_at_rest() -> Iterator[None]:
 
 
 class Report:
-    """What a step found: loss, whether to stop and to save, how much of --train_minutes is used, norms of
-    gradients. On its way from the device while later steps are queued; reading it waits for it.
+    """Results of a step: loss, whether to stop, whether to save, share of --train_minutes used, and gradient
+    norms. They are copied from the device while later steps are queued; read() waits for the copy.
 
-    numbers  (4 + P) on the device
-    fits     whether the gradients fitted into their dtype
+    numbers  (4 + P) these results, on the device
+    fits     whether the gradients fit into their dtype (False if float16 overflowed)
     """
 
     def __init__(self, step: int, scale: float, numbers: Tensor, fits: bool, world: World):
@@ -61,7 +61,7 @@ class Report:
         self.stops, self.saves, self.clock_share = False, False, 0.0
 
     def read(self, optimizer) -> None:
-        """Wait for the numbers and fill in what they say, the first time.
+        """Wait for the numbers and set the attributes from them, the first time.
 
         raises  NonFinite that names the step and what is not finite
         """
@@ -87,7 +87,7 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:
-    """The norm of all gradients together, from the norms of each parameter's, (P).
+    """The global gradient norm, from the gradient norm of each parameter, (P).
 
     raises  NonFinite that names the step and what is not finite
     """
@@ -105,8 +105,8 @@ def check_norms(optimizer, norms: Tensor, loss: float, step: int) -> float:
 class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740); 1 where not enabled.
 
-    float16 has few small numbers: losses are scaled up before backward, gradients down after. The scale
-    doubles after 1,000 steps without overflow; after one with, it halves and the step is left out.
+    Small gradients underflow in float16: losses are scaled up before backward, gradients down after. The
+    scale doubles after 1,000 steps without overflow; on overflow it halves and the step is skipped.
     """
 
     def __init__(self, enabled: bool):
@@ -116,7 +116,7 @@ class LossScale:
         (loss * self.value).backward()
 
     def unscale(self, optimizer, norms: Tensor) -> bool:
-        """Bring gradients and their norms (P) to their true size; False if they overflowed and were cleared.
+        """Divide gradients and their norms (P) by the scale; False if they overflowed and were cleared.
 
         raises  NonFinite if even a scale of 1 overflows
         """

@@ -1,6 +1,6 @@
-"""A run without data: tokens as frequent as in text, and the real loop over them, with nothing written.
+"""A run without data: the real training loop on random tokens with the frequencies of text; writes nothing.
 
-For measuring and comparing; a model learns nothing from it that text has.
+For benchmarks and comparisons; a model learns nothing about text from it.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +20,9 @@ MEAN_DOCUMENT = 700     # tokens
 
 def zipf_tokens(count: int, vocab_size: int, eot_id: int, mean: int = MEAN_DOCUMENT, seed: int = 0,
                 ) -> np.ndarray:
-    """Documents of some `mean` tokens, each behind its eot_id; token n is 1 / n as frequent as the first."""
+    """Documents of about `mean` tokens, each after eot_id; the frequency of the n-th token falls as 1 / n."""
     draw = np.random.default_rng(seed)
-    # the logarithm of the rank is uniform
+    # the logarithm of a token's frequency rank is uniform (Zipf's law)
     tokens = np.exp(draw.random(count) * np.log(vocab_size - 1)).astype(np.int64) - 1
     tokens[tokens == eot_id] = 0
     tokens[draw.random(count) < 1 / mean] = eot_id
@@ -31,10 +31,10 @@ def zipf_tokens(count: int, vocab_size: int, eot_id: int, mean: int = MEAN_DOCUM
 
 
 class SyntheticRun(Run):
-    """The real run, whose batches are made up, that is never validated, saved or logged.
+    """The real run on synthetic batches; it never validates, saves or writes a log.
 
-    Its metrics are in `rows`. `after_step(run)` is called when a step is queued; the run ends when it
-    returns True, or with the budget.
+    `rows` collects its metrics. `after_step(run)` is called once a step is queued; the run ends when that
+    call returns True or the budget is used up.
     """
 
     def __init__(self, experiment: Experiment, cfg, world, model, optimizer, compiled: bool,

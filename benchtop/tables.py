@@ -15,14 +15,14 @@ from benchtop.groups import COUNTED, MEASURED, Group, SavedRun, benchmarks_of, i
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of runs: its title, a run's value or None, and how people read it."""
+    """A column of the runs table: its title, a run's value (or None), and that value as text."""
     title: str
     value: Callable[[SavedRun], object]
     text: Callable[[object], str] = str
 
 
 def short(number: float) -> str:
-    """A number of tokens or parameters, as people read it: 512, 8.2k, 84k, 4.9M."""
+    """A number of tokens or parameters in short form: 512, 8.2k, 84k, 4.9M."""
     if number < 1000:
         return f"{number:.0f}"
     if number < 999_500:
@@ -31,7 +31,7 @@ def short(number: float) -> str:
 
 
 def _last(run: SavedRun, column: str) -> float | None:
-    """What a run ended with; of one that did not, the last that was measured and is a number."""
+    """A run's final value; if it has none, the last finite one in metrics.csv."""
     found = (values.get(column) for values in (run.summary, *reversed(run.rows)))
     return next((value for value in found if is_measured(value)), None)
 
@@ -53,7 +53,7 @@ COLUMNS = (
 
 
 def benchmark_columns(name: str) -> list[Column]:
-    """Accuracy with its interval, and the perplexity where there is one."""
+    """Accuracy with its interval, and perplexity."""
     def score(run: SavedRun, key: str) -> object:
         return run.benchmarks.get(name, {}).get(key)
     return [Column(name, functools.partial(score, key="acc"),
@@ -62,14 +62,14 @@ def benchmark_columns(name: str) -> list[Column]:
 
 
 def used_columns(groups: list[Group]) -> list[Column]:
-    """Those in which some run has anything."""
+    """The columns in which at least one run has a value."""
     runs = [run for group in groups for run in group.runs]
     columns = [*COLUMNS, *(column for name in benchmarks_of(groups) for column in benchmark_columns(name))]
     return [column for column in columns if any(column.value(run) is not None for run in runs)]
 
 
 def runs_table(groups: list[Group]) -> list[list[str]]:
-    """A title line and a line for each run."""
+    """A header row, and a row for each run."""
     used = used_columns(groups)
     lines = [["" if (value := column.value(run)) is None else column.text(value) for column in used]
              for group in groups for run in group.runs]
@@ -119,7 +119,7 @@ def in_latex(cell: object) -> str:
 
 
 def as_latex(table: list[list[str]]) -> str:
-    """A tabular of the package booktabs."""
+    """A LaTeX tabular with the rules of the package booktabs."""
     lines = [" & ".join(map(in_latex, line)) + r" \\" for line in table]
     lines[1:1] = [r"\midrule"]
     begin = r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}"
@@ -127,7 +127,7 @@ def as_latex(table: list[list[str]]) -> str:
 
 
 def as_csv(groups: list[Group]) -> str:
-    """The runs with their numbers in full, for other programs."""
+    """The runs with unrounded numbers, for other programs."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     results = [(name, key) for name in benchmarks_of(groups) for key in ("acc", "perplexity")
@@ -147,7 +147,7 @@ def as_csv(groups: list[Group]) -> str:
 
 
 def run_facts(groups: list[Group]) -> list[dict]:
-    """The runs for programs, by the names of summary.json; null is what a run did not measure."""
+    """The runs as dicts for JSON, with the names of summary.json; None for what a run did not measure."""
     def fact(run: SavedRun, name: str) -> float | None:
         value = run.summary.get(name)
         return value if is_measured(value) else None
@@ -159,7 +159,7 @@ def run_facts(groups: list[Group]) -> list[dict]:
 
 
 def group_facts(groups: list[Group]) -> list[dict]:
-    """Mean, standard deviation and interval of each group, for programs."""
+    """Mean, standard deviation and interval of each group, as dicts for JSON."""
     facts = []
     for group in groups:
         facts.append({"group": group.name, "runs": len(group.runs), "finished": len(group.finished)})
@@ -172,9 +172,9 @@ def group_facts(groups: list[Group]) -> list[dict]:
 
 
 def index(experiments: Path) -> str:
-    """experiments/README.md: every group and run with a name of its own, failures included.
+    """Text of experiments/README.md: every named group and run, failures included.
 
-    Folders that begin with a date are the runs of this machine and are left out.
+    Folders whose names begin with a date are this machine's own runs and are left out.
     """
     folders = sorted(path for path in experiments.iterdir() if path.is_dir() and not path.name[:1].isdigit())
     lines = ["# Experiments", "",

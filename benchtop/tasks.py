@@ -1,14 +1,14 @@
-"""Benchmarks as data: multiple-choice questions, where they come from, and what of them is scored.
+"""Benchmarks as data: multiple-choice questions, where they come from, and which of them are scored.
 
-A row of a benchmark's file is a beginning and what might follow, one of which does:
+A row of a benchmark's file is a context and its possible endings; `label` is the index of the right one:
 
     {"ctx": "A man is sitting on a roof. he", "label": 3,
      "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
                  "is holding a rubik's cube.", "starts pulling up roofing on a roof."], ...}
 
-HellaSwag's rows are those of its authors. Rows of other benchmarks are converted to this form when they are
-fetched, with the prompts of lm-evaluation-harness (download_hellaswag.py says which). Nothing here knows a
-model; scoring.py scores one.
+HellaSwag's rows are its authors' own. Rows of other benchmarks are converted to this form at download, with
+the prompts of lm-evaluation-harness (listed in download_hellaswag.py). This module knows no models;
+scoring.py scores them.
 """
 
 import json
@@ -31,9 +31,9 @@ FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type
 
 @dataclass(frozen=True)
 class Question:
-    """A row: a beginning, what might follow it, and the number of the ending that does.
+    """A row: a context, its possible endings, and the index of the right one (-1 if unlabelled).
 
-    name  the row's `ind`, or its line in the file
+    name  the row's `ind`, or its line number in the file
     """
     name: int | str
     ctx: str
@@ -42,7 +42,7 @@ class Question:
 
     @property
     def right(self) -> str:
-        """The ending that follows."""
+        """The right ending."""
         return self.endings[self.label]
 
 
@@ -52,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a benchmark; the name is the last part of the file's here."""
+    """A split of a benchmark; `name` ends the name of its local file, as in hellaswag_val.jsonl."""
     name: str
     rows: int
     labelled: bool = True
@@ -60,14 +60,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set to score models on: where it is, and how its rows become those of a file here.
+    """A data set to score models on: where it is, and how its rows are converted to the local format.
 
-    repo      of the Hub, at `revision`
-    files     pattern of the paths that hold a split
-    splits    by the data's own names; the first one is scored
-    endings   how many a row may have
-    row_here  makes a row of the file here of one of the Hub; raises what Python does where that is damaged
-    authors   where the authors have the same rows, for when the Hub does not give them; empty: nowhere
+    repo      on the Hub, at `revision`
+    files     glob of the files of a split
+    splits    by their names on the Hub; the first one is scored
+    endings   numbers of endings that a row may have
+    row_here  converts a row from the Hub to the local format; a damaged row raises one of Python's errors
+    authors   URL of the authors' copy, used if the Hub fails; empty: none
     """
     title: str
     repo: str
@@ -84,7 +84,7 @@ class Benchmark:
 
 
 def as_authors_have_it(row: object) -> object:
-    """A row of HellaSwag on the Hub, where labels are texts and empty in the test split."""
+    """A HellaSwag row in its authors' form; on the Hub, labels are strings, and empty in the test split."""
     if not isinstance(row, dict):
         return row
     label = str(row.get("label", ""))
@@ -121,7 +121,7 @@ BENCHMARKS = {
                            (4,), as_authors_have_it, authors=AUTHORS),
     "arc_easy": Benchmark("ARC-easy", "allenai/ai2_arc", "ARC-Easy/{split}-*",
                           {"test": Split("test", 2_376)}, (3, 4, 5), row_of_arc),
-    # its main branch has a script instead of rows; in this one the Hub keeps what the script gave
+    # its main branch has a script instead of rows; on this one the Hub keeps the script's output
     "piqa": Benchmark("PIQA", "ybisk/piqa", "*/{split}/*", {"validation": Split("val", 1_838)}, (2,),
                       row_of_piqa, revision="refs/convert/parquet"),
     "lambada": Benchmark("LAMBADA", "EleutherAI/lambada_openai", "default/{split}*",
@@ -142,9 +142,9 @@ def command_to_fetch(name: str) -> str:
 
 
 def fetch(name: str, split: str) -> Path:
-    """The file of a benchmark's split, fetched unless it is there and whole.
+    """Download the file of a benchmark's split, unless it is here and intact; returns its path.
 
-    raises  UserError if neither the Hub nor the authors' repository gives it
+    raises  UserError if neither the Hub nor the authors' repository provides it
     """
     benchmark, path = BENCHMARKS[name], path_of(name, split)
     rows = benchmark.splits[split].rows
@@ -202,9 +202,9 @@ def fetch_from_authors(benchmark: Benchmark, name: str, split: str, path: Path) 
 
 
 def write_rows(rows: list, benchmark: Benchmark, split: str, path: Path) -> None:
-    """Write the rows of a benchmark as files here have them, if they are exactly those of the split.
+    """Write the rows of a split in the local format.
 
-    raises  UserError, and then nothing is written
+    raises  UserError if a row is damaged or check_rows rejects them; then nothing is written
     """
     lines = []
     for number, row in enumerate(rows, start=1):
@@ -217,9 +217,9 @@ def write_rows(rows: list, benchmark: Benchmark, split: str, path: Path) -> None
 
 
 def check_rows(lines: list[str], name: str, benchmark: Benchmark, split: str) -> list[Question]:
-    """The questions of a file's lines.
+    """The questions in a file's lines.
 
-    raises  UserError unless they are exactly the rows of the split, each with as many endings as it may have
+    raises  UserError unless there are as many as in the split, each with an allowed number of endings
     """
     expected, labelled = benchmark.splits[split].rows, benchmark.splits[split].labelled
     questions = questions_of(lines, name, labelled, fewest=min(2, *benchmark.endings))
@@ -238,19 +238,19 @@ def check_rows(lines: list[str], name: str, benchmark: Benchmark, split: str) ->
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to score a model on, all of a file's or a fixed sample of them."""
+    """Questions to score a model on: all of a file's, or a fixed subset of them."""
     name: str
     sha256: str
     rows_in_file: int
     questions: list[Question]
 
     def facts(self) -> dict:
-        """What results on it can be compared by."""
+        """What must be equal for results to be comparable."""
         return {"sha256": self.sha256, "rows_in_file": self.rows_in_file}
 
     @property
     def note(self) -> str:
-        """What to say behind the number of rows."""
+        """Text to print after the number of rows."""
         note = f", a fixed sample of {self.rows_in_file:,}" if len(self.questions) < self.rows_in_file else ""
         unclear = sum(question.endings.count(question.right) > 1 for question in self.questions)
         if unclear:
@@ -259,7 +259,7 @@ class Task:
 
 
 def open_task(path: Path, name: str, rows: int) -> Task:
-    """The questions of a file; if `rows` is not 0, so many of them, the same whenever and wherever asked."""
+    """The questions of a file; if `rows` is not 0, a fixed subset of that many, the same on every machine."""
     return task_of(path, name, read_questions(path), rows)
 
 
@@ -271,7 +271,7 @@ def task_of(path: Path, name: str, questions: list[Question], rows: int) -> Task
 
 
 def benchmark_if_here(name: str, rows: int = 0) -> Task | None:
-    """What of a benchmark is scored, all or a fixed sample; None if it has not been fetched."""
+    """The scored split of a benchmark, or a fixed subset of `rows`; None if it is not downloaded."""
     benchmark = BENCHMARKS[name]
     path = path_of(name, benchmark.scored)
     if not path.is_file():
@@ -284,9 +284,9 @@ def benchmark_if_here(name: str, rows: int = 0) -> Task | None:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The rows of a .jsonl file of this kind, with two endings or more each.
+    """The rows of a .jsonl file in this format, with two or more endings each.
 
-    raises  UserError that names the first line that is none
+    raises  UserError that names the first invalid line
     """
     return questions_of(lines_of(path), path.name)
 
@@ -299,7 +299,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def questions_of(lines: list[str], name: str, labelled: bool = True, fewest: int = 2) -> list[Question]:
-    """The questions of the lines of a file of this name; each has `fewest` endings or more."""
+    """The questions in the lines of the file `name`; each must have at least `fewest` endings."""
     questions = [question_of(line, f"{name} line {number}", number, labelled, fewest)
                  for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:

@@ -1,4 +1,4 @@
-"""How fast an experiment trains here, and where a step's time goes: the real loop on made-up tokens.
+"""How fast an experiment trains here, and where a step's time goes: the real loop on synthetic tokens.
 
 `speed` is a part of ./run.sh proof.
 """
@@ -30,10 +30,10 @@ from benchtop.smoke import stir
 from benchtop.synthetic import SyntheticRun
 from benchtop.warm_up import make_model, ready
 
-NEVER = 2**40               # steps between what a measurement must not meet
-SECONDS_OF_STEPS = 8        # that are measured
-SECONDS_OF_CPU_STEP = 3     # beyond which a CPU measures smaller steps
-LATE = 0.9                  # share of a step's time, after which a GPU waits for Python to queue it
+NEVER = 2**40               # interval in steps of what must not happen during a measurement
+SECONDS_OF_STEPS = 8        # total time of the measured steps
+SECONDS_OF_CPU_STEP = 3     # on a CPU, longer steps are made smaller for the measurement
+LATE = 0.9                  # fraction of a step's time; if queueing takes longer, the GPU waits for Python
 
 
 # ------------------------------------------------------------------------------------------------
@@ -41,12 +41,12 @@ LATE = 0.9                  # share of a step's time, after which a GPU waits fo
 # ------------------------------------------------------------------------------------------------
 
 class Stopwatch:
-    """Times the steps of a run: first some to warm up, then single ones, of which each is waited for; on a
-    GPU, in the last of them calls that wait for it are noted, and then many are queued one behind the other.
+    """Times the steps of a run: warm-up steps, then single steps with a synchronization after each. On a GPU,
+    the last single step also records calls that wait for the GPU; then many steps are queued in a row.
 
-    Called when a step is queued; True when that is enough.
-    queued, done  seconds of each single step until all of it was queued, and until it was done
-    waits         calls of a step that wait for the GPU, as FILE:LINE
+    Called once a step is queued; returns True when enough is measured.
+    queued, done  seconds until each single step was queued, and until it was done
+    waits         calls within a step that wait for the GPU, as FILE:LINE
     """
 
     def __init__(self, world: World, on_cuda: bool, seconds: float = SECONDS_OF_STEPS):
@@ -105,18 +105,18 @@ class Stopwatch:
 
 
 def prepared(proof: Proof, say: Callable[[str], None]) -> tuple:
-    """The Config with micro-batches that fit, model and optimizer, compiled and warm: as a run begins."""
+    """Config with micro-batches that fit, model and optimizer, compiled and warmed up as for a run."""
     cfg, world, kernels, experiment = proof.cfg, proof.world, proof.kernels, proof.experiment
     sized = memory.choose_micro_batch(experiment, cfg, world, kernels)
     model, optimizer = make_model(experiment, cfg, cfg.vocab_size - 1, world, kernels)
-    stir(model)     # products of zeros take less power, and less time, than those of a run
+    stir(model)     # multiplying zeros takes less power and time than the products of a real run
     sized = ready(experiment, sized, world, kernels, TokenLosses(model, world, kernels.compiled), optimizer,
                   say)
     return sized, model, optimizer
 
 
 def halfway(proof: Proof, cfg, model, optimizer, after_step: Callable[[SyntheticRun], bool]) -> SyntheticRun:
-    """A run in the middle of its budget, where windows that grow have their mean length."""
+    """A run in the middle of its budget, where growing attention windows have their mean length."""
     cfg = dataclasses.replace(cfg, num_steps=cfg.num_steps or 1000, train_minutes=0.0, target_loss=0.0,
                               log_every=NEVER, val_every=NEVER)
     run = SyntheticRun(proof.experiment, cfg, proof.world, model, optimizer, proof.kernels.compiled,
@@ -126,7 +126,7 @@ def halfway(proof: Proof, cfg, model, optimizer, after_step: Callable[[Synthetic
 
 
 def within_reach(proof: Proof) -> tuple[Proof, str]:
-    """The same with fewer tokens a step, where a step would take a CPU long; and a word about it."""
+    """The Proof, with fewer tokens per step if a step would take too long on a CPU; and a note about that."""
     cfg = proof.cfg
     if not proof.on_cpu:
         return proof, ""
@@ -142,7 +142,7 @@ def within_reach(proof: Proof) -> tuple[Proof, str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# What was found
+# Findings
 # ------------------------------------------------------------------------------------------------
 
 def speed(proof: Proof) -> Iterator[Finding]:
@@ -152,7 +152,7 @@ def speed(proof: Proof) -> Iterator[Finding]:
     gc.collect()
     if proof.on_cuda:
         torch.cuda.empty_cache()
-    chosen = proof.kernels      # before what is compiled for it is forgotten
+    chosen = proof.kernels      # before own_compilations() discards what is compiled to choose them
     with own_compilations(), proof.world.memory_of("speed"):
         sized, model, optimizer = prepared(proof, said.append)
         ready = time.perf_counter() - begun
@@ -172,7 +172,7 @@ def speed(proof: Proof) -> Iterator[Finding]:
 
 
 def known(describe: Callable[..., Finding], *arguments) -> Finding:
-    """A finding; where it is not to be had, the figures before it are no worse."""
+    """The finding of `describe`, or a warning if that fails: earlier findings stay valid."""
     try:
         return describe(*arguments)
     except Exception as error:
@@ -195,7 +195,7 @@ def pace_of(proof: Proof, run: SyntheticRun, watch: Stopwatch) -> Finding:
 
 
 def queue(watch: Stopwatch) -> Finding:
-    """Whether Python tells the GPU what to do in time."""
+    """Whether Python queues work fast enough to keep the GPU busy."""
     queued, done = statistics.median(watch.queued), statistics.median(watch.done)
     waits = f"it waits in {', '.join(watch.waits)}" if watch.waits else "no call waits for the GPU"
     says = f"a step is queued after {1000 * queued:,.0f} ms and done after {1000 * done:,.0f}; {waits}"
@@ -204,11 +204,11 @@ def queue(watch: Stopwatch) -> Finding:
 
 
 def whole_run(proof: Proof, cfg, model, tokens_per_second: float) -> Finding:
-    """Time and cost of all of a run on all devices of this machine, as if they exchanged in no time."""
+    """Time and cost of a whole run on all devices of this machine, if communication took no time."""
     devices = torch.cuda.device_count() if proof.on_cuda else 1
     model.progress = 0.5
     in_the_middle = model.flops_per_token()
-    # tokens of the middle's arithmetic
+    # number of tokens with mid-run cost that take the same arithmetic as the whole run
     work = operations_of(cfg, model) / in_the_middle if cfg.num_steps else math.inf
     by_steps, by_clock = work / (tokens_per_second * devices), 60 * cfg.train_minutes or math.inf
     seconds = min(by_steps, by_clock)
@@ -230,7 +230,7 @@ def peak_memory(proof: Proof, cfg) -> Finding:
 
 
 def parts_of_step(proof: Proof, run: SyntheticRun, step_seconds: float) -> Finding:
-    """How long each part takes alone: on one micro-batch, times their number, and the optimizer's once."""
+    """Time of each part by itself: of one micro-batch times their number, of the optimizer once."""
     model, optimizer, batch = run.model, run.optimizer, first_batch(run)
     inputs, targets = batch.micro_batches[0]
     model.progress, count = 0.5, len(batch.micro_batches)
@@ -257,13 +257,13 @@ def parts_of_step(proof: Proof, run: SyntheticRun, step_seconds: float) -> Findi
 
 
 def first_batch(run: SyntheticRun) -> Batch:
-    """A step's batch, on the device."""
+    """The batch of the run's next step, on the device."""
     batch = batch_of(run.data.rows, run.cfg, run.step)
     return batch.each(lambda tensor: tensor.to(run.world.device))
 
 
 def kernels_of_step(proof: Proof, run: SyntheticRun, step_seconds: float) -> Finding:
-    """How many kernels a step starts, and how long those of each kind take."""
+    """Number of kernels that a step launches, and the time that each kind takes."""
     again = halfway(proof, run.cfg, run.model, run.optimizer, lambda run: True)
     names = kernels_of(lambda: proof.experiment.train(again), proof.world)
     count, busy = sum(n for n, _ in names.values()), sum(seconds for _, seconds in names.values())

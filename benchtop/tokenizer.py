@@ -1,11 +1,11 @@
-"""Tokenizers as folders: loading, saving, encoding, and what identifies one.
+"""Tokenizers as folders: load, save, encode, and identify them.
 
     tokenizers/NAME/
-        ranks.tiktoken       one token a line: base64 of its bytes, space, id
-        meta.json            pattern, special tokens, sizes, what it was trained on, SHA-256 of the ranks
+        ranks.tiktoken       one token per line: base64 of its bytes, space, id
+        meta.json            pattern, special tokens, sizes, training text, SHA-256 of the ranks
         tokenizer.json       the same tokenizer for Hugging Face tokenizers
-        merges.txt           what was learned when, for people
-        train_tokenizer.txt  the source that made it
+        merges.txt           the merges in the order in which they were learned, for people
+        train_tokenizer.txt  the source code that made it
 """
 
 import base64
@@ -33,10 +33,10 @@ from benchtop.sources import is_text
 
 FORMAT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
-ENCODE_CHARACTERS = 500_000     # a longer text is counted and encoded in parts of this length
-SMALLEST_PART = 1000        # characters; where tiktoken panics even then, a text has no tokens
+ENCODE_CHARACTERS = 500_000     # longer texts are counted and encoded in parts of at most this length
+SMALLEST_PART = 1000        # characters; if tiktoken panics on a part this small, the text has no tokens
 
-# where tiktoken gets GPT-2's encoding, and what it expects there
+# the files from which tiktoken makes GPT-2's encoding, with their SHA-256
 GPT2_FILES = {
     "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -48,7 +48,7 @@ GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}
         r"|\s*[\r\n]|\s+(?!\S)|\s+")
 PATTERNS = {
     "gpt4": GPT4,
-    # nanochat's and autoresearch's: three digits at a time would use up a small vocabulary
+    # of nanochat and autoresearch: groups of three digits would use up a small vocabulary
     "nanochat": GPT4.replace("{1,3}", "{1,2}"),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
@@ -67,10 +67,10 @@ DEMO_TEXT = (
 # ------------------------------------------------------------------------------------------------
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer that a name stands for; `gpt2` is tiktoken's own GPT-2 encoding.
+    """The tokenizer with this name; `gpt2` is tiktoken's own GPT-2 encoding.
 
     returns  a tiktoken Encoding whose eot_token is the id of <|endoftext|>
-    raises   UserError if there is no such tokenizer or its files do not fit together
+    raises   UserError if there is no such tokenizer, or its files are inconsistent
     """
     name = find_tokenizer(name)
     if name == "gpt2":
@@ -110,11 +110,11 @@ def load_gpt2() -> tiktoken.Encoding:
 
 
 def find_tokenizer(typed: str) -> str:
-    """The name of the tokenizer that is meant by `mine`, `tokenizers/mine/` or `mine_v4096_n99999`.
+    """The name of a tokenizer that may be typed as `mine`, `tokenizers/mine/` or `mine_v4096_n99999`.
 
-    Earlier versions put the sizes of the vocabulary and the sample behind the name. Such a folder is found
-    without them if it is the only one, and a folder of today is found with them if they are right.
-    raises  UserError that names the nearest one, if there is no such tokenizer
+    Earlier versions appended the sizes of the vocabulary and the sample to the name. A folder with sizes is
+    found without them if it is the only match; one without sizes is found with them if they are right.
+    raises  UserError that names the closest one, if there is no such tokenizer
     """
     name = clean_name(typed)
     if name == "gpt2" or (places.TOKENIZERS / name / "meta.json").is_file():
@@ -134,13 +134,13 @@ def find_tokenizer(typed: str) -> str:
 
 
 def without_sizes(name: str) -> tuple[str, tuple[int, int] | None]:
-    """`mine_v4096_n99999` as `mine`, 4096 and 99999; another name as it is, and None."""
+    """(`mine`, (4096, 99999)) for `mine_v4096_n99999`; (name, None) for a name without sizes."""
     match = re.fullmatch(r"(.+)_v(\d{1,20})_n(\d{1,20})", name)
     return (match[1], (int(match[2]), int(match[3]))) if match else (name, None)
 
 
 def sizes_of(name: str) -> tuple[int, int] | None:
-    """--vocabsize and --samples of a tokenizer that is there."""
+    """--vocabsize and --samples of an existing tokenizer; None if they cannot be read."""
     try:
         meta = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
         return meta["vocabsize"], meta["samples"]
@@ -149,7 +149,7 @@ def sizes_of(name: str) -> tuple[int, int] | None:
 
 
 def only_tokenizer() -> str:
-    """The name of the tokenizer that is there, for a command that names none.
+    """The name of the only tokenizer, for a command that names none.
 
     raises  UserError if there is none, or more than one
     """
@@ -163,23 +163,23 @@ def only_tokenizer() -> str:
 
 
 def how_to_make(name: str, text: str = "") -> str:
-    """The command that makes a tokenizer, of a text or of Python's library."""
+    """The command that trains a tokenizer, on a text or on Python's standard library."""
     source = f" --source {shlex.quote(text)}" if text else ""
     return f"python train_tokenizer.py --vocabsize 4096 --name {name}{source}"
 
 
 def source_of(name: str) -> str:
-    """The --version of the text that a tokenizer was made of; a word to replace where that was files."""
+    """The --version of the text that a tokenizer was trained on; a placeholder if it was trained on files."""
     try:
         source = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))["source"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # none, or one that does not tell
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # no meta.json, or no source in it
         return "stdlib"
     return source if source in ("stdlib", *hub.CORPORA) else "YOUR_TEXTS"
 
 
 def may_have_seen(manifest: dict) -> str:
-    """A warning where a dataset's tokenizer learned from another version of the same text, or held out less
-    of it, as earlier versions did; empty where it did not, or nobody knows."""
+    """A warning if a dataset's tokenizer may have seen its held-out documents: it was trained on another
+    version of the text, or with less of it held out (in earlier versions); empty if not, or if unknown."""
     for source in manifest.get("sources", ()):      # of a mixture
         if warning := may_have_seen({"tokenizer": manifest["tokenizer"]} | source):
             return warning
@@ -188,7 +188,7 @@ def may_have_seen(manifest: dict) -> str:
         there = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
         words = {source.rpartition("-")[0] for source in (there["source"], manifest["source"])}
         covered = Rule.of_facts(there["held_out"]).covers(Rule.of_facts(manifest["held_out"]))
-    except (OSError, ValueError, KeyError, TypeError):      # GPT-2's has no folder, an old one does not tell
+    except (OSError, ValueError, KeyError, TypeError):      # gpt2 has no folder, old ones lack these facts
         return ""
     if covered or len(words) > 1:
         return ""
@@ -200,9 +200,9 @@ def may_have_seen(manifest: dict) -> str:
 
 
 def clean_name(typed: str) -> str:
-    """A tokenizer's name, without the folder it is in and the `.pkl` of gpt-lab's.
+    """A tokenizer's name, without its folder and without the `.pkl` of gpt-lab's tokenizers.
 
-    raises  UserError if it is no name
+    raises  UserError if it is not a valid name
     """
     name = places.name_in(places.TOKENIZERS, typed)
     if name.endswith(".pkl"):
@@ -215,7 +215,7 @@ def clean_name(typed: str) -> str:
 
 
 def name_for_new(typed: str) -> str:
-    """As clean_name, for a tokenizer that is to be made."""
+    """As clean_name, for a tokenizer that is to be made; raises UserError for gpt2, too."""
     name = clean_name(typed)
     if name == "gpt2":
         raise UserError("gpt2 is the name of GPT-2's own tokenizer; choose another --name")
@@ -227,7 +227,7 @@ def known_tokenizers() -> list[str]:
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
-    """The bytes of each token id; none for special tokens."""
+    """The bytes of each token id; empty for special tokens."""
     table = [b""] * tokenizer.n_vocab
     for token, rank in tokenizer._mergeable_ranks.items():
         table[rank] = token
@@ -235,12 +235,12 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
 
 
 def ranks_file_of(tokens: list[bytes]) -> bytes:
-    """The content of ranks.tiktoken for tokens in the order of their ids."""
+    """The content of ranks.tiktoken for tokens in id order."""
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
 def tokenizer_sha256(tokenizer: tiktoken.Encoding) -> str:
-    """What identifies a tokenizer: the SHA-256 of its ranks file and its pattern, one after the other."""
+    """The identity of a tokenizer: the SHA-256 of its ranks file followed by its pattern."""
     tokens = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
     return hashlib.sha256(ranks_file_of(tokens) + tokenizer._pat_str.encode()).hexdigest()
 
@@ -250,11 +250,11 @@ def tokenizer_sha256(tokenizer: tiktoken.Encoding) -> str:
 # ------------------------------------------------------------------------------------------------
 
 class CannotEncode(Exception):
-    """tiktoken panics even at a small part of a text."""
+    """tiktoken panics even on a small part of a text."""
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> tuple[list[int], bool]:
-    """The tokens of a text of any length, and whether it was cut where a token might have gone across.
+    """The tokens of a text of any length, and whether it was cut where a token might have spanned the cut.
 
     raises  CannotEncode
     """
@@ -267,9 +267,9 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> tuple[list[int], bool]:
 
 
 def parts_of(text: str, longest: int) -> Iterator[tuple[str, bool]]:
-    """The text in parts of at most `longest` characters, and whether the cut behind a part may change tokens.
+    """The text in parts of at most `longest` characters, and whether the cut after a part may change tokens.
 
-    One before a space that follows a character which is not white changes none (segments).
+    A cut before a space that follows a non-whitespace character changes none (see bpe.segments).
     """
     start = 0
     while len(text) - start > longest:
@@ -282,9 +282,9 @@ def parts_of(text: str, longest: int) -> Iterator[tuple[str, bool]]:
 
 
 def _encode_part(tokenizer: tiktoken.Encoding, text: str) -> tuple[list[int], bool]:
-    """As encode; where tiktoken panics, by halves.
+    """As encode; if tiktoken panics, each half is encoded separately.
 
-    tiktoken's panic is no Exception; very long runs of white characters cause it, in the pattern's matcher.
+    The panic is not an Exception; very long runs of whitespace cause it, in the regex engine.
     raises  CannotEncode
     """
     try:
@@ -304,9 +304,9 @@ def _encode_part(tokenizer: tiktoken.Encoding, text: str) -> tuple[list[int], bo
 
 def save_tokenizer(name: str, merges: list[tuple[int, int, int | None]], tokens: list[bytes], pattern: str,
                    facts: dict, source: str) -> Path:
-    """Write the folder tokenizers/NAME; it appears under that name when it is complete.
+    """Write the folder tokenizers/NAME, which gets that name only when it is complete.
 
-    merges  (left id, right id, count if it is known) of the tokens from 256 on
+    merges  (left id, right id, count if known) of the tokens from 256 on
     source  text of the script that made it
     """
     ranks_file = ranks_file_of(tokens)
@@ -331,7 +331,7 @@ def save_tokenizer(name: str, merges: list[tuple[int, int, int | None]], tokens:
 
 
 def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes], facts: dict) -> str:
-    """The merges in the order of learning, with a head that says what they come from and what they give."""
+    """The merges in the order of learning, with a header about their source and with statistics."""
     lines = [f"{len(tokens):,} tokens: the 256 bytes, and {counted(len(merges), 'merge')} of two tokens that "
              "stood side by side, the most frequent first.", "␣ is a space."]
     if facts.get("documents"):
@@ -355,8 +355,8 @@ def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes],
 
 
 def statistics_of(tokens: list[bytes], pattern: str, held_out: list[str]) -> dict:
-    """What people ask of a tokenizer; on held-out text, where there is some, beside GPT-2's."""
-    of_several_bytes = [token for token in tokens if len(set(token)) > 1]       # rows of spaces tell nothing
+    """The longest tokens and, if there is held-out text, its bytes per token, compared with GPT-2's."""
+    of_several_bytes = [token for token in tokens if len(set(token)) > 1]       # no runs of spaces
     longest = sorted(of_several_bytes, key=lambda token: (-len(token), token))[:10]
     statistics = {"longest_tokens": [visible(token) for token in longest]}
     if held_out:
@@ -371,7 +371,7 @@ def statistics_of(tokens: list[bytes], pattern: str, held_out: list[str]) -> dic
 
 
 def encoded_together(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[int]:
-    """The tokens of all texts that tiktoken can encode."""
+    """The concatenated tokens of all texts that tiktoken can encode."""
     tokens = []
     for text in texts:
         with contextlib.suppress(CannotEncode):
@@ -385,18 +385,18 @@ def encoding_of(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encodi
 
 
 def gpt2_if_at_hand() -> tiktoken.Encoding | None:
-    """GPT-2's encoding, if its files are in tiktoken's cache; nothing is fetched."""
+    """GPT-2's encoding, if its files are in tiktoken's cache; nothing is downloaded."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     for url, sha256 in GPT2_FILES.items():
         path = Path(cache, hashlib.sha1(url.encode()).hexdigest())
-        if not cache or not path.is_file() or files.sha256_of(path) != sha256:  # tiktoken would fetch it anew
+        if not cache or not path.is_file() or files.sha256_of(path) != sha256:  # tiktoken would download it
             return None
     return load_gpt2()
 
 
 def visible(token: bytes) -> str:
-    """A token as people read it: spaces as ␣; a backslash and whatever cannot be printed as an escape."""
+    """A token in readable form: spaces as ␣; backslashes and unprintable characters escaped."""
     text = token.replace(b"\\", b"\\\\").decode(errors="backslashreplace").replace("␣", "\\u2423")
     return "".join("␣" if char == " " else char if char.isprintable()
                    else char.encode("unicode_escape").decode() for char in text)
@@ -405,8 +405,8 @@ def visible(token: bytes) -> str:
 def huggingface_json(tokens: list[bytes], pattern: str) -> dict:
     """The tokenizer in the format of Hugging Face tokenizers.
 
-    tiktoken joins two tokens whenever their bytes make a token, however that token was learned; so every way
-    to put a token together from two others is listed as a merge, ordered by the id of the result.
+    tiktoken joins two tokens whenever their bytes form a token, however that token was learned. So every
+    split of a token into two others is listed as a merge, ordered by the id of the result.
     """
     letters = byte_letters()
     written = ["".join(letters[byte] for byte in token) for token in tokens]
@@ -429,7 +429,7 @@ def huggingface_json(tokens: list[bytes], pattern: str) -> dict:
 
 
 def byte_letters() -> list[str]:
-    """A printable character for each byte, as GPT-2 wrote its vocabulary; printable bytes are themselves."""
+    """A printable character for each byte, as in GPT-2's vocabulary; printable bytes represent themselves."""
     themselves = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                   *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
@@ -441,17 +441,17 @@ def byte_letters() -> list[str]:
 # ------------------------------------------------------------------------------------------------
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads bytes, strings, whole numbers and dicts; whatever would import or call something is refused."""
+    """Reads plain data such as bytes, strings, numbers and dicts; refuses to import or call anything."""
 
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"it would load {module}.{name}")
 
 
 def convert(path: Path, name: str | None = None) -> Path:
-    """Make a folder of a tokenizer that was pickled as pat_str, mergeable_ranks and script_content.
+    """Convert a tokenizer pickled as pat_str, mergeable_ranks and script_content to a folder.
 
     returns  the folder
-    raises   UserError if the file holds anything else; nothing in it is ever run
+    raises   UserError if the file contains anything else; nothing in it is ever executed
     """
     name = name_for_new(name or path.stem)
     if os.path.lexists(places.TOKENIZERS / name):
@@ -474,7 +474,7 @@ def convert(path: Path, name: str | None = None) -> Path:
             raise ValueError("it does not give back what it encodes")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:      # a pickle that is not one can raise anything
+    except Exception as error:      # an invalid pickle can raise anything
         reason = f"{type(error).__name__}: {error}"[:150]
         raise UserError(f"{path} is no tokenizer made by gpt-lab ({reason})") from error
     facts = {"converted_from": path.name, "converted_from_sha256": files.sha256_of(path),
@@ -484,7 +484,7 @@ def convert(path: Path, name: str | None = None) -> Path:
 
 
 def halves_of(token: bytes, ranks: dict[bytes, int]) -> tuple[int, int]:
-    """The ids of the two tokens that this one is made of, when older pairs are joined first.
+    """The ids of the two tokens that BPE, which joins the oldest pairs first, merges into this one.
 
     raises  ValueError if it is not made of two older tokens
     """

@@ -1,6 +1,6 @@
-"""Runs followed elsewhere: Weights & Biases, Trackio and TensorBoard, only when asked for and installed.
+"""Experiment trackers: Weights & Biases, Trackio and TensorBoard, only when asked for and installed.
 
-A tracker gets what metrics.csv gets, on the first process, and is never needed: the run folder has it all.
+A tracker gets what metrics.csv gets, from the first process. It is never needed: the run folder has it all.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ class Tracker(Protocol):
 
 
 def check_packages(cfg) -> None:
-    """raises  UserError if a package is missing that --wandb, --trackio or --tensorboard needs"""
+    """raises  UserError if a package that --wandb, --trackio or --tensorboard needs is missing"""
     for package, wanted in (("wandb", cfg.wandb), ("trackio", cfg.trackio), ("tensorboard", cfg.tensorboard)):
         if wanted and not importlib.util.find_spec(package):
             raise UserError(f"--{package} needs the package {package}: pip install {package}")
 
 
 class Trackers:
-    """What --wandb, --trackio and --tensorboard ask for. One that fails is given up with a warning; the run
-    goes on.
+    """The trackers that --wandb, --trackio and --tensorboard ask for. A tracker that fails is dropped with a
+    warning; the run continues.
 
-    step  that a resumed run goes on from
+    step  where a resumed run continues
     """
 
     def __init__(self, cfg, folder: Path, step: int):
@@ -56,7 +56,7 @@ class Trackers:
         for tracker in list(self.trackers):
             try:
                 getattr(tracker, method)(*arguments)
-            except Exception as error:      # whatever it is, the run has its own files
+            except Exception as error:      # of any kind: the run has its own files
                 self.trackers.remove(tracker)
                 print(f"warning: nothing more goes to {type(tracker).__name__} "
                       f"({without_secrets(first_line(error))})", file=sys.stderr)
@@ -73,18 +73,18 @@ def knobs_without_secrets(cfg) -> dict:
 
 
 class WandB:
-    """A run in a project of Weights & Biases, named as the folder; WANDB_MODE=offline needs no account.
+    """A run in a project of Weights & Biases, named like the folder; WANDB_MODE=offline needs no account.
 
-    raises  UserError if it does not let the run begin
+    raises  UserError if wandb cannot start the run
     """
 
     def __init__(self, cfg, folder: Path):
         import wandb
-        # command line and uncommitted changes may hold secrets; the run folder has both without them
+        # command line and uncommitted changes may hold secrets; the run folder has both with secrets removed
         settings = wandb.Settings(silent=True, x_disable_stats=True, console="off", x_disable_meta=True,
                                   disable_git=True, disable_code=True)
         try:
-            # the folder's name is the run's id, so a resumed run goes on in its curve
+            # the folder's name is the run's id, so a resumed run continues its curve
             self.run = wandb.init(project=cfg.wandb, name=folder.name, id=folder.name, resume="allow",
                                   dir=folder, config=knobs_without_secrets(cfg), settings=settings)
         except wandb.Error as error:
@@ -102,19 +102,19 @@ class WandB:
 
 
 class Trackio:
-    """A run in a project of Trackio on this machine, named as the folder: trackio show
+    """A run in a project of Trackio on this machine, named like the folder; to see it: trackio show
 
-    raises  UserError if it does not let the run begin
+    raises  UserError if trackio cannot start the run
     """
 
     def __init__(self, cfg, folder: Path):
-        # what it greets with is not for the programs that read our output
+        # trackio prints a greeting; stdout is for the programs that read our output
         with contextlib.redirect_stdout(sys.stderr):
             import trackio
             try:
                 trackio.init(project=cfg.trackio, name=folder.name, config=knobs_without_secrets(cfg),
                              resume="allow")
-            except Exception as error:      # it has no kind of its own
+            except Exception as error:      # trackio has no exception class of its own
                 raise UserError(f"--trackio {cfg.trackio} does not work here "
                                 f"({without_secrets(first_line(error))})") from error
         self.trackio, self.last_step = trackio, 0
@@ -138,7 +138,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
-        # what was written of the checkpoint's step and behind it is written again
+        # drop what was written from the checkpoint's step on: it is written again
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step or None)
 
     def row(self, step: int, values: dict[str, float]) -> None:

@@ -1,8 +1,8 @@
 """A trial: ideas against a baseline, in pairs of runs that share a seed, until each idea has a verdict.
 
-All that decides a verdict is written down before the first run, in experiments/trials/NAME/plan.json. Runs
-are ordinary runs, named by what makes them (benchtop/ideas.py), so a trial that was killed finds them again,
-and another trial with the same baseline need not train it anew.
+Everything that decides a verdict is written to experiments/trials/NAME/plan.json before the first run. Runs
+are ordinary runs whose names hold a key of what determines their results (benchtop/ideas.py). So a trial that
+was killed finds its runs again, and another trial with the same baseline reuses the baseline's runs.
 """
 
 import json
@@ -29,21 +29,21 @@ from benchtop.turns import Job, Turns, last_words
 
 METRIC = "val_bpb"
 KEPT = ("config.json", "summary.json", "metrics.csv", "held_out.csv", "samples.jsonl")
-FIRST_FRESH_SEED = 1000     # of runs that confirm; trials count from 0
+FIRST_FRESH_SEED = 1000     # of a confirmation; other trials start at seed 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is decided before the first run.
 
-    margin       the smallest gain that matters, in the metric's unit; 0: the standard deviation of the
-                 baseline over its first seeds
-    alpha        chance of keeping an idea without gain, over all ideas of the trial
-    first, most  pairs of runs before the first verdict, and at most
-    flags        of every run, with the budget
-    ideas        name -> what was typed, its own flags, and the hash of its change
-    keys         name -> key of its runs (benchtop/ideas.py), of the baseline, too
-    split        held-out text that decides: val, or test to confirm
+    margin       smallest gain that matters, in the metric's unit; 0: the standard deviation of the baseline
+                 over its first seeds
+    alpha        chance of keeping any idea without gain, over all ideas of the trial
+    first, most  pairs of runs before the first verdict, and the maximum
+    flags        flags of every run, including the budget
+    ideas        name -> the idea as typed, its own flags, and the hash of its change
+    keys         name -> key of its runs (benchtop/ideas.py), including the baseline
+    split        held-out text that decides: val, or test for a confirmation
     """
     against: str
     margin: float
@@ -62,7 +62,7 @@ class Plan:
 
 @dataclass
 class Fate:
-    """How an idea stands: the gains of its pairs so far, and its verdict once there is one."""
+    """State of an idea: the gains of its pairs so far, and its verdict once there is one."""
     gains: dict[int, float] = field(default_factory=dict)       # by seed
     look: Look | None = None
     verdict: str = ""
@@ -71,7 +71,7 @@ class Fate:
 
 @dataclass
 class Trial:
-    """Runs and verdicts of a trial; `say` prints a line for people."""
+    """Runs and verdicts of a trial; `say` prints a line for the user."""
     name: str
     plan: Plan
     baseline: Side
@@ -81,8 +81,8 @@ class Trial:
     runs: dict[tuple[str, int], SavedRun] = field(default_factory=dict)
     fates: dict[str, Fate] = field(default_factory=dict)
     margin: float = 0.0
-    seconds: list[float] = field(default_factory=list)      # that runs took by the clock, in this session
-    failed: dict[str, SavedRun] = field(default_factory=dict)       # of ideas that diverged
+    seconds: list[float] = field(default_factory=list)      # wall-clock time of each run of this session
+    failed: dict[str, SavedRun] = field(default_factory=dict)       # runs that diverged, by idea
 
     @property
     def folder(self) -> Path:
@@ -95,9 +95,9 @@ class Trial:
     # ---- from the plan to the verdicts
 
     def begin(self) -> bool:
-        """Whether the trial has ended already.
+        """Whether the trial has finished already; also resets `fates`.
 
-        raises  UserError if another trial has this name
+        raises  UserError if a trial of this name was started with a different plan
         """
         file, results = self.folder / "plan.json", self.folder / "results.json"
         self.fates = {idea.name: Fate() for idea in self.ideas}
@@ -105,8 +105,8 @@ class Trial:
             return False
         before, plan = read(file), json.loads(json.dumps(asdict(self.plan)))
         changed = [what for what in plan if before.get(what) != plan[what]]
-        # nothing is decided by runs of the baseline alone, so that seeds may be added, nor where no idea
-        # came so far as to be trained
+        # the plan may change while nothing is decided: seeds may be added if there are no ideas, and anything
+        # may change if no idea was sound enough to be trained
         is_open = ((not self.ideas and not {*changed} - {"first", "most"}) or
                    (results.is_file() and not read(results)["baseline"]))
         if changed and not is_open:
@@ -115,7 +115,7 @@ class Trial:
         return results.is_file() and not changed
 
     def write_plan(self) -> None:
-        """Before the first run, and once all scripts are sound or out."""
+        """Write plan.json and patches, before the first run and after all scripts were checked."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "plan.json", asdict(self.plan))
         (self.folder / "results.json").unlink(missing_ok=True)
@@ -124,10 +124,10 @@ class Trial:
                 write_text(self.folder / f"{idea.name}.diff", idea.patch)
 
     def check(self) -> None:
-        """Each script's own --smoke, with all its flags, in seconds.
+        """Run the --smoke checks of each script, with all its flags.
 
-        An idea that fails it is out.
-        raises  UserError if the baseline fails it, or a check was stopped
+        An idea that fails gets the verdict "crash".
+        raises  UserError if the baseline fails, or a check was stopped
         """
         checked: dict[tuple, str] = {}
         for side in (self.baseline, *self.ideas):
@@ -150,7 +150,7 @@ class Trial:
         return words[-1].removeprefix(f"{side.script.name}: error: ") if done.returncode else ""
 
     def run(self) -> None:
-        """Pairs of runs, seed by seed, until every idea has its verdict."""
+        """Train pairs of runs, seed by seed, until every idea has a verdict."""
         first, most = self.plan.first, self.plan.most
         rounds = [list(range(first)), *([seed] for seed in range(first, most))]
         for seeds in rounds:
@@ -165,7 +165,7 @@ class Trial:
         return number + (FIRST_FRESH_SEED if self.plan.split == TEST else 0)
 
     def train(self, numbers: list[int]) -> None:
-        """Train what is missing of these seeds; who goes first changes from seed to seed."""
+        """Train the missing runs of these seeds; the order of the sides alternates from seed to seed."""
         jobs, sides = [], {}
         for number in numbers:
             seed, line = self.seed_of(number), [self.baseline, *self.open_ideas]
@@ -223,17 +223,17 @@ class Trial:
             raise UserError(f"{side.name}, seed {seed}, was stopped ({said}); run the same command again")
         if side is self.baseline:
             raise UserError(f"the baseline ended with exit code {code} at seed {seed}: {said}")
-        if "another process" in said:       # nothing is known of the idea then
+        if "another process" in said:       # which says nothing about the idea
             raise UserError(f"{side.name}, seed {seed}: {said}")
         if not self.fates[side.name].verdict:
             self.decide(side, "out of memory" if "memory" in said else "crash", f"seed {seed}: {said}")
 
-    # ---- what it means
+    # ---- judging the pairs
 
     def judge(self, pairs: int) -> None:
         """Look at each open idea after this many pairs.
 
-        raises  UserError if runs of an idea and of the baseline must not be compared
+        raises  UserError if runs of an idea and of the baseline are not comparable
         """
         if not self.ideas:
             return
@@ -271,7 +271,7 @@ class Trial:
         return self.runs[name, seed].summary[METRIC]
 
     def noise_floor(self, values: list[float]) -> float:
-        """The spread of the baseline over its seeds, where no --margin is given."""
+        """The margin if none is given: the standard deviation of the baseline over its first seeds."""
         floor = statistics.stdev(values[:self.plan.first])
         if not floor:
             raise UserError("all seeds of the baseline end alike, so there is no noise to take the margin "
@@ -294,7 +294,7 @@ class Trial:
 
     def run_name(self, side: Side, seed: int) -> str:
         key = self.plan.keys[side.name]
-        if side is self.baseline and not self.plan.by_clock:    # other trials use it as well
+        if side is self.baseline and not self.plan.by_clock:    # other trials reuse its runs
             return f"{side.script.stem}-{key}_seed{seed}"
         return f"{self.name}-{side.name}-{key}_seed{seed}"
 
@@ -303,7 +303,7 @@ class Trial:
                 self.run_name(side, seed), "--resume", "auto"]
 
     def finish(self) -> dict:
-        """Keep what is small, write results.json and a line of the ledger for each idea."""
+        """Copy the runs' small files, write results.json, and add a line for each idea to the ledger."""
         for (name, seed), run in self.runs.items():
             copy_small(run, self.folder / name / f"seed{seed}", KEPT)
         entries = [self.entry(idea) for idea in self.ideas]
@@ -311,7 +311,7 @@ class Trial:
                    "alpha": self.plan.alpha, "baseline": self.values_of(BASELINE),
                    "ideas": {idea.name: self.result_of(idea) for idea in self.ideas}}
         there = {(entry.trial, entry.idea, entry.change, entry.verdict) for entry in ledger.read()}
-        for entry in entries:       # unless it was killed between a line and the results
+        for entry in entries:       # some may be there, if an earlier finish() was killed
             if (entry.trial, entry.idea, entry.change, entry.verdict) not in there:
                 ledger.add(entry)
         write_json(self.folder / "results.json", results)
@@ -323,7 +323,7 @@ class Trial:
                 if side == name and run.is_finished}
 
     def tokens_of(self, name: str) -> float | None:
-        """That a run of a side trained on, on average."""
+        """Mean number of tokens that a side's runs trained on."""
         tokens = [run.summary["tokens"] for (side, _), run in self.runs.items() if side == name]
         return statistics.fmean(tokens) if tokens else None
 
@@ -355,7 +355,7 @@ class Trial:
 
 
 def ended_run(name: str) -> SavedRun | None:
-    """The newest run of this --model_name by the code that is here, if it finished or failed."""
+    """The newest run with this --model_name, if it finished or failed, and the code is still the same."""
     folders = [folder for folder in sorted(places.EXPERIMENTS.glob(f"*_{name}"))
                if (folder / "config.json").is_file() and (folder / "summary.json").is_file()]
     runs = [run for run in map(read_run, folders) if run.knobs.get("model_name") == name]
@@ -363,7 +363,7 @@ def ended_run(name: str) -> SavedRun | None:
 
 
 def is_by_this_code(run: SavedRun) -> bool:
-    """Whether its scripts and the bench are still as they were when it was made."""
+    """Whether the run's scripts and the bench are unchanged since it was made."""
     sources, bench = run.summary.get("sources", {}), run.summary.get("bench_sha256")
     return bench in (None, bench_sha256(bench_hashes())) and all(
         (places.ROOT / name).is_file() and sha256_of(places.ROOT / name) == sha256
@@ -371,12 +371,12 @@ def is_by_this_code(run: SavedRun) -> bool:
 
 
 def was_stopped(code: int, words: str) -> bool:
-    """Whether a process ended for a reason that says nothing of its script: a signal, or a full disk."""
+    """Whether a process ended for a reason that says nothing about its script: a signal, or a full disk."""
     return code < 0 or code > 128 or "No space left on device" in words
 
 
 def copy_small(run: SavedRun, target: Path, names: tuple[str, ...]) -> None:
-    """Copy those of these files of a run that it has."""
+    """Copy those of the named files that a run has."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (run.folder / name).is_file():

@@ -1,7 +1,7 @@
-"""Runs of a trial, side by side on the devices of this machine or one after the other.
+"""Executes the runs of a trial, in parallel on the devices of this machine or one after the other.
 
-Each run is a command that resumes by itself, so whatever stops the trial, the same commands go on. What a run
-prints goes into a file and is shown where it fails.
+Each run is a command that resumes by itself, so after an interruption the same commands continue the trial.
+The output of a run goes into a file; if the run fails, its error is shown.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from benchtop.signals import heard_by
 
 @dataclass(frozen=True)
 class Job:
-    """A run: its --model_name, and the words of the training command without the program."""
+    """A run: its --model_name, and the words of the training command after `python`."""
     name: str
     words: list[str]
 
 
 @dataclass
 class Turns:
-    """Runs jobs; `slots` are the values of CUDA_VISIBLE_DEVICES that may work at once, "" for a CPU.
+    """Runs jobs, one at a time in each slot: a value of CUDA_VISIBLE_DEVICES, or "" for a CPU.
 
-    processes  of one run, by torchrun
+    processes  number of processes per run; torchrun starts them if there are several
     """
     slots: list[str]
     processes: int = 1
@@ -46,9 +46,9 @@ class Turns:
 
     @classmethod
     def on_this_machine(cls, processes: int, device: str) -> "Turns":
-        """One run a GPU, or one for each `processes` GPUs; on a CPU one at a time.
+        """One slot for each `processes` GPUs; one slot on a CPU.
 
-        raises  UserError if a run wants more GPUs than there are
+        raises  UserError if a run needs more GPUs than there are
         """
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = [str(number) for number in range(len(nvidia_gpus()))]
@@ -64,12 +64,12 @@ class Turns:
 
     def run(self, jobs: list[Job], outputs: Path, tell: Callable[[Job, int, float], None],
             wanted: Callable[[Job], bool] = lambda job: True) -> None:
-        """Run all jobs that are still wanted when their turn comes; in order, as far as devices allow.
+        """Run all jobs that are still `wanted` when their turn comes, in order as slots become free.
 
-        outputs  a folder for what they print, as NAME.txt
-        tell     is called as each of them ends, with its exit code and seconds, before another one takes its
-                 device; one at a time
-        raises   UserError once a signal has stopped them
+        outputs  folder for the output of each job, as NAME.txt
+        tell     called when a job ends, with its exit code and seconds, before its slot is used again; never
+                 called by two threads at once
+        raises   SystemExit with 128 + signal number once a signal has stopped the jobs
         """
         outputs.mkdir(parents=True, exist_ok=True)
         free: queue.Queue[str] = queue.Queue()
@@ -88,13 +88,13 @@ class Turns:
                         tell(job, code, time.perf_counter() - begun)
             finally:
                 free.put(slot)
-        # all runs save when this process is told to stop
+        # when this process receives a stop signal, all runs save and stop
         with heard_by(self.stop), ThreadPoolExecutor(len(self.slots)) as workers:
             try:
                 for future in [workers.submit(work, job) for job in jobs]:
                     future.result()
             except BaseException:
-                self.stop(signal.SIGTERM)       # the others save, and the same command goes on with them
+                self.stop(signal.SIGTERM)       # the others save, and the same command resumes them
                 raise
         if self.stopped_by:
             name = signal.Signals(self.stopped_by).name
@@ -107,7 +107,7 @@ class Turns:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
         with open(output, "wb") as file, contextlib.ExitStack() as devices:
-            for device in sorted(slot.split(",")):      # another trial on it waits
+            for device in sorted(slot.split(",")):      # another trial waits for the device
                 name = f"device_{device or 'cpu'}.lock"
                 devices.enter_context(locked(places.EXPERIMENTS / name, wait=True))
             with self.lock:
@@ -116,7 +116,7 @@ class Turns:
                 process = subprocess.Popen([*start, *job.words], stdout=file, stderr=subprocess.STDOUT,
                                            stdin=subprocess.DEVNULL, env=environment)
                 self.alive.add(process)
-            if self.stopped_by:     # it was told while this one started
+            if self.stopped_by:     # the signal came while this run started
                 self.stop(self.stopped_by)
             code = process.wait()
             with self.lock:
@@ -124,7 +124,7 @@ class Turns:
         return code
 
     def stop(self, number: int, _frame: object = None) -> None:
-        """Begin no more runs, and let those that are on their way save."""
+        """Start no more runs, and let those in progress save and stop."""
         self.stopped_by = number
         for process in list(self.alive):
             with contextlib.suppress(ProcessLookupError):
@@ -133,7 +133,7 @@ class Turns:
 
 
 def last_words(output: Path) -> str:
-    """Its own complaint if a run made one, behind which torchrun has more to say; else what it said last."""
+    """A run's own error message, which torchrun's output may follow; else the last line of its output."""
     with contextlib.suppress(OSError):
         lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         complaint = next((line for line in reversed(lines) if re.match(r"[\w./-]+\.py: error: ", line)), "")

@@ -1,12 +1,12 @@
-"""The folder .NAME.partial of a dataset that is being made: who holds it, and what an earlier start left.
+"""The folder .NAME.partial of a dataset that is being made: its lock, and what an interrupted run left.
 
-    made_by.json          what decides the content of all shards
+    made_by.json          the settings that determine the content of all shards
     was_here.json         the units whose text was on this machine before
-    val.json              how documents are held out, and the shards of those
+    val.json              how documents are held out, and the shards of held-out documents
     unit_000000/          progress.json and the shards of a unit
 
-Nothing in it is trusted: a shard that is not what its entry says is made again with all behind it, and what
-cannot be made again is refused with the command that throws the folder away.
+Nothing in it is trusted: a shard that differs from its entry is made again, with all later ones of its unit.
+If something damaged cannot be made again, an error gives the command that deletes the folder.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from benchtop.command_line import counted
 from benchtop.errors import UserError, first_line
 
 ENTRY = {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int, "sha256": str}
-# what reading a wrong file raises
+# what reading a damaged file raises
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass
 class Progress:
-    """What of a unit is in shards; kept in its folder, so that a later start goes on behind the last one.
+    """How much of a unit is in shards; stored in its folder, so that a later run resumes after the last one.
 
-    done      whether all of it is in shards
-    entries   what the manifest will say of its shards; `read` is how many of its documents they end behind
-    split, skipped  number and name of each document that made trouble
+    done      whether all of the unit is in shards
+    entries   the manifest entries of its shards; `read` counts the documents up to the end of the shard
+    split, skipped  number and name of each document that was split or skipped
     """
     name: str
     done: bool = False
@@ -51,7 +51,7 @@ class Progress:
         return sum(entry["tokens"] for entry in self.entries)
 
     def cut_back(self, shards: int) -> "Progress":
-        """As it was when it had no more shards than that."""
+        """This progress as it was when it had at most `shards` shards."""
         if shards >= len(self.entries):
             return self
         cut = replace(self, entries=self.entries[:shards], done=False)
@@ -60,17 +60,17 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------
-# Hold and take up
+# Lock and resume
 # ------------------------------------------------------------------------------------------------
 
 def partial_of(folder: Path) -> Path:
-    """Where a dataset is made."""
+    """The folder in which a dataset is made."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 @contextlib.contextmanager
 def hold(partial: Path, wait: bool = False, shared: bool = False) -> Iterator[None]:
-    """Hold the folder of an unfinished dataset; it is removed when nothing is left in it."""
+    """Lock the folder of an unfinished dataset; afterwards it is removed if it is empty."""
     try:
         with files.locked(partial / "whole.lock", wait, shared):
             yield
@@ -80,7 +80,7 @@ def hold(partial: Path, wait: bool = False, shared: bool = False) -> Iterator[No
 
 
 def empty(partial: Path) -> None:
-    """Remove all from the folder of an unfinished dataset but what holds it."""
+    """Delete everything in the folder of an unfinished dataset except its locks."""
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -89,9 +89,9 @@ def empty(partial: Path) -> None:
 
 
 def take_up(partial: Path, facts: dict) -> None:
-    """Go on in the folder of an unfinished dataset, or begin one there.
+    """Resume an unfinished dataset in its folder, or begin one there.
 
-    raises  UserError if another command left finished shards in it, or nothing tells whose they are
+    raises  UserError if another command, or an unknown one, left finished shards in it
     """
     shards = len([*partial.rglob("*.bin")])
     before = {}
@@ -112,7 +112,7 @@ def take_up(partial: Path, facts: dict) -> None:
 
 
 def differing_facts(before: dict, facts: dict) -> list[str]:
-    """What a dataset was made from otherwise, and only `source` where that is another."""
+    """The settings that differ; if `source` differs, without those that follow from it."""
     differing = [key for key, value in facts.items() if before.get(key) != value]
     if "source" in differing:
         differing = [key for key in differing if key not in ("source_fingerprint", "revision")]
@@ -120,7 +120,7 @@ def differing_facts(before: dict, facts: dict) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# What an earlier start left
+# What an interrupted run left
 # ------------------------------------------------------------------------------------------------
 
 def read_json(path: Path) -> dict | list:
@@ -133,9 +133,9 @@ def write_signed(path: Path, content: dict) -> None:
 
 
 def read_signed(path: Path) -> dict:
-    """What write_signed wrote; earlier versions did not sign.
+    """What write_signed wrote; files of earlier versions have no SHA-256.
 
-    raises  one of DAMAGE if it is no object or has changed
+    raises  one of DAMAGE if it is not an object, or has changed
     """
     content = dict(read_json(path).items())
     if content.pop("sha256", sha := sha256_of(content)) != sha:
@@ -149,7 +149,7 @@ def sha256_of(content: dict) -> str:
 
 
 def read_progress(path: Path, name: str) -> Progress:
-    """How far the unit of this name is: up to the first shard that is not what was written, which is said."""
+    """The progress of the unit with this name, up to the first damaged shard, which a note reports."""
     if not path.exists():
         return Progress(name)
     try:
@@ -167,9 +167,9 @@ def read_progress(path: Path, name: str) -> Progress:
 
 
 def read_held_out(path: Path) -> dict:
-    """What val.json tells, and an earlier version's without a test split.
+    """The content of val.json, also of an earlier version's, which has no test split.
 
-    raises  UserError if it or a shard of it is not what it was
+    raises  UserError if val.json or one of its shards is damaged
     """
     with damage_in(path):
         facts = read_signed(path)
@@ -186,7 +186,7 @@ def read_held_out(path: Path) -> dict:
 
 
 def read_was_here(path: Path) -> set[str] | None:
-    """The names in was_here.json; none, and a word about it, if it is damaged."""
+    """The names in was_here.json; None, and a note is printed, if it is damaged."""
     with contextlib.suppress(*DAMAGE):
         names = read_json(path)
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
@@ -196,7 +196,7 @@ def read_was_here(path: Path) -> set[str] | None:
 
 
 def problem_of(path: Path, entry: dict) -> str:
-    """What is wrong with a finished shard; nothing if it is what was written."""
+    """What is wrong with a finished shard; empty if it is what was written."""
     try:
         return "" if files.sha256_of(path) == entry["sha256"] else "has changed since it was written"
     except OSError as error:
@@ -204,7 +204,7 @@ def problem_of(path: Path, entry: dict) -> str:
 
 
 def assert_kinds(kinds: dict[str, type], *objects: dict) -> None:
-    """raises  one of DAMAGE if an object lacks a value, or it is of another kind"""
+    """raises  one of DAMAGE if an object lacks a value or has one of another type"""
     for each in objects:
         for key, kind in kinds.items():
             if not isinstance(each[key], kind):
@@ -213,7 +213,7 @@ def assert_kinds(kinds: dict[str, type], *objects: dict) -> None:
 
 @contextlib.contextmanager
 def damage_in(path: Path) -> Iterator[Path]:
-    """raises  UserError where what is read meanwhile is not what was written"""
+    """raises  UserError if what is read from this file within the context is damaged"""
     try:
         yield path
     except (OSError, *DAMAGE) as error:

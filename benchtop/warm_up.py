@@ -1,5 +1,5 @@
-"""A model made ready to train: compiled, warmed up with micro-batches that fit, and recorded where that is
-faster.
+"""Prepares a model for training: compiles it, finds micro-batches that fit in memory, and records one as a
+CUDA graph if that is faster.
 """
 
 from collections.abc import Callable
@@ -32,30 +32,30 @@ def make_model(experiment, cfg: RunConfig, eot_id: int, world: World, kernels: K
 
 
 def eot_rows(model: nn.Module, cfg: RunConfig, world: World) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a micro-batch that predicts nothing, (B, T) on the device."""
+    """(B, T) inputs and targets of a micro-batch in which every target is masked (-1), on the device."""
     _, rows = micro_batch_shape(cfg, world.size)
     inputs = torch.full((rows, cfg.seq_len), model.eot_id, device=world.device)
     return inputs, torch.full_like(inputs, -1)
 
 
 def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
-    """Compile every kernel before the clock starts, on rows that predict nothing; no weight changes."""
+    """Compile every kernel before the clock starts, on rows without targets; weights do not change."""
     model = losses_of.model
     inputs, targets = eot_rows(model, cfg, world)
     model.progress = 0.0
-    for _ in range(2):      # the second time gradients are there already, as from the second micro-batch on
+    for _ in range(2):      # the second pass adds to existing gradients, as later micro-batches do
         model(inputs, targets).backward()
-    optimizer.sum_gradients()       # names a parameter without a gradient now
+    optimizer.sum_gradients()       # raises now, not in step 1, if a parameter has no gradient
     losses_of(inputs, torch.full(inputs.shape, -1))
     optimizer.clear_gradients()
     world.synchronize()
 
 
 def step_seconds(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> float:
-    """About how long a step takes: its micro-batches, by one of them that is done here; no weight changes."""
+    """Estimated seconds per step, from one timed micro-batch; weights do not change."""
     model, count = losses_of.model, micro_batch_shape(cfg, world.size)[0]
     inputs, targets = eot_rows(model, cfg, world)
-    inputs[:, 1:] = (model.eot_id + 1) % cfg.vocab_size     # a row is one document, which takes longest
+    inputs[:, 1:] = (model.eot_id + 1) % cfg.vocab_size     # each row is one document, which takes longest
 
     def work() -> None:
         model(inputs, targets).backward()
@@ -66,7 +66,7 @@ def step_seconds(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World
 
 def ready(experiment, cfg: RunConfig, world: World, kernels: Kernels, losses_of: TokenLosses,
           optimizer, say: Callable[[str], None]) -> RunConfig:
-    """Compile, find micro-batches that fit, record one where that is faster; the Config with their size."""
+    """Compile, find micro-batches that fit, record one if faster; returns the Config with their size."""
     cfg = memory.fit_micro_batch(
         cfg, world, lambda sized: warm_up(losses_of, optimizer, sized, world), optimizer.clear_gradients, say,
         lambda: memory.memory_advice(experiment, cfg, world, kernels))

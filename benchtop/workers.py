@@ -1,4 +1,4 @@
-"""Work for several processes of this machine: results in the order of the tasks."""
+"""A parallel `map` over processes of this machine, with results in the order of the tasks."""
 
 import itertools
 import multiprocessing
@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Callable | None = None,
                 arguments: tuple = ()) -> Iterator:
-    """`map(function, tasks)` over worker processes: results in the tasks' order, few tasks under way at once.
+    """`map(function, tasks)` over worker processes: results in task order, two tasks per worker in flight.
 
-    `setup(*arguments)` runs once in each worker. With one worker all happens in this process.
+    `setup(*arguments)` runs once in each worker. With one worker, everything runs in this process.
     """
     if num_workers <= 1:
         if setup:
@@ -36,7 +36,7 @@ def in_parallel(function: Callable, tasks: Iterable, num_workers: int, setup: Ca
 
 
 def _start_method() -> str | None:
-    """The system's own way to start a process, but one that has threads, ours or torch's, must not fork."""
+    """The default start method, or on Linux forkserver if this process has threads, ours or torch's."""
     distributed = sys.modules.get("torch.distributed")
     has_threads = threading.active_count() > 1 or (distributed and distributed.is_initialized())
     return "forkserver" if has_threads and sys.platform == "linux" else None
@@ -50,7 +50,6 @@ def _begin_worker(setup: Callable | None, arguments: tuple) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for its next task for ever."""
+    """Exit when the parent is killed: it cannot stop its workers, which would wait for tasks forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
-

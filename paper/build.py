@@ -1,12 +1,12 @@
-"""Write a paper's tables, figures and constants from runs and code, and make paper/paper.pdf of them.
+"""Generate a paper's tables, figures and constants from runs and code, and build paper/paper.pdf.
 
-    ./run.sh paper                       what the committed experiments show
+    ./run.sh paper                       the paper of the committed experiments
     python paper/build.py --no_pdf       only paper/made/: tables, figures, constants
 
-paper.tex is yours to write. TABLES and FIGURES below say which runs it shows; compare.py makes them.
-Constants in the text are \\fact{...}, read from the code when this runs: one that is not found stops the
-build, so the appendix cannot say what the code does not do. Runs that an earlier train_gpt.py made, with
-other knobs or other defaults, stop it as well: method and results are of one program.
+paper.tex is yours to write. TABLES and FIGURES below name the runs that it shows. Constants in the text are
+written \\fact{...} and read from the code: the build stops if one is not found, so the appendix cannot
+describe what the code does not do. It also stops if the runs were made by an earlier train_gpt.py with other
+knobs or defaults, so that method and results belong to the same program.
 """
 
 import dataclasses
@@ -39,20 +39,20 @@ from train_gpt import PRESETS, Config
 
 HERE = Path(__file__).resolve().parent
 MADE = HERE / "made"
-SCRIPT = "train_gpt.py"     # what the appendix describes
+SCRIPT = "train_gpt.py"     # the appendix describes this script
 
-# what stands in the paper: a name, the groups as compare.py takes them, and what is allowed to differ
+# tables of the paper: name -> (groups as compare.py takes them, conditions for --although)
 TABLES = {"example": (["squared ReLU=relu2", "GELU=gelu"], [])}
-# and by what the curves of a table's groups are drawn
+# figures: name of a table -> the x axis of its curves
 FIGURES = {"example": "tokens"}
-ALL_THE_TEXT = 2**53        # tokens of data, of which no budget is an epoch
+ALL_THE_TEXT = 2**53        # tokens of data, so many that no budget reaches an epoch
 
 
 def tables() -> dict[str, str]:
-    """For each table its means, spreads and intervals; how far the further groups are from the first one; and
-    the knobs that its runs set.
+    """File name -> LaTeX. For each table: means, spreads and intervals of the groups; differences of other
+    groups from the first; and the knobs that the runs set.
 
-    raises  NotComparable where compare.py would refuse; UserError where the appendix is of another program
+    raises  NotComparable if compare.py would refuse; UserError if the appendix describes another program
     """
     made = {}
     for name, (specs, although) in TABLES.items():
@@ -78,8 +78,8 @@ def runs_of(script: str, groups: list[Group]) -> list[SavedRun]:
 
 
 def require_described(run: SavedRun) -> None:
-    """raises  UserError if a run was made by a program with other knobs, or other values of those that the
-    appendix states, than train_gpt.py would take for the same command now"""
+    """raises  UserError if a run has knobs that train_gpt.py no longer has, or if its command would now set a
+    different value of a knob that the appendix states"""
     remedy = "run it again, or take it out of TABLES in paper/build.py"
     gone = sorted({*run.knobs} - Config.names())
     if gone:
@@ -94,7 +94,7 @@ def require_described(run: SavedRun) -> None:
 
 
 def knobs_table(groups: list[Group]) -> list[list[str]]:
-    """The knobs of the runs that differ from the defaults; those of data and machine are in their folders."""
+    """Rows of the knobs that any group sets, except those that do not affect a result (PERSONAL_KNOBS)."""
     defaults = dataclasses.asdict(Config())
     sets = [defaults, *(group.finished[0].knobs for group in groups)]
     knobs = [knob for knob in dict.fromkeys(knob for values in sets for knob in values)
@@ -110,7 +110,7 @@ def in_table(value: object) -> str:
 
 
 def remarks() -> list[str]:
-    """A line for each table whose runs another state of the script made."""
+    """A warning for each table whose runs were made by another version of the script."""
     sha256 = sha256_of(places.ROOT / SCRIPT)
     older = [name for name, (specs, _) in TABLES.items()
              if any(run.summary.get("code_sha256") != sha256 for run in runs_of(SCRIPT, open_groups(specs)))]
@@ -119,7 +119,7 @@ def remarks() -> list[str]:
 
 
 def number(value: float) -> str:
-    """A number as it stands in a text: 524,288, 0.05, 10^{-10}; words, too."""
+    """A value in LaTeX: 524,288, 0.05, 10^{-10}; strings are escaped."""
     if isinstance(value, str | bool):
         return in_latex(value)
     if isinstance(value, int):
@@ -130,9 +130,9 @@ def number(value: float) -> str:
 
 
 def constants(function: Callable, pattern: str) -> list[str]:
-    """What stands in the code of a function where a pattern has its groups.
+    """What the groups of a pattern match in the source code of a function.
 
-    raises  UserError if the code does not look like that, in exactly one place
+    raises  UserError unless the pattern matches exactly once
     """
     found = re.findall(pattern, inspect.getsource(function))
     if len(found) != 1:
@@ -142,7 +142,7 @@ def constants(function: Callable, pattern: str) -> list[str]:
 
 
 def exponent(value: Callable[[Config], float], knob: str, base: Config) -> str:
-    """The power of a knob that a rule goes with, found by asking the rule twice."""
+    """The exponent of a knob in a scaling rule, from the rule's values at this knob and at twice it."""
     doubled = dataclasses.replace(base, **{knob: 2 * getattr(base, knob)})
     power = math.log2(value(doubled) / value(base))
     near = Fraction(power).limit_denominator(20)
@@ -150,7 +150,7 @@ def exponent(value: Callable[[Config], float], knob: str, base: Config) -> str:
 
 
 def facts() -> dict[str, str]:
-    """Name of a fact -> how it reads; all from the code as it is, and from the runs of the tables."""
+    """Name of a fact -> its text, read from the code and from the runs of the tables."""
     cfg = dataclasses.replace(Config(), vocab_size=256)
     made = {f"knob.{field.name}": number(getattr(cfg, field.name)) for field in dataclasses.fields(Config)}
     made |= {f"demo.{knob}": number(value) for knob, value in PRESETS["demo"].items()}
@@ -159,7 +159,7 @@ def facts() -> dict[str, str]:
 
 
 def facts_of_runs() -> dict[str, str]:
-    """On how much text the runs of each table were validated."""
+    """How many held-out documents and tokens the runs of each table were validated on."""
     summaries = {name: open_groups(specs)[0].finished[0].summary for name, (specs, _) in TABLES.items()}
     return {f"{name}.{fact}": number(summary.get(f"held_out_{fact}", "an unknown number of"))
             for name, summary in summaries.items() for fact in ("documents", "tokens")}
@@ -222,7 +222,7 @@ def facts_of_data(cfg: Config) -> dict[str, str]:
 
 
 def as_macros(texts: dict[str, str]) -> str:
-    r"""\fact{NAME} in LaTeX; a name that is not there is an error."""
+    r"""LaTeX that defines \fact{NAME}, which raises an error for an unknown name."""
     lines = [rf"\expandafter\def\csname fact-{name}\endcsname{{{text}}}" for name, text in texts.items()]
     lines.append(r"\newcommand{\fact}[1]{\ifcsname fact-#1\endcsname\csname fact-#1\endcsname"
                  r"\else\errmessage{there is no fact #1 in the code}\fi}")

@@ -171,7 +171,7 @@ def run(parser: Parser, args: argparse.Namespace) -> None:
     if args.html and not args.html.name:
         raise UserError("--html must be the name of a file; it is empty")
     if args.plot and not args.plot.name:
-        raise UserError(f"--plot must be how file names begin, as in figures/demo; it is {args.plot}")
+        raise UserError(f"--plot must be the start of file names, such as figures/demo; it is {args.plot}")
     metric = args.metric or ("val_bpb" if args.target is None else "val_loss")
     groups = open_groups(args.runs)
     found = weigh(groups, metric, args.although or [], args.effect or 0.0, args.target)

@@ -153,8 +153,8 @@ def compare_logits(folder: Path, model: "nn.Module", cfg, tokenizer: "Encoding")
         found = model.logits(model.hidden(tokens))[..., :vocabulary]                            # (1, T, V)
     error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
     if not error < 1e-3:        # float32 rounds at 1e-7, over some hundred products in a row
-        raise UserError(f"transformers computes other logits for {folder} (they differ by {error:.1%} of the "
-                        "largest); it has no such model")
+        raise UserError(f"transformers computes different logits for {folder} (they differ by {error:.1%} of "
+                        "the largest); it has no such model")
     print(f"logits compared with those of transformers: equal up to {error:.0e} of the largest")
 
 
@@ -170,8 +170,8 @@ def from_transformers(source: Path, name: str, tokenizer_name: str) -> Path:
     cfg = our_config(script, theirs, source / "config.json", model_name=name, tokenizer=tokenizer.name)
     padding = cfg.vocab_size - tokenizer.n_vocab
     if padding and not (0 < padding < PADDING[1] and cfg.vocab_size % PADDING[0] == 0):
-        raise UserError(f"{source} has {cfg.vocab_size:,} tokens, the tokenizer {tokenizer.name} "
-                        f"{tokenizer.n_vocab:,}; name its own with --tokenizer")
+        raise UserError(f"{source} has {cfg.vocab_size:,} tokens, but the tokenizer {tokenizer.name} "
+                        f"has {tokenizer.n_vocab:,}; give the model's own with --tokenizer")
     weights = our_weights(script, cfg, read_weights(source), source)
     if padding:
         print(f"left out: the last {padding} rows of the embedding, which pad the vocabulary")
@@ -204,13 +204,13 @@ def gpt2_settings(source: Path) -> dict:
         raise UserError(f"{source} has no config.json; name a folder in the layout of transformers")
     theirs = read_object(source / "config.json")
     if theirs.get("model_type") != "gpt2":
-        raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 can be read")
+        raise UserError(f"{source} holds a model of type {theirs.get('model_type')}; only gpt2 is supported")
     other = next((setting for setting in ELSEWHERE if theirs.get(setting)), None)
     if other:
-        raise UserError(f"{source / 'config.json'} has {other}, so this is not a plain GPT-2; only that can "
-                        "be read")
+        raise UserError(f"{source / 'config.json'} has {other}, so it is not a plain GPT-2; no other model "
+                        "is supported")
     if not (source / "model.safetensors").is_file():
-        raise UserError(f"{source} has no model.safetensors; fetch the weights in that format, in one file")
+        raise UserError(f"{source} has no model.safetensors; get the weights in that format, in one file")
     return theirs
 
 
@@ -224,7 +224,7 @@ def our_config(script: ModuleType, theirs: dict, path: Path, **names: str):
     except KeyError as error:
         raise UserError(f"{path} has no {error.args[0]}") from error
     except (TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} has sizes that are none ({error})") from error
+        raise UserError(f"{path} has invalid sizes ({error})") from error
     for knob, value in knobs.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{path} gives {knob} {value!r}; it must be a whole number above 0")
@@ -257,25 +257,25 @@ def our_weights(script: ModuleType, cfg, theirs: "dict[str, Tensor]", source: Pa
             raise UserError(f"{path} has no {their_name}; weights in several files must be joined first")
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{their_name} in {path} is {weight.dtype}; only float32, float16 and bfloat16 "
-                            "can be read")
+                            "are supported")
         weight = (weight.T if transposed else weight).float()
         if weight.shape != shapes[name]:
-            raise UserError(f"{their_name} has shape {tuple(weight.shape)}; its config.json makes it "
+            raise UserError(f"{their_name} has shape {tuple(weight.shape)}; by config.json it must be "
                             f"{tuple(shapes[name])}")
         ours[name] = weight.contiguous()
     head = left.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), ours["embed"]):
-        raise UserError(f"{path} has an lm_head.weight of its own; the head of train_nanogpt.py is the "
-                        "embedding")
+        raise UserError(f"{path} has an lm_head.weight of its own; train_nanogpt.py uses the embedding "
+                        "as its head")
     unused = [name for name in left if not NO_WEIGHT.fullmatch(name)]
     if unused:
-        raise UserError(f"{path} has weights that its config.json does not speak of: {name_some(unused)}")
+        raise UserError(f"{path} has weights that its config.json does not account for: {name_some(unused)}")
     return ours
 
 
 @command
 def main() -> None:
-    parser = Parser("Convert runs to the layout of transformers, and GPT-2 from it.")
+    parser = Parser("Export a run to the format of transformers, or import GPT-2 from it.")
     parser.add_argument("direction", choices=("to_transformers", "from_transformers"), metavar="DIRECTION",
                         help="to_transformers: write RUN/transformers; from_transformers: make a run")
     parser.add_argument("folder", type=Path, help="a run of train_nanogpt.py or train_llama3.py; or a GPT-2 "

@@ -56,7 +56,7 @@ def part_of(text: str) -> tuple[int, int]:
     """argparse type of --part: 2/3, the second of three parts, becomes (1, 3)."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be like 1/3, 2/3 or 3/3, is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be like 1/3, 2/3 or 3/3, not {text!r}")
     return int(match[1]) - 1, int(match[2])
 
 
@@ -70,9 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-ss", "--shard_size", type=positive, default=10**8,
                         help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
-                        help="shards to train on; 0 takes all text; a larger number adds shards")
+                        help="shards to train on; 0: all text; a larger number adds shards")
     parser.add_argument("-t", "--tokenizer",
-                        help="a folder in tokenizers/, or gpt2 (default: the only one that is there)")
+                        help="a folder in tokenizers/, or gpt2 (default: the only one, if there is just one)")
     parser.add_argument("--val_tokens", type=positive, default=10_485_760,
                         help=f"validate on about this many tokens of {BYTES_PER_TOKEN} bytes")
     parser.add_argument("--seed", type=int, default=0, help="decides the order of the documents")
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="prepare only the I-th of N parts of a corpus's files, for many machines")
     parser.add_argument("--keep_text", action="store_true", help="keep downloaded parquet files")
     parser.add_argument("--dry_run", action="store_true",
-                        help="only say which files, how many bytes, how much disk and time it takes")
+                        help="only print the files, download size, disk space and time that it takes")
     return parser.parse_args()
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     preparation = Preparation(folder, units, tokenizer, facts, args)
     is_there = folder.exists()
     if is_there and args.part:
-        print(f"data/{folder.name} is there already; to add shards to it, leave out --part")
+        print(f"data/{folder.name} already exists; to add shards to it, leave out --part")
         return
     # only the first process prepares a single unit, or adds shards to a dataset
     parts = 1 if is_there else min(parts, len(units))
@@ -172,7 +172,7 @@ def say_what_it_takes(source: Source, tokenizer: tiktoken.Encoding, args: argpar
     units = [] if isinstance(source, Mixture) else [
         unit for unit in source.units(args.seed) if unit.size]
     if not units:
-        raise UserError("--dry_run is for one source on the Hub; local text needs no download, so just start")
+        raise UserError("--dry_run is for one source on the Hub; local text needs no download: leave it out")
     size = sum(unit.size for unit in units)
     per_byte = source.corpus.tokens / size or TOKENS_PER_PARQUET_BYTE
     tokens = size * per_byte
@@ -189,15 +189,15 @@ def say_what_it_takes(source: Source, tokenizer: tiktoken.Encoding, args: argpar
     largest = sorted((unit.size for unit in needed), reverse=True)[:2]
     text = download if args.keep_text else sum(largest)
     disk = tokens * shard_format(tokenizer.n_vocab)[2].itemsize + text
-    print(f"files       {len(needed):,} of {len(units):,} of {source.label}, and one for held-out documents "
-          "if it is not among them")
+    print(f"files       {len(needed):,} of {len(units):,} of {source.label}, plus the one with held-out "
+          "documents if it is not among them")
     print(f"download    {download / 1e6:,.1f} MB")
-    print(f"tokens      about {tokens / 1e6:,.1f} million, if a byte of parquet is {per_byte:.2g}")
+    print(f"tokens      about {tokens / 1e6:,.1f} million, at {per_byte:.2g} per byte of parquet")
     free = shutil.disk_usage(places.ROOT).free
     print(f"disk        about {disk / 1e6:,.1f} MB; {free / 1e6:,.0f} MB are free")
-    print(f"time        about {tokens / rate / 60:,.1f} minutes of tokenizing at {rate:,.0f} tokens/s, "
-          f"measured now on plain words, with {args.num_workers} workers; the download at 50 MB/s would take "
-          f"{download / 50e6 / 60:,.1f} minutes beside it")
+    print(f"time        about {tokens / rate / 60:,.1f} minutes to tokenize, at {rate:,.0f} tokens/s as just "
+          f"measured on plain words with {args.num_workers} workers; meanwhile, the download takes "
+          f"{download / 50e6 / 60:,.1f} minutes at 50 MB/s")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def score_run(folder: Path, path: Path | None, name: str, rows: int) -> None:
     before = (summary_of(folder).get("benchmarks") or {}).get(task.name) or {}
     scored = before.get("rows", 0)
     if before and (before.get("sha256") != task.sha256 or scored > len(task.questions)):
-        raise UserError(f"{folder} has a score on {counted(scored, 'row')} of {task.name}, which "
-                        f"this one on {len(task.questions):,} would replace; rename the task, or score all "
-                        "rows")
+        raise UserError(f"{folder} already has a score on {counted(scored, 'row')} of {task.name}, "
+                        f"which this one on {len(task.questions):,} would replace; rename the task, or score "
+                        "all rows")
     from benchtop.saved import score_saved  # late: it imports torch
     scores, facts, is_main = score_saved(load_script(folder).EXPERIMENT, folder, task)
     if is_main:
@@ -81,7 +81,7 @@ def main() -> None:
     benchmark = BENCHMARKS[name]
     try:
         if args.score and args.split:
-            raise UserError(f"--split says what to fetch; --score uses the {benchmark.scored} split, "
+            raise UserError(f"--split selects what to fetch; --score uses the {benchmark.scored} split, "
                             "or a --task")
         if not args.score and (args.task or args.hellaswag_rows is not None):
             raise UserError("--task and --hellaswag_rows need a model to score: --score RUN_FOLDER")

@@ -61,7 +61,7 @@ def plan(judgement: Judgement, missing: list[Asked], prices: tuple[float, float]
     others = [other.name for other in sorted(path.parent.glob(f"{path.stem[:-8]}{8 * '[0-9a-f]'}.jsonl"))
               if other != path]
     if others:
-        lines.append(f"of another judge or other texts, and left alone: {', '.join(others)}")
+        lines.append(f"answers of other judges or about other texts, left alone: {', '.join(others)}")
     if len(missing) < len(questions):
         lines.append(f"{len(questions) - len(missing)} of {counted(len(questions), 'answer')} are in "
                      f"{os.path.relpath(path)}")
@@ -69,7 +69,7 @@ def plan(judgement: Judgement, missing: list[Asked], prices: tuple[float, float]
         tokens_in = sum(len(question.body) for question in missing) // 4
         tokens_out = len(missing) * judgement.max_tokens
         lines.append(f"{counted(len(missing), 'request')} to {judgement.model} at {judgement.url}: about "
-                     f"{tokens_in:,} tokens in (a token for 4 bytes) and at most {tokens_out:,} out, without "
+                     f"{tokens_in:,} tokens in (4 bytes per token) and at most {tokens_out:,} out, without "
                      f"retries; {cost_in_words(dollars_of(prices, tokens_in, tokens_out))}")
     return lines
 
@@ -124,10 +124,10 @@ def main() -> None:
     parser.add_argument("--price_out", type=price, default=0, metavar="DOLLARS",
                         help="price of a million output tokens; 0 = unknown")
     parser.add_argument("--max_tokens", type=positive, default=16, metavar="N",
-                        help="longest answer, in tokens; a judge that thinks first needs many")
+                        help="longest answer, in tokens; a reasoning model needs many more")
     parser.add_argument("--at_once", type=positive, default=4, metavar="N", help="requests at a time")
     parser.add_argument("--attempts", type=positive, default=hub.TRIES, metavar="N",
-                        help="number of tries for one answer, if it fails or is no verdict")
+                        help="tries for one answer, if a request fails or the reply is not a verdict")
     parser.add_argument("--timeout", type=positive, default=60, metavar="SECONDS",
                         help="longest time for one request")
     args = parser.parse_args()

@@ -163,7 +163,7 @@ def attention(proof: Proof, length: int, window: int, width: int) -> Finding:
     finding = within("attention", errors, BOUNDS[proof.dtype], f"{length} x {width}, window {window}")
     if not leaks:
         return finding
-    return dataclasses.replace(finding, says=f"{finding.says}; {leaks} keys are seen wrongly", status=FAILED)
+    return dataclasses.replace(finding, says=f"{finding.says}; {leaks} keys masked wrongly", status=FAILED)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, weight: Tensor,
@@ -279,8 +279,8 @@ def compiled(proof: Proof) -> Iterator[Finding]:
         yield Finding("compiled", f"nothing is compiled here: {proof.kernels.compile_reason}", SKIPPED)
         return
     found = compare_compiled(EXPERIMENT, proof.cfg, proof.world, proof.kernels)
-    yield Finding("compiled", f"gradients are eager ones up to {found}", OK if found.agrees else FAILED,
-                  dataclasses.asdict(found))
+    yield Finding("compiled", f"compiled gradients differ from eager ones by {found}",
+                  OK if found.agrees else FAILED, dataclasses.asdict(found))
 
 
 def losses_of_steps(cfg: Config, world: World, chosen: Kernels) -> list[float]:
@@ -294,7 +294,7 @@ def losses_of_steps(cfg: Config, world: World, chosen: Kernels) -> list[float]:
 def same_losses(check: str, found: list[float], wanted: list[float], bound: float, says: str) -> Finding:
     errors = [abs(a / b - 1) for a, b in zip(found, wanted, strict=True)]
     error = math.nan if any(map(math.isnan, errors)) else max(errors)
-    shown = f"{says} {wanted[0]:.4f} to {wanted[-1]:.4f}, apart by {error:.1e} (bound {bound:.0e})"
+    shown = f"{says} {wanted[0]:.4f} to {wanted[-1]:.4f}, relative error {error:.1e} (bound {bound:.0e})"
     return Finding(check, shown, OK if error <= bound else FAILED,
                    {"losses": found, "wanted": wanted, "error": error, "bound": bound})
 
@@ -306,7 +306,7 @@ def losses(proof: Proof) -> Iterator[Finding]:
     with own_compilations():
         found = losses_of_steps(small(proof), proof.world, chosen)
     yield same_losses("losses", found, wanted, LOSS_BOUNDS[proof.dtype],
-                      f"{counted(len(wanted), 'step')} here and by the CPU in float32:")
+                      f"{counted(len(wanted), 'step')} here and on the CPU in float32:")
 
 
 def processes(proof: Proof) -> Iterator[Finding]:
@@ -326,12 +326,12 @@ def processes(proof: Proof) -> Iterator[Finding]:
             capture_output=True, text=True, errors="replace", timeout=SILENCE - 10)
         print(done.stdout, done.stderr, file=sys.stderr)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-            yield Finding("processes", f"{size} processes failed: {(lines or ['no word'])[-1][:150]}", FAILED)
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["no message"]
+            yield Finding("processes", f"{size} processes failed: {lines[-1][:150]}", FAILED)
             return
         told = json.loads(answer.read_text(encoding="utf-8"))
     bound = 1e-4 if told["dtype"] == "float32" else 1e-2
-    yield same_losses("processes", told["losses"], wanted, bound, f"{size} processes and one:")
+    yield same_losses("processes", told["losses"], wanted, bound, f"{size} processes against one:")
     rate = told["gb_per_second"]
     yield Finding("exchange", f"{figure(rate)} GB/s, the sum of 256 MiB over {size} processes",
                   values={"gb_per_second": rate})
@@ -365,11 +365,11 @@ PARTS = {part.__name__: part for part in (machine, product, kernels, compiled, l
 
 @command
 def main() -> None:
-    parser = Parser("Is this machine fit for training, and what will it give?",
+    parser = Parser("Check that this machine is fit for training, and measure its speed.",
                     epilog="Any other flag is a knob of train_gpt.py for the part speed, such as --fp8.")
-    parser.add_argument("--preset", default="", help="to measure; gpt2-small on a GPU, else demo")
-    parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help="the parts to do")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--preset", default="", help="preset to measure; empty: gpt2-small, or demo on a CPU")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help="parts to run")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for all parts together")
     for flag in ("--parts", "--tell", "--together"):        # for the processes that this script starts
         parser.add_argument(flag, default="", help="==SUPPRESS==")
     args, rest = parser.parse_known_args()
@@ -377,7 +377,7 @@ def main() -> None:
     names = [name.strip() for name in (args.parts or args.only).split(",")]
     unknown = next((name for name in names if name not in PARTS), None)
     if unknown is not None:
-        raise UserError(f"there is no part {unknown!r}; they are {', '.join(PARTS)}")
+        raise UserError(f"there is no part {unknown!r}; the parts are {', '.join(PARTS)}")
     if args.together:
         proof = proof_here(cfg)
         together(proof, Path(args.together))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Set up what is missing, then:   ./run.sh        train a small GPT on Python's own library (minutes, no GPU needed)
 #                                 ./run.sh test   run the tests
-#                                 ./run.sh setup  no more than the set-up
+#                                 ./run.sh setup  only the set-up
 #     ./run.sh PRESET             five-minutes, xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on
 #                                 all GPUs here (five-minutes also on a CPU)
-#     ./run.sh PRESET --dry_run   only say what that downloads, needs and costs; other flags go to train_gpt.py
+#     ./run.sh PRESET --dry_run   only print download size, memory, time and cost; other flags go to train_gpt.py
 #     ./run.sh seeds PRESET N     the same (or the demo) with N seeds, and their mean and spread; see trial.py --help
 #     ./run.sh proof [PRESET]     is this machine fit for training, and how fast? Minutes, no data needed
 #     ./run.sh paper              paper/paper.pdf from the committed experiments and the code (needs latexmk)
@@ -78,7 +78,7 @@ install() {
         version="$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')"
         grep -qxF "torch==$version" requirements.txt || skip+=';/^triton==/d'
     else
-        say "installing torch and the other packages; this takes some minutes, once"
+        say "installing torch and the other packages; this takes a few minutes, once"
     fi
     sed "$skip" "$@" > .venv/to_install.txt
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/to_install.txt \
@@ -143,16 +143,16 @@ preset() {
         10B) download="about $((2 * (1 + (shards + 5) / 6))) GB of text" ;;
         *) download="$gigabytes GB, already tokenized by GPT-2's tokenizer" ;;
     esac
-    [ "$tokenizer" = gpt2 ] || download+=", of which a tokenizer of its own is learned"
+    [ "$tokenizer" = gpt2 ] || download+=", from which it learns its own tokenizer"
     say "$preset trains on $shards shards of ${source/10B*/FineWeb} ($download); they take $gigabytes GB in data/$data"
     [ "$gpus" != 0 ] || [ "$preset" = five-minutes ] \
-        || say "there is no GPU here, so all of this runs on the CPU, for days or more; the demo is made for CPUs"
+        || say "there is no GPU here, so training runs on the CPU and takes days or longer; the demo (./run.sh) is made for CPUs"
     printf '%s\n' "$report"
     if "$dry_run"; then
         say "nothing was done; leave out --dry_run to begin"
         exit
     fi
-    ! grep -q '^problem ' <<< "$report" || fail "this machine cannot train that preset; the problem is named above"
+    ! grep -q '^problem ' <<< "$report" || fail "this machine cannot train that preset; see the problem above"
     if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
         .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 "${pieces[@]}" --name "$tokenizer"
     fi
@@ -173,7 +173,7 @@ seeds() {
         demo) demo ${flags[@]+"${flags[@]}"} ;;
         five-minutes)
             [[ " ${flags[*]}" == *" --measured_tflops"* ]] || fail "add --measured_tflops X, with the X that" \
-                "./run.sh five-minutes --dry_run finds, so that all seeds have the same size"
+                "./run.sh five-minutes --dry_run finds, so that all seeds train a model of the same size"
             preset "$preset" ${flags[@]+"${flags[@]}"}
             ;;
         xs | s | m | gpt2-small | gpt2-medium | gpt2-xl) preset "$preset" ${flags[@]+"${flags[@]}"} ;;

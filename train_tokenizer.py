@@ -71,9 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--demo", action="store_true", help="show a text in coloured tokens while learning")
     parser.add_argument("--num_workers", type=positive, default=cores, help="processes that split and count")
     parser.add_argument("--device", choices=("auto", "cpu", *ACCELERATORS), default="cpu",
-                        help="where the merging runs; no GPU has been measured yet")
+                        help="device for the merging; not yet measured on a GPU")
     parser.add_argument("--convert", metavar="FILE.pkl", type=Path,
-                        help="make a folder of a pickled tokenizer made by gpt-lab, and learn nothing")
+                        help="convert a pickled gpt-lab tokenizer to a folder, and learn nothing")
     return parser.parse_args()
 
 
@@ -115,7 +115,7 @@ def train_together(args: argparse.Namespace, world: Processes) -> None:
     settings = {"regex": args.regex, "vocabsize": args.vocabsize, "samples": samples,
                 "min_count": MIN_COUNT, "source": source.label}
     if world.same(settings) != settings:
-        raise UserError("the machines have different sources or flags; give all the same")
+        raise UserError("the machines have different sources or flags; make them the same on all")
     if world.same(os.path.lexists(places.TOKENIZERS / name)):
         if world.is_main:
             report_existing(name, settings, args)
@@ -140,11 +140,11 @@ def say_what_it_takes(growth: Forecast, samples: int, args: argparse.Namespace, 
     needs = growth.memory_mib(samples, args.num_workers, world.size)
     free = host.free_memory_mib()
     print(f"learning from at most {samples:,} characters will take about {needs:,.0f} MiB of memory, if the "
-          f"text goes on as it begins; {free:,.0f} MiB are free", flush=True)
+          f"rest of the text is like its beginning; {free:,.0f} MiB are free", flush=True)
     if needs > free:
-        print("note: that is more than is free; a smaller --samples or fewer --num_workers need less")
+        print("note: that is more than is free; lower --samples or --num_workers")
     elif not args.samples and samples < MOST_SAMPLES:
-        print(f"note: memory for {MOST_SAMPLES:,} characters is not free, so --samples is {samples:,}")
+        print(f"note: too little memory is free for {MOST_SAMPLES:,} characters, so --samples is {samples:,}")
 
 
 def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict, held_out: list[str],
@@ -155,13 +155,13 @@ def learn_and_save(name: str, pieces: Counter[bytes], pattern: str, facts: dict,
     some_pieces = list(islice(pieces, 20_000))
     merges = learn(pieces, args.vocabsize - 256, pattern, args.demo, args.device)
     if len(merges) < args.vocabsize - 256:
-        print(f"note: the text has no more pairs that occur {MIN_COUNT} times; the vocabulary ends at "
+        print(f"note: no other pair of tokens occurs {MIN_COUNT} times or more; the vocabulary ends at "
               f"{256 + len(merges):,} tokens instead of {args.vocabsize:,}")
     tokens = bpe.tokens_of(merges)
     encoding = encoding_of(name, pattern, tokens)
     for piece in some_pieces:
         if encoding.decode_bytes(encoding.encode_ordinary(piece.decode())) != piece:
-            raise RuntimeError(f"the tokenizer does not give back {piece!r}")
+            raise RuntimeError(f"the tokenizer does not restore {piece!r}")
     statistics = statistics_of(tokens, pattern, held_out)
     folder = save_tokenizer(name, merges, tokens, pattern, facts | {"statistics": statistics},
                             own_source())
@@ -195,7 +195,7 @@ def in_words(statistics: dict) -> str:
     if "bytes_per_token" not in statistics:
         return ""
     gpt2 = statistics["gpt2_bytes_per_token"]
-    return (f"; on held-out text {statistics['bytes_per_token']:.3f} bytes a token"
+    return (f"; on held-out text {statistics['bytes_per_token']:.3f} bytes per token"
             + (f" (GPT-2's: {gpt2:.3f})" if gpt2 else "")
             + f", {statistics['share_of_tokens_used']:.0%} of the tokens used")
 
@@ -204,14 +204,14 @@ def report_existing(name: str, settings: dict, args: argparse.Namespace) -> None
     """Print that an existing tokenizer is reused; raises UserError if it was made from something else."""
     remove = f"choose another --name or remove it with: rm -r {shlex.quote(str(places.TOKENIZERS / name))}"
     if not (places.TOKENIZERS / name / "meta.json").is_file():
-        raise UserError(f"tokenizers/{name} exists and is no tokenizer; {remove}")
+        raise UserError(f"tokenizers/{name} exists but is not a tokenizer; {remove}")
     tokenizer = load_tokenizer(name)
     meta = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
     differing = [key for key, value in settings.items() if meta.get(key) != value]
     if not args.samples and "samples" in differing:
         differing.remove("samples")     # the default depends on free memory at that time
     if differing:
-        raise UserError(f"tokenizers/{name} exists and was made with another {', '.join(differing)}; "
+        raise UserError(f"tokenizers/{name} exists and was made with a different {', '.join(differing)}; "
                         f"{remove}")
     print(f"reusing tokenizers/{name}, which was made from the same source with the same settings")
     if args.demo:
@@ -235,7 +235,7 @@ class Demo:
         made = len(self.tokens) - 256
         if made in (1, 10, 100) or made % 1000 == 0:
             self.show(f"Merge {made:,}: {visible(self.tokens[left])} + {visible(self.tokens[right])} "
-                      f"stood together {count:,} times and is token {len(self.tokens) - 1:,}")
+                      f"occurred {count:,} times and became token {len(self.tokens) - 1:,}")
 
     def show(self, title: str) -> None:
         ranks = {token: rank for rank, token in enumerate(self.tokens)}

@@ -63,7 +63,7 @@ def seeds_of(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     first, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 2 <= first <= most <= 50:
-        raise argparse.ArgumentTypeError(f"must be like 3..8, from 2 on and at most 50, is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be like 3..8 or 5, between 2 and 50, not {text!r}")
     return first, most
 
 
@@ -73,15 +73,15 @@ def make_parser() -> Parser:
     parser.add_argument("ideas", nargs="*", metavar="IDEA",
                         help="a changed script, a patch (.diff), or 'NAME: flags'; none: only the baseline")
     parser.add_argument("--confirm", default="", metavar="NAME",
-                        help="look once at the test split with what the trial NAME kept, with fresh seeds")
+                        help="evaluate what the trial NAME kept once on the test split, with fresh seeds")
     parser.add_argument("--ledger", action="store_true",
-                        help="show all that was tried, and write experiments/ledger.html")
+                        help="list everything that was ever tried, and write experiments/ledger.html")
     parser.add_argument("--against", default="train_gpt.py", help="script of the baseline")
     parser.add_argument("--name", default="", help="name of the trial; empty: the ideas' names")
     parser.add_argument("--seeds", type=seeds_of, default="3..8", metavar="FIRST..MOST",
-                        help="pairs before the first verdict, and at most")
+                        help="pairs of runs before the first verdict, and their maximum")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, help="budget of each run by the clock, speed included")
+    budget.add_argument("--minutes", type=float, help="wall-clock budget of each run, so that speed counts")
     budget.add_argument("--steps", type=positive, help="budget of each run in steps")
     budget.add_argument("--tokens", type=positive, help="budget of each run in tokens")
     parser.add_argument("--margin", type=float, default=0.0,
@@ -89,10 +89,10 @@ def make_parser() -> Parser:
     parser.add_argument("--alpha", type=float, default=0.05,
                         help="chance of keeping an idea without gain, over all ideas together")
     parser.add_argument("--processes", type=positive, default=1,
-                        help="GPUs for each run; with 1, runs work side by side, one on each GPU")
+                        help="GPUs for each run; with 1, runs train in parallel, one on each GPU")
     parser.add_argument("--description", default="", help="what the idea is, for the ledger")
     parser.add_argument("--no_check", action="store_true",
-                        help="leave out the check of each script (--smoke)")
+                        help="skip the check of each script (--smoke)")
     parser.add_argument("--json", action="store_true",
                         help="print the results as JSON, and progress on stderr")
     return parser
@@ -130,7 +130,7 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
     flags = [*budget, *flags]
     cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
     if cfg.target_loss and ideas:
-        raise UserError("runs that end at a target all end alike; add --target_loss 0, or give a budget")
+        raise UserError("runs that stop at --target_loss end alike; add --target_loss 0, or give a budget")
     for idea in ideas:      # reject wrong flags before training; changed scripts are checked later
         if idea.script == baseline.script:
             parse_config([*flags, *idea.flags], import_script(baseline.script).EXPERIMENT.Config)
@@ -183,8 +183,8 @@ def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
         if trial.ideas:
             plan = trial.plan
             found = Sequential(1.0, plan.alpha, plan.first, plan.most, len(trial.ideas)).power(1.0)
-            say(f"{plan.first} to {plan.most} pairs; a gain as large as the scatter of the pairs is found in "
-                f"{found:.0%} of trials")
+            say(f"{plan.first} to {plan.most} pairs; the power to detect a gain of one standard deviation of "
+                f"the pairs is {found:.0%}")
         trial.run()
         results = trial.finish()
     report(results, trial.plan, say)
@@ -207,7 +207,7 @@ def report(results: dict, plan: Plan, say) -> None:
     if not results["ideas"]:
         say(noise_line(results["trial"], values, metric))
     also = f"; a line for each idea in {home}/{ledger.path().name}" if results["ideas"] else ""
-    say(f"kept in {home}/trials/{results['trial']}{also}")
+    say(f"saved in {home}/trials/{results['trial']}{also}")
     if results["ideas"]:
         say(f"each end of an interval is wrong in at most {plan.alpha:.0%} of trials")
     say(f"tables, curves and samples: python compare.py trials/{results['trial']} "
@@ -221,7 +221,7 @@ def show_ledger(as_json: bool) -> None:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
         return
     if not entries:
-        raise UserError("nothing was tried yet; begin with: python trial.py IDEA -- FLAGS")
+        raise UserError("nothing has been tried yet; start with: python trial.py IDEA -- FLAGS")
     print(as_text(entries))
     file = ledger.path().with_suffix(".html")
     write_text(file, without_secrets(page(entries)))

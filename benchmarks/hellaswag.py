@@ -47,10 +47,10 @@ def one_by_one(model: GPT, tokenizer, questions: list, device: torch.device) -> 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=Path, required=True, help="a .jsonl file of HellaSwag's kind")
+    parser.add_argument("--rows", type=Path, required=True, help="a .jsonl file in HellaSwag's format")
     parser.add_argument("--score", type=Path, help="a run trained with --save_model")
-    parser.add_argument("--tokenizer", default="demo_v4096_n20000000", help="without --score")
-    parser.add_argument("--dtype", default="auto", help="of the products")
+    parser.add_argument("--tokenizer", default="demo_v4096_n20000000", help="of the model without --score")
+    parser.add_argument("--dtype", default="auto", help="of the matrix products")
     parser.add_argument("--rounds", type=positive, default=3)
     args = parser.parse_args()
     questions = read_questions(args.rows)
@@ -73,7 +73,7 @@ def main() -> None:
     losses_of = TokenLosses(model, world, compiled=True)
     rows_at_once = max(1, 2**14 // cfg.seq_len)
     score(losses_of, tokenizer, questions[:8], rows_at_once, world)
-    print(f"compiled in {time.perf_counter() - begun:.1f} s, as training has done already")
+    print(f"compiled in {time.perf_counter() - begun:.1f} s; after training, this is already done")
     times: dict[str, list[float]] = {"one by one": [], "batched": []}
     for _ in range(args.rounds):
         begun = time.perf_counter()
@@ -91,7 +91,7 @@ def main() -> None:
           f"{str(world.dtype).removeprefix('torch.')}")
     differences = [np.abs(sums - item["log_probabilities"]).max()
                    for sums, item in zip(alone, scores.items, strict=True)]
-    print(f"largest difference of a score: {max(differences):.2g} nats")
+    print(f"largest difference in a score: {max(differences):.2g} nats")
     for metric in METRICS:
         lengths = metric.removeprefix("acc_norm_").replace("acc", "nothing")
         same = sum(int((sums / np.maximum(item.get(lengths, [1] * len(sums)), 1)).argmax())

@@ -57,7 +57,7 @@ class Point:
     warmup: float = 0.02
 
     def __str__(self) -> str:
-        return f"rates x {self.rate:g}, {self.batch:,} tokens a step, warm-up {self.warmup:g}"
+        return f"rates x {self.rate:g}, {self.batch:,} tokens per step, warm-up {self.warmup:g}"
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ def racers_of(sides: list[str], checkouts: list[str]) -> list[Racer]:
     """raises  UserError if a side is not known, or a checkout is none"""
     unknown = [side for side in sides if side not in OURS]
     if unknown or FIRST not in sides:
-        raise UserError(f"--sides must be {FIRST} and others of {', '.join(OURS)}; it is {','.join(sides)}")
+        raise UserError(f"--sides must be {FIRST} and any of {', '.join(OURS)}; it is {','.join(sides)}")
     scripts = {name: places.ROOT / f"train_{name.removeprefix('train_')}.py" for name in OURS}
     racers = [Racer(side, scripts[side], OURS[side]) for side in sides]
     for checkout in checkouts:
         folder = Path(checkout).resolve()
         if not any((folder / file).is_file() for file in ("nanochat/gpt.py", "model.py")):
-            raise UserError(f"{checkout} is no clone of nanochat or nanoGPT")
+            raise UserError(f"{checkout} is not a clone of nanochat or nanoGPT")
         # by a link in this folder, so that no run's command has a path of this machine
         link = places.ROOT / "peers" / folder.name
         link.parent.mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ class Race:
     def tell(self, job: Job, code: int, seconds: float) -> None:
         run = ended_run(job.name)
         value = f"val_bpb {run.summary['val_bpb']:.4f}" if run and run.is_finished else f"exit code {code}"
-        print(f"{job.name}  {value}, {seconds:.0f} s by the clock", flush=True)
+        print(f"{job.name}  {value}, {seconds:.0f} s wall-clock", flush=True)
 
     def tune(self, racer: Racer, seconds: float) -> tuple[Point, list[tuple[Point, float]]]:
         """The best point, one axis after the other, and all that were tried. A run that diverged is worst."""
@@ -191,7 +191,7 @@ def table(groups: dict[tuple[str, float], Group]) -> list[list[str]]:
     """A line for each side and budget."""
     first = {seconds: group for (name, seconds), group in groups.items() if name == FIRST}
     lines = [["seconds", "side", "parameters", "tokens/s", "tokens", "FLOPs", "val_bpb",
-              f"{FIRST}.py is there after"]]
+              f"{FIRST}.py reaches it after"]]
     for (name, seconds), group in groups.items():
         if not group.finished:
             lines.append([f"{seconds:g}", name, *[""] * 4, f"none of {len(group.runs)} runs finished", ""])
@@ -208,7 +208,7 @@ def table(groups: dict[tuple[str, float], Group]) -> list[list[str]]:
 
 
 def tuning_table(tried: dict[str, list[tuple[Point, float]]]) -> list[list[str]]:
-    lines = [["side", "rates x", "tokens a step", "warm-up", "val_bpb"]]
+    lines = [["side", "rates x", "tokens per step", "warm-up", "val_bpb"]]
     for name, points in tried.items():
         best = min(value for _, value in points)
         lines += [[name, f"{point.rate:g}", f"{point.batch:,}", f"{point.warmup:g}",
@@ -220,12 +220,12 @@ def tuning_table(tried: dict[str, list[tuple[Point, float]]]) -> list[list[str]]
 def main() -> None:
     parser = Parser("Race train_gpt.py against yardsticks and peers.", epilog="Further flags go to all runs.")
     parser.add_argument("checkouts", nargs="*", metavar="CHECKOUT", help="clones of nanochat or nanoGPT")
-    parser.add_argument("--sides", default=",".join(OURS), help="which scripts of this repository")
+    parser.add_argument("--sides", default=",".join(OURS), help="scripts of this repository to race")
     parser.add_argument("--setting", choices=list(SETTINGS), default="minute", help="data and size of model")
-    parser.add_argument("--text", default="", help="source of the text, where it was not prepared before")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[60, 120, 240], help="budgets")
-    parser.add_argument("--seeds", type=positive, default=3, help="number of runs of each")
-    parser.add_argument("--tune_seconds", type=float, default=60, help="of each run that tunes; 0: no tuning")
+    parser.add_argument("--text", default="", help="source of the text, unless it is prepared already")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[60, 120, 240], help="time of each run")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs per side and time")
+    parser.add_argument("--tune_seconds", type=float, default=60, help="of each tuning run; 0: no tuning")
     parser.add_argument("--keep", action="store_true", help="keep small files, and write experiments/RACE.md")
     args, flags = parser.parse_known_args()
     if min(args.seconds) <= 0:
@@ -266,9 +266,9 @@ def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[
         "# The race", "",
         f"Written by `{command}`, on {facts['processes']} x {facts['device']}, {facts['dtype']}, torch "
         f"{facts['torch']}, in the setting *{setting}* of `benchmarks/settings.py`. Mean and standard "
-        "deviation over seeds; each run has a whole schedule of its own.", "", report, "",
+        "deviation over seeds; each run has its own complete schedule.", "", report, "",
         "## How each side was tuned", "",
-        f"One run each, with a seed that does not race. Commits: {peers or 'none'}.", "", tuning, ""])
+        f"One run each, with a seed that is not in the race. Commits: {peers or 'none'}.", "", tuning, ""])
 
 
 if __name__ == "__main__":

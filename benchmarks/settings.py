@@ -73,7 +73,7 @@ def prepare(setting: Setting, text: str) -> None:
     if (places.DATA / setting.data / "manifest.json").is_file():
         return
     if not text:
-        raise UserError(f"{setting.data} is not there yet; name its text with --text, as in --text books/")
+        raise UserError(f"{setting.data} does not exist yet; name its text with --text, as in --text books/")
     if setting.megabytes:
         text = str(cut(text, setting))
     val_tokens = [] if setting.megabytes else ["--val_tokens", "400000"]
@@ -100,9 +100,9 @@ def cut(text: str, setting: Setting) -> Path:
 
 @command
 def main() -> None:
-    parser = Parser("Call trial.py in one of the settings.", epilog="All other words go to trial.py.")
-    parser.add_argument("setting", nargs="?", choices=list(SETTINGS), help="which one; none: list them")
-    parser.add_argument("--text", default="", help="source of the text, where it was not prepared before")
+    parser = Parser("Run trial.py in one of the settings.", epilog="All other arguments go to trial.py.")
+    parser.add_argument("setting", nargs="?", choices=list(SETTINGS), help="its name; without one, list all")
+    parser.add_argument("--text", default="", help="source of the text, unless it is prepared already")
     args, words = parser.parse_known_args()
     if not args.setting:
         for name, setting in SETTINGS.items():

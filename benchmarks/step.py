@@ -111,11 +111,11 @@ def measure(cfg: Config, times: int) -> str:
 @command
 def main() -> None:
     parser = Parser("Time a training step of presets, its floor, and Muon's share.",
-                    epilog="Further flags are train_gpt.py's.")
-    parser.add_argument("presets", nargs="+", choices=PRESETS, help="a row of the table each")
+                    epilog="Further flags go to train_gpt.py.")
+    parser.add_argument("presets", nargs="+", choices=PRESETS, help="presets to time, one table row each")
     parser.add_argument("--times", type=int, default=3, help="repetitions; the median is reported")
     args, flags = parser.parse_known_args()
-    print("| preset | tokens of a step | tokens/s | floor / step | MFU | peak MiB | Muon's time | "
+    print("| preset | tokens per step | tokens/s | floor / step | MFU | peak MiB | Muon's time | "
           "Muon's memory, MiB |\n|---|---|---|---|---|---|---|---|")
     for preset in args.presets:
         cfg = parse_config(["--preset", preset, *flags], Config)

@@ -155,16 +155,16 @@ def compare(args: argparse.Namespace) -> None:
             print(f"| {vocabsize:,} | {learner} | {median[learner]:.2f} "
                   f"| {' '.join(format(result['seconds'], '.2f') for result in found)} "
                   + ("| 1 " if learner == "benchtop" else
-                     f"| Benchtop takes {median['benchtop'] / median[learner]:.2f} of it ")
+                     f"| Benchtop takes {median['benchtop'] / median[learner]:.2f} times as long ")
                   + f"| {format(statistics.median(merging), '.2f') if merging else ''} "
                   f"| {max(result['peak_mib'] for result in found):,.0f} |", flush=True)
 
 
 def memory(args: argparse.Namespace) -> None:
-    print(f"the text again and again, one word in {args.one_in} with its letters shuffled; "
+    print(f"the text repeated, with the letters of one word in {args.one_in} shuffled; "
           f"{args.vocabsize[-1]:,} tokens, {args.num_workers} workers")
     print("| million characters | distinct pieces | s | merging s | forecast MiB | peak MiB "
-          "| bytes a character more |")
+          "| bytes per added character |")
     print("|---|---|---|---|---|---|---|")
     before = None
     for millions in args.millions:
@@ -183,13 +183,13 @@ def main() -> None:
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="stdlib, or files, folders and globs")
     parser.add_argument("--vocabsize", type=int, nargs="+", default=[8192, 32000, 50256],
                         help="tokens, <|endoftext|> not included")
-    parser.add_argument("--runs", type=int, default=5, help="trials of each")
+    parser.add_argument("--runs", type=int, default=5, help="trials per learner")
     parser.add_argument("--num_workers", type=int, default=host.available_cores(),
-                        help="of Benchtop; the others use all cores")
-    parser.add_argument("--memory", action="store_true", help="measure the memory over more and more text")
+                        help="workers of Benchtop; the others use all cores")
+    parser.add_argument("--memory", action="store_true", help="measure memory for growing amounts of text")
     parser.add_argument("--millions", type=int, nargs="+", default=[100, 500, 1000, 2000],
-                        help="of characters to measure memory on")
-    parser.add_argument("--one_in", type=int, default=100, help="one word in so many is made noise")
+                        help="amounts of text for --memory, in millions of characters")
+    parser.add_argument("--one_in", type=int, default=100, help="for --memory: shuffle one word in this many")
     parser.add_argument("--trial", choices=LEARNERS, help=argparse.SUPPRESS)
     parser.add_argument("--characters", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -34,7 +34,7 @@ def train(script: str, name: str, flags: list[str]) -> float:
     folder = max({*places.EXPERIMENTS.glob(f"*_{name}")} - before, default=None)
     summary = folder and folder / "summary.json"
     if done.returncode and not (summary and summary.is_file()):     # a failed run with a summary diverged
-        raise UserError(f"{name} failed: {(done.stderr.strip() or 'without a word').splitlines()[-1]}")
+        raise UserError(f"{name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     facts = json.loads(summary.read_text(encoding="utf-8"))
     if done.returncode:
         print(f"{name}: {facts['status']}")
@@ -53,7 +53,7 @@ def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> Non
     factors = sorted({factor for curve in results.values() for factor in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
-    axes.set(xlabel="all learning rates times", ylabel="bits per byte of held-out text",
+    axes.set(xlabel="factor on all learning rates", ylabel="bits per byte of held-out text",
              title=f"One learning rate for every width? ({tokens / 1e6:.2g}M tokens)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -62,7 +62,7 @@ def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> Non
 
 @command
 def main() -> None:
-    parser = Parser("Sweep the learning rate over widths.", epilog="Further flags are train_gpt.py's.")
+    parser = Parser("Sweep the learning rate over widths.", epilog="Further flags go to train_gpt.py.")
     parser.add_argument("--data", required=True, help="a folder in data/")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="widths of the model")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4],

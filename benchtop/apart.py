@@ -102,7 +102,7 @@ def findings_of(command: list[str], names: list[str], said: Path, silence: float
                     yield Finding(**message)
             cause = child.cause()
         if time.monotonic() > ends:
-            yield from (Finding(name, "no time was left for it", SKIPPED) for name in left if name != current)
+            yield from (Finding(name, "no time left for it", SKIPPED) for name in left if name != current)
             left = [name for name in left if name == current]
         if current is None and left:
             yield Finding("proof", f"could not start: {cause}", FAILED)
@@ -145,8 +145,8 @@ class Child:
             while True:
                 limit = max(0.0, min(silence, ends - time.monotonic()))
                 if not selector.select(limit):
-                    self.problem = (f"hangs: nothing was heard of it for {silence:.0f} s" if limit == silence
-                                    else "was not done when the time for all parts was up (--seconds)")
+                    self.problem = (f"hangs: no message from it for {silence:.0f} s" if limit == silence
+                                    else "did not finish within the time for all parts (--seconds)")
                     return
                 more = os.read(self.end, 1 << 16)
                 if not more:
@@ -160,9 +160,9 @@ class Child:
             return self.problem
         code = self.process.wait()
         lines = self.said.read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing")
+        last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "(no output)")
         if code < 0:
-            return f"crashed by {signal.Signals(-code).name}; its last line: {last}"
+            return f"crashed with {signal.Signals(-code).name}; its last line: {last}"
         return f"ended with exit code {code}; its last line: {last}"
 
 

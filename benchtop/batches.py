@@ -34,8 +34,8 @@ class Rows:
         self._pack_rows()
         self._orders: dict[int, np.ndarray] = {}
         if not self.num_rows:
-            raise UserError(f"the training data are {self.bases[-1]:,} tokens, too few for one row of "
-                            f"--seq_len {cfg.seq_len}; lower it or add text")
+            raise UserError(f"the training data have {self.bases[-1]:,} tokens, too few for one row of "
+                            f"--seq_len {cfg.seq_len}; lower --seq_len or add text")
 
     def _cut_documents(self, longest: int) -> None:
         """Fill, for each part, `starts` (its first token), `sizes` (its length with the leading
@@ -47,8 +47,8 @@ class Rows:
             lengths.append(np.diff(begins, append=len(shard)))
         start, length = np.concatenate(starts), np.concatenate(lengths)
         if not len(start):
-            raise UserError(f"the training data have no <|endoftext|> (token {self.eot_id}) at a document's "
-                            "beginning; they were made with another tokenizer")
+            raise UserError(f"the training data have no <|endoftext|> (token {self.eot_id}), with which each "
+                            "document begins; they were made with another tokenizer")
         # the first part holds `longest` tokens, each later one an extra <|endoftext|> and longest - 1 tokens
         parts = 1 + np.maximum(0, -(-(length - longest) // (longest - 1)))
         document = np.repeat(np.arange(len(start)), parts)

@@ -76,19 +76,19 @@ def what_ended(cfg, step: int, target: dict | None) -> str:
 
 def describe_tasks(tasks: dict[str, Task | None]) -> list[str]:
     return [f"{name:<12}" + (f"{counted(len(task.questions), 'row')} at the end{task.note}" if task else
-                             f"not downloaded; {command_to_fetch(name)} does it")
+                             f"not downloaded; run: {command_to_fetch(name)}")
             for name, task in tasks.items()]
 
 
 def describe_data(cfg, dataset: Dataset, rows: Rows, held_out: HeldOut) -> list[str]:
     used = rows.num_tokens / rows.bases[-1]
-    lines = [f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, of which rows hold {used:.0%}",
+    lines = [f"data        {dataset.folder.name}: {rows.bases[-1]:,} tokens, {used:.0%} in training rows",
              f"held out    {len(held_out.tokens):,} tokens of {counted(held_out.num_documents, 'document')}"]
     if few := too_few(held_out.num_documents, len(held_out.tokens)):
-        lines.append(f"note        {few}{'' if held_out.is_whole else '; --val_tokens 0 takes all'}")
+        lines.append(f"note        {few}{'' if held_out.is_whole else '; --val_tokens 0 uses all'}")
     if cfg.num_steps:
         epochs = cfg.num_steps * cfg.rows_per_step / rows.num_rows
-        advice = f" (beyond {MOST_EPOCHS}, repeated text teaches little: take more text or fewer steps)"
+        advice = f" (beyond {MOST_EPOCHS}, repeated text teaches little: use more text or fewer steps)"
         lines.append(f"epochs      {counted(cfg.num_steps, 'step')}: {epochs:.2f} epochs"
                      + (advice if epochs > MOST_EPOCHS else ""))
     return lines
@@ -111,12 +111,12 @@ def time_estimate(cfg, model: nn.Module, world: World) -> list[str]:
         seconds, how = 60 * cfg.train_minutes, "the budget"
     elif peak:
         seconds = min(operations / (0.4 * peak), 60 * cfg.train_minutes or float("inf"))
-        how = f"{operations:.1e} floating-point operations at a guessed 40 % of {peak / 1e12:,.0f} TFLOP/s"
+        how = f"{operations:.1e} floating-point operations at an assumed 40 % of {peak / 1e12:,.0f} TFLOP/s"
     else:
-        lines = [f"time        not known: {operations:.1e} floating-point operations, and no table has this "
-                 "device; give its --peak_tflops, or measure some steps"]
+        lines = [f"time        not known: {operations:.1e} floating-point operations, and the peak of this "
+                 "device is not listed; set --peak_tflops, or time a few steps"]
         if cfg.gpu_cost_per_hour:
-            lines.append("cost        not known without the time; with --peak_tflops 989 it is that of H100s")
+            lines.append("cost        not known without the time; --peak_tflops 989 gives the cost on H100s")
         return lines
     lines = [f"time        about {duration(seconds)} of training ({how})"]
     if cfg.gpu_cost_per_hour:
@@ -128,7 +128,7 @@ def time_to_the_end(cfg, seconds_of_step: float, progress: float) -> str:
     """Estimated time for the rest of the budget, in words, without validation."""
     by_clock, by_steps = 60 * cfg.train_minutes, cfg.num_steps * seconds_of_step
     whole = min(seconds for seconds in (by_clock, by_steps) if seconds)
-    return f"about {minutes(whole * (1 - progress))} to the end, by the speed of a first micro-batch"
+    return f"about {minutes(whole * (1 - progress))} remaining, estimated from one micro-batch"
 
 
 def duration(seconds: float) -> str:

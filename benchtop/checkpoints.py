@@ -78,12 +78,12 @@ def read_checkpoint(folder: Path) -> dict:
             print(f"warning: {path} is damaged ({first_line(error)})", file=sys.stderr)
             continue
         if name == PREVIOUS:
-            print(f"warning: going on from the one before it, of step {state['step']}", file=sys.stderr)
+            print(f"warning: resuming from the previous checkpoint, of step {state['step']}", file=sys.stderr)
             if (folder / LAST).is_dir():
-                raise UserError(f"{folder / LAST} is a folder; delete it")
+                raise UserError(f"{folder / LAST} is a folder, not a file; delete it")
             os.replace(path, folder / LAST)     # or the next checkpoint would replace it
         return state
-    raise UserError(f"{folder} has no whole checkpoint to go on from; begin a new run without --resume")
+    raise UserError(f"{folder} has no intact checkpoint to resume from; begin a new run without --resume")
 
 
 def load_checkpoint(path: Path) -> dict:

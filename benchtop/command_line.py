@@ -42,7 +42,7 @@ class ShowHelp(argparse.Action):
 
     def __call__(self, parser: "Parser", namespace, values: str | None, option_string=None) -> None:
         if values not in (None, "all"):
-            parser.error(f"--help takes nothing or all, not {values!r}")
+            parser.error(f"--help takes no value, or the word all; not {values!r}")
         print(parser.help_text(shows_all=values == "all"), end="")
         parser.exit()
 
@@ -103,14 +103,14 @@ def whole_number(text: str) -> int:
         with contextlib.suppress(ValueError, OverflowError):
             if float(text) == int(float(text)):
                 return int(float(text))
-        raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
 
 
 def positive(text: str, least: int = 1) -> int:
     """Argument type: a whole number of at least `least`."""
     number = whole_number(text)
     if number < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, is {number}")
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
     return number
 
 
@@ -158,7 +158,7 @@ def amount(text: str, or_zero: bool = True) -> float:
     """Argument type: a finite number, 0 or more; without `or_zero`, above 0."""
     value = float(text)
     if not 0 <= value < math.inf or not (value or or_zero):
-        raise argparse.ArgumentTypeError(f"must be {'0 or more' if or_zero else 'above 0'}, is {text}")
+        raise argparse.ArgumentTypeError(f"must be {'0 or more' if or_zero else 'above 0'}, not {text}")
     return value
 
 
@@ -191,8 +191,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             end(error)
         except BrokenProcessPool:
-            end(UserError("a worker process was killed, perhaps for want of memory; try again with "
-                          "--num_workers 1"))
+            end(UserError("a worker process was killed, probably because memory ran out; try again "
+                          "with --num_workers 1"))
         except BrokenPipeError:
             let_go()
             sys.exit(128 + signal.SIGPIPE)
@@ -201,7 +201,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             end(error)
         except KeyboardInterrupt:
-            tell(f"\n{Path(sys.argv[0]).name}: interrupted; nothing unfinished was left under a final name",
+            tell(f"\n{Path(sys.argv[0]).name}: interrupted; no incomplete file has its final name",
                  sys.stderr)
             sys.exit(130)
     return run

@@ -41,7 +41,7 @@ class Comparison:
         return self.error <= self.bound
 
     def __str__(self) -> str:
-        return f"{self.error:.1%} in {self.parameter}, where rounding explains {self.bound:.1%}"
+        return f"{self.error:.1%} ({self.parameter}; rounding explains up to {self.bound:.1%})"
 
 
 def small_config(cfg):
@@ -145,17 +145,16 @@ def trusted_kernels(experiment, cfg, world: World, kernels: Kernels,
         print("comparing compiled gradients with eager ones, since this is a long run", flush=True)
     try:
         found = compare(experiment, cfg, world, kernels)
-        verdict = (found.agrees, found.error, str(found))
+        verdict = (found.agrees, found.error, f"compiled gradients differ from eager ones by {found}")
     except UserError:
         raise       # from a rule of the experiment; its message says what to change
     except Exception as error:      # what fails in a small model would stop or corrupt the run
-        verdict = (False, float("inf"), f"an error ({type(error).__name__}: {first_line(error)})")
+        verdict = (False, float("inf"), f"comparing compiled gradients with eager ones failed "
+                   f"({type(error).__name__}: {first_line(error)})")
     agrees, _, said = min(world.gather(verdict), key=lambda one: (one[0], -one[1]))
     if agrees:
-        return dataclasses.replace(
-            kernels, compile_reason=f"{kernels.compile_reason}; its gradients are eager ones up to {said}")
+        return dataclasses.replace(kernels, compile_reason=f"{kernels.compile_reason}; {said}")
     return dataclasses.replace(
-        kernels, compiled=False, flex=None,
-        compile_reason=f"compiled gradients differ from eager ones by {said}",
+        kernels, compiled=False, flex=None, compile_reason=said,
         attention="plain products: FlexAttention needs torch.compile" if kernels.flex is not None
         else kernels.attention)

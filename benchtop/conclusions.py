@@ -84,8 +84,8 @@ class Comparison:
         if isinstance(found, str):
             return [f"  no interval over documents: {found}"] if found else []
         kind, over, more = (
-            ("seeds and text", "seeds and ", "those above are over seeds alone") if found.covers_seeds else
-            ("text alone", "", "of these models, and nothing is said of other seeds"))
+            ("seeds and text", "seeds and ", "intervals above cover seeds only") if found.covers_seeds else
+            ("text alone", "", "for these models only, not for other seeds"))
         return [f"  {kind:<18}{found.mean:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}, over "
                 f"{over}held-out documents ({found.documents:,}, bootstrap); {more}"]
 
@@ -122,8 +122,8 @@ class Comparison:
         """The line where no test is possible: a group has a single run, or the runs have no spread."""
         difference = f"  difference {fmean(b) - fmean(a):+.4f}"
         if min(len(a), len(b)) > 1:
-            return (f"{difference}; the runs of each side agree to the last digit, whatever their seed, so "
-                    "there is no spread to test it by")
+            return (f"{difference}; the runs of each group agree to the last digit, whatever their seed, so "
+                    "there is no spread to test against")
         many, group, one = (a, self.a, self.b) if len(a) > len(b) else (b, self.b, self.a)
         if len(many) == 1 or not stdev(many):
             return f"{difference}; one run per side cannot tell this from chance: repeat both with more seeds"
@@ -195,7 +195,7 @@ def compare_documents(a: Group, b: Group, metric: str, seeds: list[int], test: s
     sizes = runs[0].documents[unit]
     other = next((run for run in runs if run.documents[unit] != sizes), None)
     if other:
-        return f"{runs[0].name} and {other.name} have other {unit} in their documents"
+        return f"the documents of {runs[0].name} and {other.name} differ in size ({unit})"
     if sum(size > 0 for size in sizes) < 2:
         return "all held-out text is one document"
     means = [[fmean(values) for values in zip(*(run.documents[nats] for run in group), strict=True)]
@@ -216,11 +216,11 @@ def target_line(group: Group, metric: str, target: float) -> str:
         return (f"{group.name}: its runs stopped when they reached --target_loss, so their final losses "
                 "prove nothing; train them to the end of their budget")
     if len(values) < 2:
-        return (f"{group.name}: {metric} {values[0]:.4f}, the target {target:g}; a test needs two runs or "
-                "more")
+        return (f"{group.name}: {metric} {values[0]:.4f}, target {target:g}; a test needs at least two "
+                "runs")
     if stdev(values) < ROUNDING * fmean(values):
-        return (f"{group.name}: {metric} {values[0]:.4f} of all {len(values)} runs, to the last digit and "
-                f"whatever their seed, the target {target:g}; a test needs a spread")
+        return (f"{group.name}: all {len(values)} runs have {metric} {values[0]:.4f} to the last digit, "
+                f"whatever their seed, target {target:g}; a test needs a spread")
     p = significance.p_below(values, target)
     verdict = "reached" if p < 0.01 else "not shown to be reached"
     return (f"{group.name}: mean {metric} {fmean(values):.4f} of {len(values)} runs; the target {target:g} "
@@ -272,7 +272,7 @@ def standing(run: SavedRun, spec: str, metric: str = "val_bpb") -> str:
     others = [other for other in group.runs if other.folder.resolve() != run.folder.resolve()]
     group = Group(group.name, others)
     if not others:
-        return f"no comparison with {group.name}: this run is all that it has"
+        return f"no comparison with {group.name}: it has no run but this one"
     try:
         # bits per byte of the same text are comparable across tokenizers and training data
         check_comparable([group, Group("this run", [run])], metric, ("data", "tokenizer"))

@@ -40,28 +40,28 @@ def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
     ideas = [again(idea, plan.ideas[idea], folder, baseline) for idea in kept]
     for idea in ideas:
         if idea.change_sha256 != plan.ideas[idea.name]["change"]:
-            raise UserError(f"{baseline.script.name} has changed since the trial {name}; try {idea.name} "
-                            "anew")
+            raise UserError(f"{baseline.script.name} has changed since the trial {name}; run a new trial of "
+                            f"{idea.name}")
     flags = [*plan.flags, *LOOK_ONCE]
     cfg = parse_config(flags, import_script(baseline.script).EXPERIMENT.Config)
     dataset, _ = open_dataset(cfg.data, cfg.tokenizer)
     if dataset.sha256[:12] != plan.data:
-        raise UserError(f"the data have changed since the trial {name}; try its ideas anew")
+        raise UserError(f"the data have changed since the trial {name}; run a new trial of its ideas")
     hashes = [dataset.sha256, dataset.manifest["tokenizer_sha256"]]
     if key_of(baseline, plan.flags, hashes, plan.machine) != plan.keys[BASELINE]:
-        raise UserError(f"{baseline.script.name} or the bench has changed since the trial {name}; try its "
-                        "ideas anew")
+        raise UserError(f"{baseline.script.name} or the bench has changed since the trial {name}; run a "
+                        "new trial of its ideas")
     if not any(shard["split"] == TEST for shard in dataset.manifest["shards"]):
-        raise UserError(f"{dataset.folder.name} has no test split, as data of earlier versions and "
-                        "ready-made shards; make it again with download_fineweb.py, and try the ideas anew")
+        raise UserError(f"{dataset.folder.name} has no test split (ready-made shards and data of earlier "
+                        "versions have none); make it again with download_fineweb.py, and run a new trial")
     target = places.EXPERIMENTS / "trials" / f"{name}-confirm"
     before = looks(plan.data)
     for idea in ideas:
         if before.get(idea.change_sha256[:12], target.name) != target.name:
-            raise UserError(f"{idea.name} was looked at on the test split before, in the trial "
-                            f"{before[idea.change_sha256[:12]]}; a second look would make it another "
-                            "validation set")
-    say(f"this is look number {len({*before.values(), target.name})} at the test split of "
+            raise UserError(f"{idea.name} was already evaluated on the test split, in the trial "
+                            f"{before[idea.change_sha256[:12]]}; a second evaluation would turn that "
+                            "split into another validation set")
+    say(f"this is confirmation number {len({*before.values(), target.name})} on the test split of "
         f"{dataset.folder.name}")
     machine = machine_facts(plan.machine["processes"])
     plan = replace(plan, margin=results["margin"], flags=flags, split=TEST, machine=machine,
@@ -97,6 +97,6 @@ def selection(before: dict, results: dict) -> list[str]:
         if "gain" in result:
             then, now = before["ideas"][name]["gain"], result["gain"]
             result |= {"gain_when_picked": then, "selection": then - now}
-            lines.append(f"{name}: the gain was {then:+.4f} when it was picked and is {now:+.4f} on text and "
-                         f"seeds that had no part in that; {then - now:+.4f} of it was selection and chance")
+            lines.append(f"{name}: the gain was {then:+.4f} when it was selected and is {now:+.4f} on unseen "
+                         f"text and seeds; the difference, {then - now:+.4f}, is selection and chance")
     return lines

@@ -24,7 +24,7 @@ MARKS = [(codecs.BOM_UTF8, "utf-8"),
          (codecs.BOM_UTF32_LE, "UTF-32LE"), (codecs.BOM_UTF32_BE, "UTF-32BE"),
          (codecs.BOM_UTF16_LE, "UTF-16LE"), (codecs.BOM_UTF16_BE, "UTF-16BE")]    # last: they begin UTF-32's
 MARKED_WIDE = {name for _, name in MARKS} - {"utf-8"}
-MAGIC = {"gzip data": b"\x1f\x8b", "a zip archive, as .docx and .xlsx are": b"PK\3\4", "a PDF": b"%PDF-",
+MAGIC = {"gzip data": b"\x1f\x8b", "a zip archive, like .docx and .xlsx": b"PK\3\4", "a PDF": b"%PDF-",
          "a PNG image": b"\x89PNG", "a JPEG image": b"\xff\xd8\xff", "zstandard data": b"\x28\xb5\x2f\xfd",
          "xz data": b"\xfd7zXZ\0", "a 7z archive": b"7z\xbc\xaf\x27\x1c", "a RAR archive": b"Rar!\x1a\7",
          "an old Office document": b"\xd0\xcf\x11\xe0", "a program": b"\x7fELF", "parquet": b"PAR1\x15",
@@ -65,7 +65,7 @@ def encoding_of(raw: bytes, path: Path, kind: str) -> str:
     raises  UserError if it is in another encoding than it declares, in two, or not text
     """
     if what := next((what for what, magic in MAGIC.items() if raw.startswith(magic)), ""):
-        raise UserError(f"{path} is no text but {what}; take it out of the source")
+        raise UserError(f"{path} is not text but {what}; remove it from the source")
     told = marked(raw) or (cookie_of(raw) if kind == ".py" else "")
     encoding = told or "utf-8"
     text, invalid = decode(raw, encoding)
@@ -75,8 +75,8 @@ def encoding_of(raw: bytes, path: Path, kind: str) -> str:
         raise UserError(f"{path} is in {name}; {rewriting(path, f'iconv -f {name} -t UTF-8')}")
     if encoding in MARKED_WIDE:
         if is_partly_narrow(raw) or too_many(invalid, len(raw)):
-            raise UserError(f"{path} begins as {encoding}, but is not in that encoding to its end, as where "
-                            "lines were appended in another; write it anew in one encoding")
+            raise UserError(f"{path} begins as {encoding}, but later parts are in another encoding, for "
+                            "instance appended lines; convert the whole file to UTF-8")
     elif too_many(invalid, len(raw), len(re.findall("[^\0-\x7f\ufffd]", text))):
         western = is_western(raw)
         raise UserError(f"{path} is not UTF-8 ({invalid:,} invalid sequences); "
@@ -96,9 +96,9 @@ def about_nuls(raw: bytes, text: str, path: Path, told: str) -> str:
         return (f"looks like {wide} without a byte order mark; "
                 + rewriting(path, f"iconv -f {wide} -t UTF-8"))
     if told in MARKED_WIDE or CONTROLS.search(text) or "\ufffd" in text:
-        return ("holds NULs, so it is no text, or in an encoding that it does not tell, as UTF-16 without a "
-                "byte order mark; take it out of the source")
-    return f"holds NULs ({text.count(chr(0)):,}); {rewriting(path, TR)}"
+        return ("contains NULs, so it is not text, or is in an undeclared encoding, such as UTF-16 without a "
+                "byte order mark; remove it from the source")
+    return f"contains NULs ({text.count(chr(0)):,}); {rewriting(path, TR)}"
 
 
 def is_odd(text: str) -> bool:

@@ -89,7 +89,7 @@ class Source:
             said.append(f"replaced {counted(self.replaced, 'invalid UTF-8 sequence')} by U+FFFD in "
                         f"{files_in_words(self.replaced_in)}")
         if odd := self.odd_in.total():
-            said.append(f"kept {counted(odd, 'row')} with NULs or escapes of ISO-2022 in "
+            said.append(f"kept {counted(odd, 'row')} with NULs or ISO-2022 escapes in "
                         f"{files_in_words(self.odd_in)}")
         return "; ".join(said)
 
@@ -133,11 +133,11 @@ class Source:
             yield row, text
         odd, invalid = self.odd_in[name], self.replaced_in[name]
         if 2 * odd > total:
-            raise UserError(f"{path}: {odd:,} of {total:,} rows hold NULs or escapes of ISO-2022, so they "
-                            "are no text, or in another encoding; write them anew in UTF-8")
+            raise UserError(f"{path}: {odd:,} of {total:,} rows contain NULs or ISO-2022 escapes, so they "
+                            "are not text or not UTF-8; convert the file to UTF-8")
         if decoding.too_many(invalid, size, explained - 2 * invalid):       # 2 per U+FFFD
             raise UserError(f"{path} is not UTF-8 throughout: {invalid:,} invalid sequences, more than "
-                            "characters that UTF-8 explains; write it anew in UTF-8")
+                            "it has valid non-ASCII characters; convert it to UTF-8")
 
     def _read_lines(self, name: str, path: Path) -> Iterator[Document]:
         with open_bytes(path) as file:
@@ -173,7 +173,7 @@ class Source:
                         if text is not None:
                             yield f"{name}:{number}", self._counted(self._decode(text, name), name)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:      # latter: in column names
-                raise UserError(f"{path} is no readable parquet file ({first_line(error)})") from error
+                raise UserError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
     def _decode(self, raw: bytes, name: str, encoding: str = "utf-8") -> str:
         text, invalid = decoding.decode(raw, encoding)
@@ -237,7 +237,7 @@ def text_of_row(line: str) -> str | None:
         raise ValueError(f"is not JSON ({error})") from error
     text = row.get("text", "") if isinstance(row, dict) else ""
     if not isinstance(row, dict) or "text" not in row or not isinstance(text, str | None):
-        has = "its columns are " + ", ".join(map(str, row)) if isinstance(row, dict) else "it is no object"
+        has = "its columns are " + ", ".join(map(str, row)) if isinstance(row, dict) else "not an object"
         raise ValueError(f"has no text in a column named text; {has}")
     return text and text.lstrip(decoding.MARK)
 
@@ -286,7 +286,7 @@ def open_bytes(path: Path):
         return
     try:
         if not path.stat().st_size:     # even empty data have some bytes when compressed
-            raise EOFError("it has no bytes")
+            raise EOFError("it is empty")
         with tempfile.TemporaryFile() as plain:
             with open_compressed(path, suffix) as packed:
                 shutil.copyfileobj(packed, plain, 1 << 20)

@@ -168,7 +168,7 @@ class Endpoint:
         """Wait before the next attempt; raises UserError after the last one."""
         complaint = self._quoted(str(error))
         if attempt == self.attempts:
-            raise UserError(f"{self.url}: {complaint}, {counted(attempt, 'time')}; try later, or look at "
+            raise UserError(f"{self.url}: {complaint}, {counted(attempt, 'time')}; try later, or check "
                             "--base_url") from error
         seconds = hub.pause(attempt, error.seconds)
         if not self.stop.is_set():
@@ -189,7 +189,7 @@ class Endpoint:
                 for piece in response.iter_bytes():
                     content += piece
                     if time.monotonic() - begun > self.timeout or len(content) > LARGEST_ANSWER:
-                        raise Again(f"no end of the answer in {self.timeout} s or {LARGEST_ANSWER:,} bytes")
+                        raise Again(f"the answer exceeded {self.timeout} s or {LARGEST_ANSWER:,} bytes")
         except httpx2.TimeoutException as error:
             raise Again(f"no answer in {self.timeout} s") from error
         except (httpx2.HTTPError, ValueError) as error:     # ValueError: an invalid host name
@@ -201,7 +201,7 @@ class Endpoint:
         if response.is_success and isinstance(reply, dict):
             return reply
         if response.is_success:
-            raise Again("an answer that is no JSON object")
+            raise Again("the answer is not a JSON object")
         complaint = self._quoted(f"{response.status_code} {response.reason_phrase}{message_in(reply)}")
         if response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
             raise Again(complaint, hub.seconds_asked(response))
@@ -209,9 +209,9 @@ class Endpoint:
 
     def _advice(self, status: int) -> str:
         if status in (401, 403):
-            return (f"look at the key in {self.key_variable}, and at what it may use" if self.key else
-                    f"set {self.key_variable or KEY_VARIABLE} to a key")
-        return ("look at --base_url, which often ends in /v1, and at --model, which must take max_tokens and "
+            return (f"check the key in {self.key_variable} and its permissions" if self.key else
+                    f"set {self.key_variable or KEY_VARIABLE} to an API key")
+        return ("check --base_url, which often ends in /v1, and --model, which must accept max_tokens and "
                 "temperature 0")
 
     def _quoted(self, text: str) -> str:
@@ -227,9 +227,9 @@ def key_of(variable: str) -> str:
         raise UserError(f"--key_variable must be the name of a variable, such as {KEY_VARIABLE}")
     key = os.environ.get(variable, "").strip()
     if variable not in ("", KEY_VARIABLE) and not key:
-        raise UserError("the environment has nothing under the name that --key_variable gives")
+        raise UserError("the environment variable that --key_variable names is unset or empty")
     if not re.fullmatch(r"[!-~]*", key) or set(key) & set("\"'\\"):
-        raise UserError(f"{variable} holds no key, but something with spaces, quotes or letters beyond ASCII")
+        raise UserError(f"{variable} is not a valid API key: it has spaces, quotes or non-ASCII characters")
     return key
 
 

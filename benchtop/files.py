@@ -141,11 +141,11 @@ def _hold(path: Path, how: int) -> IO:
             fcntl.flock(file, how)
         except BlockingIOError as error:
             file.close()
-            raise UserError(f"another process makes the same in {path.parent}; wait for it, or choose "
-                            "another --name") from error
+            raise UserError(f"another process is writing the same output in {path.parent}; wait for "
+                            "it, or choose another --name") from error
         except OSError as error:
-            print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else "
-                  f"works in {path.parent}", file=sys.stderr)
+            print(f"warning: no locks on this file system ({error.strerror}); make sure that no other "
+                  f"process writes to {path.parent}", file=sys.stderr)
             return file
         except BaseException:
             file.close()

@@ -137,7 +137,7 @@ def product(proof: Proof) -> Iterator[Finding]:
             yield Finding("FP8", f"{figure(fp8)} TFLOP/s, {fp8 / found:.2f} times that",
                           values={"tflops": fp8})
         except RuntimeError as error:
-            yield Finding("FP8", f"no products: {first_line(error)}", WARNING)
+            yield Finding("FP8", f"matrix products failed: {first_line(error)}", WARNING)
     if proof.on_cuda:
         yield clocks(proof)
     copied = copy_bytes(world, 16 * size**2) / 1e9
@@ -149,7 +149,7 @@ def beside_the_table(proof: Proof, found: float) -> Finding:
     peak = proof.world.peak_flops(proof.cfg) / proof.world.size / 1e12
     share = found / peak if peak else None
     slow = share is not None and share < LEAST_SHARE
-    beside = f", {share:.0%} of the table's {peak:,.0f}" if peak else "; the table has no peak of this device"
+    beside = f", {share:.0%} of the table's {peak:,.0f}" if peak else "; no peak is listed for this device"
     return Finding("product", f"{figure(found)} TFLOP/s {short_name(proof.dtype)}{beside}"
                    + (": throttled, or in use by others" if slow else ""), WARNING if slow else OK,
                    {"tflops": found, "peak_tflops": peak, "share": share})

@@ -51,7 +51,7 @@ def new_folder(name: str) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise UserError(f"{places.EXPERIMENTS} has too many runs of {name} from this second")
+    raise UserError(f"{places.EXPERIMENTS} has 999 runs of {name} from this second already; try again")
 
 
 def find_run(resume: str, name: str) -> Path | None:
@@ -74,7 +74,7 @@ def find_run(resume: str, name: str) -> Path | None:
     folders = [folder for folder in folders if saved_name(folder) == name]
     if folders and status_of(folders[0]).startswith("failed"):
         raise UserError(f"the newest run of {name}, {os.path.relpath(folders[0])}, {status_of(folders[0])}; "
-                        "name its folder with --resume to go on from its checkpoint, or take another "
+                        "pass its folder to --resume to continue from its checkpoint, or choose another "
                         "--model_name")
     unfinished = (folder for folder in folders if not status_of(folder))
     return next((folder for folder in unfinished
@@ -86,7 +86,7 @@ def saved_name(folder: Path) -> str | None:
     try:
         return saved_knobs(folder).get("model_name")
     except UserError as error:
-        print(f"warning: {error}; --resume auto passes over it", file=sys.stderr)
+        print(f"warning: {error}; --resume auto skips it", file=sys.stderr)
         return None
 
 
@@ -97,7 +97,7 @@ def status_of(folder: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'summary.json'} is not what a run writes; delete it to resume") from error
+        raise UserError(f"{folder / 'summary.json'} is not a valid run file; delete it to resume") from error
 
 
 def locked_log(folder: Path) -> TextIO:
@@ -112,7 +112,7 @@ def locked_log(folder: Path) -> TextIO:
         raise UserError(f"{os.path.relpath(folder)} is being trained by another process; wait for it, "
                         "or begin another run with another --model_name") from error
     except OSError as error:
-        print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else trains "
+        print(f"warning: no locks on this file system ({error.strerror}); make sure that nothing else trains "
               f"{folder}", file=sys.stderr)
     return log
 
@@ -160,9 +160,9 @@ def read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not what a run writes ({first_line(error)})") from error
+        raise UserError(f"{path} is not a valid run file ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not what a run writes")
+        raise UserError(f"{path} is not a valid run file")
     return content
 
 
@@ -184,7 +184,7 @@ def read_weights(folder: Path) -> "dict[str, torch.Tensor]":
         raise UserError(f"{path} is damaged ({error})") from error
     diverged = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if diverged:
-        raise UserError(f"{path} is of a run that diverged: {diverged} is not finite")
+        raise UserError(f"{path} comes from a run that diverged: {diverged} is not finite")
     return weights
 
 
@@ -197,7 +197,7 @@ def saved_tokenizer(folder: Path) -> Encoding:
         raise UserError(f"{folder} does not say which tokenizer it was trained with "
                         f"({type(error).__name__}: {error})") from error
     if not isinstance(name, str):
-        raise UserError(f"{folder / 'meta.json'} is not what a run writes")
+        raise UserError(f"{folder / 'meta.json'} is not a valid run file")
     tokenizer = load_tokenizer(name)
     if tokenizer_sha256(tokenizer) != sha256:
         raise UserError(f"tokenizer {name} has changed since {folder} was trained")
@@ -230,7 +230,7 @@ def load_script(folder: Path) -> ModuleType:
     try:
         script = module_of(path)
     except SyntaxError as error:
-        raise UserError(f"{name} is no valid Python: {error}") from error
+        raise UserError(f"{name} is not valid Python: {error}") from error
     if not hasattr(script, "EXPERIMENT"):
         raise UserError(f"{name} cannot score a saved run; it lacks the EXPERIMENT of train_gpt.py")
     return script

@@ -95,7 +95,7 @@ def problems_of(gpu: dict) -> list[str]:
         found.append(f"it is hot, at {gpu['temperature_celsius']:.0f} degrees Celsius")
     used, memory = gpu["used_memory_mib"], gpu["memory_mib"]
     if used and memory and used > 0.1 * memory:
-        found.append(f"{used:,.0f} MiB of its memory are in use by others")
+        found.append(f"{used:,.0f} MiB of its memory are in use by other processes")
     return found
 
 

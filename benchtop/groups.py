@@ -70,7 +70,7 @@ class SavedRun:
         except FileNotFoundError:
             return []
         except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"{path} is not what a run writes ({error})") from error
+            raise UserError(f"{path} is not a valid run file ({error})") from error
 
     @functools.cached_property
     def documents(self) -> dict[str, list[float]]:
@@ -87,10 +87,10 @@ class SavedRun:
         except FileNotFoundError:
             return {}
         except (ValueError, csv.Error) as error:
-            raise UserError(f"{path} is not what a run writes ({error})") from error
+            raise UserError(f"{path} is not a valid run file ({error})") from error
         problem = problem_of_documents(columns, self.summary)
         if problem:
-            raise UserError(f"{path} is not what a run writes: {problem}")
+            raise UserError(f"{path} is not a valid run file: {problem}")
         return columns
 
     @functools.cached_property
@@ -114,7 +114,7 @@ class SavedRun:
         for item in items:
             if not ({"name", "label"} <= item.keys() and isinstance(item.get("acc"), dict)
                     and "choice" in item["acc"]):
-                raise UserError(f"{path} is not what a run writes: each line needs name, label and acc")
+                raise UserError(f"{path} is not a valid run file: each line needs name, label and acc")
         return items
 
 
@@ -129,9 +129,9 @@ def lines_of(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not what a run writes ({error})") from error
+        raise UserError(f"{path} is not a valid run file ({error})") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not what a run writes: each line must be an object")
+        raise UserError(f"{path} is not a valid run file: each line must be an object")
     return rows
 
 
@@ -139,7 +139,7 @@ def texts_of(path: Path) -> list[dict]:
     """The prompts and texts in a .jsonl file of a run folder; none if it is missing."""
     rows = lines_of(path)
     if not all(isinstance(row.get(field), str) for row in rows for field in ("prompt", "text")):
-        raise UserError(f"{path} is not what a run writes: each line needs a prompt and a text")
+        raise UserError(f"{path} is not a valid run file: each line needs a prompt and a text")
     return rows
 
 
@@ -158,9 +158,9 @@ def read_run(folder: Path) -> SavedRun:
     run = SavedRun(folder, read_object(folder / "config.json"), summary)
     problem = problem_of(summary)
     if not problem and run.knobs.get("gpu_cost_per_hour") and not is_measured(run.knobs["gpu_cost_per_hour"]):
-        path, problem = folder / "config.json", "its gpu_cost_per_hour is no number from 0 on"
+        path, problem = folder / "config.json", "its gpu_cost_per_hour is not a finite number >= 0"
     if problem:
-        raise UserError(f"{path} is not what a run writes: {problem}")
+        raise UserError(f"{path} is not a valid run file: {problem}")
     last = run.rows[-1].get("step") if run.rows else None
     if run.is_finished and (folder / "metrics.csv").is_file() and last != summary.get("step", last):
         raise UserError(f"{folder / 'metrics.csv'} is cut off or damaged: its rows end at step {last}, the "
@@ -175,26 +175,26 @@ def problem_of(summary: dict) -> str:
     if finished and missing:
         return f"it lacks {missing[0]}"
     if type(summary.get("seed", 0)) is not int:
-        return f"its seed is {summary['seed']!r}, no whole number"
+        return f"its seed is {summary['seed']!r}, not a whole number"
     for fact in (*MEASURED, *COUNTED):
         value = summary.get(fact)
         # a failed run may have a loss that is not finite
         right = is_measured(value) or (not finished and isinstance(value, float))
         if fact != "seed" and value is not None and not right:
-            return f"its {fact} is {str(value)[:40]}, no number from 0 on"
+            return f"its {fact} is {str(value)[:40]}, not a finite number >= 0"
     for fact in NAMED:
         if not isinstance(summary.get(fact, {}), dict):
-            return f"its {fact} are no object"
+            return f"its {fact} is not an object"
     for fact in WORDS:
         if not isinstance(summary.get(fact, ""), str | None):
-            return f"its {fact} is {str(summary[fact])[:40]}, no text"
+            return f"its {fact} is {str(summary[fact])[:40]}, not a string"
     for name, result in summary.get("benchmarks", {}).items():
         parts = result.get("acc") if isinstance(result, dict) else None
         if not isinstance(parts, dict) or not all(is_measured(parts.get(part), 1)
                                                   for part in ("value", "low", "high")):
-            return f"its accuracy on {name} has not value, low and high from 0 to 1"
+            return f"its accuracy on {name} must have value, low and high from 0 to 1"
         if not is_measured(result.get("perplexity", 1)):
-            return f"its perplexity on {name} is {str(result['perplexity'])[:40]}"
+            return f"its perplexity on {name} is {str(result['perplexity'])[:40]}, not a number >= 0"
     return ""
 
 
@@ -203,9 +203,9 @@ def problem_of_documents(columns: dict[str, list[float]], summary: dict) -> str:
     if tuple(columns) != HELD_OUT_COLUMNS:
         return f"its columns are {name_some(list(columns))}"
     if columns["document"] != list(range(len(columns["document"]))):
-        return "its documents are not numbered from 0 on"
+        return "its documents are not numbered 0, 1, 2, ..."
     if not all(is_measured(value) for values in columns.values() for value in values):
-        return "it has what is no number from 0 on"
+        return "it has a value that is not a finite number >= 0"
     tokens, num_bytes, nats, text_nats = (sum(columns[name]) for name in HELD_OUT_COLUMNS[1:])
     for fact, whole, part in (("val_loss", tokens, nats), ("val_bpb", num_bytes, text_nats / math.log(2))):
         # up to the rounding of each document's values
@@ -263,14 +263,14 @@ def open_groups(specs: list[str]) -> list[Group]:
             found = matches(spec)
         holding = [folder for path in found for folder in holding_runs(path)]
         if len(specs) > 1 and not name and found and not holding:   # a README.md that * matched
-            print(f"left out: {spec} is no run folder", file=sys.stderr)
+            print(f"left out: {spec} is not a run folder", file=sys.stderr)
             continue
         if not holding:
             home = places.EXPERIMENTS
             known = [path.name for path in home.iterdir()] if home.is_dir() else []
             near = difflib.get_close_matches(Path(spec).name, known, n=1, cutoff=0.4)
-            raise UserError(f"{spec or 'nothing'} is no run folder, and matches none, here or in experiments/"
-                            + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(f"{spec or 'nothing'} is not a run folder and matches no run folder here or in "
+                            "experiments/" + (f"; did you mean {near[0]}?" if near else ""))
         if name:
             groups.append(Group(name, without_copies(run for path in holding for run in runs_in(path))))
             continue
@@ -287,11 +287,11 @@ def open_groups(specs: list[str]) -> list[Group]:
         for run in group.runs:
             other = seen.setdefault(run.folder.resolve(), group.name)
             if other != group.name:
-                raise UserError(f"{run.name} stands in two groups, {other} and {group.name}")
+                raise UserError(f"{run.name} is in two groups, {other} and {group.name}; leave it out of one")
     names = [group.name for group in groups]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
-        raise UserError(f"two groups are called {double}; name them, as in a=GLOB")
+        raise UserError(f"two groups are called {double}; rename one, as in a=GLOB")
     return groups
 
 
@@ -392,15 +392,15 @@ def check_comparable(groups: list[Group], metric: str, although: Iterable[str] =
         same_text = validated_on_one_text(base, run)
         if differing:
             values = [f"{condition}: {difference}" for condition, difference in differing.items()]
-            advice = "nor were they validated on the same text, so nothing makes them comparable"
+            advice = "they were not validated on the same text either, so no flag makes them comparable"
             raise NotComparable(f"{pair} differ in {' and in '.join(values)}",
                                 how_to_allow(list(differing)) if same_text else advice)
         if not same_text:
             raise NotComparable(f"{pair} were validated on different text",
-                                "train them on the same held-out documents (and --val_tokens)")
+                                "train them with the same held-out documents and --val_tokens")
         tokenizers = {run.summary.get("tokenizer_sha256") for run in (base, run)}
         if metric != "val_bpb" and len(tokenizers) > 1:
-            raise NotComparable(f"{pair} have different tokenizers, so {metric} counts other tokens",
+            raise NotComparable(f"{pair} have different tokenizers, so {metric} counts different tokens",
                                 "use --metric val_bpb")
 
 
@@ -409,7 +409,7 @@ def describe_difference(first: SavedRun, second: SavedRun, condition: str) -> st
     if condition == "bench":
         unhashed = [run.name for run in (first, second) if not run.bench]
         if len(unhashed) == 1:
-            return f"{unhashed[0]} was made before the bench was hashed"
+            return f"{unhashed[0]} was made before bench hashes were kept"
         return ", ".join(name for name in differing_files([first, second]) if name in DECISIVE)
     if first.summary.get(CONDITIONS[condition]) == second.summary.get(CONDITIONS[condition]):
         return ""
@@ -427,7 +427,7 @@ def how_to_allow(conditions: list[str]) -> str:
     allow = " ".join(f"--although {condition}" for condition in conditions)
     if "bench" in conditions:
         return f"if you know that this does not change the numbers, use {allow}"
-    return (f"if that is the question, use {allow}" if conditions == ["tokens"] else
+    return (f"if that is intended, use {allow}" if conditions == ["tokens"] else
             f"bits per byte of the same held-out text can still be compared: {allow}")
 
 
@@ -441,15 +441,15 @@ def describe_bench(runs: list[SavedRun]) -> str:
     """One line on whether all runs used the same bench."""
     unhashed = [run.name for run in runs if not run.bench]
     if len(unhashed) == len(runs):
-        return "these runs were made before the bench was hashed; only the sources they name are compared"
+        return "these runs were made before bench hashes were kept; only the sources they name are compared"
     if unhashed:
         others = f" and {len(unhashed) - 1} more were" if len(unhashed) > 1 else " was"
-        return f"the runs stood on different benches: {unhashed[0]}{others} made before the bench was hashed"
+        return f"the runs used different benches: {unhashed[0]}{others} made before bench hashes were kept"
     files = differing_files(runs)
     if not files:
-        return f"all runs stood on the same bench ({(runs[0].summary.get('bench_sha256') or '')[:8]})"
+        return f"all runs used the same bench ({(runs[0].summary.get('bench_sha256') or '')[:8]})"
     decisive = [name for name in files if name in DECISIVE]
-    return (f"the runs stood on different benches: {name_some(files)} "
+    return (f"the runs used different benches: {name_some(files)} "
             f"{'differ' if len(files) > 1 else 'differs'}; "
             + (f"{' and '.join(decisive)} can change the numbers" if decisive else
                "none of these can change the numbers" if len(files) > 1 else "it cannot change the numbers"))
@@ -470,7 +470,7 @@ def few_documents(runs: list[SavedRun]) -> list[str]:
     if not counts or min(counts) >= FEW_DOCUMENTS:
         return []
     return [f"warning: the held-out text has only {counted(min(counts), 'document')}; "
-            "intervals cover the choice of seeds, not of text, so other text may rank these runs otherwise"]
+            "intervals cover the choice of seeds, not of text, so other text may rank them differently"]
 
 
 def differences_of(first: SavedRun, second: SavedRun) -> list[str]:

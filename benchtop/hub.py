@@ -60,7 +60,7 @@ def list_files(repo: str, folder: str, suffix: str, revision: str = "main") -> l
         url = hub.hf_hub_url(repo, entries[0].path, revision=revision, repo_type="dataset")
         commit = hub.get_hf_file_metadata(url).commit_hash
         if not commit:
-            raise UserError(f"{_endpoint()} does not tell the commit of {repo}; is HF_ENDPOINT right?")
+            raise UserError(f"{_endpoint()} does not report the commit of {repo}; is HF_ENDPOINT right?")
         return [HubFile(repo, commit, entry.path, entry.size, entry.lfs.sha256 if entry.lfs else "")
                 for entry in entries]
     return _patiently(f"the list of files of {repo}", ask)
@@ -81,7 +81,7 @@ def fetch(file: HubFile) -> Path:
         if problem:
             damaged.append(path)
             forget(path)
-            raise _Damaged(f"{problem}; it is fetched anew")
+            raise _Damaged(problem)
         return path
     return _patiently(f"{file.path} of {file.repo}", ask)
 
@@ -113,7 +113,7 @@ def problem_of(path: Path, file: HubFile) -> str:
     if size != file.size:
         return f"it has {size:,} bytes instead of {file.size:,}"
     if file.sha256 and sha256_of(path) != file.sha256:
-        return "its SHA-256 is not the announced one"
+        return "its SHA-256 differs from the announced one"
     return ""
 
 
@@ -189,8 +189,8 @@ def _patiently(what: str, ask: Callable, host: str = ""):
         except Exception as error:
             complaint, asked_wait = _reason_to_wait(what, error, host or _endpoint())
             if attempt == TRIES:
-                raise UserError(f"cannot fetch {what}: {complaint}, {TRIES} times; start the same command "
-                                "again later") from error
+                raise UserError(f"cannot fetch {what} in {TRIES} attempts: {complaint}; run the same "
+                                "command again later") from error
             wait = pause(attempt, asked_wait)
             print(f"{what}: {complaint}; trying again in {wait:.0f} s ({attempt} of {TRIES - 1})",
                   file=sys.stderr, flush=True)
@@ -209,9 +209,9 @@ def _reason_to_wait(what: str, error: Exception, host: str) -> tuple[str, float]
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else None
     if isinstance(error, hub.errors.OfflineModeIsEnabled) or hub.constants.HF_HUB_OFFLINE:
-        raise UserError(f"HF_HUB_OFFLINE is set, and {what} is not in the cache; unset it once") from error
+        raise UserError(f"HF_HUB_OFFLINE is set, and {what} is not in the cache; unset it") from error
     if isinstance(error, hub.errors.GatedRepoError) or status in (401, 403):
-        raise UserError(f"{host} does not give you {what} ({status}); accept its terms on its page, "
+        raise UserError(f"{host} denies you {what} ({status}); accept the terms on its page, "
                         "then set HF_TOKEN to a token from your settings, or type: hf auth login") from error
     if status == 404 or isinstance(error, hub.errors.EntryNotFoundError):
         advice = "; is HF_ENDPOINT right?" if host == _endpoint() else ""

@@ -79,8 +79,8 @@ def open_idea(typed: str, baseline: Side) -> Side:
     if not colon or Path(typed).is_file():
         name, rest = Path(typed).stem, shlex.quote(typed)
         if not typed.endswith((".py", ".diff", ".patch")):
-            raise UserError(f"{typed!r} is no idea; give a changed script, a patch (.diff), or a name and "
-                            "flags, as in 'lr2: --muon_lr 0.1'")
+            raise UserError(f"{typed!r} is not an idea; give a changed script, a patch (.diff), or a name "
+                            "and flags, as in 'lr2: --muon_lr 0.1'")
     name = name.strip()
     if not re.fullmatch(IDEA, name) or name in RESERVED or name.endswith(".diff"):
         raise UserError("an idea's name must be 1 to 30 letters, digits, '.', '_' and '-', and none of "
@@ -118,7 +118,7 @@ def with_script(name: str, file: Path, baseline: Side, typed: str, flags: tuple[
         after = ended(file.read_text(encoding="utf-8") if file.suffix == ".py" else
                       patched(file, baseline.script))
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8") from error
+        raise UserError(f"{file} is not UTF-8 text") from error
     sha256 = hashlib.sha256(after.encode()).hexdigest()
     script = places.ROOT / f"idea_{re.sub(r'[^A-Za-z0-9_]', '_', name)}_{sha256[:8]}.py"
     if not script.exists() or sha256_of(script) != sha256:
@@ -153,12 +153,12 @@ def patched(patch: Path, script: Path) -> str:
                                   errors="replace")
         touched = [line.split("\t")[-1] for line in git("--numstat").stdout.splitlines()]
         if others := [name for name in touched if name != script.name]:
-            raise UserError(f"{patch} also changes {', '.join(others)}; an idea changes {script.name} alone")
+            raise UserError(f"{patch} also changes {', '.join(others)}; an idea changes only {script.name}")
         done = git()
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr)
             why = why.removeprefix("error: ").strip()
-            raise UserError(f"{patch} does not apply to {script.name} ({why}); make it anew with: "
+            raise UserError(f"{patch} does not apply to {script.name} ({why}); make it again with: "
                             f"diff -u {script.name} COPY")
         return copy.read_text(encoding="utf-8")
 
@@ -176,7 +176,7 @@ def import_script(path: Path) -> ModuleType:
         raise UserError(f"{path.name} cannot be imported: {type(error).__name__}: "
                         f"{first_line(error)}") from error
     if not hasattr(module, "EXPERIMENT"):
-        raise UserError(f"{path.name} is no training script; it lacks the EXPERIMENT of train_gpt.py")
+        raise UserError(f"{path.name} is not a training script; it lacks the EXPERIMENT of train_gpt.py")
     return module
 
 

@@ -101,7 +101,7 @@ def git(*arguments: str) -> str:
     except OSError as error:
         raise UserError(f"git cannot be started: {error.strerror}") from error
     if done.returncode:
-        raise UserError(next(iter(done.stderr.splitlines()), f"git {arguments[0]} fails"))
+        raise UserError(next(iter(done.stderr.splitlines()), f"git {arguments[0]} failed"))
     return done.stdout
 
 
@@ -115,7 +115,7 @@ def facts_about_git() -> dict:
     try:
         tracked = {*git("ls-files", "-z").split("\0")}
         if not tracked & {*names, f"benchtop/{Path(__file__).name}"}:   # an unrelated repository
-            raise UserError(f"git tracks no {' and no '.join(sorted(names))}")
+            raise UserError(f"git does not track {' or '.join(sorted(names))}")
         dirty = bool(git("status", "--porcelain") or names - tracked)
         commit = git("rev-parse", "--verify", "HEAD").strip()
     except UserError as error:
@@ -180,7 +180,7 @@ def changes_since(saved: dict, cfg, identity: dict) -> list[str]:
                if knob not in NEUTRAL_KNOBS and now.get(knob) != then.get(knob)]
     then = saved["identity"]
     if identity["dtype"] != then["dtype"]:
-        changes.append(f"it computes in {identity['dtype']}, did in {then['dtype']}")
+        changes.append(f"the dtype is {identity['dtype']}, was {then['dtype']}")
     for thing in ("data", "tokenizer"):
         if identity[f"{thing}_sha256"] != then[f"{thing}_sha256"]:
             changes.append(f"the {thing} changed")

@@ -61,5 +61,5 @@ def drawn_in_one_stream(model: nn.Module) -> list[str]:
     if not names:
         return []
     listed = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
-    return [f"weights     {listed} draw from one stream, "
-            "not each from (seed, name); make them by normal() or uniform(), so that seeds make pairs"]
+    return [f"weights     drawn from one shared random stream, not seeded by (seed, name): {listed}; "
+            "make them with normal() or uniform(), so that runs with equal seeds are pairs"]

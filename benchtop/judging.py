@@ -57,7 +57,7 @@ def only_run(word: str) -> SavedRun:
     """The one run that a command-line argument names, here or in experiments/."""
     runs = [run for group in open_groups([word]) for run in group.runs]
     if len(runs) != 1:
-        raise UserError(f"{word} is {counted(len(runs), 'run')}; name one"
+        raise UserError(f"{word} matches {counted(len(runs), 'run')}; name one"
                         + (f", such as {runs[0].name}" if runs else ""))
     return runs[0]
 
@@ -115,12 +115,12 @@ def sampled_pairs(a: SavedRun, b: SavedRun) -> list[Pair]:
                                 f"sample_tokens {run.knobs.get('sample_tokens')}" for row in mine}))
             for run, mine in zip((a, b), rows, strict=True)]
     if ways[0] != ways[1]:
-        raise UserError(f"{a.name} was sampled with {ways[0]}, and {b.name} with {ways[1]}; give both "
-                        "the same flags, or --save_model, and they are sampled alike")
+        raise UserError(f"{a.name} was sampled with {ways[0]}, and {b.name} with {ways[1]}; train "
+                        "both with the same sampling flags, or with --save_model")
     first, second = ({row["prompt"]: row["text"] for row in reversed(mine)} for mine in rows)
     for run, other, missing in ((a, b, first.keys() - second.keys()), (b, a, second.keys() - first.keys())):
         if missing:
-            raise UserError(f"samples.jsonl of {other.name} lacks {counted(len(missing), 'beginning')} that "
+            raise UserError(f"samples.jsonl of {other.name} lacks {counted(len(missing), 'prompt')} that "
                             f"{run.name} has, such as {min(missing)[:60]!r}; train both on the same data and "
                             "tokenizer with as many --num_samples, or with --save_model")
     return [Pair(prompt, text, second[prompt]) for prompt, text in reversed(first.items())]
@@ -190,7 +190,7 @@ def held(path: Path) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is asking for {os.path.relpath(path)}; wait for it") from error
+            raise UserError(f"another process is writing {os.path.relpath(path)}; wait for it") from error
         except OSError as error:
             print(f"warning: no locks on this file system ({error.strerror}); take care that nothing else "
                   f"writes {path}", file=sys.stderr)
@@ -214,11 +214,11 @@ def read_answers(judgement: Judgement, file: BinaryIO | None) -> dict[tuple[int,
         heading, *lines = map(json.loads, whole.splitlines() or [json.dumps(judgement.heading())])
         answers = {(line["number"], line["first"]): Answer(**line) for line in lines}
         if heading["sha256"] != judgement.sha256 or not answers.keys() <= known:
-            raise ValueError("its answers are to other questions")
+            raise ValueError("it holds answers to other questions")
         if not {answer.said for answer in answers.values()} <= {"A", "B", "tie", None}:
-            raise ValueError("an answer is none")
+            raise ValueError("an answer is not A, B or tie")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); move it away to ask anew") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}); move it away to ask again") from error
     if file:
         file.truncate(len(whole) if answers else 0)
     return answers
@@ -305,8 +305,8 @@ def conclusion(judgement: Judgement, found: Tally, answers: list[Answer], used: 
     """The result in words."""
     low, high = found.interval()
     lines = [f"A wins {100 * found.win_rate:.1f} % ({100 * low:.1f} to {100 * high:.1f}), {found.wins} wins, "
-             f"{found.ties} ties, {found.losses} losses of {counted(found.judged, 'prompt')}; in "
-             f"{found.order_decided} the order decided"]
+             f"{found.ties} ties, {found.losses} losses of {counted(found.judged, 'prompt')}; "
+             f"{found.order_decided} order-dependent"]
     if found.no_verdict:
         lines.append(f"no verdict on {counted(found.no_verdict, 'prompt')}, {about_nonsense(answers)}")
     lengths = judgement.mean_lengths
@@ -327,4 +327,4 @@ def dollars_of(prices: tuple[float, float], tokens_in: int, tokens_out: int) -> 
 
 def about_nonsense(answers: list[Answer]) -> str:
     said = next(answer.nonsense for answer in answers if not answer.said)
-    return f"but words such as {said!r}; a judge that thinks first needs more --max_tokens"
+    return f"only answers such as {said!r}; a reasoning model needs more --max_tokens"

@@ -85,8 +85,8 @@ class RunConfig:
     compile: str = "auto"             # on, off, or auto: on where torch.compile works
     micro_batch_tokens: int = 0       # most tokens per process and forward pass; 0: as many as memory allows
     peak_tflops: float = 0            # peak of one device, for the MFU; 0: from a table (no MFU if unlisted)
-    by_speed: bool = False            # choose size, batch and val_tokens, where 0, by measured_tflops
-    measured_tflops: float = 0        # speed of all devices in large products, for --by_speed; 0: measure it
+    by_speed: bool = False            # derive size, batch and val_tokens, where 0, from measured_tflops
+    measured_tflops: float = 0        # total speed in large matrix products, for --by_speed; 0: measure it
     deterministic: bool = False       # only bit-reproducible kernels, as on CPUs; slower on a GPU
     timeout_seconds: float = 600      # exit if another process is silent for this long
 
@@ -99,8 +99,8 @@ class RunConfig:
                          f"of type {kind.__name__}")
             self.require(field.name, isinstance(value, str) or abs(value) < 2**53, "less than 2**53")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.model_name):
-            raise UserError("--model_name must be letters, digits, '.', '_' and '-', "
-                            f"since it becomes a folder; it is {self.model_name!r}")
+            raise UserError("--model_name must be 1 to 100 letters, digits, '.', '_' and '-', the first a "
+                            f"letter or digit, since it names a folder; it is {self.model_name!r}")
         for knob, allowed in (("device", ("auto", "cpu", *ACCELERATORS)), ("compile", ("auto", "on", "off")),
                               ("dtype", ("auto", "bfloat16", "float16", "float32")),
                               ("held_out", (VAL, TEST)),
@@ -111,7 +111,7 @@ class RunConfig:
                               "top_k", "gpu_cost_per_hour", "micro_batch_tokens", "peak_tflops",
                               "measured_tflops")
         self.require_at_least(1, "log_every")
-        self.require("timeout_seconds", 0 < self.timeout_seconds <= 10**7, "above 0, at most 10,000,000")
+        self.require("timeout_seconds", 0 < self.timeout_seconds <= 10**7, "above 0 and at most 10,000,000")
         self.require("sample_tokens", self.sample_tokens > 0 or not self.num_samples, "above 0 for samples")
 
     def require(self, knob: str, holds: bool, rule: str) -> None:
@@ -163,8 +163,8 @@ class RunConfig:
             raise UserError(f"--preset {self.preset} is for a tokenizer of {self.vocab_size:,} tokens, and "
                             f"{tokenizer} has {size:,}; make its data and tokenizer with: "
                             f"./run.sh {self.preset}")
-        raise UserError(f"--vocab_size must be {size}, the tokens of {tokenizer} with <|endoftext|>; it is "
-                        f"{self.vocab_size}")
+        raise UserError(f"--vocab_size must be {size}, the size of tokenizer {tokenizer} with <|endoftext|>; "
+                        f"it is {self.vocab_size}")
 
     def require_machine(self, device: "torch.device", dtype: "torch.dtype") -> None:
         """raises  UserError if this machine cannot train with these knobs; an experiment's own check"""

@@ -24,7 +24,7 @@ def main() -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)
-        reason = "; the machine ran out of memory, perhaps" if failure.exitcode == -signal.SIGKILL else ""
+        reason = "; the machine may have run out of memory" if failure.exitcode == -signal.SIGKILL else ""
         print(f"{error.name}: error: {failure.signal_name()} ended process {rank}{reason}", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
 

@@ -109,7 +109,7 @@ def read() -> list[Entry]:
         try:
             entries.append(entry_of(row))
         except (KeyError, ValueError, TypeError) as error:
-            print(f"left out: line {number} of {path().name} is no entry ({error})", file=sys.stderr)
+            print(f"left out: line {number} of {path().name} is not an entry ({error})", file=sys.stderr)
     return entries
 
 

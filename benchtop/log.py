@@ -167,8 +167,8 @@ class RunLog:
 
     def no_weights(self, error: OSError) -> None:
         """Warn that a full disk prevented model.safetensors; the results are not affected."""
-        self.say(f"warning: no model.safetensors ({error.strerror}); checkpoints stay; to get it, "
-                 f"make room, delete {os.path.relpath(self.folder)}/summary.json, and train the end again: "
+        self.say(f"warning: model.safetensors was not saved ({error.strerror}); the checkpoints are kept; "
+                 f"to get it, make room, delete {os.path.relpath(self.folder)}/summary.json and resume; "
                  + self.last_good())
 
     def summary(self, status: str, results: dict) -> dict:
@@ -202,7 +202,7 @@ class RunLog:
             self.saved_step = state["step"]
             self._write_origin()
         except OSError as error:
-            self.say(f"warning: no checkpoint of step {state['step']} ({error.strerror}); {self.last_good()}")
+            self.say(f"warning: step {state['step']} was not saved ({error.strerror}); {self.last_good()}")
 
     def withdraw(self, step: int) -> None:
         """Discard the checkpoint of this step, if there is one; the previous one takes its place."""
@@ -212,7 +212,7 @@ class RunLog:
     def last_good(self) -> str:
         if not self.active or not self.saved_step or not self.folder.is_dir():
             return "there is no checkpoint"
-        return (f"the last good checkpoint is of step {self.saved_step}; go on with: "
+        return (f"the last good checkpoint is of step {self.saved_step}; resume with: "
                 + shlex.join([*program(), "--resume", os.path.relpath(self.folder)]))
 
     def keep_best(self, step: int) -> None:

@@ -238,7 +238,7 @@ class World(Processes):
         while not mark.query():
             if time.monotonic() > deadline:
                 with self.contact():
-                    raise RuntimeError(f"the device has waited for {self.timeout_seconds:g} s")
+                    raise RuntimeError(f"the device has not finished after {self.timeout_seconds:g} s")
             time.sleep(0.0002)
 
     def synchronize(self) -> None:
@@ -357,8 +357,8 @@ def choose_device(cfg, local_rank: int, num_processes: int) -> torch.device:
                         "--device cpu")
     count = torch.accelerator.device_count()
     if local_rank >= count:
-        raise UserError(f"there are more processes than GPUs: process {local_rank + 1} on this machine "
-                        f"finds {count}; use --nproc_per_node={count}")
+        raise UserError(f"there are more processes than GPUs: this is process {local_rank + 1} on this "
+                        f"machine, where torch finds {count}; use --nproc_per_node={count}")
     return torch.device(kind, local_rank)
 
 
@@ -374,25 +374,25 @@ def cpu_facts() -> dict[str, str]:
 def choose_dtype(cfg, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of matrix products, and why: one that the hardware multiplies natively, not by emulation."""
     if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype), "asked for with --dtype"
+        return getattr(torch, cfg.dtype), "set by --dtype"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         name = f"compute capability {capability[0]}.{capability[1]}"
         if capability >= (8, 0):
-            return torch.bfloat16, f"{name} multiplies it natively"
-        return torch.float16, f"{name} has no bfloat16; losses are scaled"
+            return torch.bfloat16, f"native on {name}"
+        return torch.float16, f"no bfloat16 on {name}; the loss is scaled"
     if device.type == "mps":
-        return torch.float32, "nothing narrower has been tried on an Apple GPU; --dtype bfloat16 tries it"
+        return torch.float32, "narrower dtypes are untested on Apple GPUs; to try one: --dtype bfloat16"
     if device.type == "xpu":
         if torch.xpu.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU multiplies it natively"
-        return torch.float32, "the GPU has no bfloat16"
+            return torch.bfloat16, "native on this GPU"
+        return torch.float32, "the GPU has no native bfloat16"
     native = {"amx_bf16", "avx512_bf16"}.intersection(cpu_facts().get("flags", "").split())
     if not native:
         return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return torch.float32, "torch is kept from AMX and AVX512 (ATEN_CPU_CAPABILITY)"
-    return torch.bfloat16, f"the CPU multiplies it natively ({', '.join(sorted(native))})"
+        return torch.float32, "ATEN_CPU_CAPABILITY keeps torch from using AMX and AVX512"
+    return torch.bfloat16, f"native on this CPU ({', '.join(sorted(native))})"
 
 
 def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
@@ -404,7 +404,7 @@ def fp8_problem(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "needs a GPU of compute capability 8.9 or more, such as an RTX 4090, L40S or H100"
     if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return "needs a CPU with AVX-512; without it, torch has these products for some sizes only"
+        return "needs a CPU with AVX-512; without it, torch supports FP8 products only for some sizes"
     return ""
 
 
@@ -414,9 +414,9 @@ def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:
     raises  UserError if --compile on does not work
     """
     if cfg.compile == "off":
-        return False, "asked for with --compile off"
+        return False, "set by --compile off"
     if cfg.compile == "auto" and device.type == "mps":
-        return False, "torch's compiler for Apple GPUs is a prototype; --compile on tries it"
+        return False, "torch's compiler for Apple GPUs is a prototype; to try it: --compile on"
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(
             torch.ones(8, device=device, requires_grad=True)).backward()
@@ -427,7 +427,7 @@ def choose_compile(cfg, device: torch.device) -> tuple[bool, str]:
         return False, reason
     # otherwise a function recompiled in every step would silently run uncompiled from the ninth step on
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    without = ", without the mix-order reductions, of which torch 2.10 compiles wrong gradients"
+    without = "; mix-order reductions are off: for them, torch 2.10 compiles wrong gradients"
     return True, "a tiny function compiled" + (without if has_wrong_reductions() else "")
 
 
@@ -465,11 +465,11 @@ def choose_tiles(cfg, world: World, compiled: bool) -> tuple[int, str]:
     if not compiled:
         problems.append("FlexAttention needs torch.compile")
     elif cfg.head_dim < 16:
-        problems.append(f"FlexAttention takes heads of 16 or more; these have {cfg.head_dim}")
+        problems.append(f"FlexAttention needs a head width of 16 or more; it is {cfg.head_dim}")
     elif world.device.type == "cuda" and not torch.version.hip \
             and torch.cuda.get_device_capability(world.device) < (8, 0):
         # its kernels compile, but spill most of their registers to slow memory
-        problems.append("FlexAttention is slow on GPUs of a compute capability below 8.0, older than Ampere")
+        problems.append("FlexAttention is slow on GPUs older than Ampere (compute capability below 8.0)")
     else:
         capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else ()
         first = FIRST_TILES.get(capability, 0)

@@ -203,15 +203,15 @@ def mixed_in_words(manifest: dict) -> list[str]:
         f"{counted(source['documents'], 'document')}, {left_in_words(source)}" for source in sources)]
     if any(abs(source["tokens"] / total - source["share"]) > FAR_OFF for source in sources):
         wanted = ", ".join(f"{source['share']:.1%} {source['name']}" for source in sources)
-        lines.append(f"note: the documents are too long to come nearer to {wanted}; more text or "
-                     "shorter documents do")
+        lines.append(f"note: the documents are too long to match {wanted} more closely; use more text or "
+                     "shorter documents")
     return lines
 
 
 def left_in_words(source: dict) -> str:
     left = source.get("documents_left")
     if left is None:
-        return "and the rest not used"
+        return "the rest unused"
     if not left:
-        return "all of it"
-    return f"{left:,} left over ({source['bytes_left'] / (source['bytes'] + source['bytes_left']):.0%} of it)"
+        return "all used"
+    return f"{left:,} unused ({source['bytes_left'] / (source['bytes'] + source['bytes_left']):.0%} of it)"

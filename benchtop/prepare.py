@@ -122,7 +122,7 @@ class Preparation:
         with hold(self.partial, wait, shared):
             if manifest_text(self.folder) != self.manifest_before:
                 raise UserError(f"another process finished {self.folder.relative_to(places.ROOT)} meanwhile; "
-                                "start the same command again")
+                                "run the same command again")
             with files.locked(self.partial / "begin.lock", wait=True):
                 take_up(self.partial, self.facts)
                 self._begin()
@@ -183,8 +183,8 @@ class Preparation:
         rule = rule_or_complaint(source)
         chosen = documents_to_hold_out(source, rule, self.args.val_tokens)
         if rule.part:
-            print(f"note: the documents of {source.label} are too large to hold some out; they are cut into "
-                  f"parts of about {rule.part:,} characters, and some of those are held out")
+            print(f"note: the documents of {source.label} are too large to hold out whole; they are cut into "
+                  f"parts of about {rule.part:,} characters, and some of the parts are held out")
         return rule, chosen
 
     def write_held_out(self, chosen: list[dict[str, list[Document]]], label: str,
@@ -345,7 +345,7 @@ class Preparation:
             return {}       # tiktoken could not encode any training document
         train, val = dataset.tokens("train"), dataset.tokens("val")
         if sum(map(len, train)) >= TRAINING_BYTES / 8:
-            print("compressing the text with xz -9e, the bar for models; this takes some seconds", flush=True)
+            print("compressing the text with xz -9e as a baseline; this takes a few seconds", flush=True)
         return xz_bar(train, val, token_bytes(self.tokenizer))
 
     def clear(self) -> None:
@@ -401,11 +401,11 @@ def publish(whole: Path, folder: Path, manifest: dict) -> None:
 def data_folder(typed: str) -> Path:
     name = places.name_in(places.DATA, typed)
     if not re.fullmatch(places.FOLDER_NAME, name):
-        raise UserError("--name must have only letters, digits, '.', '_' and '-', since it becomes a folder; "
+        raise UserError("--name may have only letters, digits, '.', '_' and '-', since it names a folder; "
                         f"it is {typed!r}")
     folder = places.DATA / name
     if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, "
+        raise UserError(f"{folder} is a link to {os.readlink(folder)}, which does not exist; create it, "
                         "or choose another --name")
     return folder
 
@@ -441,12 +441,12 @@ def manifest_of_whole(folder: Path) -> dict:
         Dataset(folder, manifest).verify()
         return manifest
     except UserError as error:
-        raise UserError(f"{error}; first remove the old with: rm -r {shlex.quote(str(folder))}") from error
+        raise UserError(f"{error}; first remove it with: rm -r {shlex.quote(str(folder))}") from error
 
 
 def refuse_differing(folder: Path, differing: list[str]) -> None:
     """raises  UserError that names the settings that differ from those of an existing dataset"""
-    raise UserError(f"{folder.relative_to(places.ROOT)} exists and was made with another "
+    raise UserError(f"{folder.relative_to(places.ROOT)} exists and was made with a different "
                     f"{', '.join(differing)}; choose another --name or remove it with: "
                     f"rm -r {shlex.quote(str(folder))}")
 
@@ -460,9 +460,9 @@ def prepare_part(preparation: Preparation, rule: Rule, part: int, parts: int) ->
             preparation.write_units(range(part, len(preparation.units), parts), rule, goal)
             done.touch()
     shards = len([*preparation.partial.glob("unit_*/*.bin")])
-    print(f"part {part + 1} of {parts} is done, {counted(shards, 'shard')} in "
-          f"{preparation.partial.relative_to(places.ROOT)}; when all parts are there, put them together with "
-          "the same command without --part (machines that share no disk: copy these folders into one first)",
+    print(f"part {part + 1} of {parts} is done: {counted(shards, 'shard')} in "
+          f"{preparation.partial.relative_to(places.ROOT)}; when all are done, merge them by running the "
+          "same command without --part (if the machines share no disk, first copy these folders into one)",
           flush=True)
 
 
@@ -484,7 +484,7 @@ def describe(folder: Path, manifest: dict) -> str:
     xz = f"; {bar_in_words(manifest)}: {bar:.3f} bits per byte of the held-out text" if bar else ""
     documents = counted(total("train", "documents"), "document")
     tested = total("test", "documents")
-    test = f", {total('test', 'tokens'):,} of {tested:,} as a test split" if tested else ""
+    test = f", {total('test', 'tokens'):,} in {tested:,} for the test split" if tested else ""
     return (f"{folder.relative_to(places.ROOT)}: "
-            f"{total('train', 'tokens'):,} tokens of {documents} to train on, "
-            f"{total('val', 'tokens'):,} of {total('val', 'documents'):,} to validate on{test}{xz}")
+            f"{total('train', 'tokens'):,} tokens in {documents} for training, "
+            f"{total('val', 'tokens'):,} in {total('val', 'documents'):,} for validation{test}{xz}")

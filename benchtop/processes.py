@@ -30,8 +30,8 @@ def places_by_torchrun() -> tuple[int, int, int, int]:
             and 0 <= port < 2**16):
         shown = " ".join(f"{name}={value}" for name, value in said.items())
         missing = ", ".join(name for name in TORCHRUNS if name not in said)
-        raise UserError(f"the environment has {shown}{f' without {missing}' if missing else ''}, as torchrun "
-                        f"never sets it; start with torchrun, or unset them: unset {' '.join(said)}")
+        raise UserError(f"the environment has {shown}{f' without {missing}' if missing else ''}, which never "
+                        f"happens under torchrun; start with torchrun, or unset them: unset {' '.join(said)}")
     return rank, size, local_rank, local_size
 
 
@@ -114,8 +114,8 @@ class Processes:
         except RuntimeError as error:
             self._lost = True
             silent = (f"was silent for {self.timeout_seconds:g} s (--timeout_seconds)"
-                      if self.timeout_seconds else "was silent for long")
-            raise UserError(f"process {self.rank} of {self.size} lost another one, which died or {silent}; "
-                            f"see what it said, then {self.advice} ({first_line(error)})") from error
+                      if self.timeout_seconds else "was silent for too long")
+            raise UserError(f"process {self.rank} of {self.size} lost another process, which died or "
+                            f"{silent}; see its output, then {self.advice} ({first_line(error)})") from error
 
     advice = "start again"      # what to do after a process was lost

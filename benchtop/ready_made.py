@@ -34,7 +34,7 @@ def fetch_ready_made(version: str, args: argparse.Namespace) -> None:
     train = [file for file in shards if "_train_" in file.path]
     train = train[:args.num_shards or len(train)]
     if not val or not train:
-        raise UserError(f"{hub.READY_MADE[version]} has no shards to train or to validate on")
+        raise UserError(f"{hub.READY_MADE[version]} has no training shards or no validation shards")
     if args.dry_run:
         size = sum(file.size for file in val + train)
         print(f"{counted(len(val + train), 'file')}, {size / 1e6:,.1f} MB to download and on disk, about "
@@ -94,7 +94,7 @@ def entry_of(path: Path, split: str, tokenizer: tiktoken.Encoding) -> dict:
     tokens = read_shard(path, None)
     lengths = np.array([len(token) for token in token_bytes(tokenizer)])
     if len(tokens) and int(tokens.max()) >= tokenizer.n_vocab:
-        raise UserError(f"{path.name} is not of tokenizer {tokenizer.name}: it has token {int(tokens.max())}")
+        raise UserError(f"{path.name} has token {int(tokens.max())}, which tokenizer {tokenizer.name} lacks")
     counts = np.bincount(tokens, minlength=tokenizer.n_vocab)
     return {"file": path.name, "split": split, "tokens": len(tokens),
             "documents": int(counts[tokenizer.eot_token]), "bytes": int(counts @ lengths),

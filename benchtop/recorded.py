@@ -25,11 +25,11 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     if world.device.type != "cuda":
         return []
     started, done = launch_seconds(model, inputs, targets, world)
-    pace = f"its kernels are started in {1000 * started:.1f} ms and done in {1000 * done:.1f} ms"
+    pace = f"it takes {1000 * done:.1f} ms, {1000 * started:.1f} ms of them to launch its kernels"
     if started < WORTH_IT * done:
         return []
     if cfg.deterministic:       # cuBLAS may choose other kernels while they are recorded
-        return [f"launches    a micro-batch is not recorded for --deterministic; {pace}"]
+        return [f"launches    a micro-batch is not recorded with --deterministic; {pace}"]
     progress = vars(model).pop("progress")      # reading it while recording raises AttributeError
     # while recording, gradients come from a stream of their own; newer torch versions warn about that
     getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)

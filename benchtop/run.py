@@ -401,7 +401,7 @@ def tasks_of(cfg: RunConfig) -> dict[str, Task | None]:
     names = BENCHMARKS if cfg.benchmarks == "all" else map(str.strip, cfg.benchmarks.split(","))
     names = [name for name in names if name]
     cfg.require("benchmarks", set(names) <= set(BENCHMARKS),
-                f"all, or some of {', '.join(BENCHMARKS)}, with commas between")
+                f"all, or some of {', '.join(BENCHMARKS)}, separated by commas")
     return {name: benchmark_if_here(name, cfg.hellaswag_rows if name == "hellaswag" else 0) for name in names}
 
 
@@ -418,8 +418,8 @@ def start(experiment: Experiment, cfg: RunConfig, world: World) -> None:
     require_equal_machines(identity, world)
     changes = world.same(saved and changes_since(saved, cfg, identity)) or []
     if changes and not cfg.resume_changed:
-        raise SharedError(f"{cfg.resume} cannot simply be resumed: {'; '.join(changes)}. "
-                          "Undo that, or resume all the same with --resume_changed")
+        raise SharedError(f"{cfg.resume} cannot be resumed as is: {'; '.join(changes)}. "
+                          "Undo that, or resume anyway with --resume_changed")
     on_all(lambda: world.is_main and cfg.compare_to and baseline(cfg.compare_to))
     kernels = trusted_kernels(experiment, cfg, world, choose_kernels(cfg, world))
     model, optimizer = make_model(experiment, cfg, data.tokenizer.eot_token, world, kernels)
@@ -482,12 +482,12 @@ def say_how_to_resume(log: RunLog) -> Iterator[None]:
     except Exception as error:
         if is_recompile_limit(error):
             raise UserError("torch.compile gave up: a compiled function met too many shapes or values of a "
-                            "Python number; TORCH_LOGS=recompiles names them, --compile off goes without it; "
+                            "Python number; TORCH_LOGS=recompiles lists them; --compile off avoids this; "
                             f"{log.last_good()}") from error
         if not memory.is_out_of_memory(error):
             raise
-        raise UserError("the memory does not suffice; a smaller --micro_batch_tokens needs less and changes "
-                        f"no result; {log.last_good()}") from error
+        raise UserError("out of memory; a smaller --micro_batch_tokens needs less and does not change the "
+                        f"results; {log.last_good()}") from error
 
 
 def finish(run: Run, tasks: list[Task]) -> None:

@@ -56,8 +56,8 @@ def check_shapes(weights: dict[str, Tensor], model: nn.Module) -> None:
     differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if differing:
         name = differing[0]
-        raise UserError(f"the saved weights are of another model: {name} has shape {now.get(name)}, had "
-                        f"{then.get(name)}; only knobs and code that leave all shapes as they are can change")
+        raise UserError(f"the saved weights are of another model: {name} has shape {now.get(name)}, was "
+                        f"{then.get(name)}; change only knobs and code that leave all shapes as they are")
 
 
 def sample_run(experiment, cfg, world: World) -> None:
@@ -68,7 +68,7 @@ def sample_run(experiment, cfg, world: World) -> None:
     if not world.is_main:
         return
     if not cfg.prompt and not sys.stdin.isatty():
-        raise UserError("--sample needs a --prompt; it reads lines from a terminal, and this is none")
+        raise UserError("--sample needs a --prompt unless it can read prompts from a terminal")
     model, tokenizer = load_trained(experiment, folder, cfg, world)
     seeds = itertools.count(cfg.seed)
     for prompt in [cfg.prompt] if cfg.prompt else typed_lines():

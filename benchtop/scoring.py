@@ -75,10 +75,10 @@ class Scores:
                  f"{accuracy.ties:,} ties" for metric, accuracy in self.accuracies.items()]
         if self.perplexity is not None:
             lines.append(f"{'perplexity':<22} {self.perplexity:.2f}")
-        lines.append(f"{'chance':<22} {self.chance:.4f}   {self.cut_contexts:,} endings behind a context "
-                     "that was too long and was cut from the left")
+        lines.append(f"{'chance':<22} {self.chance:.4f}   {self.cut_contexts:,} endings had a context "
+                     "too long for the model, which was cut from the left")
         if self.cut_endings:
-            lines.append(f"{self.cut_endings:,} endings are longer than the model reads and were cut, too")
+            lines.append(f"{self.cut_endings:,} endings are longer than the model can read and were cut, too")
         return lines
 
 

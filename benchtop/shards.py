@@ -125,10 +125,10 @@ class Dataset:
         tokens, manifest = read_shard(path, shard["tokens"]), self.manifest
         sha256 = files.sha256_of(path)
         if shard["sha256"] not in ("", sha256):
-            raise UserError(f"{path} has changed since it was written (its SHA-256 is not that of the "
-                            "manifest); make the data again with download_fineweb.py")
+            raise UserError(f"{path} has changed since it was written (its SHA-256 differs from the "
+                            "manifest's); make the data again with download_fineweb.py")
         if len(tokens) and int(tokens.max()) >= manifest["vocab_size"]:
-            raise UserError(f"{path} has token {int(tokens.max())}, but {manifest['tokenizer']} has "
+            raise UserError(f"{path} has token {int(tokens.max())}, but {manifest['tokenizer']} has only "
                             f"{manifest['vocab_size']}; name the tokenizer it was made with")
         if len(tokens) and not (tokens == manifest["eot_id"]).any():
             raise UserError(f"{path} has no <|endoftext|> (token {manifest['eot_id']} of "
@@ -147,7 +147,7 @@ class Dataset:
         sha256 = {name: value for hashes in (*found, *of_machine) for name, value in hashes.items()}
         twins = world.raise_on_all_ranks(lambda: self._twins(sha256))
         if twins and world.is_main:
-            print(f"warning: {'; '.join(twins)}, so that text counts twice", file=sys.stderr)
+            print(f"warning: {'; '.join(twins)}, so that text is used twice", file=sys.stderr)
         shards = [shard | {"sha256": sha256[shard["file"]]} for shard in self.manifest["shards"]]
         return Dataset(self.folder, self.manifest | {"shards": shards})
 
@@ -164,8 +164,8 @@ class Dataset:
             if one is not shard:
                 twins.append(f"{self.folder / shard['file']} has the same content as {one['file']}")
             if one["split"] != shard["split"]:
-                raise UserError(f"{twins[-1]}, so what is validated on would be trained on; move "
-                                "one of them away")
+                raise UserError(f"{twins[-1]}, so the model would train on its validation "
+                                "text; move one of them elsewhere")
         return twins
 
     def documents_by_source(self, split: str) -> dict[str, int]:
@@ -211,11 +211,11 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
         tokenizer = load_tokenizer(tokenizer_name)
         manifest = manifest_of_bare_shards(folder, tokenizer)
     else:
-        raise UserError(f"{folder} has no manifest that tells its tokenizer; name it with --tokenizer")
+        raise UserError(f"{folder} has no manifest and so no known tokenizer; name it with --tokenizer")
     made_for = manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["eot_id"]
     if made_for != (tokenizer_sha256(tokenizer), tokenizer.n_vocab, tokenizer.eot_token):
-        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']} as it was then, "
-                        f"and {tokenizer.name} is another; use --tokenizer {manifest['tokenizer']}, or make "
+        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']}; the present "
+                        f"{tokenizer.name} differs from it; use --tokenizer {manifest['tokenizer']}, or make "
                         f"the shards again: {how_to_make_data(tokenizer.name)}")
     return Dataset(folder, manifest), tokenizer
 
@@ -229,7 +229,7 @@ def find_dataset(typed: str, tokenizer: str) -> Path:
             return places.DATA / name
         if is_text(typed):
             new = name if is_name else word_for([typed])
-            raise UserError(f"{typed} is text and no folder in {places.DATA}; to make one of it: "
+            raise UserError(f"{typed} is text, not a folder in {places.DATA}; to make data from it: "
                             f"{how_to_make_data(tokenizer, typed)} --name {new}")
         if not is_name:
             raise UserError(f"--data must be the name of a folder in {places.DATA}; it is {typed!r}")
@@ -277,7 +277,7 @@ def read_manifest(path: Path) -> dict:
             expect(shard, {"file": str, "split": str, "tokens": int, "documents": int, "bytes": int,
                            "sha256": str})
             if not re.fullmatch(FOLDER_NAME, shard["file"]):
-                raise ValueError(f"file is {shard['file']!r}, which is no file beside it")
+                raise ValueError(f"file is {shard['file']!r}, which is not a plain file name")
         if "sources" in manifest:
             expect_sources(manifest, expect)
         names = Counter(shard["file"] for shard in manifest["shards"])
@@ -328,26 +328,26 @@ def split_of(path: Path) -> str:
     """
     words = re.findall(r"(?<![a-z])(train|val|test)", path.stem.lower())
     if not words:
-        raise UserError(f"{path} says neither train, val nor test in its name, and no manifest tells what it "
-                        "is for; rename it, or move it away")
+        raise UserError(f"{path} has neither train, val nor test in its name, and no manifest says what it "
+                        "is for; rename it, or move it elsewhere")
     return words[-1]
 
 
 def read_shard(path: Path, expected_tokens: int | None) -> np.ndarray:
     """The memory-mapped tokens of a shard; its header, its size and the manifest must agree."""
     if not path.is_file():
-        what = "is no file" if os.path.lexists(path) else "is missing"
+        what = "is not a file" if os.path.lexists(path) else "is missing"
         raise UserError(f"{path} {what}; make the data again with download_fineweb.py")
     header = np.fromfile(path, dtype="<i4", count=3).tolist()
     known = {tuple(shard[:2]): shard[2] for shard in (shard_format(0), shard_format(2**17))}
     dtype = known.get(tuple(header[:2]))
     if len(header) < 3 or dtype is None:
-        raise UserError(f"{path} does not begin like a token shard; "
+        raise UserError(f"{path} does not have the header of a token shard; "
                         "make the data again with download_fineweb.py")
     tokens, size = header[2], path.stat().st_size
     if (tokens < 0 or size != 4 * HEADER_INTS + tokens * dtype.itemsize
             or expected_tokens not in (None, tokens)):
-        raise UserError(f"{path} is cut off or changed: it has {size:,} bytes and announces {tokens:,} "
-                        f"tokens, the manifest {expected_tokens}; "
+        raise UserError(f"{path} is cut off or changed: it has {size:,} bytes, its header says {tokens:,} "
+                        f"tokens and the manifest {expected_tokens}; "
                         "make the data again with download_fineweb.py")
     return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(tokens,))

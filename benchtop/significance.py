@@ -48,7 +48,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
     source  Welch 1947, doi:10.1093/biomet/34.1-2.28
     """
     if min(len(a), len(b)) < 2:
-        raise ValueError("a spread needs two runs or more in each group")
+        raise ValueError("a spread needs at least two runs in each group")
     parts = [statistics.variance(group) / len(group) for group in (a, b)]
     error = math.sqrt(sum(parts))
     df, df_per_run = len(a) + len(b) - 2.0, 2.0
@@ -69,7 +69,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     """
     differences = [second - first for first, second in zip(a, b, strict=True)]
     if len(differences) < 2:
-        raise ValueError("a spread needs two pairs or more")
+        raise ValueError("a spread needs at least two pairs")
     sd = statistics.stdev(differences)
     return _difference("paired", statistics.fmean(differences), sd / math.sqrt(len(differences)),
                        len(differences) - 1.0, sd, 1.0)
@@ -98,7 +98,7 @@ def p_below(values: Sequence[float], target: float) -> float:
     raises  ValueError if there are fewer than two runs
     """
     if len(values) < 2:
-        raise ValueError("a spread needs two runs or more")
+        raise ValueError("a spread needs at least two runs")
     error = statistics.stdev(values) / math.sqrt(len(values))
     above = statistics.fmean(values) - target
     if error == 0:
@@ -178,7 +178,7 @@ def over_documents(differences: Sequence[float], sizes: Sequence[float], error: 
     parts = np.array([differences, sizes], float)       # (2, D)
     documents = parts.shape[1]
     if documents < 2 or not parts[1].sum():
-        raise ValueError("a spread needs two documents or more")
+        raise ValueError("a spread needs at least two documents")
     rng = np.random.default_rng(0)
     drawn = []
     at_once = max(1, 2_000_000 // documents)
@@ -247,7 +247,7 @@ def runs_needed(effect: float, sd: float, is_paired: bool = False, df_per_run: f
     while not suffices(runs):
         runs *= 2
         if runs > 10_000:
-            raise ValueError(f"detecting {effect:g} where runs scatter by {sd:g} needs more than 10,000 runs")
+            raise ValueError(f"detecting {effect:g} with run-to-run SD {sd:g} needs more than 10,000 runs")
     low = runs // 2
     while runs - low > 1:
         middle = (low + runs) // 2

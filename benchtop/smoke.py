@@ -60,14 +60,14 @@ def smoke(experiment, cfg, start: Callable) -> None:
         checks.passes("every parameter is in one group of the optimizer",
                       lambda: experiment.Optimizer(model, cfg, World(cfg)))
         whole = checks.passes("three steps are trained", lambda: trained(experiment, cfg, start, "whole"))
-        checks.passes("stopped by SIGTERM and resumed, it ends with the same weights, to the bit",
+        checks.passes("stopped by SIGTERM and resumed, it ends with the same weights, bit for bit",
                       lambda: require_equal(whole, stopped_and_resumed(experiment, cfg, start)))
         model.load_state_dict(whole)
         model.eval()
         stir(model)
         checks.passes("every parameter has a gradient that is not zero",
                       lambda: require_gradients(model, cfg))
-        checks.passes("gradients are those of the loss (by finite differences)",
+        checks.passes("gradients match finite differences of the loss",
                       lambda: require_slope(model, cfg))
         checks.passes("no token sees the future", lambda: require_causal(model, cfg))
         checks.passes("no document sees another one", lambda: require_apart(model, cfg))
@@ -148,7 +148,7 @@ def fresh_model(experiment, cfg) -> nn.Module:
     draw_weights(model, cfg.seed)
     loss = model(*rows_of(cfg))
     if loss.shape or not loss.isfinite():
-        raise Unsound(f"its loss is {loss}, where one finite number is needed")
+        raise Unsound(f"the model returned the loss {loss}; it must be one finite number")
     return model
 
 
@@ -189,7 +189,7 @@ def stopped_and_resumed(experiment, cfg, start: Callable) -> dict[str, Tensor]:
         experiment.train(run)
     try:
         trained(dataclasses.replace(experiment, train=train_and_stop), cfg, start, "stopped")
-        raise Unsound("it did not stop")
+        raise Unsound("SIGTERM did not stop the run")
     except SystemExit:
         return trained(experiment, cfg, start, "stopped", resume=str(folder_of("stopped")))
 
@@ -216,7 +216,7 @@ def require_gradients(model: nn.Module, cfg) -> None:
     missing = [name for name, parameter in model.named_parameters()
                if parameter.grad is None or not parameter.grad.any()]
     if missing:
-        raise Unsound(f"{', '.join(missing)} has none: the loss does not depend on it")
+        raise Unsound(f"{', '.join(missing)} has no gradient, or only zeros: the loss does not depend on it")
 
 
 def require_slope(model: nn.Module, cfg) -> None:
@@ -240,8 +240,8 @@ def require_slope(model: nn.Module, cfg) -> None:
             parameter.add_(step)
         change, expected = (losses[0] - losses[1]) / 2, size * float(step.norm())
         if abs(change - expected) > 0.03 * expected + 1e-5 * abs(losses[0]):
-            raise Unsound(f"along the gradient of {name} the loss changes by {change:.4g}, and the gradient "
-                          f"says {expected:.4g}; is it written by hand?")
+            raise Unsound(f"along the gradient of {name} the loss changes by {change:.4g}; the gradient "
+                          f"predicts {expected:.4g}; is its backward pass written by hand?")
 
 
 @torch.no_grad()
@@ -252,10 +252,10 @@ def require_causal(model: nn.Module, cfg) -> None:
         changed[:, place] = (inputs[:, place] + 1) % (cfg.vocab_size - 1)
         difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax((0, 2))      # (T)
         if difference[:place].max() > 0:
-            raise Unsound("a token changes what stands "
-                          f"{place - int(difference.nonzero()[0])} places before it")
+            raise Unsound("a token changes hidden states up to "
+                          f"{place - int(difference.nonzero()[0])} positions before it")
         if not difference[place:].max() > 0:
-            raise Unsound("a token changes nothing")
+            raise Unsound("changing a token changes no hidden state")
 
 
 @torch.no_grad()
@@ -266,14 +266,14 @@ def require_apart(model: nn.Module, cfg) -> None:
     changed[0, 1:border] = (inputs[0, 1:border] + 1) % (cfg.vocab_size - 1)
     difference = (model.hidden(inputs) - model.hidden(changed)).abs().amax(2)               # (B, T)
     if difference[0, border:].max() > 0:
-        raise Unsound("the first document of a row changes the second one, from its token "
-                      f"{int(difference[0, border:].nonzero()[0])} on")
+        raise Unsound("the first document of a row changes the second one, starting at its token "
+                      f"{int(difference[0, border:].nonzero()[0])}")
     if difference[1:].max() > 0:
-        raise Unsound("a row of the batch changes another one")
+        raise Unsound("a row of the batch changes another row")
 
 
 def sample(experiment, cfg) -> None:
     model, tokenizer = load_trained(experiment, folder_of("whole"), cfg, World(cfg))
     texts = generate(model, [[tokenizer.eot_token, 104, 105]], cfg)
     if any(not 0 <= token < cfg.vocab_size for text in texts for token in text):
-        raise Unsound("it samples what is no token")
+        raise Unsound("a sampled token id is outside the vocabulary")

@@ -44,7 +44,7 @@ from benchtop.processes import is_first_process
 MADE_BY_TOOLS = ("__MACOSX", "__pycache__", "node_modules")   # names of folders to leave out
 HIDDEN, TOOLS, KIND, NOWHERE, LOCKED, AGAIN = ("hidden", "made by tools", "of unknown kind",
                                                "linked to nothing", "unreadable", "found twice")
-WITHOUT_SHARES = "without shares, which download_fineweb.py takes, as in stdlib=0.7 notes/=0.3"
+WITHOUT_SHARES = "without shares (only download_fineweb.py takes them, as in stdlib=0.7 notes/=0.3)"
 
 
 def open_source(spec: str | list[str]) -> Source:
@@ -54,7 +54,7 @@ def open_source(spec: str | list[str]) -> Source:
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     if shared := [item for item in specs if split_share(item)[1]]:
-        raise UserError("shares are for download_fineweb.py, which counts tokens; instead of "
+        raise UserError("only download_fineweb.py takes shares of the tokens; instead of "
                         f"{shared[0]}, type {shlex.quote(split_share(shared[0])[0])}")
     if specs == ["stdlib"]:
         return python_library()
@@ -65,7 +65,7 @@ def open_source(spec: str | list[str]) -> Source:
     for name in specs:
         if name in (*hub.CORPORA, *hub.READY_MADE) and not os.path.exists(name):
             why = (f"cannot be mixed with other sources {WITHOUT_SHARES}" if name in hub.CORPORA else
-                   f"has tokens, no text; get it with: python download_fineweb.py --version {name}")
+                   f"has tokens, not text; get it with: python download_fineweb.py --version {name}")
             raise UserError(f"{name} comes from the Hugging Face Hub and {why}")
     search = Search()
     try:
@@ -112,12 +112,12 @@ class Search:
                 raise UserError(f"{item} holds no .txt, .md, .py, .jsonl or .parquet file{self._because()}")
         elif os.path.isfile(path):
             if not is_known(path):
-                raise UserError(f"{path} is of no known kind; text files end in "
+                raise UserError(f"{path} is of an unknown kind; text files end in "
                                 f"{' '.join(FILE_IS_DOCUMENT + ROW_IS_DOCUMENT)}, "
-                                "plain or with .gz or .zst behind")
+                                "which .gz or .zst may follow")
             self.found.setdefault(os.path.realpath(path), path)
         elif path.is_symlink():
-            raise UserError(f"{item} is a link to {os.readlink(path)}, which is not there")
+            raise UserError(f"{item} is a link to {os.readlink(path)}, which does not exist")
         elif not self._take(self._matching(item)):
             raise UserError(f"no source named {item}: not stdlib, and no file, folder or glob of that name"
                             f"{self._because()}")
@@ -279,8 +279,8 @@ def split_share(item: str) -> tuple[str, Fraction | None]:
     raises  UserError if the share of a source is not a positive number, or the item is empty
     """
     if not item:        # Path("") is the current folder
-        raise UserError("the name of a source is empty, as of a variable that is not set; type stdlib, a "
-                        "file, a folder (. is this one) or a glob")
+        raise UserError("the name of a source is empty (perhaps an unset variable); type stdlib, a file, a "
+                        "folder (. is the current one) or a glob")
     name, equals, typed = item.rpartition("=")
     if not (name and equals) or os.path.exists(item) or glob.glob(item):
         return item, None

@@ -39,8 +39,8 @@ class SizedBySpeed:
 
     def remarks(self) -> list[str]:
         """A line for the log on the measured speed (run.sh parses it)."""
-        return [f"speed       {self.measured_tflops:g} TFLOP/s in large products, which choose the size; "
-                f"enough for {self.tokens_by_speed / 1e6:,.1f} million tokens"] if self.by_speed else []
+        return [f"speed       {self.measured_tflops:g} TFLOP/s in large matrix products, which sets the size"
+                f"; enough for {self.tokens_by_speed / 1e6:,.1f} million tokens"] if self.by_speed else []
 
 
 def with_speed(cfg, world: World):

@@ -203,8 +203,8 @@ def index(experiments: Path) -> str:
     if (experiments / "ledger.tsv").is_file():
         lines += ["", "Trials of ideas are lines of [ledger.tsv](ledger.tsv), with their runs in "
                   "[trials/](trials/); `python trial.py --ledger` shows them."]
-    lines += ["", "[RECIPE.md](RECIPE.md) lists what was tried for the recipe, including what did not help; "
-              "[YARDSTICK.md](YARDSTICK.md) compares an earlier recipe with GPT-2 and Llama 3.", ""]
+    lines += ["", "[RECIPE.md](RECIPE.md) has the evidence for the recipe, including what did not help; "
+              "[RACE.md](RACE.md) compares it with nanochat and nanoGPT.", ""]
     return "\n".join(lines)
 
 

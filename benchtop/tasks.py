@@ -110,7 +110,7 @@ def row_of_lambada(row: dict) -> dict:
     """{"text": "all that comes before the last word"}"""
     context, _, word = row["text"].rpartition(" ")
     if not context or not word:
-        raise ValueError("the text has no last word behind others")
+        raise ValueError("the text has no last word after a context")
     return {"ctx": context, "endings": [word], "label": 0}
 
 
@@ -152,16 +152,16 @@ def fetch(name: str, split: str) -> Path:
         if path.exists():
             try:
                 check_rows(lines_of(path), path.name, benchmark, split)
-                print(f"{path.relative_to(places.ROOT)} is there: {counted(rows, 'row')}")
+                print(f"{path.relative_to(places.ROOT)} is there already: {counted(rows, 'row')}")
                 return path
             except UserError as error:
-                print(f"{error}; it is fetched again", file=sys.stderr)
+                print(f"{error}; downloading it again", file=sys.stderr)
         try:
             source = fetch_from_hub(benchmark, split, path)
         except UserError as error:
             if not benchmark.authors:
                 raise
-            print(f"{error}; asking the authors' repository", file=sys.stderr)
+            print(f"{error}; trying the authors' repository", file=sys.stderr)
             source = fetch_from_authors(benchmark, path.name, split, path)
     print(f"wrote {path.relative_to(places.ROOT)}: {counted(rows, 'row')} from {source}, "
           f"SHA-256 {sha256_of(path)}")
@@ -172,7 +172,7 @@ def fetch_from_hub(benchmark: Benchmark, split: str, path: Path) -> str:
     files = hub.list_files(benchmark.repo, "", ".parquet", benchmark.revision)
     matching = [file for file in files if fnmatch(file.path, benchmark.files.format(split=split))]
     if not matching:
-        raise UserError(f"{benchmark.repo} has no parquet file of {split}")
+        raise UserError(f"{benchmark.repo} has no parquet file for the split {split}")
     import pyarrow
     import pyarrow.parquet
     rows = []
@@ -181,7 +181,7 @@ def fetch_from_hub(benchmark: Benchmark, split: str, path: Path) -> str:
         try:
             rows += pyarrow.parquet.read_table(copy).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file.path} of {benchmark.repo} is no readable parquet file "
+            raise UserError(f"{file.path} of {benchmark.repo} is not a readable parquet file "
                             f"({first_line(error)})") from error
         finally:
             if not kept:
@@ -251,10 +251,10 @@ class Task:
     @property
     def note(self) -> str:
         """Text to print after the number of rows."""
-        note = f", a fixed sample of {self.rows_in_file:,}" if len(self.questions) < self.rows_in_file else ""
+        note = f", a fixed subset of {self.rows_in_file:,}" if len(self.questions) < self.rows_in_file else ""
         unclear = sum(question.endings.count(question.right) > 1 for question in self.questions)
         if unclear:
-            note += f"; in {unclear:,} the right ending stands twice, so that no model can tell which it is"
+            note += f"; in {unclear:,} the right ending is listed twice, so no model can tell which is meant"
         return note
 
 
@@ -279,7 +279,7 @@ def benchmark_if_here(name: str, rows: int = 0) -> Task | None:
     try:
         questions = check_rows(lines_of(path), path.name, benchmark, benchmark.scored)
     except UserError as error:
-        raise UserError(f"{error}; fetch it again with: {command_to_fetch(name)}") from error
+        raise UserError(f"{error}; download it again with: {command_to_fetch(name)}") from error
     return task_of(path, name, questions, rows)
 
 
@@ -310,16 +310,16 @@ def questions_of(lines: list[str], name: str, labelled: bool = True, fewest: int
 def question_of(line: str, where: str, number: int, labelled: bool, fewest: int) -> Question:
     def require(holds: bool, rule: str) -> None:
         if not holds:
-            raise UserError(f"{where} is no row to score: {rule}")
+            raise UserError(f"{where} is not a valid row: {rule}")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error})") from error
     require(isinstance(row, dict), "it must be an object")
     ctx, endings, label = row.get("ctx"), row.get("endings"), row.get("label")
-    require(isinstance(ctx, str), "ctx must be a text")
+    require(isinstance(ctx, str), "ctx must be a string")
     require(isinstance(endings, list) and len(endings) >= fewest and all(isinstance(e, str) for e in endings),
-            f"endings must be a list of {'two texts' if fewest > 1 else 'a text'} or more")
+            f"endings must be a list of {'two' if fewest > 1 else 'one'} or more strings")
     if labelled:
         right = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(endings)
         require(right, f"label must be the number of an ending, from 0 to {len(endings) - 1}; it is "

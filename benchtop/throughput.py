@@ -138,7 +138,7 @@ def within_reach(proof: Proof) -> tuple[Proof, str]:
         return proof, ""
     fewer = dataclasses.replace(cfg, batch_tokens=rows * cfg.seq_len)
     return dataclasses.replace(proof, cfg=fewer), (
-        f"measured with steps of {fewer.batch_tokens:,} tokens, since {cfg.batch_tokens:,} take a CPU long")
+        f"measured with steps of {fewer.batch_tokens:,} tokens, since {cfg.batch_tokens:,} are slow on a CPU")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def speed(proof: Proof) -> Iterator[Finding]:
     with own_compilations(), proof.world.memory_of("speed"):
         sized, model, optimizer = prepared(proof, said.append)
         ready = time.perf_counter() - begun
-        yield Finding("ready", "; ".join([f"after {ready:.1f} s, by {chosen.attention}", *said]),
+        yield Finding("ready", "; ".join([f"after {ready:.1f} s", f"attention by {chosen.attention}", *said]),
                       values={"seconds": ready})
         watch = Stopwatch(proof.world, proof.on_cuda)
         run = halfway(proof, sized, model, optimizer, watch)

@@ -88,7 +88,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         ranks = {base64.b64decode(token): int(rank)
                  for token, rank in map(bytes.split, ranks_file.splitlines())}
         if (meta["special_tokens"], meta["vocab_size"]) != ({END_OF_TEXT: len(ranks)}, len(ranks) + 1):
-            raise ValueError(f"special_tokens and vocab_size do not fit {len(ranks)} ranks")
+            raise ValueError(f"special_tokens and vocab_size do not match {len(ranks)} ranks")
         return tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks,
                                  special_tokens=meta["special_tokens"], explicit_n_vocab=meta["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -97,7 +97,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def how_to_make_again(folder: Path) -> str:
-    return f"train it again, and first remove the old with: rm -r {shlex.quote(str(folder))}"
+    return f"train it again after removing it with: rm -r {shlex.quote(str(folder))}"
 
 
 def load_gpt2() -> tiktoken.Encoding:
@@ -127,7 +127,7 @@ def find_tokenizer(typed: str) -> str:
     if len(meant) == 1:
         return meant[0]
     if meant:
-        raise UserError(f"{name} may be any of these tokenizers, so name one whole: {', '.join(meant)}")
+        raise UserError(f"{name} matches several tokenizers; type the full name of one: {', '.join(meant)}")
     there = places.what_is_there(first, {without_sizes(other)[0]: other for other in known})
     text = typed if is_text(typed) else ""
     raise UserError(f"there is no tokenizer {name}{there} make {name}: {how_to_make(name, text)}")
@@ -193,10 +193,10 @@ def may_have_seen(manifest: dict) -> str:
     if covered or len(words) > 1:
         return ""
     if there["source"] == manifest["source"]:
-        return (f"the tokenizer {name} was learned when less of this text was held out, so it has seen "
-                "documents that are held out now; to be sure, learn one anew")
-    return (f"the tokenizer {name} was learned from another version of this text ({there['source']}) and may "
-            "have seen documents that are held out now; to be sure, learn one from the same text")
+        return (f"the tokenizer {name} was trained when less of this text was held out, so it has seen "
+                "documents that are held out now; train a new one")
+    return (f"the tokenizer {name} was trained on another version of this text ({there['source']}) and may "
+            "have seen documents that are held out now; to rule that out, train one on this text")
 
 
 def clean_name(typed: str) -> str:
@@ -209,8 +209,8 @@ def clean_name(typed: str) -> str:
         print(f"note: tokenizers are folders now; reading {name} as {name[:-4]}", file=sys.stderr)
         name = name[:-4]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-        raise UserError("a tokenizer's name has only letters, digits, '.', '_' and '-', 200 at most; "
-                        f"{name!r} does not")
+        raise UserError("a tokenizer's name may have only letters, digits, '.', '_' and '-', at most "
+                        f"200, the first a letter or digit; it is {name!r}")
     return name
 
 
@@ -332,8 +332,8 @@ def save_tokenizer(name: str, merges: list[tuple[int, int, int | None]], tokens:
 
 def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes], facts: dict) -> str:
     """The merges in the order of learning, with a header about their source and with statistics."""
-    lines = [f"{len(tokens):,} tokens: the 256 bytes, and {counted(len(merges), 'merge')} of two tokens that "
-             "stood side by side, the most frequent first.", "␣ is a space."]
+    lines = [f"{len(tokens):,} tokens: the 256 bytes, and {counted(len(merges), 'merge')} of two adjacent "
+             "tokens, the most frequent first.", "␣ is a space."]
     if facts.get("documents"):
         documents = counted(facts["documents"], "document")
         lines.append(f"Learned from {facts['characters']:,} characters in {documents} of {facts['source']}.")
@@ -341,7 +341,7 @@ def merges_table(merges: list[tuple[int, int, int | None]], tokens: list[bytes],
     if "bytes_per_token" in statistics:
         gpt2 = statistics["gpt2_bytes_per_token"]
         lines.append(f"On {statistics['held_out_bytes']:,} bytes of held-out text: "
-                     f"{statistics['bytes_per_token']:.3f} bytes a token"
+                     f"{statistics['bytes_per_token']:.3f} bytes per token"
                      + (f" (GPT-2's tokenizer: {gpt2:.3f})" if gpt2 else "")
                      + f", {statistics['share_of_tokens_used']:.1%} of the tokens used.")
     if "longest_tokens" in statistics:
@@ -471,12 +471,12 @@ def convert(path: Path, name: str | None = None) -> Path:
         script.encode()
         encoding = encoding_of(name, pattern, tokens)
         if encoding.decode(encode(encoding, DEMO_TEXT)[0]) != DEMO_TEXT:
-            raise ValueError("it does not give back what it encodes")
+            raise ValueError("decoding does not restore the encoded text")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:      # an invalid pickle can raise anything
         reason = f"{type(error).__name__}: {error}"[:150]
-        raise UserError(f"{path} is no tokenizer made by gpt-lab ({reason})") from error
+        raise UserError(f"{path} is not a tokenizer made by gpt-lab ({reason})") from error
     facts = {"converted_from": path.name, "converted_from_sha256": files.sha256_of(path),
              "statistics": statistics_of(tokens, pattern, [])}
     with files.locked(places.TOKENIZERS / f".{name}.lock"):

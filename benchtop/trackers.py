@@ -58,7 +58,7 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:      # of any kind: the run has its own files
                 self.trackers.remove(tracker)
-                print(f"warning: nothing more goes to {type(tracker).__name__} "
+                print(f"warning: no longer logging to {type(tracker).__name__} "
                       f"({without_secrets(first_line(error))})", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ was killed finds its runs again, and another trial with the same baseline reuses
 """
 
 import json
+import re
 import shlex
 import shutil
 import statistics
@@ -111,7 +112,7 @@ class Trial:
                    (results.is_file() and not read(results)["baseline"]))
         if changed and not is_open:
             raise UserError(f"the trial {self.name} was started with different {', '.join(changed)}; undo "
-                            "that, or take another --name")
+                            "that, or use another --name")
         return results.is_file() and not changed
 
     def write_plan(self) -> None:
@@ -223,7 +224,7 @@ class Trial:
             raise UserError(f"{side.name}, seed {seed}, was stopped ({said}); run the same command again")
         if side is self.baseline:
             raise UserError(f"the baseline ended with exit code {code} at seed {seed}: {said}")
-        if "another process" in said:       # which says nothing about the idea
+        if re.search("another process( is|;)", said):   # writes or trains the same; not the idea's fault
             raise UserError(f"{side.name}, seed {seed}: {said}")
         if not self.fates[side.name].verdict:
             self.decide(side, "out of memory" if "memory" in said else "crash", f"seed {seed}: {said}")
@@ -251,9 +252,9 @@ class Trial:
                           for number in range(pairs)}
             fate.look = test.look(list(fate.gains.values()))
             self.say(f"after {pairs} pairs  {idea.name:<16} gain {fate.look.gain:+.4f}, "
-                     f"{fate.look.low:+.4f} to {fate.look.high:+.4f}; pairs scatter by {fate.look.sd:.4f}, "
-                     f"so a gain of {self.margin:.4f} is found in {test.power(fate.look.sd):.0%} of such "
-                     "trials")
+                     f"{fate.look.low:+.4f} to {fate.look.high:+.4f}; the gains' standard deviation is "
+                     f"{fate.look.sd:.4f}, so the power to detect {self.margin:.4f} is "
+                     f"{test.power(fate.look.sd):.0%}")
             good, bad = ((ledger.KEEP, ledger.DISCARD) if self.plan.split == VAL else
                          (ledger.CONFIRMED, ledger.NOT_CONFIRMED))
             if fate.look.verdict == ledger.KEEP:
@@ -274,16 +275,16 @@ class Trial:
         """The margin if none is given: the standard deviation of the baseline over its first seeds."""
         floor = statistics.stdev(values[:self.plan.first])
         if not floor:
-            raise UserError("all seeds of the baseline end alike, so there is no noise to take the margin "
-                            "from; give --margin")
+            raise UserError(f"all seeds of the baseline reach the same {METRIC}, so there is no spread to "
+                            "derive the margin from; set --margin")
         self.say(f"margin {floor:.4f}, the standard deviation of the baseline over its first "
                  f"{self.plan.first} seeds")
         return floor
 
     def what_more_takes(self, fate: Fate) -> str:
         test = Sequential(self.margin, self.plan.alpha, self.plan.first, self.plan.most, len(self.ideas))
-        return (f"{fate.look.pairs} pairs do not tell; to find a gain of {self.margin:.4f} in 80 % of cases "
-                f"takes up to about {test.more(fate.look.sd):,} pairs, by the scatter of these")
+        return (f"{fate.look.pairs} pairs are inconclusive; detecting a gain of {self.margin:.4f} with 80 % "
+                f"power would take up to about {test.more(fate.look.sd):,} pairs, at this standard deviation")
 
     def decide(self, idea: Side, verdict: str, reason: str) -> None:
         fate = self.fates[idea.name]
@@ -388,4 +389,4 @@ def read(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}); try the idea anew under another --name") from error
+        raise UserError(f"{file} is damaged ({error}); try the idea again under another --name") from error

@@ -57,7 +57,7 @@ class Turns:
         if device not in ("auto", "cuda") or not gpus:
             return cls([""], processes)
         if processes > len(gpus):
-            raise UserError(f"--processes {processes} needs as many GPUs; there are {len(gpus)}")
+            raise UserError(f"--processes {processes} needs {processes} GPUs; there are {len(gpus)}")
         slots = [",".join(gpus[first:first + processes])
                  for first in range(0, len(gpus) - processes + 1, processes)]
         return cls(slots, processes)

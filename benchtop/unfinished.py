@@ -105,8 +105,8 @@ def take_up(partial: Path, facts: dict) -> None:
         return
     if shards:
         raise UserError(f"{shown(partial)} has {counted(shards, 'finished shard')} of an interrupted command "
-                        f"with another {', '.join(differing_facts(before, facts))}; start that one again, "
-                        f"choose another --name, or throw them away with: {how_to_remove(partial)}")
+                        f"with a different {', '.join(differing_facts(before, facts))}; run that one again, "
+                        f"choose another --name, or delete them with: {how_to_remove(partial)}")
     empty(partial)
     files.write_json(partial / "made_by.json", facts)
 
@@ -139,7 +139,7 @@ def read_signed(path: Path) -> dict:
     """
     content = dict(read_json(path).items())
     if content.pop("sha256", sha := sha256_of(content)) != sha:
-        raise ValueError("its SHA-256 is not that of its content")
+        raise ValueError("its SHA-256 does not match its content")
     return content
 
 
@@ -156,12 +156,12 @@ def read_progress(path: Path, name: str) -> Progress:
         progress = Progress(**read_signed(path))
         assert_kinds(ENTRY | {"read": int}, *progress.entries)
     except (OSError, *DAMAGE) as error:
-        say(f"{shown(path)} is damaged ({first_line(error)}); the shards of this unit are made again")
+        say(f"{shown(path)} is damaged ({first_line(error)}); the shards of this unit will be made again")
         return Progress(name)
     for number, entry in enumerate(progress.entries):
         if problem := problem_of(path.parent / entry["file"], entry):
-            say(f"{shown(path.parent / entry['file'])} {problem}; it is made again, with those behind it in "
-                "its unit")
+            say(f"{shown(path.parent / entry['file'])} {problem}; it will be made again, with all later "
+                "shards of its unit")
             return progress.cut_back(number)
     return progress
 
@@ -178,7 +178,7 @@ def read_held_out(path: Path) -> dict:
         assert_kinds({"split": list, "skipped": list}, facts)
         assert_kinds(ENTRY, *facts["entries"])
         if [entry["split"] for entry in facts["entries"]] not in (["val"], ["val", "test"]):
-            raise ValueError("it lacks a shard to validate on")
+            raise ValueError("it has no validation shard")
     for entry in facts["entries"]:
         if problem := problem_of(path.with_name(entry["file"]), entry):
             raise UserError(f"{shown(path.with_name(entry['file']))} {problem}; {advice(path.parent)}")
@@ -191,7 +191,7 @@ def read_was_here(path: Path) -> set[str] | None:
         names = read_json(path)
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return set(names)
-    say(f"{shown(path)} is damaged; text that is on this machine now stays")
+    say(f"{shown(path)} is damaged; text that is on this machine now will be kept")
     return None
 
 
@@ -222,7 +222,7 @@ def damage_in(path: Path) -> Iterator[Path]:
 
 
 def advice(partial: Path) -> str:
-    return f"throw the unfinished data away with: {how_to_remove(partial)}"
+    return f"delete the unfinished data with: {how_to_remove(partial)}"
 
 
 def how_to_remove(path: Path) -> str:

@@ -42,8 +42,8 @@ def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> 
     """Compile every kernel before the clock starts, on rows without targets; weights do not change."""
     model = losses_of.model
     inputs, targets = eot_rows(model, cfg, world)
-    model.progress = 0.0
-    for _ in range(2):      # the second pass adds to existing gradients, as later micro-batches do
+    # the end may take other kernels; the last pass adds to existing gradients, as later micro-batches do
+    for model.progress in (1.0, 0.0, 0.0):
         model(inputs, targets).backward()
     optimizer.sum_gradients()       # raises now, not in step 1, if a parameter has no gradient
     losses_of(inputs, torch.full(inputs.shape, -1))

@@ -89,8 +89,8 @@ def require_described(run: SavedRun) -> None:
     now = Config(**{**Config.preset_knobs(flags.get("preset", "")), **flags})
     for knob in re.findall(r"\\fact\{knob\.(\w+)\}", (HERE / "appendix.tex").read_text()):
         if run.knobs.get(knob) != getattr(now, knob):
-            raise UserError(f"{run.name} had --{knob} {run.knobs.get(knob)}, where its command gives "
-                            f"{getattr(now, knob)} now and the appendix follows that; {remedy}")
+            raise UserError(f"{run.name} had --{knob} {run.knobs.get(knob)}, but its command now gives "
+                            f"{getattr(now, knob)}, which the appendix states; {remedy}")
 
 
 def knobs_table(groups: list[Group]) -> list[list[str]]:
@@ -232,7 +232,7 @@ def as_macros(texts: dict[str, str]) -> str:
 @command
 def main() -> None:
     parser = Parser("Write a paper's tables, figures and constants, and make its PDF.")
-    parser.add_argument("--no_pdf", action="store_true", help="leave LaTeX alone")
+    parser.add_argument("--no_pdf", action="store_true", help="do not run LaTeX")
     args = parser.parse_args()
     MADE.mkdir(exist_ok=True)
     for name, text in {**tables(), "facts.tex": as_macros(facts())}.items():
@@ -243,7 +243,7 @@ def main() -> None:
     if args.no_pdf:
         return
     if not shutil.which("latexmk"):
-        raise UserError("there is no latexmk to make the PDF; on Debian or Ubuntu: "
+        raise UserError("latexmk is needed to make the PDF; on Debian or Ubuntu: "
                         "sudo apt install latexmk texlive-latex-recommended lmodern")
     done = subprocess.run(["latexmk", "-pdf", "-halt-on-error", "-interaction=nonstopmode", "-outdir=made",
                            "paper.tex"], cwd=HERE, capture_output=True, text=True, errors="replace")

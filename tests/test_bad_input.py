@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_whole_or_refused(stopped_run, data):
         assert all(torch.equal(state["model"][name], tensor) for name, tensor in wanted["model"].items())
         assert state["step"] == wanted["step"] and state["rows"] == wanted["rows"]
     except UserError as error:
-        assert "no whole checkpoint" in str(error) or "is not a benchtop" in str(error)
+        assert "no intact checkpoint" in str(error) or "is not a benchtop" in str(error)
     finally:
         path.write_bytes(whole)
 

@@ -238,7 +238,7 @@ def test_a_terminal_shows_a_bar_that_moves(lab, budget):
 
 @pytest.mark.parametrize(("knobs", "peak", "wanted"), [
     (dict(train_minutes=30), 0, "about 1.00 for that time"), (dict(num_steps=10), 1e9, "about 0."),
-    (dict(num_steps=10), 0, "not known without the time; with --peak_tflops 989 it is that of H100s")])
+    (dict(num_steps=10), 0, "not known without the time; --peak_tflops 989 gives the cost on H100s")])
 def test_a_cost_that_was_asked_for_is_said_or_why_it_is_not_known(knobs, peak, wanted):
     knobs = {**TINY, "num_steps": 0, "vocab_size": 301, "gpu_cost_per_hour": 2.0, **knobs}
     cfg = Config(**knobs).with_budget(10**6)

@@ -122,10 +122,10 @@ def test_groups_are_folders_of_runs_globs_and_single_runs(two_groups):
 
 
 @pytest.mark.parametrize(("specs", "message"), [
-    (["dmo"], r"dmo is no run folder.*did you mean demo\?"), (["x=nothing/*"], "matches none"),
-    (["demo", "a/../demo"], "matches none"), (["a=demo", "a=gelu"], "two groups are called a"),
-    (["x="], "nothing is no run folder"), (["x=~nobody/y"], "~nobody/y is no run folder"),
-    (["demo", "b=*/seed1"], "demo/seed1 stands in two groups, demo and b")])
+    (["dmo"], r"dmo is not a run folder.*did you mean demo\?"), (["x=nothing/*"], "matches no run folder"),
+    (["demo", "a/../demo"], "matches no run folder"), (["a=demo", "a=gelu"], "two groups are called a"),
+    (["x="], "nothing is not a run folder"), (["x=~nobody/y"], "~nobody/y is not a run folder"),
+    (["demo", "b=*/seed1"], "demo/seed1 is in two groups, demo and b")])
 def test_words_that_mean_no_run(two_groups, specs, message):
     with pytest.raises(UserError, match=message):
         open_groups(specs)
@@ -136,10 +136,10 @@ def test_words_that_mean_no_run(two_groups, specs, message):
     ({"tokenizer_sha256": "t2"}, "val_bpb", [], "tokenizer.*bits per byte.*--although tokenizer"),
     ({"tokenizer_sha256": "t2", "data_sha256": "d2"}, "val_bpb", [], "--although data --although tokenizer"),
     ({"tokens": 4_000_000}, "val_bpb", [], "tokens: 4,915,200 against 4,000,000.*--although tokens"),
-    ({"tokenizer_sha256": "t2"}, "val_loss", ["tokenizer"], "counts other tokens; use --metric val_bpb"),
+    ({"tokenizer_sha256": "t2"}, "val_loss", ["tokenizer"], "counts different tokens; use --metric val_bpb"),
     ({"held_out_sha256": "h2"}, "val_bpb", [], "validated on different text"),
     ({"held_out_sha256": "h2"}, "val_bpb", ["data", "tokenizer", "tokens"], "validated on different text"),
-    ({"held_out_sha256": "h2", "data_sha256": "d2"}, "val_bpb", [], "nor were they validated on the same"),
+    ({"held_out_sha256": "h2", "data_sha256": "d2"}, "val_bpb", [], "not validated on the same text either"),
     # runs of before held-out text was hashed
     ({"held_out_sha256": None, "held_out_tokens": 1}, "val_bpb", [], "validated on different text")])
 def test_runs_that_differ_are_refused_by_name(two_groups, changes, metric, although, message):
@@ -175,12 +175,12 @@ def on_benches(folder: Path, **groups: dict) -> None:
 
 
 @pytest.mark.parametrize(("other", "line"), [
-    (bench(), "all runs stood on the same bench (cafe1234)"),
-    (bench(identity="2", page="2"), "the runs stood on different benches: identity.py, page.py differ; "
+    (bench(), "all runs used the same bench (cafe1234)"),
+    (bench(identity="2", page="2"), "the runs used different benches: identity.py, page.py differ; "
                                     "none of these can change the numbers"),
-    (bench(page="2"), "the runs stood on different benches: page.py differs; it cannot change the numbers"),
+    (bench(page="2"), "the runs used different benches: page.py differs; it cannot change the numbers"),
     (bench(tables="1"),
-     "the runs stood on different benches: tables.py differs; it cannot change the numbers")])
+     "the runs used different benches: tables.py differs; it cannot change the numbers")])
 def test_runs_on_benches_of_equal_numbers_are_compared(two_groups, monkeypatch, capsys, other, line):
     on_benches(two_groups, mine=bench(), other=other)
     out, _, code = say(monkeypatch, capsys, "mine", "other")
@@ -203,17 +203,17 @@ def test_runs_of_other_code_that_decides_numbers_are_refused(two_groups, monkeyp
     out, _, code = say(monkeypatch, capsys, "mine", "other", "--although", "bench")
     files = ", ".join(sorted([f"{name}.py", "page.py"]))
     assert code == 0 and "other against mine" in out
-    assert f"the runs stood on different benches: {files} differ; {name}.py can change the numbers\n" in out
+    assert f"the runs used different benches: {files} differ; {name}.py can change the numbers\n" in out
 
 
 def test_runs_of_before_the_bench_was_hashed_are_of_another_bench(two_groups, monkeypatch, capsys):
     on_benches(two_groups, mine=bench())
     out, err, code = say(monkeypatch, capsys, "demo", "mine")
     assert code == 1 and "against" not in out
-    assert "differ in bench: demo/seed0 was made before the bench was hashed; if you know" in err
+    assert "differ in bench: demo/seed0 was made before bench hashes were kept; if you know" in err
     out, _, code = say(monkeypatch, capsys, "mine", "demo", "--although", "bench")
     assert code == 0 and "demo against mine" in out and "the code of shards.py" not in out
-    assert ("the runs stood on different benches: demo/seed0 and 2 more were made before the bench was hashed"
+    assert ("the runs used different benches: demo/seed0 and 2 more were made before bench hashes were kept"
             in out)
     assert "demo (demo/seed0) and this run (mine/seed0) differ in bench" in standing(
         read_run(two_groups / "mine/seed0"), "demo")
@@ -221,7 +221,7 @@ def test_runs_of_before_the_bench_was_hashed_are_of_another_bench(two_groups, mo
     write_run(two_groups / "old", 3, summary={"sources": {"train_gpt.py": "c1", "shards.py": "s2"}})
     out, _, code = say(monkeypatch, capsys, "demo/seed0", "old")
     assert code == 0 and "they differ in the code of shards.py" in out
-    assert "these runs were made before the bench was hashed; only the sources they name are compared" in out
+    assert "runs were made before bench hashes were kept; only the sources they name are compared" in out
 
 
 def test_a_bench_that_differs_is_named_with_all_else_that_does(two_groups):
@@ -285,7 +285,7 @@ def test_an_interval_over_documents_stands_beside_those_over_seeds(with_document
     out, _, code = say(monkeypatch, capsys, "demo", "gelu")
     line, = (line for line in out.splitlines() if line.startswith("  seeds and text"))
     said = re.search(r"\+0\.0200, 95 % interval (\S+) to (\S+), over seeds and held-out documents "
-                     r"\(20, bootstrap\); those above are over seeds alone$", line)
+                     r"\(20, bootstrap\); intervals above cover seeds only$", line)
     low, high = map(float, said.groups())
     # the paired one is +0.0175 to +0.0225
     assert code == 0 and low < 0.0175 and high > 0.0225
@@ -310,14 +310,14 @@ def test_a_difference_that_other_text_could_undo_is_said(with_documents, monkeyp
 def test_two_single_runs_have_an_interval_over_documents_alone(with_documents, monkeypatch, capsys):
     out, _, _ = say(monkeypatch, capsys, "demo/seed0", "gelu/seed0")
     assert "one run per side cannot tell this from chance" in out and "text alone        +0.0210, 95 %" in out
-    assert "over held-out documents (20, bootstrap); of these models, and nothing is said of other" in out
+    assert "over held-out documents (20, bootstrap); for these models only, not for other" in out
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
     (lambda run: (run / "held_out.csv").unlink(), "gelu/seed1 has no held_out.csv"),
-    (lambda run: write_documents(run, sizes=SIZES[:-1]), "demo/seed0 and gelu/seed1 have other bytes"),
+    (lambda run: write_documents(run, sizes=SIZES[:-1]), "demo/seed0 and gelu/seed1 differ in size"),
     (lambda run: (run / "held_out.csv").write_text((run / "held_out.csv").read_text()[:300]),
-     "gelu/seed1/held_out.csv is not what a run writes"),
+     "gelu/seed1/held_out.csv is not a valid run file"),
     (lambda run: (run / "held_out.csv").write_text("document,nats\n0,1\n"), "its columns are document")])
 def test_why_there_is_no_interval_over_documents_is_said_in_one_line(with_documents, monkeypatch, capsys,
                                                                      damage, reason):
@@ -339,8 +339,8 @@ def test_a_held_out_csv_that_does_not_add_up_is_refused(with_documents):
     assert len(read_run(path.parent).documents["nats"]) == 20
     for old, new, problem in ((",1000,", ",1001,", "does not add up to the run's val_bpb"),
                               ("0,250,", "0,251,", "does not add up to the run's val_loss"),
-                              ("0,250,", "1,250,", "not numbered"), ("0,250,", "0,-250,", "no number from"),
-                              ("0,250,", "0,x,", "could not convert"), ("0,250,", "0,", "is not what a run")):
+                              ("0,250,", "1,250,", "not numbered"), ("0,250,", "0,-250,", "not a finite"),
+                              ("0,250,", "0,x,", "could not convert"), ("0,250,", "0,", "is not a valid")):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=problem):
             _ = read_run(path.parent).documents
@@ -471,8 +471,8 @@ def test_damaged_runs_and_files_beside_them_are_left_out_with_a_word(two_groups,
     write_run(two_groups / "demo/seed3", 3, summary={"val_bpb": None})
     out, err, code = say(monkeypatch, capsys, "demo", "gelu", "README.md")
     assert code == 0 and "(2 runs)" in out
-    assert "left out: README.md is no run folder" in err and "it lacks val_bpb" in err
-    assert "seed1/config.json is not what a run writes" in err
+    assert "left out: README.md is not a run folder" in err and "it lacks val_bpb" in err
+    assert "seed1/config.json is not a valid run file" in err
 
 
 def test_samples_may_hold_any_character(two_groups, monkeypatch, capsys):
@@ -606,9 +606,9 @@ def test_json_is_one_object_with_all_that_is_said(with_documents, monkeypatch, c
 
 
 @pytest.mark.parametrize(("words", "problem"), [
-    (["nothing"], "nothing is no run folder"), (["demo", "other"], "differ in tokens"), ([], "name runs"),
+    (["nothing"], "nothing is not a run folder"), (["demo", "other"], "differ in tokens"), ([], "name runs"),
     (["demo", "--metrik", "x"], "there is no flag --metrik; did you mean --metric?"),
-    (["demo", "--effect", "-1"], "argument --effect: must be above 0, is -1"),
+    (["demo", "--effect", "-1"], "argument --effect: must be above 0, not -1"),
     (["demo", "gelu", "--html", "demo/seed0/config.json/x"], "demo/seed0/config.json")])
 def test_json_has_the_error_and_the_status_is_1(two_groups, monkeypatch, capsys, words, problem):
     write_run(two_groups / "other", summary={"tokens": 1})

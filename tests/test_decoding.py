@@ -167,14 +167,14 @@ def test_encodings_of_other_scripts_are_refused(tmp_path, encoding, text):
 @pytest.mark.parametrize("raw, what", [
     (b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0\3\0>", "a program"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "PNG"),
     (b"PK\3\4\x14\0\0\0\x08\0", "zip"), (gzip.compress(b"text", mtime=0), "gzip"), (b"%PDF-1.7\ntext", "PDF"),
-    (zstandard.compress(b"text"), "zstandard"), (random.Random(0).randbytes(500), "NULs, so it is no text"),
-    (bytes(range(256)) * 4, "NULs, so it is no text"), (bytes(range(128)), "NULs, so it is no text")],
+    (zstandard.compress(b"text"), "zstandard"), (random.Random(0).randbytes(500), "NULs, so it is not text"),
+    (bytes(range(256)) * 4, "NULs, so it is not text"), (bytes(range(128)), "NULs, so it is not text")],
     ids=["ELF", "PNG", "zip", "gzip", "PDF", "zstandard", "noise", "every byte", "every ASCII"])
 @pytest.mark.parametrize("packed", PACK)
 def test_a_binary_file_that_is_called_text_is_refused_without_a_command(tmp_path, raw, what, packed):
     (tmp_path / f"a.txt{packed}").write_bytes(PACK[packed](raw))
     said = refused(tmp_path / f"a.txt{packed}")
-    assert what in said and "take it out" in said and " < " not in said
+    assert what in said and "remove it from" in said and " < " not in said
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["no mark", "a mark"])
@@ -183,7 +183,7 @@ def test_text_with_a_few_nuls_is_not_taken_for_utf_16(tmp_path, raw, mark):
     path = tmp_path / "a.txt"
     path.write_bytes(mark + raw)
     said = refused(path)
-    assert f"holds NULs ({raw.count(0)})" in said and "UTF-16" not in said
+    assert f"contains NULs ({raw.count(0)})" in said and "UTF-16" not in said
     subprocess.run(said.split("with: ")[1], shell=True, check=True)
     assert texts_of(tmp_path / "a.utf8.txt") == [raw.replace(b"\0", b"").decode()]
     assert path.read_bytes() == mark + raw
@@ -238,7 +238,7 @@ def test_a_few_odd_rows_stop_nothing_and_their_file_is_named(tmp_path):
     said, more = source.replaced_in_words().split("; ")
     assert said.startswith("replaced 9 invalid UTF-8 sequences by U+FFFD in ")
     assert said.endswith("rows.parquet (9)")
-    assert more == f"kept 1 row with NULs or escapes of ISO-2022 in {tmp_path}/rows.parquet (1)"
+    assert more == f"kept 1 row with NULs or ISO-2022 escapes in {tmp_path}/rows.parquet (1)"
 
     rows = [b'{"text": "%s"}\n' % ("é".encode() * 20)] * 9 + [b'{"text": "\xff\xff\xff\xff"}\n']
     (tmp_path / "rows.parquet").unlink()
@@ -254,13 +254,13 @@ ODD = {"UTF-16": ENGLISH.encode("utf-16-le"), "ISO-2022-JP": "東京".encode("is
 def test_a_file_in_which_most_rows_are_odd_is_refused_but_not_on_the_hub(tmp_path, odd):
     path = tmp_path / "rows.parquet"
     parquet_of(path, [odd] * 3 + [b"good"] * 2)
-    assert "rows.parquet: 3 of 5 rows hold NULs or escapes" in refused(path)
+    assert "rows.parquet: 3 of 5 rows contain NULs or ISO-2022 escapes" in refused(path)
     source = open_source(str(path))
     assert len(list(source._read_parquet("rows", path))) == 5      # as hub.py reads
-    assert source.replaced_in_words() == "kept 3 rows with NULs or escapes of ISO-2022 in rows (3)"
+    assert source.replaced_in_words() == "kept 3 rows with NULs or ISO-2022 escapes in rows (3)"
     lines = "".join(json.dumps({"text": text.decode()}) + "\n" for text in [odd] * 3 + [b"good"] * 2)
     (tmp_path / "rows.jsonl").write_text(lines)
-    assert "rows.jsonl: 3 of 5 rows hold NULs or escapes" in refused(tmp_path / "rows.jsonl")
+    assert "rows.jsonl: 3 of 5 rows contain NULs or ISO-2022 escapes" in refused(tmp_path / "rows.jsonl")
 
 
 def test_rows_of_another_encoding_are_refused_wherever_they_begin(tmp_path, monkeypatch):

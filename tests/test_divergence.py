@@ -99,5 +99,5 @@ def test_a_model_that_gives_no_numbers_is_not_sampled():
 
 def test_weights_of_a_run_that_diverged_are_refused_by_their_name(tmp_path):
     save_file({"embed": torch.ones(3), "head": torch.tensor([1.0, math.nan])}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="is of a run that diverged: head is not finite"):
+    with pytest.raises(UserError, match="comes from a run that diverged: head is not finite"):
         read_weights(tmp_path)

@@ -262,7 +262,7 @@ def test_a_damaged_file_ends_in_one_line_that_names_it(bench, refusal, name):
     ("'*.txt'", "no file, folder or glob"),
     ("folder", "holds no .txt"),
     ("stdlib nowhere.txt", "cannot be mixed"),
-    ("10B-gpt2", "has tokens, no text"), ("350B-gpt2", "no source named"),
+    ("10B-gpt2", "has tokens, not text"), ("350B-gpt2", "no source named"),
     ("10B-edu", "no source named"),
     ("n" * 300, "File name too long"),
     ("empty.jsonl", "empty"),

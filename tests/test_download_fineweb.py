@@ -293,7 +293,7 @@ def test_two_at_once_do_not_disturb_each_other(bench, command, refusal, small, m
             said.append(refusal(f"{line} {more}"))
     while_it_writes(monkeypatch, "000002.bin", others)
     command(line)
-    assert len(said) == 4 and all("another process makes the same in " in words for words in said)
+    assert len(said) == 4 and all("another process is writing the same output in " in words for words in said)
     assert content(bench / "data/set") == content(bench / "data/undisturbed")
     assert names(bench / "data") == ["set", "undisturbed"]
 
@@ -307,8 +307,8 @@ def test_unfinished_shards_of_another_command_stay(bench, command, refusal, smal
             command(line)
     before = {path: path.stat().st_mtime_ns for path in bench.glob("data/.set.partial/**/*.*")}
     said = refusal(f"{line} --val_tokens 7 --seed 3")
-    assert "data/.set.partial has 4 finished shards of an interrupted command with another " in said
-    assert "another seed, val_tokens; start that one again, choose another --name, or throw" in said
+    assert "data/.set.partial has 4 finished shards of an interrupted command with a different " in said
+    assert "different seed, val_tokens; run that one again, choose another --name, or delete" in said
     assert said.endswith(f"rm -r {bench}/data/.set.partial")
     assert before == {path: path.stat().st_mtime_ns for path in before}
     command(line)
@@ -333,7 +333,7 @@ def change_a_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, damage, says", [
-    ("000001.bin", change_a_byte, "000001.bin has changed since it was written; it is made again"),
+    ("000001.bin", change_a_byte, "000001.bin has changed since it was written; it will be made again"),
     ("000002.bin", lambda path: os.truncate(path, 5), "000002.bin has changed since it was written; it"),
     ("000002.bin", Path.unlink, "000002.bin cannot be read (No such file or directory); it"),
     ("progress.json", lambda path: path.write_text("{}"), "progress.json is damaged ("),
@@ -389,14 +389,14 @@ def test_what_another_finished_is_not_made_again(bench, command, refusal, small,
         return real(preparation, **how)
     monkeypatch.setattr(prepare.Preparation, "held", held)
     assert refusal(f"{line} {flags}").endswith(
-        "another process finished data/set meanwhile; start the same command again")
+        "another process finished data/set meanwhile; run the same command again")
     assert names(bench / "data") == ["set"]
 
 
 def test_a_link_to_nowhere_is_no_place_for_data(bench, command, refusal, small):
     (bench / "data").mkdir()
     (bench / "data/set").symlink_to(bench / "elsewhere")
-    assert f"data/set is a link to {bench}/elsewhere, which is not there; make " in refusal(SHARD)
+    assert f"data/set is a link to {bench}/elsewhere, which does not exist; create it" in refusal(SHARD)
 
 
 def test_a_dataset_may_move_and_be_a_link(bench, command, small):
@@ -562,9 +562,9 @@ def test_the_bar_is_that_of_xz_on_the_texts(bench, command, small, capsys):
     entry = dataset.manifest["shards"][0]
     last = capsys.readouterr().out.splitlines()[-1]
     test = next(shard for shard in dataset.manifest["shards"] if shard["split"] == "test")
-    amounts = [f"{part['tokens']:,} of {part['documents']:,}" for part in (entry, test)]
-    assert last.endswith(f"{amounts[0]} to validate on, {amounts[1]} as a test split; xz -9e after the "
-                         f"training text: {bar:.3f} bits per byte of the held-out text")
+    amounts = [f"{part['tokens']:,} in {part['documents']:,}" for part in (entry, test)]
+    assert last.endswith(f"{amounts[0]} for validation, {amounts[1]} for the test split; xz -9e after "
+                         f"the training text: {bar:.3f} bits per byte of the held-out text")
 
 
 def test_more_shards_have_another_bar(command, small):
@@ -789,7 +789,7 @@ def test_text_that_is_named_as_data_is_answered_with_the_command_for_it(bench, c
     for path in ("my_texts/a.txt", "my texts/b.txt", "one.txt"):
         (bench / path).parent.mkdir(exist_ok=True)
         (bench / path).write_text("".join(f"line {number} of {path}\n" for number in range(2000)))
-    with pytest.raises(UserError, match=r"is text and no folder in .* to make one of it: python") as refused:
+    with pytest.raises(UserError, match=r"is text, not a folder in .* make data from it: python") as refused:
         open_dataset(typed, TOKENIZER)
     command(str(refused.value).split(": python ")[1] + " --num_workers 1")
     assert open_dataset(typed.strip("/").replace(" ", "-"), TOKENIZER)[0].manifest["shards"]

@@ -278,7 +278,7 @@ def test_a_line_as_long_as_a_book_is_cut_quickly():
     (44, 20_000, True, ""),
     (3, 900, True, "note        only 3 documents with 900 tokens are held out; on fewer than 16 documents or "
                    "20,000 tokens, similar models cannot be told apart"),
-    (16, 19_999, False, "; --val_tokens 0 takes all")])
+    (16, 19_999, False, "; --val_tokens 0 uses all")])
 def test_a_run_begins_with_a_warning_of_too_little_to_validate_on(documents, tokens, is_whole, note):
     held = SimpleNamespace(tokens=range(tokens), num_documents=documents, is_whole=is_whole)
     said = describe_data(SimpleNamespace(num_steps=0, seq_len=8),

@@ -111,7 +111,7 @@ def test_the_hub_and_the_authors_give_the_same_file(kit, fetch):
     fake.files.clear()
     fake.pages["/hellaswag_val.jsonl"] = jsonl(rows)
     said = fetch()
-    assert "Rowan/hellaswag (404)" in said and "asking the authors' repository" in said
+    assert "Rowan/hellaswag (404)" in said and "trying the authors' repository" in said
     assert (folder / VAL).read_bytes() == from_hub
 
 
@@ -132,7 +132,7 @@ def test_a_fault_on_the_way_is_waited_out_or_the_other_source_asked(kit, fetch, 
     (lambda rows: [*rows, rows[0]], "has 10,043 rows instead of 10,042"),
     (lambda rows: [{**rows[0], "label": 4}, *rows[1:]], "line 1 .*label must be .* from 0 to 3"),
     (lambda rows: [*rows[:-1], {**rows[0], "endings": ["1", "2", "3"]}], "has 3 endings instead of 4"),
-    (lambda rows: [{"text": "something else"}, *rows[1:]], "line 1 .*ctx must be a text"),
+    (lambda rows: [{"text": "something else"}, *rows[1:]], "line 1 .*ctx must be a string"),
     (lambda rows: [["a list"], *rows[1:]], "line 1 .*must be an object")])
 def test_what_is_not_the_split_is_not_kept(kit, fetch, change, complaint):
     folder, fake = kit
@@ -157,7 +157,7 @@ def test_parquet_that_cannot_be_read_gives_way_to_the_authors(kit, fetch):
     whole = parquet(rows_of_split())
     fake.files["Rowan/hellaswag"][PARQUET] = whole[:200] + b"\xff" * 400 + whole[600:]
     fake.pages["/hellaswag_val.jsonl"] = jsonl(rows_of_split()) + b"\n"
-    assert "no readable parquet file" in fetch()
+    assert "is not a readable parquet file" in fetch()
     assert len((folder / VAL).read_text().splitlines()) == 10_042
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_file_is_fetched_again(kit, fetch):
     fetch()
     whole = (folder / VAL).read_bytes()
     (folder / VAL).write_bytes(whole[:len(whole) // 2])
-    assert "it is fetched again" in fetch()
+    assert "downloading it again" in fetch()
     assert (folder / VAL).read_bytes() == whole
 
 
@@ -179,7 +179,7 @@ def test_test_has_no_labels_and_offline_says_so(kit, fetch):
     assert re.search("error: HF_HUB_OFFLINE is set; unset it", fetch(expect=1, HF_HUB_OFFLINE="1"))
     assert "did you mean --split" in fetch("--splitt", "train", expect=2)
     assert "need a model to score: --score" in fetch("--hellaswag_rows", "5", expect=1)
-    assert "--split says what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
+    assert "--split selects what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
     assert "--split of PIQA must be validation; it is 'test'" in fetch("--benchmark", "piqa",
                                                                        "--split", "test", expect=1)
     assert "leave out --benchmark" in fetch("--score", "run", "--task", "a.jsonl", "--benchmark", "piqa",
@@ -257,12 +257,12 @@ def test_each_benchmark_comes_from_its_home_on_the_hub(kit, fetch, name):
     assert f"wrote {expected} from {repo.split('@')[0]} at " in said and "SHA-256" in said
     assert len((folder / "data" / file).read_text().splitlines()) == len(rows_of())
     asked = sum(fake.asked.values())
-    assert expected.replace(": ", " is there: ") in fetch("--benchmark", name)
+    assert expected.replace(": ", " is there already: ") in fetch("--benchmark", name)
     assert sum(fake.asked.values()) == asked
 
     whole = (folder / "data" / file).read_bytes()
     (folder / "data" / file).write_bytes(whole[:len(whole) // 2])
-    assert "it is fetched again" in fetch("--benchmark", name)
+    assert "downloading it again" in fetch("--benchmark", name)
     assert (folder / "data" / file).read_bytes() == whole
 
 
@@ -297,7 +297,7 @@ DAMAGE = {
     "piqa": [({"label": 2}, "line 5 .*label must be the number of an ending, from 0 to 1"),
              ({"label": -1}, "line 5 .*from 0 to 1"),
              ({"goal": None}, "row 5 of PIQA is damaged"),
-             ({"sol2": None}, "line 5 .*endings must be a list of two texts or more")],
+             ({"sol2": None}, "line 5 .*endings must be a list of two or more strings")],
     "lambada": [({"text": "word"}, "row 5 of LAMBADA is damaged .*no last word"),
                 ({"text": "ends in a space "}, "row 5 of LAMBADA is damaged .*no last word"),
                 ({"text": None}, "row 5 of LAMBADA is damaged")]}
@@ -330,7 +330,7 @@ def test_fewer_rows_another_table_or_no_home_end_in_one_line(kit, fetch, name):
     assert f"row 1 of {BENCHMARKS[name].title} is damaged (KeyError(" in refusal()
     serve(fake, name, rows)
     del fake.files[OTHERS[name][1]][OTHERS[name][2]]
-    assert "has no parquet file of" in refusal()
+    assert "has no parquet file for the split" in refusal()
     fake.files.clear()
     assert "(404)" in refusal()
 
@@ -592,7 +592,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(model_and
     ctx = "the cat saw the big dog " * 20
     question = Question(0, ctx, ("sat", "ran under the mat"), 0)
     scores = hellaswag_accuracy(spy, tokenizer, [question], (1, 16))
-    assert scores.cut_contexts == 2 and "2 endings behind a context that was too long" in scores.lines()[-1]
+    assert scores.cut_contexts == 2 and "2 endings had a context too long" in scores.lines()[-1]
     for inputs, targets in seen:
         ending = targets[0][targets[0] >= 0].tolist()
         full = tokenizer.encode_ordinary(ctx) + ending
@@ -604,7 +604,7 @@ def test_an_ending_longer_than_the_model_reads_keeps_its_end(model_and_tokenizer
     scores = hellaswag_accuracy(log_probabilities_of(model), tokenizer,
                                 [Question(0, "", ("the cat " * 30, ""), 0)], (1, 16))
     assert scores.items[0]["tokens"][0] == 16 and (scores.cut_contexts, scores.cut_endings) == (1, 1)
-    assert "1 endings are longer than the model reads" in scores.lines()[-1]
+    assert "1 endings are longer than the model can read" in scores.lines()[-1]
 
 
 @given(trials=st.integers(1, 20_000), share=st.floats(0, 1))
@@ -639,19 +639,19 @@ def test_a_sample_is_always_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "complaint"), [
-    ('{"ctx": "a", "endings": ["b"], "label": 0}', "a list of two texts or more"),
-    ('{"ctx": "a", "endings": ["b", 1], "label": 0}', "a list of two texts or more"),
+    ('{"ctx": "a", "endings": ["b"], "label": 0}', "a list of two or more strings"),
+    ('{"ctx": "a", "endings": ["b", 1], "label": 0}', "a list of two or more strings"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "from 0 to 1"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": -1}', "from 0 to 1"),
     ('{"ctx": "a", "endings": ["b", "c"]}', "from 0 to 1"),
-    ('{"ctx": 7, "endings": ["b", "c"], "label": 1}', "ctx must be a text"),
+    ('{"ctx": 7, "endings": ["b", "c"], "label": 1}', "ctx must be a string"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "from 0 to 1; it is 2"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": "1"}', "from 0 to 1; it is '1'"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": "B"}', "from 0 to 1; it is 'B'"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": 1.0}', "from 0 to 1; it is 1.0"),
-    ('{"ctx": "a", "endings": [], "label": 0}', "a list of two texts or more"),
-    ('{"ctx": "a", "endings": "bc", "label": 0}', "a list of two texts or more"),
-    ('{"question": "a", "choices": ["b", "c"], "answer": 0}', "ctx must be a text"),
+    ('{"ctx": "a", "endings": [], "label": 0}', "a list of two or more strings"),
+    ('{"ctx": "a", "endings": "bc", "label": 0}', "a list of two or more strings"),
+    ('{"question": "a", "choices": ["b", "c"], "answer": 0}', "ctx must be a string"),
     ('[{"ctx": "a", "endings": ["b", "c"], "label": 0}]', "must be an object"),
     ("ctx,endings,label", "is not JSON"), ("{", "is not JSON")])
 def test_a_row_of_something_else_is_named(tmp_path, line, complaint):
@@ -688,7 +688,7 @@ def test_a_right_ending_that_stands_there_twice_is_told(tmp_path, endings, label
     row = {"ctx": "a", "endings": endings, "label": label}
     (tmp_path / "task.jsonl").write_text(f"{ROW}\n{json.dumps(row)}\n")
     note = open_task(tmp_path / "task.jsonl", "task", 0).note
-    assert note == ("; in 1 the right ending stands twice, so that no model can tell which it is" if is_told
+    assert note == ("; in 1 the right ending is listed twice, so no model can tell which is meant" if is_told
                     else "")
 
 
@@ -727,7 +727,7 @@ def test_a_run_ends_with_hellaswag_where_it_is_here(here, with_hellaswag, capsys
         assert result[metric] == {"value": correct / 50, "low": low, "high": high, "correct": correct,
                                   "ties": sum(item[metric]["tie"] for item in items)}
     said = capsys.readouterr().out
-    assert "hellaswag   50 rows at the end, a fixed sample of 10,042" in said
+    assert "hellaswag   50 rows at the end, a fixed subset of 10,042" in said
     assert re.search(r"hellaswag   0\.\d{4} right \(0\.\d{4} to 0\.\d{4}\), .*chance 0.2500; 50 rows", said)
 
 
@@ -764,14 +764,14 @@ def test_only_what_is_named_is_scored_and_what_is_not_here_is_said(here, with_ot
     folder = train_here(here, benchmarks="hellaswag, piqa", num_samples=0)
     assert list(summary_of(folder)["benchmarks"]) == ["piqa"]
     assert not {path.name for path in folder.glob("*.jsonl")} & {"arc_easy.jsonl", "lambada.jsonl"}
-    assert "hellaswag   not downloaded; python download_hellaswag.py does it" in capsys.readouterr().out
+    assert "hellaswag   not downloaded; run: python download_hellaswag.py" in capsys.readouterr().out
     (places.DATA / "arc_easy_test.jsonl").rename(places.DATA / "away")
     try:
         train_here(here, benchmarks="arc_easy", num_samples=0)
     finally:
         (places.DATA / "away").rename(places.DATA / "arc_easy_test.jsonl")
     said = capsys.readouterr().out
-    assert "arc_easy    not downloaded; python download_hellaswag.py --benchmark arc_easy does it" in said
+    assert "arc_easy    not downloaded; run: python download_hellaswag.py --benchmark arc_easy" in said
     assert "benchmarks" not in summary_of(train_here(here, benchmarks="", num_samples=0))
     assert not re.search("(?m)^(hellaswag|piqa) ", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"--benchmarks must be all, or some of hella.*; it is 'piqa,ark'"):
@@ -790,7 +790,7 @@ def test_a_damaged_benchmark_stops_a_run_before_it_trains(here, with_others):
 
 def test_a_run_without_hellaswag_says_how_to_get_it(here, capsys):
     folder = train_here(here)
-    assert "hellaswag   not downloaded; python download_hellaswag.py does it" in capsys.readouterr().out
+    assert "hellaswag   not downloaded; run: python download_hellaswag.py" in capsys.readouterr().out
     assert "benchmarks" not in summary_of(folder) and not (folder / "hellaswag.jsonl").exists()
 
 
@@ -815,7 +815,7 @@ def test_two_processes_score_as_one_and_a_saved_run_as_at_its_end(lab, with_hell
     (one / "hellaswag.jsonl").unlink()
     said = run(lab, *torchrun(2)[1:], "download_hellaswag.py", "--score", str(one), "--hellaswag_rows",
                "60").stdout
-    assert said.count("60 rows, a fixed sample of 10,042") == 1 and "acc_norm by bytes" in said
+    assert said.count("60 rows, a fixed subset of 10,042") == 1 and "acc_norm by bytes" in said
     for first, second in zip(at_the_end, items_of(one, "hellaswag"), strict=True):
         assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
     again = summary_of(one)
@@ -847,7 +847,7 @@ def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_othe
 
     for name in ("piqa", "arc_easy"):
         said = score(name, "--hellaswag_rows", "40")
-        assert f"{name}: 40 rows, a fixed sample of" in said and "perplexity" not in said
+        assert f"{name}: 40 rows, a fixed subset of" in said and "perplexity" not in said
         assert len(items_of(folder, name)) == summary_of(folder)["benchmarks"][name]["rows"] == 40
     table = run(lab, "compare.py", str(folder)).stdout
     assert re.search(r"lambada +lambada perplexity +piqa +arc_easy", table)

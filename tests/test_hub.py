@@ -247,7 +247,7 @@ def test_more_shards_later_leave_the_old_ones(bench_of_hub, undisturbed):
     assert bench.hashes("grows") == undisturbed
     assert all(path.stat().st_mtime_ns == made for path, made in times.items())
     refused = bench.run("--name", "grows", "--num_shards", "1", code=1)
-    assert "made with another num_shards" in refused.stderr
+    assert "made with a different num_shards" in refused.stderr
     assert "reusing" in bench.run("--name", "grows").stdout
 
 
@@ -322,7 +322,7 @@ def test_torchrun_adds_what_one_process_adds(bench_of_hub, undisturbed):
     assert done.returncode == 0, done.stderr
     assert bench.hashes("ranks") == undisturbed[:2 + 9]
     said = bench.run("--name", "ranks", "--part", "2/2").stdout
-    assert said == "data/ranks is there already; to add shards to it, leave out --part\n"
+    assert said == "data/ranks already exists; to add shards to it, leave out --part\n"
 
 
 def test_a_dry_run_only_talks(bench_of_hub):
@@ -458,11 +458,11 @@ def test_what_the_network_does_is_waited_out(bench_of_hub, undisturbed, faults):
 
 
 @pytest.mark.parametrize(("faults", "line"), [
-    ({f"HEAD {FILES[0]}": ["401"] * 9}, "accept its terms"),
-    ({f"tree {REPO}": ["401"] * 9}, "accept its terms"),
+    ({f"HEAD {FILES[0]}": ["401"] * 9}, "accept the terms"),
+    ({f"tree {REPO}": ["401"] * 9}, "accept the terms"),
     ({f"HEAD {FILES[2]}": ["404"] * 9}, "(404)"),
-    ({f"GET {FILES[2]}": ["500"] * 99}, "500 Internal Server Error, 5 times; start the same command again"),
-    ({f"GET {FILES[2]}": ["rubbish"] * 99}, "its SHA-256 is not the announced one; it is fetched anew, 5"),
+    ({f"GET {FILES[2]}": ["500"] * 99}, "5 attempts: 500 Internal Server Error; run the same command again"),
+    ({f"GET {FILES[2]}": ["rubbish"] * 99}, "in 5 attempts: its SHA-256 differs from the announced one; "),
 ], ids=str)
 def test_what_waiting_does_not_mend_is_one_line(bench_of_hub, undisturbed, faults, line):
     bench = bench_of_hub
@@ -483,7 +483,7 @@ def test_a_file_that_is_no_parquet_is_named(bench_of_hub):
         refused = bench.run("--name", "corrupt", code=1)
     finally:
         bench.hub.files[REPO][FILES[3]] = good
-    assert "003_00000.parquet is no readable parquet file" in refused.stderr
+    assert "003_00000.parquet is not a readable parquet file" in refused.stderr
     assert not bench.data("corrupt").exists()
 
 
@@ -551,7 +551,7 @@ def gpt2(kit):
 def test_ready_made_shards_get_a_manifest(bench_of_hub, gpt2):
     bench = bench_of_hub
     said = bench.run("--version", "10B-gpt2", "--num_shards", "2").stdout
-    assert "wrote data/10B-gpt2: 405 tokens of 18 documents to train on, 189 of 9 to validate on" in said
+    assert "wrote data/10B-gpt2: 405 tokens in 18 documents for training, 189 in 9 for validation" in said
     manifest = json.loads((bench.data("10B-gpt2") / "manifest.json").read_text())
     shards.Dataset(bench.data("10B-gpt2"), manifest).verify()
     assert (manifest["tokenizer"], manifest["revision"]) == ("gpt2", COMMIT)
@@ -571,12 +571,12 @@ def test_ready_made_shards_never_replace_others(bench_of_hub, gpt2):
     before = [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")]
     for name, why, flags in [("mine", "source", []), ("ready", "num_shards", ["--num_shards", "1"])]:
         refused = bench.run("--version", "10B-gpt2", "--name", name, *flags, code=1)
-        assert f"data/{name} exists and was made with another {why}" in refused.stderr
+        assert f"data/{name} exists and was made with a different {why}" in refused.stderr
     assert [(bench.data(name) / "manifest.json").read_bytes() for name in ("mine", "ready")] == before
     shard = bench.data("ready") / "train_000001.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     refused = bench.run("--version", "10B-gpt2", "--name", "ready", code=1)
-    assert re.search("train_000001.bin has changed .*; first remove the old with: rm -r ", refused.stderr)
+    assert re.search("train_000001.bin has changed .*; first remove it with: rm -r ", refused.stderr)
 
 
 def test_ready_made_shards_of_another_vocabulary_are_refused(bench_of_hub, gpt2):

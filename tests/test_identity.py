@@ -144,7 +144,7 @@ def test_an_edited_tree_is_dirty_and_one_without_git_is_not_known(root, monkeypa
 @pytest.mark.parametrize(("way", "reason"), [
     ("no repository", "not a git repository"), ("dubious ownership", "dubious ownership"),
     ("no commit", "Needed a single revision"),
-    ("another repository", "git tracks no helper.py and no mine.py"),
+    ("another repository", "git does not track helper.py or mine.py"),
     ("no git", "git cannot be started: No such file or directory")])
 def test_where_git_knows_nothing_the_reason_is_kept_and_said(root, monkeypatch, way, reason):
     monkeypatch.setenv("LC_ALL", "C")
@@ -339,7 +339,7 @@ def test_knobs_scripts_data_and_dtype_are_named(bench, root):
     now = facts() | {"data_sha256": "other", "dtype": "bfloat16"}
     now["sources"] = {"mine.py": now["sources"]["mine.py"], "new.py": "1"}
     assert changes_since(then, Knobs(lr=0.3), now) == [
-        "--lr is 0.3, was 0.1", "it computes in bfloat16, did in float32", "the data changed",
+        "--lr is 0.3, was 0.1", "the dtype is bfloat16, was float32", "the data changed",
         "helper.py is missing", "mine.py changed", "new.py is new"]
 
 

@@ -139,8 +139,8 @@ def test_a_hundred_prompts_give_the_rate_and_wilsons_interval(ask, desk, server)
     server.prefer = lambda a, b: {"win": "A", "lose": "B", "same": "tie"}.get(a, "A")
     said = ask(*words(server, "--at_once", "8", "--price_in", "0.5", "--price_out", "2"))
     # Wilson's interval of 54 in 100, by the formula: 0.4426 to 0.6344
-    assert ("A wins 54.0 % (44.3 to 63.4), 40 wins, 28 ties, 32 losses of 100 prompts; in 12 the order "
-            "decided\na text of A has 4 characters on average, one of B 5\n" in said)
+    assert ("A wins 54.0 % (44.3 to 63.4), 40 wins, 28 ties, 32 losses of 100 prompts; 12 order-"
+            "dependent\na text of A has 4 characters on average, one of B 5\n" in said)
     found = result(desk / "experiments/a")
     assert (found["win_rate"], found["low"], found["high"]) == (0.54, *wilson_interval(54, 100))
     assert found["judge"]["model"] == "critic" and found["answered_by"] == ["fake-1.0"]
@@ -181,14 +181,14 @@ def test_a_judge_that_looks_at_the_place_alone_decides_nothing(ask, desk, server
     write_two(desk, PAIRS)
     server.prefer = lambda a, b: place
     said = ask(*words(server))
-    assert "A wins 50.0 % (15.0 to 85.0), 0 wins, 4 ties, 0 losses of 4 prompts; in 4 the order" in said
+    assert "A wins 50.0 % (15.0 to 85.0), 0 wins, 4 ties, 0 losses of 4 prompts; 4 order-dependent" in said
     assert result(desk / "experiments/a")["said"][place] == 8
 
 
 def test_one_verdict_and_a_tie_are_a_tie(ask, desk, server):
     write_two(desk, [("one", "other")])
     server.prefer = lambda a, b: "A" if a == "one" else "tie"
-    assert "0 wins, 1 ties, 0 losses of 1 prompt; in 1 the order decided" in ask(*words(server))
+    assert "0 wins, 1 ties, 0 losses of 1 prompt; 1 order-dependent" in ask(*words(server))
 
 
 def test_the_texts_are_data_that_cannot_break_out(ask, desk, server):
@@ -226,10 +226,10 @@ def test_the_hundred_prompts_are_a_hundred():
 # ------------------------------------------------------------------------------------------------
 
 FAULTS = {      # what the server does: what is said of it
-    "slow": "no answer in 0.4 s", "dribbling": "no end of the answer in 0.4 s",
+    "slow": "no answer in 0.4 s", "dribbling": "the answer exceeded 0.4 s",
     "endless": "or 1,000,000 bytes", "cut": "without sending complete message body",
-    "silent": "disconnected", "babble": "illegal status line", "truncated": "no JSON object",
-    "html": "no JSON object", "no choices": "without choices[0]",
+    "silent": "disconnected", "babble": "illegal status line", "truncated": "not a JSON object",
+    "html": "not a JSON object", "no choices": "without choices[0]",
     "429 0": "429 Too Many Requests: no, [31mnot now", "408": "408 Request Timeout", "409": "409 Conflict",
     "500": "500 Internal Server Error", "503 soon": "503 Service Unavailable"}
 
@@ -261,8 +261,8 @@ def test_what_does_not_pass_ends_after_so_many_attempts(refusal, desk, server, h
 
 
 @pytest.mark.parametrize(("fault", "advice"), [
-    ("400", "look at --base_url"), ("401", "set OPENAI_API_KEY to a key"), ("403", "set OPENAI_API_KEY"),
-    ("404", "look at --base_url, which often ends in /v1, and at --model"), ("422", "look at --base_url"),
+    ("400", "check --base_url"), ("401", "set OPENAI_API_KEY to an API key"), ("403", "set OPENAI_API_KEY"),
+    ("404", "check --base_url, which often ends in /v1, and --model"), ("422", "check --base_url"),
     ("redirect", "302 Found")])
 def test_what_no_attempt_mends_ends_at_once(refusal, desk, server, fault, advice):
     write_two(desk, PAIRS)
@@ -412,8 +412,8 @@ def test_the_key_does_not_travel_in_the_clear_or_through_a_proxy(refusal, ask, d
 
 
 @pytest.mark.parametrize(("variable", "value", "complaint"), [
-    ("OPENAI_API_KEY", "two words", "holds no key"), ("OPENAI_API_KEY", "schlüssel", "holds no key"),
-    ("OPENAI_API_KEY", 'sk-"quoted"', "holds no key"), ("NOT_SET", "", "nothing under the name"),
+    ("OPENAI_API_KEY", "two words", "not a valid"), ("OPENAI_API_KEY", "schlüssel", "not a valid"),
+    ("OPENAI_API_KEY", 'sk-"quoted"', "not a valid"), ("NOT_SET", "", "unset or empty"),
     (KEY, "", "must be the name of a variable")])
 def test_what_is_no_key_is_refused_and_not_repeated(refusal, desk, server, monkeypatch, variable, value,
                                                     complaint):
@@ -492,7 +492,7 @@ def test_a_second_process_does_not_pay_for_the_same(refusal, desk, server):
     process = start(desk, server, "--at_once", "1")
     runs = str(desk / "experiments/a"), str(desk / "experiments/b")
     wait_for_lines(desk, 2)
-    assert "another process is asking for experiments/a/judge_b_" in refusal(*words(server, runs=runs))
+    assert "another process is writing experiments/a/judge_b_" in refusal(*words(server, runs=runs))
     server.seconds = 0
     out, _ = process.communicate(timeout=60)
     assert "of 4 prompts" in out and len(server.asked) == 8
@@ -519,7 +519,7 @@ def test_answers_of_another_judge_or_to_other_texts_do_not_mix(ask, desk, server
     if change == "instructions":
         monkeypatch.setattr(judging, "INSTRUCTIONS", judging.INSTRUCTIONS + " Be quick.")
     said = ask(*words(server, *flags))
-    assert len(server.asked) == 8 and "of another judge or other texts, and left alone: judge_b_" in said
+    assert len(server.asked) == 8 and "or about other texts, left alone: judge_b_" in said
     assert {path: path.read_bytes() for path in before} == before
     assert len(list(desk.glob("experiments/a/judge_*.json"))) == 2
 
@@ -548,23 +548,23 @@ def test_a_dry_run_sends_nothing_and_tells_the_cost(ask, desk, server):
     assert not server.asked and {path: path.stat().st_mtime_ns for path in desk.rglob("*")} == before
     sent = ask(*words(server, "--price_in", "1", "--price_out", "10"))
     tokens = sum(len(json.dumps(body)) for body in server.asked) // 4
-    told = (f"8 requests to critic at {server.url}/chat/completions: about {tokens:,} tokens in (a token for "
-            f"4 bytes) and at most 128 out, without retries; {(tokens + 1280) / 1e6:.4f} dollars")
+    told = (f"8 requests to critic at {server.url}/chat/completions: about {tokens:,} tokens in (4 bytes "
+            f"per token) and at most 128 out, without retries; {(tokens + 1280) / 1e6:.4f} dollars")
     assert told in out and told in sent and sent.index(told) < sent.index("A wins")
     shown = json.loads(out[out.index("{"):out.rindex("}") + 1])
     assert shown in server.asked and f"POST {server.url}/chat/completions" in out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["a", "nowhere"], "nowhere is no run folder"), (["a", "a"], "a and a are the same run"),
+    (["a", "nowhere"], "nowhere is not a run folder"), (["a", "a"], "a and a are the same run"),
     (["a", "experiments/a"], "are the same run"), (["a"], "required: B"), (["a", "copy"], "are the same run"),
-    (["a", "group"], "group is 2 runs; name one, such as group/seed0"),
+    (["a", "group"], "group matches 2 runs; name one, such as group/seed0"),
     (["a", "untold"], "untold has no text to judge"), (["empty", "a"], "empty has no text to judge"),
-    (["a", "fewer"], "samples.jsonl of fewer lacks 1 beginning that a has, such as 'Beginning 3'"),
-    (["fewer", "a"], "samples.jsonl of fewer lacks 1 beginning that a has"),
+    (["a", "fewer"], "samples.jsonl of fewer lacks 1 prompt that a has, such as 'Beginning 3'"),
+    (["fewer", "a"], "samples.jsonl of fewer lacks 1 prompt that a has"),
     (["a", "colder"], "a was sampled with temperature 0.8, top_k 50, sample_tokens 64, and colder with "
                       "temperature 0.5, top_k 50"), (["a", "longer"], "sample_tokens 128"),
-    (["a", "broken"], "samples.jsonl is not what a run writes"),
+    (["a", "broken"], "samples.jsonl is not a valid run file"),
     (["a", "strange"], "each line needs a prompt and a text"),
     (["a", "b", "--model"], "--model: expected one argument"),
     (["a", "b", "--modle", "x"], "did you mean --model"),
@@ -607,7 +607,7 @@ def test_the_judge_must_be_named(refusal, desk, left_out, flags):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", f"http://{'x' * 70}.invalid/v1", "https://127.0.0.1:9"])
 def test_a_server_that_is_not_there_ends_in_a_line(refusal, desk, url):
     write_two(desk, PAIRS)
-    assert re.search(r"2 times; try later, or look at --base_url; 0 of 8 answers are kept", refusal(
+    assert re.search(r"2 times; try later, or check --base_url; 0 of 8 answers are kept", refusal(
         "a", "b", "--model", "critic", "--attempts", "2", "--base_url", url))
 
 

@@ -93,7 +93,7 @@ def test_help_shows_what_people_use_and_says_where_the_rest_is(edited, capsys):
     assert len(re.findall(r"^  (--\w+)", whole, re.MULTILINE)) == len(flags) + hidden == len(edited.names())
     with pytest.raises(SystemExit) as end:
         parse_config(["--help", "alll"], edited)
-    assert end.value.code == 2 and "--help takes nothing or all" in capsys.readouterr().err
+    assert end.value.code == 2 and "--help takes no value, or the word all" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ def test_a_switch_goes_on_and_off_and_the_last_word_counts(edited, knob):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--bare", "1.5"], "argument --bare: must be a whole number, is '1.5'"),
-    (["--bare", "1e400"], "argument --bare: must be a whole number, is '1e400'"),
-    (["--bare", "nan"], "argument --bare: must be a whole number, is 'nan'"),
+    (["--bare", "1.5"], "argument --bare: must be a whole number, not '1.5'"),
+    (["--bare", "1e400"], "argument --bare: must be a whole number, not '1e400'"),
+    (["--bare", "nan"], "argument --bare: must be a whole number, not 'nan'"),
     (["--bare"], "argument --bare: expected one argument"),
     (["--bare", "--norm"], "argument --bare: expected one argument"),
     (["--far", "fast"], "argument --far: invalid float value: 'fast'"),
@@ -294,7 +294,7 @@ def test_a_copy_of_the_script_has_its_own_knobs(tmp_path):
     (["--preset", "five-minutes"], "--preset five-minutes is for a tokenizer of 8,192 tokens, and demo has "
                                    "4,097; make its data and tokenizer with: ./run.sh five-minutes"),
     (["--preset", "five-minutes", "--vocab_size", "100"], "--vocab_size must be 4097, .*; it is 100"),
-    (["--vocab_size", "8192"], "--vocab_size must be 4097, the tokens of demo")])
+    (["--vocab_size", "8192"], "--vocab_size must be 4097, the size of tokenizer demo")])
 def test_a_preset_whose_data_are_not_here_is_named_and_not_its_knob(flags, complaint):
     with pytest.raises(UserError, match=complaint):
         parse_config(flags, Config).require_vocabulary("demo", 4097)

@@ -43,7 +43,7 @@ def test_some_of_torchruns_variables_are_one_line(variables):
             places_by_torchrun()
         said = str(error.value)
         assert said.endswith(f"start with torchrun, or unset them: unset {' '.join(names)}")
-        assert f" without {', '.join(name for name in WHOLE if name not in names)}, as" in said
+        assert f" without {', '.join(name for name in WHOLE if name not in names)}, which" in said
 
 
 @pytest.mark.parametrize("change", [
@@ -54,7 +54,7 @@ def test_some_of_torchruns_variables_are_one_line(variables):
 def test_nonsense_in_torchruns_variables_is_one_line(variables, change):
     variables(WHOLE | change)
     (name, value), = change.items()
-    with pytest.raises(UserError, match=rf"\b{name}={value}[ ,].*as torchrun never sets it; start"):
+    with pytest.raises(UserError, match=rf"\b{name}={value}[ ,].*which never happens under torchrun; start"):
         places_by_torchrun()
 
 

@@ -67,7 +67,7 @@ def test_a_damaged_line_is_left_out_with_a_word_and_the_next_one_is_whole(capsys
         ledger.path().write_text(f"{lines[0]}\n{lines[1]}\n{damaged}")     # the disk was full
         ledger.add(dataclasses.replace(ENTRY, idea="b"))
         assert [entry.idea for entry in ledger.read()] == ["lr2", "b"]
-        assert "left out: line 3 of ledger.tsv is no entry" in capsys.readouterr().err
+        assert "left out: line 3 of ledger.tsv is not an entry" in capsys.readouterr().err
 
 
 def test_what_was_not_confirmed_is_not_the_best(monkeypatch):

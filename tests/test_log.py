@@ -220,7 +220,7 @@ def test_weights_that_find_no_space_cost_no_result_and_no_checkpoint(here, monke
         fill_the_disk(patch)
         run = train_here(here, save_model=True, save_every_steps=1)
     said, = (line for line in capsys.readouterr().out.splitlines() if "model.safetensors" in line)
-    assert said.startswith("warning: no model.safetensors (No space left on device); checkpoints stay")
+    assert said.startswith("warning: model.safetensors was not saved (No space left on device); the ch")
     wanted = summary_of(run)
     assert wanted["status"] == "finished" and not (run / "model.safetensors").exists()
     (run / "summary.json").unlink()     # and the rest of what the line says

@@ -147,7 +147,7 @@ def test_a_device_of_no_known_kind_is_refused_by_name():
 
 def test_more_processes_than_gpus_is_one_line(pretend):
     pretend("cuda", count=2)
-    with pytest.raises(UserError, match="process 3 on this machine finds 2; use --nproc_per_node=2"):
+    with pytest.raises(UserError, match=r"this is process 3 .* torch finds 2; use --nproc_per_node=2"):
         choose_device(Config(), 2, 4)
 
 
@@ -196,7 +196,7 @@ def compiles(monkeypatch):
 
 def test_the_prototype_for_apple_gpus_compiles_only_when_asked_for(compiles):
     assert choose_compile(Config(), torch.device("mps")) == (
-        False, "torch's compiler for Apple GPUs is a prototype; --compile on tries it")
+        False, "torch's compiler for Apple GPUs is a prototype; to try it: --compile on")
     with Pretended("mps"):
         assert choose_compile(Config(compile="on"), torch.device("mps"))[0]
 
@@ -265,7 +265,7 @@ def test_flex_attention_is_left_out_with_a_reason_where_it_is_slow_or_cannot_be(
     assert attends(0, (8, 0)).flex == TILES[1]
     monkeypatch.setattr(torch.version, "hip", "7.0")        # AMD counts otherwise
     assert attends(0, (7, 5)).flex == {}
-    assert "heads of 16 or more; these have 8" in attends(0, model_dim=16, num_heads=2).attention
+    assert "a head width of 16 or more; it is 8" in attends(0, model_dim=16, num_heads=2).attention
     monkeypatch.setattr(machine, "choose_compile", lambda cfg, device: (False, "pretended"))
     assert "needs torch.compile" in choose_kernels(Config(), world_of("cuda")).attention
 

@@ -113,7 +113,7 @@ def test_the_scarcer_source_is_used_up_and_what_is_left_of_the_other_is_said(ben
     assert [source["name"] for source in sources if not source["documents_left"]] == ["words"]
     share = sources[1]["tokens"] / sum(source["tokens"] for source in sources)
     assert f"{share:.1%} words, {sources[1]['tokens']:,} tokens of {len(train['words'])} documents, " in said
-    assert f"of {len(train['numbers'])} documents, {sources[0]['documents_left']} left over (" in said
+    assert f"of {len(train['numbers'])} documents, {sources[0]['documents_left']} unused (" in said
 
 
 def test_num_shards_limits_a_mixture_and_more_come_later(bench, command, two, capsys):
@@ -142,12 +142,12 @@ def test_three_sources_mix(bench, command, two, write_rows):
 
 
 @pytest.mark.parametrize("tokens, note", [([700, 300], ""), ([704, 296], ""), (
-    [690, 310], "note: the documents are too long to come nearer to 70.0% a, 30.0% b; more text or ")])
+    [690, 310], "note: the documents are too long to match 70.0% a, 30.0% b more closely; use more ")])
 def test_a_share_that_whole_documents_miss_is_said(tokens, note):
     sources = [{"name": name, "share": share, "tokens": each, "documents": 1, "bytes": 9, "documents_left": 1,
                 "bytes_left": 1} for name, share, each in zip("ab", (0.7, 0.3), tokens, strict=True)]
     first, *others = mixing.mixed_in_words({"sources": sources})
-    assert first.startswith(f"mixed {tokens[0] / 10:.1f}% a, {tokens[0]} tokens of 1 document, 1 left over (")
+    assert first.startswith(f"mixed {tokens[0] / 10:.1f}% a, {tokens[0]} tokens of 1 document, 1 unused (")
     assert len(others) == bool(note) and all(other.startswith(note) for other in others)
 
 
@@ -207,7 +207,7 @@ def test_a_changed_shard_of_an_unfinished_mixture_is_made_again(bench, command, 
             command(MIX)
     change_a_byte(bench / "data/.set.partial/unit_000000/000002.bin")
     command(MIX)
-    assert "000002.bin has changed since it was written; it is made again" in capsys.readouterr().err
+    assert "000002.bin has changed since it was written; it will be made again" in capsys.readouterr().err
     assert content(bench / "data/set") == content(bench / "data/undisturbed")
 
 
@@ -250,7 +250,7 @@ def test_other_shares_are_other_data_validated_on_the_same_text(bench, command, 
     first, other = (open_dataset(name, "")[0] for name in ("set", "other"))
     assert first.sha256 != other.sha256 and first.manifest["source"] != other.manifest["source"]
     assert content(first.folder)["val_000000.bin"] == content(other.folder)["val_000000.bin"]
-    assert "made with another source;" in refusal(f"{WORDS} words=0.3 numbers=0.7")
+    assert "made with a different source;" in refusal(f"{WORDS} words=0.3 numbers=0.7")
     nearly = [open_mixture([f"words={share}", "numbers=0.3"]).label for share in (0.7, 0.70001)]
     assert nearly[0][:-8] == nearly[1][:-8] and nearly[0] != nearly[1]
 
@@ -304,7 +304,7 @@ def test_a_corpus_of_many_files_is_mixed_file_by_file(bench, command, two, monke
     command(f"{WORDS} remote=0.9 words=0.1 --name undisturbed")
     source = manifest_of(bench, "undisturbed")["sources"][0]
     train = by_source(texts(bench / "data/undisturbed", "train"))["remote"]
-    assert "documents_left" not in source and "and the rest not used" in capsys.readouterr().out
+    assert "documents_left" not in source and "the rest unused" in capsys.readouterr().out
     files = [text.split()[1] for text in train]
     assert files == sorted(files) and {*files} == {"one", "two"}
     assert not any(Rule().holds_out(text) for text in train) and not remote.here
@@ -334,7 +334,7 @@ def test_a_corpus_of_many_files_is_mixed_file_by_file(bench, command, two, monke
     ("words=inf numbers=1", "it is 'inf'"), ("words=1e-999 numbers=1", "it is '1e-999'"),
     ("words=70% numbers=30%", "it is '70%'"), ("words= numbers=1", "it is ''"),
     ("nowhere=0.5 words=0.5", "no source named nowhere:"), ("nowhere=x words=0.5", "nowhere=x has no share"),
-    ("10B-gpt2=0.5 words=0.5", "10B-gpt2 comes from the Hugging Face Hub and has tokens, no text"),
+    ("10B-gpt2=0.5 words=0.5", "10B-gpt2 comes from the Hugging Face Hub and has tokens, not text"),
     ("stdlib words", "stdlib cannot be mixed with files without shares"),
     ("words=0.5 few.txt=0.5", "few-"), ("words=0.5 numbers=0.5 --dry_run", "--dry_run is for one source")])
 def test_a_wrong_share_is_one_line(bench, refusal, two, typed, says):
@@ -346,7 +346,7 @@ def test_a_wrong_share_is_one_line(bench, refusal, two, typed, says):
 @pytest.mark.parametrize("script", ["train_tokenizer.py --source", "benchtop/sources.py"])
 def test_shares_are_for_tokens_alone(bench, refusal, two, script):
     said = refusal(f"{script} words=0.7 numbers=0.3")
-    assert "shares are for download_fineweb.py, which counts tokens; instead of words=0.7, type words" in said
+    assert "only download_fineweb.py takes shares of the tokens; instead of words=0.7, type words" in said
 
 
 def test_a_path_with_an_equals_sign_is_a_path(bench, two):
@@ -370,10 +370,10 @@ def test_the_library_mixes_with_files_and_equal_words_are_told_apart(bench, writ
 
 def test_a_tokenizer_that_saw_held_out_text_of_a_source_is_said(bench, command, two, write_rows, capsys):
     command(MIX)
-    assert "was learned from another version" not in capsys.readouterr().out
+    assert "was trained on another version" not in capsys.readouterr().out
     write_rows(bench / "words/rows.jsonl", [*two["words"], *map(str, range(99))])
     command(f"{MIX} --name newer")
-    assert "the tokenizer small was learned from another version of this text (words-" in (
+    assert "the tokenizer small was trained on another version of this text (words-" in (
         capsys.readouterr().out)
 
 

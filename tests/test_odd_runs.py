@@ -45,19 +45,19 @@ def rewrite(folder: Path, rows: list[dict]) -> Path:
 
 
 ODD = [({"val_bpb": float("nan")}, "its val_bpb is nan"), ({"val_loss": float("inf")}, "its val_loss is inf"),
-       ({"val_bpb": "0.9"}, "its val_bpb is 0.9, no number"), ({"val_bpb": True}, "its val_bpb is True"),
+       ({"val_bpb": "0.9"}, "its val_bpb is 0.9, not a finite"), ({"val_bpb": True}, "its val_bpb is True"),
        ({"tokens": -5}, "its tokens is -5"), ({"tokens": [5]}, "its tokens is [5]"),
        ({"tokens": 10**400}, "its tokens is 1000"), ({"seed": None}, "it lacks seed"),
        ({"seed": "three"}, "its seed is 'three'"), ({"parameters": "many"}, "its parameters is many"),
        ({"held_out_documents": -1}, "its held_out_documents is -1"), ({"cost": {}}, "its cost is {}"),
-       ({"peak_memory_mib": float("nan")}, "its peak_memory_mib is nan"), ({"bench": ["a"]}, "its bench are"),
-       ({"sources": None}, "its sources are"), ({"benchmarks": [1]}, "its benchmarks are no object"),
-       ({"benchmarks": {"x": {"acc": 0.3}}}, "its accuracy on x has not value, low and high from 0 to 1"),
+       ({"peak_memory_mib": float("nan")}, "its peak_memory_mib is nan"), ({"bench": ["a"]}, "its bench is"),
+       ({"sources": None}, "its sources is"), ({"benchmarks": [1]}, "its benchmarks is not an object"),
+       ({"benchmarks": {"x": {"acc": 0.3}}}, "its accuracy on x must have value, low and high from 0 to 1"),
        ({"benchmarks": {"x": 0.3}}, "its accuracy on x"), ({"benchmarks": {"x": {}}}, "its accuracy on x"),
        ({"benchmarks": {"x": {"acc": {"value": 30.0, "low": 0.2, "high": 0.4}}}}, "its accuracy on x"),
        ({"benchmarks": {"x": {"acc": {"value": 0.3, "low": 0.2, "high": 0.4}, "perplexity": "inf"}}},
         "its perplexity on x is inf"),
-       ({"script": []}, "its script is [], no text"), ({"bench_sha256": 5}, "its bench_sha256 is 5")]
+       ({"script": []}, "its script is [], not a string"), ({"bench_sha256": 5}, "its bench_sha256 is 5")]
 
 
 @pytest.mark.parametrize(("changes", "complaint"), ODD)
@@ -66,7 +66,7 @@ def test_a_summary_that_no_run_writes_is_left_out_by_name(runs, changes, complai
     group, = open_groups(["good"])
     said = capsys.readouterr().err
     assert len(group.runs) == 3 and said.count("\n") == 1
-    assert f"good/seed3/summary.json is not what a run writes: {complaint}" in said
+    assert f"good/seed3/summary.json is not a valid run file: {complaint}" in said
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "", "{\"status\": \"fin", "nul", "\0", "3"])
@@ -76,7 +76,7 @@ def test_a_damaged_run_alone_is_an_error_of_one_line(runs, monkeypatch, capsys, 
     (runs / "alone" / name).write_text(content)
     out, err, code = say(monkeypatch, capsys, "alone")
     assert (out, code) == ("", 1) and err.count("\n") == 1
-    assert err.startswith("compare.py: error: ") and f"{name} is not what a run writes" in err
+    assert err.startswith("compare.py: error: ") and f"{name} is not a valid run file" in err
 
 
 def test_a_group_of_which_no_run_can_be_read_is_an_error(runs, monkeypatch, capsys):
@@ -104,7 +104,7 @@ def test_an_unfinished_run_with_any_metrics_is_a_line_or_left_out(runs, monkeypa
     write_run(runs / "good/seed3", 3, summary={"status": ""})
     (runs / "good/seed3/metrics.csv").write_bytes(content)
     out, err, code = say(monkeypatch, capsys, "good")
-    assert code == 0 and ("seed3: unfinished" in out or "seed3/metrics.csv is not what a run writes" in err)
+    assert code == 0 and ("seed3: unfinished" in out or "seed3/metrics.csv is not a valid run file" in err)
 
 
 def test_metrics_without_a_column_have_no_curve_over_it(runs, monkeypatch, capsys):
@@ -180,13 +180,13 @@ def test_a_benchmarks_items_of_another_form_are_named(runs, monkeypatch, capsys)
     for content in ('{"name": 1, "label": 0}\n', "[1]\n", '{"name": 1, "label": 0, "acc": 1}\n'):
         (runs / "b/quiz.jsonl").write_text(content)
         _, err, code = say(monkeypatch, capsys, "a", "b")
-        assert code == 1 and err.count("\n") == 1 and "quiz.jsonl is not what a run writes" in err
+        assert code == 1 and err.count("\n") == 1 and "quiz.jsonl is not a valid run file" in err
 
 
 def test_samples_of_another_form_are_named(runs, monkeypatch, capsys):
     (runs / "good/seed0/samples.jsonl").write_text('{"prompt": "a"}\n')
     _, err, code = say(monkeypatch, capsys, "good", "--html", "page.html")
-    assert code == 1 and err.count("\n") == 1 and "samples.jsonl is not what a run writes" in err
+    assert code == 1 and err.count("\n") == 1 and "samples.jsonl is not a valid run file" in err
 
 
 def test_hundreds_of_runs_are_one_table(runs, monkeypatch, capsys):
@@ -205,7 +205,7 @@ def test_runs_of_one_name_are_told_apart_or_refused(runs, monkeypatch, capsys, t
     for number, place in enumerate(("x", "y")):
         write_run(tmp_path / place / "mine", number, 0.9)
     _, err, code = say(monkeypatch, capsys, "x/mine", "y/mine")
-    assert code == 1 and err == "compare.py: error: two groups are called mine; name them, as in a=GLOB\n"
+    assert code == 1 and err == "compare.py: error: two groups are called mine; rename one, as in a=GLOB\n"
     out, _, code = say(monkeypatch, capsys, "a=x/mine", "b=y/mine")
     assert code == 0 and "b against a" in out
 

@@ -80,7 +80,7 @@ def test_what_cannot_be_recorded_is_launched_as_before_and_said(said, monkeypatc
 
 
 def test_deterministic_runs_are_not_recorded(said):
-    assert "not recorded for --deterministic" in said(Net(), 1, 1, deterministic=True)
+    assert "not recorded with --deterministic" in said(Net(), 1, 1, deterministic=True)
 
 
 def test_a_cpu_records_nothing():

@@ -325,7 +325,7 @@ def test_a_signal_saves_and_stops_after_the_step(lab, whole, number):
     last_line = stopped.stdout.strip().splitlines()[-1]
     assert f"--resume {folder.relative_to(lab)}" in last_line and "of step 4" in last_line
     assert not (folder / "summary.json").exists() and rows_of(folder)[-1]["step"] == "3"
-    command = shlex.split(last_line.split("go on with: python ")[1])
+    command = shlex.split(last_line.split("resume with: python ")[1])
     done = drive(lab, KEEP, *command[1:])
     assert done.returncode == 0, done.stderr
     assert_same_run(folder, whole)
@@ -403,7 +403,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped_run, capsys, d
      "empty": lambda: path.write_bytes(b""), "gone": path.unlink}[damage]()
     resume_here("--resume", str(stopped_run))
     said = capsys.readouterr()
-    assert "warning: going on from the one before it, of step 2" in said.err
+    assert "warning: resuming from the previous checkpoint, of step 2" in said.err
     assert "resumes after step 2" in said.out
     assert [row["step"] for row in rows_of(stopped_run)] == list("123456")
     assert summary_of(stopped_run)["status"] == "finished" and not list(stopped_run.glob("*.pt*"))
@@ -412,7 +412,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped_run, capsys, d
 def test_two_damaged_checkpoints_are_one_clear_line(stopped_run, capsys):
     for path in stopped_run.glob("checkpoint*.pt"):
         path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="no whole checkpoint to go on from"):
+    with pytest.raises(UserError, match="no intact checkpoint to resume from"):
         resume_here("--resume", str(stopped_run))
 
 
@@ -453,7 +453,7 @@ def test_a_checkpoint_cannot_run_code(stopped_run, tmp_path):
             return os.system, (f"touch {tmp_path}/executed",)
     for path in stopped_run.glob("checkpoint*.pt"):
         torch.save({"format": CHECKPOINT_FORMAT, "step": Evil()}, path)
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         resume_here("--resume", str(stopped_run))
     assert not (tmp_path / "executed").exists()
 
@@ -470,7 +470,7 @@ def test_other_knobs_are_named_and_refused_unless_told(stopped_run):
 
 def test_another_shape_is_refused_and_leaves_the_run_as_it_was(stopped_run):
     for knob, value in (("--model_dim", "64"), ("--num_layers", "4")):
-        with pytest.raises(UserError, match=r"are of another model: .* has shape .*, had"):
+        with pytest.raises(UserError, match=r"are of another model: .* has shape .*, was"):
             resume_here("--resume", str(stopped_run), knob, value, "--resume_changed")
     resume_here("--resume", str(stopped_run))
 
@@ -484,7 +484,7 @@ def test_knobs_of_a_session_that_saved_nothing_are_forgotten(stopped_run, monkey
 
 
 def test_another_dtype_is_refused(stopped_run):
-    with pytest.raises(UserError, match="it computes in bfloat16, did in float32"):
+    with pytest.raises(UserError, match="the dtype is bfloat16, was float32"):
         resume_here("--resume", str(stopped_run), "--dtype", "bfloat16")
 
 
@@ -550,7 +550,7 @@ def test_what_cannot_be_resumed_says_so(here, stopped_run):
         resume_here("--resume", str(stopped_run))
     (stopped_run / "config.json").write_text("[1, 2")
     (stopped_run / "summary.json").unlink()
-    with pytest.raises(UserError, match="is not what a run writes"):
+    with pytest.raises(UserError, match="is not a valid run file"):
         resume_here("--resume", str(stopped_run))
 
 
@@ -636,8 +636,8 @@ def test_a_disk_full_while_saving_leaves_the_last_good_checkpoint(here, monkeypa
     monkeypatch.setattr("benchtop.run.remove_checkpoints", lambda *_, **__: None)
     folder = train_here(here, save_every_steps=1)
     said = capsys.readouterr().out
-    assert ("warning: no checkpoint of step 3 (No space left on device); "
-            f"the last good checkpoint is of step 2; go on with: {' '.join(program())} ") in said
+    assert ("warning: step 3 was not saved (No space left on device); "
+            f"the last good checkpoint is of step 2; resume with: {' '.join(program())} ") in said
     assert last_state(folder)["step"] == 2 and not list(folder.glob("*.partial"))
     assert summary_of(folder)["status"] == "finished"       # training needed no disk
 
@@ -670,7 +670,7 @@ benchtop.run.Run.validate_and_log = validate_and_log
     done = subprocess.run([*inside, sys.executable, DRIVE, str(lab), lines,
                            *flags(num_steps=4, val_every=4, save_every_steps=1, model_dim=24)],
                           cwd=lab, capture_output=True, text=True, timeout=120)
-    assert "no checkpoint of step 3 (No space left on device); the last good checkpoint is of step 2" \
+    assert "step 3 was not saved (No space left on device); the last good checkpoint is of step 2" \
         in done.stdout, done.stdout + done.stderr
     assert "found whole: 2" in done.stdout and "Traceback" not in done.stderr
 
@@ -680,7 +680,7 @@ def test_a_disk_full_while_logging_ends_in_one_line(here, monkeypatch):
         if values["step"] == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(RunLog, "row", full)
-    with pytest.raises(UserError, match=r"No space left .*; the last good checkpoint is of step 2; go on"):
+    with pytest.raises(UserError, match=r"No space left .*; the last good checkpoint is of step 2; resume"):
         train_here(here)
 
 

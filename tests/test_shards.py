@@ -129,7 +129,7 @@ def test_a_run_knows_its_bare_shards_and_refuses_others_of_equal_size(bare, here
         train_here(here, **knobs, save_every_steps=1)
     folder, = here.glob("experiments/*")
     exchange(bare / "train_000001.bin")
-    with pytest.raises(UserError, match=r"cannot simply be resumed: the data changed\. Undo that"):
+    with pytest.raises(UserError, match=r"cannot be resumed as is: the data changed\. Undo that"):
         train_here(here, **knobs, resume=str(folder))
     exchange(bare / "train_000001.bin")
     train_here(here, **knobs, resume=str(folder))
@@ -174,7 +174,7 @@ def test_the_name_of_a_bare_shard_says_what_it_is_for(name, split):
 
 def test_a_shard_that_is_for_nothing_is_refused(bare, here):
     write_shard(bare / "pretraining_1.bin", [300, 1, 2])
-    assert "pretraining_1.bin says neither train, val nor test in its name" in complaint(here)
+    assert "pretraining_1.bin has neither train, val nor test in its name" in complaint(here)
 
 
 @pytest.mark.parametrize("put", [shutil.copyfile, lambda path, twin: twin.symlink_to(path)])
@@ -193,7 +193,7 @@ def test_a_text_that_counts_twice_is_told(bare, capsys, twin):
     (bare / f"z_{twin}").symlink_to(bare / twin)
     verified()
     said = capsys.readouterr().err
-    assert said == f"warning: {bare}/z_{twin} has the same content as {twin}, so that text counts twice\n"
+    assert said == f"warning: {bare}/z_{twin} has the same content as {twin}, so that text is used twice\n"
 
 
 def test_hidden_files_are_no_shards(bare):
@@ -205,14 +205,14 @@ def test_hidden_files_are_no_shards(bare):
 
 @pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to("nothing")])
 @pytest.mark.parametrize(("name", "says"), [
-    ("manifest.json", "manifest.json is damaged"), ("x_train_2.bin", "x_train_2.bin is no file")])
+    ("manifest.json", "manifest.json is damaged"), ("x_train_2.bin", "x_train_2.bin is not a file")])
 def test_what_cannot_be_read_is_not_taken_for_nothing(bare, here, put, name, says):
     put(bare / name)
     assert says in complaint(here)
 
 
 @pytest.mark.parametrize(("tokens", "says"), [
-    ([300, 1, 301, 2], "train_000002.bin has token 301, but tiny has 301; name the tokenizer it was made"),
+    ([300, 1, 301, 2], "train_000002.bin has token 301, but tiny has only 301; name the tokenizer it was"),
     ([1, 2, 3] * 99, "train_000002.bin has no <|endoftext|> (token 300 of tiny); name the tokenizer")])
 @pytest.mark.parametrize("wide", [False, True])
 def test_shards_of_another_tokenizer_are_refused(bare, here, tokens, says, wide):

@@ -46,7 +46,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("leak", LEAKS)
 def test_a_look_into_the_future_is_found(leak, changed):
-    with pytest.raises(UserError, match="places before it"):
+    with pytest.raises(UserError, match="positions before it"):
         smoke.require_causal(changed(LEAKS[leak]), CFG)
 
 
@@ -78,7 +78,7 @@ class WithOneMore(GPT):
 
 
 def test_an_unused_parameter_is_found():
-    with pytest.raises(UserError, match="forgotten has none"):
+    with pytest.raises(UserError, match="forgotten has no gradient"):
         smoke.require_gradients(model_of(WithOneMore), CFG)
 
 
@@ -95,7 +95,7 @@ class WrongSlope(torch.autograd.Function):
 
 
 def test_a_wrong_gradient_is_found(changed):
-    with pytest.raises(UserError, match="is it written by hand"):
+    with pytest.raises(UserError, match="backward pass written by hand"):
         smoke.require_slope(changed(lambda x, forward, layer: WrongSlope.apply(forward(x))), CFG)
 
 
@@ -114,7 +114,7 @@ EDITS = {   # what is replaced, by what, and what --smoke says of it
     "state that is not saved": (
         "[piece.state[\"momentum\"] for piece in pieces]\n",
         "[self.__dict__.setdefault(piece.name, torch.zeros_like(piece.grad)) for piece in pieces]\n",
-        r"same weights, to the bit\): .* differs by up to"),
+        r"same weights, bit for bit\): .* differs by up to"),
     "a term beside the loss that autograd knows": (
         "            total.add_(losses.sum())\n",
         "            total.add_(losses.sum() + 1e-3 * logits.float().logsumexp(-1).square().sum())\n",

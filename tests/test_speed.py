@@ -152,7 +152,7 @@ def test_a_run_keeps_its_size_when_it_goes_on(here, monkeypatch):
     assert with_speed(cfg, None) == cfg
     train_here(here, **vars(cfg))
     assert config_of(folder) == before and summary_of(folder)["step"] == 3
-    line = r"speed       1e-06 TFLOP/s in large products, which choose the size; enough for \d+\.\d million t"
+    line = r"speed       1e-06 TFLOP/s in large matrix products, which sets the size; enough for \d+\.\d m"
     assert len(re.findall(line, (folder / "training_log.txt").read_text())) == 2
     assert with_speed(Config(**BY_SPEED), World(cfg)).num_layers > 1, "a new run would be larger"
     other = {"config": before | {"measured_tflops": 1.0}, "identity": summary_of(folder)}

@@ -149,7 +149,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(here, monkeypatch,
     monkeypatch.setattr(trackers, "TensorBoard", Fragile)
     folder = train_here(here, tensorboard=True, num_samples=0)
     assert summary_of(folder)["status"] == "finished" and Fragile.calls == 1
-    assert capsys.readouterr().err.count("warning: nothing more goes to Fragile (its process died)") == 1
+    assert capsys.readouterr().err.count("warning: no longer logging to Fragile (its process died)") == 1
 
 
 @pytest.mark.slow

@@ -534,7 +534,7 @@ def test_the_statistics_are_those_of_held_out_text(bench, command, pages, monkey
     longest = max((token for token in token_bytes(tokenizer) if len(set(token)) > 1), key=lambda token:
                   (len(token), [-byte for byte in token]))
     assert statistics["longest_tokens"][0] == visible(longest)
-    assert f"{num_bytes / len(ids):.3f} bytes a token (GPT-2's: 1.000)" in capsys.readouterr().out
+    assert f"{num_bytes / len(ids):.3f} bytes per token (GPT-2's: 1.000)" in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_held_out_text_says_so_and_has_no_made_up_numbers(bench, command, capsys):
@@ -584,7 +584,7 @@ def test_a_tokenizer_of_other_text_of_the_same_name_is_warned_of(bench, command,
         write_rows(bench / "two/texts/pages.jsonl", pages)      # now documents are held out, not parts
     command("train_tokenizer.py --source one/texts --name texts --vocabsize 256 --num_workers 1")
     command("download_fineweb.py --version two/texts --tokenizer texts --name texts --num_workers 1")
-    note = "note: the tokenizer texts was learned from another version of this text (texts-"
+    note = "note: the tokenizer texts was trained on another version of this text (texts-"
     assert (note in capsys.readouterr().out) == warns
 
 
@@ -671,7 +671,7 @@ def test_the_merging_runs_on_the_device_that_is_named(bench, command, refusal, p
 
 def test_two_of_the_same_do_not_mix(bench, refusal, pages):
     with files.locked(bench / "tokenizers" / ".pages.lock"):
-        assert "another process makes the same" in refusal(f"{TRAIN} pages")
+        assert "another process is writing the same" in refusal(f"{TRAIN} pages")
 
 
 def test_two_conversions_of_one_name_do_not_mix(bench, monkeypatch):
@@ -680,7 +680,7 @@ def test_two_conversions_of_one_name_do_not_mix(bench, monkeypatch):
     ranks = {bytes([byte]): byte for byte in range(256)}
     (bench / "old.pkl").write_bytes(pickle.dumps({"pat_str": PATTERNS["gpt4"], "mergeable_ranks": ranks}))
     monkeypatch.setattr(benchtop.tokenizer, "huggingface_json", convert_old)      # while the first is saved
-    with pytest.raises(UserError, match="another process makes the same"):
+    with pytest.raises(UserError, match="another process is writing the same"):
         convert_old()
     assert not list((bench / "tokenizers").iterdir())
 
@@ -761,7 +761,7 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     write_rows(bench / "pages.jsonl", pages)
     assert "another vocabsize, samples;" in refusal(f"{TRAIN} pages --vocabsize 301 --samples 50001")
     (bench / "tokenizers/else").mkdir()
-    assert "tokenizers/else exists and is no tokenizer" in refusal(f"{TRAIN} else")
+    assert "tokenizers/else exists but is not a tokenizer" in refusal(f"{TRAIN} else")
 
 
 def test_the_same_command_reuses_a_tokenizer_when_less_memory_is_free(command, pages, monkeypatch, capsys):
@@ -782,11 +782,11 @@ def test_the_same_command_reuses_a_tokenizer_when_less_memory_is_free(command, p
     ("--regex gpt5", "invalid choice"),
     ("--name ../pages", "'../pages'"),
     ("--name gpt2", "is the name of GPT-2's own"),
-    ("--name " + "x" * 300, "200 at most"),
+    ("--name " + "x" * 300, "at most 200"),
     ("--source empty.jsonl", "no text to learn from"),
     ("--source nowhere", "nowhere"),
     ("--source 10B pages.jsonl", "cannot be mixed"),
-    ("--source 10B-gpt2", "has tokens, no text"),
+    ("--source 10B-gpt2", "has tokens, not text"),
 ])
 def test_a_wrong_flag_ends_in_one_line(bench, refusal, pages, flags, hint):
     (bench / "empty.jsonl").write_text('{"text": ""}\n')
@@ -867,7 +867,7 @@ class Evil:
 def test_a_pickle_that_is_something_else_is_one_line(bench, refusal, changes):
     pickled(bench / "old.pkl", **changes)
     said = refusal("train_tokenizer.py --convert old.pkl --name x")
-    assert "old.pkl is no tokenizer made by gpt-lab" in said
+    assert "old.pkl is not a tokenizer made by gpt-lab" in said
     assert not (bench / "executed").exists() and not (bench / "tokenizers").exists()
 
 
@@ -935,7 +935,7 @@ def test_a_name_stands_for_the_only_folder_that_earlier_versions_made_of_it(benc
     save("mine_too", merges)
     assert load_tokenizer("mine").name == load_tokenizer("mine_v300_n50000").name == "mine_v300_n50000"
     save("mine_v299_n50000", merges)
-    with pytest.raises(UserError, match="one whole: mine_v299_n50000, mine_v300_n50000"):
+    with pytest.raises(UserError, match="name of one: mine_v299_n50000, mine_v300_n50000"):
         load_tokenizer("mine")
     save("mine", merges)
     assert load_tokenizer("mine").name == "mine"

@@ -80,7 +80,7 @@ def test_a_run_ends_with_its_distance_from_a_baseline(here, capsys):
     said = (f"val_bpb is {abs(above):.4f} {side} base, {abs(above) / np.std(bpbs, ddof=1):.1f} standard "
             "deviations (3 runs: ")
     assert said in capsys.readouterr().out and said in (run / "training_log.txt").read_text()
-    with pytest.raises(UserError, match="nothing_there is no run folder"):
+    with pytest.raises(UserError, match="nothing_there is not a run folder"):
         train_here(here, compare_to="nothing_there")
 
 
@@ -520,8 +520,8 @@ def test_the_bar_is_the_manifests_and_the_verdict_is_said(lab, here, capsys, mon
 @pytest.mark.parametrize(("flags", "message"), [
     (["--num_layers", "0"], "--num_layers must be 1 or more; it is 0"),
     (["--val_tokens", "1"], "--val_tokens 1 leaves no text to validate on; use more, or 0 for all"),
-    (["--num_layers", "two"], "argument --num_layers: must be a whole number, is 'two'"),
-    (["--num_layers", "2.5"], "argument --num_layers: must be a whole number, is '2.5'"),
+    (["--num_layers", "two"], "argument --num_layers: must be a whole number, not 'two'"),
+    (["--num_layers", "2.5"], "argument --num_layers: must be a whole number, not '2.5'"),
     (["--muon_lr", "fast"], "argument --muon_lr: invalid float value: 'fast'"),
     (["--muon_lr", "-1e-3"], "--muon_lr must be 0 or more; it is -0.001"),
     (["--model_dim", "30", "--num_heads", "4"],
@@ -532,7 +532,7 @@ def test_the_bar_is_the_manifests_and_the_verdict_is_said(lab, here, capsys, mon
     (["--muon_lr", "nan"], "--muon_lr must be less than 2**53; it is nan"),
     (["--dtype", "int8"], "--dtype must be one of auto, bfloat16, float16, float32; it is 'int8'"),
     (["--preset", "xxl"], "--preset must be one of demo, five-minutes, xs"),
-    (["--model_name", "../../x"], "--model_name must be letters"),
+    (["--model_name", "../../x"], "--model_name must be 1 to 100 letters"),
     (["--num_layer", "3"], "there is no flag --num_layer; did you mean --num_layers?"),
     (["--micro_batch_tokens", "8"], "--micro_batch_tokens must be at least --seq_len, 512"),
     (["--data", "../secrets"], "--data must be the name of a folder"),
@@ -553,7 +553,7 @@ def test_parameters_that_draw_from_the_common_stream_are_named_whatever_their_sh
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     drawn(model[0].weight, normal_law(1.0))
     line, = drawn_in_one_stream(model)
-    assert line.startswith("weights     0.bias draw from one stream, ")
+    assert line.startswith("weights     drawn from one shared random stream") and ": 0.bias; " in line
     drawn(model[0].bias, normal_law(1.0))
     assert drawn_in_one_stream(model) == []
     assert drawn_in_one_stream(GPT(Config(vocab_size=101, num_layers=2, model_dim=16), 100)) == []
@@ -581,7 +581,7 @@ def test_check_tells_by_its_exit_code(lab):
         done = run(lab, "train_gpt.py", "--check", "--compile", "off", missing, "nobody", expect=1)
         assert f"python {script}.py" in done.stdout and done.stdout.endswith("cannot train\n")
     done = run(lab, "train_gpt.py", "--check", "--compile", "off", "--compare_to", "nobody", expect=1)
-    assert "nobody is no run folder" in done.stdout and done.stdout.endswith("cannot train\n")
+    assert "nobody is not a run folder" in done.stdout and done.stdout.endswith("cannot train\n")
     assert set(lab.glob("experiments/*")) == before
 
 

@@ -121,9 +121,9 @@ def test_exit_statuses_tell_the_verdict(run):
     assert run(Machine({"no": -0.02}), "no: --muon_lr 9", "--margin", "0.01", "--", *TINY) == trial.NONE_KEPT
     machine = Machine({"may": 0.005}, scatter=0.02)
     assert run(machine, "may: --muon_lr 9", "--margin", "0.01", "--", *TINY) == trial.SOME_UNDECIDED
-    assert "pairs do not tell; to find a gain of 0.0100 in 80 % of cases takes up to about" in run.said
+    assert "detecting a gain of 0.0100 with 80 % power would take up to about" in run.said
     assert len(machine.started) == 13, "5 more pairs; three runs of the baseline were there already"
-    assert run(Machine({}), "nothing", "--", *TINY) == trial.NO_TRIAL and "is no idea" in run.complaint
+    assert run(Machine({}), "nothing", "--", *TINY) == trial.NO_TRIAL and "is not an idea" in run.complaint
     assert run(Machine({}), "no: --muon_lr 9", "--sedes", "3") == trial.NO_TRIAL
     assert "did you mean --seeds?" in run.complaint
 
@@ -146,7 +146,7 @@ def test_more_ideas_need_plainer_gains(run):
 
 
 @pytest.mark.parametrize(("says", "verdict"), [
-    ("train_gpt.py: error: the memory does not suffice; a smaller ...", "out of memory"),
+    ("train_gpt.py: error: out of memory; a smaller ...", "out of memory"),
     ("NameError: name 'x' is not defined", "crash"), ("", "crash")])
 def test_an_idea_that_fails_is_written_down_and_the_others_go_on(run, says, verdict):
     machine = Machine({"good": 0.02, "broken": 0.0}, broken={"broken": says})
@@ -287,7 +287,7 @@ def test_an_idea_is_a_script_a_patch_or_flags(scripts, tmp_path):
 
 
 @pytest.mark.parametrize(("typed", "complaint"), [
-    ("gelu", "is no idea"), ("x:", "changes nothing"), ("x: --seed 3", "leave --seed out"),
+    ("gelu", "is not an idea"), ("x:", "changes nothing"), ("x: --seed 3", "leave --seed out"),
     ("x: --held_out=test", "leave --held_out out"),
     ("x: --num_steps 900", "leave --num_steps out"), ("../x: --a 1", "name must be"),
     ("baseline: --a 1", "name must"), ("output: --a 1", "name must"), ("results.json: --a 1", "name must"),
@@ -296,7 +296,7 @@ def test_an_idea_is_a_script_a_patch_or_flags(scripts, tmp_path):
     ("none.py", "does not exist"), ("none.diff", "does not exist"),
     ("same.py", "changes nothing in train_gpt.py"),
     ("x: 'open", "cannot be read"), ("x: a.py b.py", "has 2 files"), ("stale.diff", "does not apply"),
-    ("noise.diff", "does not apply"), ("latin.py", "no text in UTF-8")])
+    ("noise.diff", "does not apply"), ("latin.py", "not UTF-8 text")])
 def test_what_is_no_idea_is_said_in_one_line(scripts, tmp_path, typed, complaint):
     (tmp_path / "same.py").write_text("a = 1\nb = 2\nc = 3\n")
     head = "--- a/train_gpt.py\n+++ b/train_gpt.py\n@@ -1 +1 @@\n"
@@ -405,7 +405,7 @@ def test_what_cannot_be_tried_is_no_verdict(run, words):
 
 def test_results_as_json_are_one_object_also_where_there_are_none(run):
     assert run(Machine({}), "nothing", "--json", "--", *TINY) == trial.NO_TRIAL
-    assert "is no idea" in json.loads(run.said)["error"]
+    assert "is not an idea" in json.loads(run.said)["error"]
     run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", "t", "--margin", "0.01", "--json", "--", *TINY)
     assert json.loads(run.said)["ideas"]["a"]["verdict"] == "keep"
     run(Machine({"a": 0.02}), "--confirm", "t", "--json")
@@ -422,15 +422,15 @@ def test_a_kept_idea_is_confirmed_once_with_fresh_seeds_on_the_test_split(run):
     machine = Machine({"a": 0.012})
     assert run(machine, "--confirm", "t") == trial.KEPT
     assert all("seed100" in name for name in machine.started) and len(machine.started) == 6
-    assert "look number 1 at the test split" in run.said
-    assert re.search(r"the gain was \+0\.0\d+ when it was picked and is \+0\.012\d on text", run.said)
+    assert "confirmation number 1 on the test split" in run.said
+    assert re.search(r"the gain was \+0\.0\d+ when it was selected and is \+0\.012\d on unseen", run.said)
     last = ledger.read()[-1]
     assert (last.trial, last.idea, last.verdict, last.split) == ("t-confirm", "a", "confirmed", "test")
     again = Machine({"a": 0.02})
     assert run(again, "--confirm", "t") == trial.KEPT and not again.started, "it only tells what was found"
     run(Machine({"a": 0.02}), "a: --muon_lr 0.1", "--name", "other", "--margin", "0.01", "--", *TINY)
     assert run(Machine({}), "--confirm", "other") == trial.NO_TRIAL
-    assert "was looked at on the test split before, in the trial t-confirm" in run.complaint
+    assert "was already evaluated on the test split, in the trial t-confirm" in run.complaint
 
 
 def test_a_look_is_counted_when_it_begins_and_an_unclear_one_is_no_refutation(run):
@@ -443,7 +443,7 @@ def test_a_look_is_counted_when_it_begins_and_an_unclear_one_is_no_refutation(ru
             raise KeyboardInterrupt
     run(Dies({}), "--confirm", "t")
     assert run(Machine({"u": 0.004}, scatter=0.06), "--confirm", "u") == trial.SOME_UNDECIDED
-    assert "look number 2 at the test split" in run.said
+    assert "confirmation number 2 on the test split" in run.said
     assert ledger.read()[-1].verdict == "undecided" and ledger.read()[-1].split == "test"
     assert run(Machine({"t": 0.02}), "--confirm", "t") == trial.KEPT, "a look that was broken off goes on"
 

@@ -7,16 +7,16 @@
     python train_gpt.py --sample experiments/RUN --prompt "It"     continue a prompt with a trained model
     python train_gpt.py --help                                     every knob with its help
 
-It reads token shards (download_fineweb.py makes them) and a tokenizer (train_tokenizer.py makes it), and
-leaves a folder experiments/DATE_TIME_NAME with all that made the result. What an experiment should not
-change is the bench, in benchtop/: data order, evaluation, machine, checkpoints, the run folder.
+It reads token shards (made by download_fineweb.py) and a tokenizer (made by train_tokenizer.py), and writes a
+run folder, experiments/DATE_TIME_NAME, with everything that made the result. What experiments should not
+change is in benchtop/, the bench: data order, evaluation, machine, checkpoints, the run folder.
 
 From top to bottom: Config, Masks, Model, Loss, Optimizer, Training loop.
 Experiments usually edit where it says EDIT: config | mask | layer | attention | loss | schedule | optimizer.
-A hand-written kernel that an edit makes wrong is not used, and the log says so.
+If an edit makes a hand-written kernel wrong, that kernel is not used, and the log says so.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
-         V vocabulary   N tokens in a chunk   Q queries at once   J blocks in a row   P parameters
+         V vocabulary   S sampled of it   N tokens in a chunk   Q queries at once   J blocks   P parameters
 """
 
 import functools
@@ -25,7 +25,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +41,15 @@ from benchtop.run import Experiment, Run
 from benchtop.speed import SizedBySpeed
 
 # ------------------------------------------------------------------------------------------------
-# Config: the knobs of this experiment. The field is the flag, its comment is the help. The knobs of the run,
-# the data and the machine are the bench's (benchtop/knobs.py); --help shows both.
+# Config: the knobs of this experiment. A field is a flag, and its comment is the flag's help. Knobs of the
+# run, the data and the machine are in benchtop/knobs.py; --help all shows both.
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class CommonConfig(SizedBySpeed, RunConfig):
     """The knobs that train_nanogpt.py and train_llama3.py share with this script: budget and size."""
-    head_width: ClassVar[int] = 128     # roughly, of an attention head where num_heads is 0
-    logit_cap, fp8 = 0.0, False         # of the loss; only the Config below has them as knobs
+    head_width = 128                    # approximate width of an attention head if num_heads is 0
+    logit_cap, fp8, sampled_softmax_frac = 0.0, False, 0.0      # knobs of Config below
     # the budget
     train_tokens: int = 0             # tokens to train on; 0: by steps or minutes, else 4 million or 4 epochs
     num_steps: int = 0                # optimizer steps; 0: as many as train_tokens need
@@ -80,11 +79,11 @@ class CommonConfig(SizedBySpeed, RunConfig):
         if self.num_heads:
             self.require("num_heads", self.model_dim % (4 * self.num_heads) == 0,
                          f"such that --model_dim, {self.model_dim}, is a multiple of 4 x --num_heads")
-        if self.model_dim:      # or else it is by rule, and this is asked again
+        if self.model_dim:      # with 0 a rule sets it later, and this runs again
             self.fill(num_heads=self.heads_by_rule())
 
     def heads_by_rule(self) -> int:
-        """As many heads as make them about head_width wide, and even enough to rotate by pairs."""
+        """The number of heads that makes each about head_width wide, a multiple of 4 so that pairs rotate."""
         fitting = (heads for heads in range(max(1, round(self.model_dim / self.head_width)), 0, -1)
                    if self.model_dim % (4 * heads) == 0)
         heads = next(fitting, 0)
@@ -92,13 +91,12 @@ class CommonConfig(SizedBySpeed, RunConfig):
         return heads
 
     def with_budget(self, epoch_tokens: int) -> "CommonConfig":
-        """The Config with its one budget: steps, tokens in them, and all tokens.
+        """The Config with its budget resolved: steps, tokens per step, tokens in all.
 
-        epoch_tokens  how many the data hold
-        batch         the power of two nearest to 8,192 (D / 1 million)^0.59 for D tokens: what was best of
-                      2,048 to 16,384 on a CPU (experiments/RECIPE.md), and, for 700 million, the 524,288 of
-                      record 21 of Modded-NanoGPT; with --by_speed the one below, since slow devices want more
-                      steps
+        epoch_tokens  tokens in one pass over the data
+        batch         by rule the power of two nearest to 8,192 (D / 1 million)^0.59 for D tokens of training:
+                      near the 393,216 that record 21 of Modded-NanoGPT takes for 700 million. With --by_speed
+                      the power of two below, since slow devices want more steps
         """
         tokens = (self.train_tokens or self.tokens_by_speed
                   or max(1, min(4_000_000, MOST_EPOCHS * epoch_tokens)))
@@ -108,7 +106,7 @@ class CommonConfig(SizedBySpeed, RunConfig):
         asked_for = self.train_tokens or self.num_steps
         steps = self.num_steps or (math.ceil(tokens / batch) if asked_for else max(1, tokens // batch))
         if self.train_minutes and not asked_for:
-            steps = 0       # the clock alone decides
+            steps = 0       # only the clock ends training
         val_tokens = self.val_tokens or min(20_971_520, self.tokens_by_speed // 4)
         return replace(self, batch_tokens=batch, num_steps=steps, train_tokens=steps * batch,
                        val_tokens=val_tokens)
@@ -133,6 +131,7 @@ class Config(CommonConfig):
     long_window: int = 0              # attention window of every fourth layer and the last; 0: the whole row
     short_window: int = 0             # attention window of the others; 0: half a row, but at least 512 tokens
     window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
+    sampled_softmax_frac: float = 0   # first part of training, with softmax over a sample of tokens; 0: none
     fp8: bool = False                 # two of the head's products in FP8; needs a GPU like RTX 4090 or H100
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, and scaled by rules
     muon_lr: float = 0.05             # learning rate of the matrices in layers
@@ -149,7 +148,7 @@ class Config(CommonConfig):
         self.require_at_least(0, "value_embeddings", "logit_cap", "long_window", "short_window", "muon_lr",
                               "embed_lr", "head_lr", "scalar_lr", "warmup_steps", "grad_clip")
         self.require_at_least(1, "mlp_ratio")
-        self.require_fraction("window_warmup_frac", "cooldown_frac", "final_lr_frac")
+        self.require_fraction("window_warmup_frac", "sampled_softmax_frac", "cooldown_frac", "final_lr_frac")
         self.require("attention_cap", self.attention_cap > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
@@ -161,7 +160,7 @@ class Config(CommonConfig):
 
     @property
     def num_value_tables(self) -> int:
-        """A table serves two layers, so there are no more than half as many."""
+        """A table serves two layers, so there are at most half as many tables as layers."""
         return min(self.value_embeddings, self.num_layers // 2)
 
     def require_machine(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -173,9 +172,9 @@ class Config(CommonConfig):
 def learning_rates(cfg: Config) -> dict[str, float]:
     """The learning rate of each group of parameters.
 
-    batch    all grow with its twelfth root, as measured (experiments/RECIPE.md). At a given number of steps
-             it would be the square root, but the batch grows with the budget, and longer runs want less
-    width    rates of embeddings and head go with 1 / sqrt(width). Muon's needs no rule: at any width its
+    batch    all grow with its twelfth root (measured, experiments/RECIPE.md). At a fixed number of steps it
+             would be the square root, but the batch grows with the budget, and longer runs want lower rates
+    width    rates of embeddings and head fall as 1 / sqrt(width). Muon's needs no rule: at any width its
              updates have singular values near 1, times sqrt(max(1, rows / columns))
     """
     by_batch = (cfg.batch_tokens / 524288) ** (1 / 12)
@@ -185,11 +184,11 @@ def learning_rates(cfg: Config) -> dict[str, float]:
 
 
 PRESETS = {
-    # four minutes on two CPU cores; without AMX the clock ends it after some 150 to 200 steps, and validating
-    # more often would take half as long as training
+    # four minutes on two CPU cores; without AMX the clock ends it after 150 to 200 steps, and more frequent
+    # validation would take half as long as training
     "demo": dict(model_name="demo", num_layers=2, num_steps=600, batch_tokens=8192, train_minutes=4,
                  val_every=40, log_every=5, save_model=True),
-    # what many compare by since karpathy/autoresearch: 300 seconds on whatever there is, validated at the end
+    # the common measure since karpathy/autoresearch: 300 seconds on any device, validated at the end
     "five-minutes": dict(model_name="five-minutes", by_speed=True, num_layers=0, model_dim=0, train_minutes=5,
                          seq_len=2048, vocab_size=8192, val_every=10**6),
     # the three baselines of gpt-lab: 98, 397 and 986 million tokens
@@ -214,20 +213,20 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# Masks: which token sees which, and attention over that; knows tensors only.
+# Masks: which token sees which, and attention with that mask; knows only tensors.
 # ------------------------------------------------------------------------------------------------
 
 def sees(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, window: Tensor) -> Tensor:
-    """Whether the token at place `query` sees the one at place `key`: the one mask of every kernel.
+    """Whether the token at place `query` sees the one at place `key`; every kernel takes its mask from here.
 
-    All are tensors that broadcast: places in the row, the numbers of the documents there, and () a window.
+    The arguments are tensors that broadcast: places in the row, their documents' numbers, and () a window.
     """
     # EDIT: mask
     return (key <= query) & (query - key < window) & (query_doc == key_doc)
 
 
 def dense_mask(docs: Tensor, window: Tensor, queries: slice = slice(None)) -> Tensor:
-    """Which keys each of some queries sees: docs (B, T) -> (B, Q, T) bool."""
+    """Which keys each of the queries sees: docs (B, T) -> (B, Q, T) bool."""
     place = torch.arange(docs.size(1), dtype=docs.dtype, device=docs.device)                # (T)
     seen = sees(place[queries, None], place, docs[:, queries, None], docs[:, None], window)
     return seen.expand(len(docs), -1, -1)                                                   # (B, Q, T)
@@ -237,19 +236,16 @@ BLOCK = 128     # places in a block of FlexAttention's mask
 
 
 def block_mask(docs: Tensor, window: Tensor, blocks: Callable) -> BlockMask:
-    """The mask as FlexAttention takes it: which blocks of 128 x 128 to skip, and where to ask sees().
-
-    docs    (B, T) number of the document at each place
-    blocks  seen_blocks, or evaluated_blocks
-    """
+    """The mask for FlexAttention: which blocks of 128 x 128 to skip, and in which to evaluate sees(); docs
+    (B, T) are the documents' numbers, blocks is seen_blocks or evaluated_blocks."""
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return sees(query, key, docs[batch, query], docs[batch, key], window)
     length = docs.size(1)
-    # places past the end belong to the last document; nobody reads what they see
+    # padding belongs to the last document; what it sees is never read
     padded = F.pad(docs[:, None], (0, -length % BLOCK), mode="replicate")[:, 0]             # (B, 128J)
     seen, whole = blocks(padded, window)                                                    # (B, J, J)
-    # to evaluate or to take as a whole; for each block of queries its keys and, for gradients, the reverse.
-    # BlockMask.from_kv_blocks makes the same of them in 2.9 ms of Python instead of 0.2
+    # blocks to evaluate and blocks seen as a whole; for each block of queries its keys, and for gradients the
+    # reverse. BlockMask.from_kv_blocks does the same in 2.9 ms of Python instead of 0.2
     kinds = torch.stack([seen & ~whole, whole.expand_as(seen)])                             # (2, B, J, J)
     both = torch.stack([kinds, kinds.mT])[:, :, :, None].int()                          # (2, 2, B, 1, J, J)
     counts = both.sum(-1, dtype=torch.int32)                                                # (2, 2, B, 1, J)
@@ -261,8 +257,7 @@ def block_mask(docs: Tensor, window: Tensor, blocks: Callable) -> BlockMask:
 def seen_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
     """Which blocks are seen at all, and which as a whole: docs (B, 128J) -> two of (B, J, J), query by key.
 
-    It follows from the first and the last document of each block; no T x T mask is made. Every window has the
-    same shapes, so nothing is compiled anew.
+    Derived from the first and last document of each block. A new window compiles nothing.
     """
     first, last = docs[:, ::BLOCK], docs[:, BLOCK - 1::BLOCK]                               # (B, J)
     place = torch.arange(first.size(1), dtype=docs.dtype, device=docs.device)               # (J)
@@ -273,7 +268,7 @@ def seen_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evaluated_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for any mask, by asking sees() about all pairs of places."""
+    """The same for any mask, by evaluating sees() for all pairs of places."""
     pairs = dense_mask(docs, window)                                                        # (B, 128J, 128J)
     pairs = pairs.unflatten(2, (-1, BLOCK))                                             # (B, 128J, J, 128)
     pairs = pairs.unflatten(1, (-1, BLOCK))                                             # (B, J, 128, J, 128)
@@ -281,7 +276,7 @@ def evaluated_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_blocks() -> Callable:
-    """seen_blocks if it agrees with sees(), or else evaluated_blocks; so an edit of sees() is enough."""
+    """seen_blocks if it agrees with sees(), else evaluated_blocks; so editing sees() is enough."""
     place = torch.arange(4 * BLOCK, dtype=torch.int32, device="cpu")
     docs = torch.stack([place // 300, place // 7, 0 * place])       # of long, short and endless documents
     for length in (1, 100, 300, 10**6):
@@ -292,15 +287,12 @@ def choose_blocks() -> Callable:
     return seen_blocks
 
 
-QUERIES_AT_ONCE = 512     # bounds the memory of longer rows
+QUERIES_AT_ONCE = 512     # limits the memory that longer rows take
 
 
 class DenseAttention(torch.autograd.Function):
-    """Attention in plain products, on CPUs and wherever FlexAttention does not work.
-
-    On two AMX cores, with rows of 512 tokens, it takes two thirds of the time of torch's own
-    scaled_dot_product_attention. The T x T weights are kept in the dtype of the activations.
-    """
+    """Attention by plain matrix products, for CPUs and wherever FlexAttention does not work. With rows of 512
+    tokens on two AMX cores, it takes two thirds of the time of torch's scaled_dot_product_attention."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, docs: Tensor, window: Tensor, scale: float) -> Tensor:
@@ -347,10 +339,10 @@ def query_blocks(q: Tensor) -> list[slice]:
 class Context:
     """What every layer receives besides its own input.
 
-    Information moves between places only through `attend` and `previous`, which stop where a document begins.
+    Information moves between places only by `attend` and `previous`, which stop where a document begins.
     docs            (B, T) int32, number of the document at each place
-    begins          (B, T) bool: a document begins here
-    window          () int32, how many tokens the layer looks back, itself included
+    begins          (B, T) bool, whether a document begins at that place
+    window          () int32, how many tokens the layer looks back, the current one included
     cos, sin        (T, K/2) float32, of the angles by which each pair of dimensions rotates at each place
     unrotated       (K) bool: dimensions that do not rotate
     blocks          the mask for FlexAttention; None: attend by DenseAttention
@@ -366,7 +358,7 @@ class Context:
     kernel_options: dict | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Softmax attention over what the mask shows; all tensors (B, T, H, K)."""
+        """Softmax attention over the keys that the mask shows; all tensors (B, T, H, K)."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                   # (B, H, T, K)
         if self.blocks is None:
             y = DenseAttention.apply(q, k, v, self.docs, self.window, scale)                # (B, H, T, K)
@@ -376,7 +368,7 @@ class Context:
         return y.transpose(1, 2)                                                            # (B, T, H, K)
 
     def mask(self) -> Tensor:
-        """(B, 1, T, T) bool, which keys each query sees: for an attention of your own in plain PyTorch."""
+        """(B, 1, T, T) bool, which keys each query sees: for your own attention in plain PyTorch."""
         return dense_mask(self.docs, self.window)[:, None]                                  # (B, 1, T, T)
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -386,7 +378,7 @@ class Context:
         return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)  # (B, T, H, K)
 
     def previous(self, x: Tensor) -> Tensor:
-        """x of the token before, zeros where a document begins; x (B, T, ...)."""
+        """x of the previous token, zeros where a document begins; x (B, T, ...)."""
         begins = self.begins.view(*self.begins.shape, *[1] * (x.ndim - 2))
         return F.pad(x, (0, 0) * (x.ndim - 2) + (1, 0))[:, :-1].masked_fill(begins, 0)
 
@@ -396,12 +388,12 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Weights are float32; products are made in the dtype of the activations."""
+    """x @ weight.T; weights are float32, the product is in the dtype of the activations."""
     return F.linear(x, weight.to(x.dtype))
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention, then an MLP, each on normed input and added to the stream."""
+    """One transformer layer: attention, then an MLP; each takes normed input and is added to the stream."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -430,11 +422,11 @@ class Layer(nn.Module):
         # EDIT: attention
         # queries and keys of root mean square 1 bound the attention logits (QK-norm, arXiv:2010.04245)
         q, k = ctx.rotate(rms_norm(q)), ctx.rotate(rms_norm(k))                             # (B, T, H, K)
-        # key offset: unrotated dimensions hold the key of the token before, so that one layer can find an
-        # earlier occurrence of a token and copy what followed it (record 49 of Modded-NanoGPT)
+        # key offset: unrotated dimensions hold the key of the previous token, so that a single layer can find
+        # an earlier occurrence of a token and copy what followed it (record 49 of Modded-NanoGPT)
         k = torch.where(ctx.unrotated, ctx.previous(k), k)                                  # (B, T, H, K)
         own, table = self.value_mix.to(x.dtype)                                             # ()
-        v = own * v     # also in layers without a table, whose values so begin halved      # (B, T, H, K)
+        v = own * v     # in every layer; without a table, values begin at half their size  # (B, T, H, K)
         if value_embedding is not None:
             v = v + table * value_embedding.view(v.shape)                                   # (B, T, H, K)
         y = ctx.attend(q, k, v, self.attention_scale)                                       # (B, T, H, K)
@@ -443,16 +435,15 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """The base of GPT below and of the models of train_nanogpt.py and train_llama3.py: what the bench and the
-    loop ask of a model.
+    """What the bench and the loop need of a model: the base of GPT below, and of the models of
+    train_nanogpt.py and train_llama3.py. A subclass has `layers`, a `head` (V, D) and the method `hidden`.
 
-    A subclass has `layers`, a `head` (V, D) and the method `hidden`.
     eot_id    id of the token that begins every document
     dtype     of the activations and of the products
-    flex      attend by FlexAttention with these kernel options; None: by DenseAttention
-    longest   tokens that can be read at once; None: any number
-    progress  share of the budget that is used, 0 to 1, for what changes over training; the bench sets it.
-              Validation keeps it as it is; it is 1 for samples and benchmarks
+    flex      kernel options for FlexAttention; None: attend by DenseAttention
+    longest   tokens that the model can read at once; None: any number
+    progress  fraction of the budget used, 0 to 1, for what changes during training; the bench sets it.
+              Validation leaves it as it is; it is 1 for samples and benchmarks
     """
 
     longest = None
@@ -471,20 +462,26 @@ class Model(nn.Module):
         targets  (B, T) token ids; -1 where there is nothing to predict
         returns  () float32
         """
-        x = self.hidden(inputs).flatten(0, 1)                                               # (BT, D)
-        return ChunkedLoss.apply(x, self.head, targets.flatten(), self.cfg, self.loss_kernel, self.fp8_kernel)
+        x, sampled = self.hidden(inputs).flatten(0, 1), self.softmax_is_sampled             # (BT, D)
+        return ChunkedLoss.apply(x, self.head, targets.flatten(), self.cfg, self.loss_kernel, self.fp8_kernel,
+                                 sampled)
+
+    @property
+    def softmax_is_sampled(self) -> bool:
+        """Whether the loss is over a sample of tokens now; `progress` is read only if it decides that."""
+        return self.cfg.sampled_softmax_frac > 0 and self.progress < self.cfg.sampled_softmax_frac
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """What the head reads: (B, T) token ids -> (B, T, D)."""
         raise NotImplementedError(f"{type(self).__name__} has no hidden states")
 
     def logits(self, x: Tensor) -> Tensor:
-        """Capped logits of hidden states: (N, D) -> (N, V) float32; minus infinity where V is padded."""
+        """Capped logits of hidden states, (N, D) -> (N, V) float32; minus infinity in the padding of V."""
         z = soft_cap(linear(x, self.head).float(), self.cfg.logit_cap)                      # (N, V)
         return z.masked_fill(torch.arange(z.size(-1), device=z.device) >= self.cfg.vocab_size, -math.inf)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Radians by which each pair of dimensions rotates from a token to the next, (K/2) float32."""
+        """Radians by which each pair of dimensions rotates from one token to the next, (K/2) float32."""
         return torch.zeros(self.cfg.head_dim // 2, device=device)
 
     def windows(self, length: int) -> list[int]:
@@ -492,7 +489,7 @@ class Model(nn.Module):
         return [length] * len(self.layers)
 
     def contexts(self, inputs: Tensor) -> list[Context]:
-        """What each layer receives beside its stream; layers with equal windows share one."""
+        """The Context of each layer; layers with equal windows share one."""
         begins = inputs == self.eot_id                                                      # (B, T)
         docs = begins.cumsum(1, dtype=torch.int32)                                          # (B, T)
         frequency = self.frequencies(inputs.device)                                         # (K/2)
@@ -500,7 +497,7 @@ class Model(nn.Module):
         unrotated = (frequency == 0).repeat(2)                                              # (K)
         windows, by_window = self.windows(inputs.size(1)), {}
         for length in set(windows):
-            # a tensor, so that kernels compiled for one window serve all
+            # a tensor, so that a kernel compiled for one window serves all
             window = torch.full((), length, dtype=docs.dtype, device=inputs.device)         # ()
             mask = None if self.flex is None else block_mask(docs, window, self.blocks)
             by_window[length] = Context(docs, begins, window, angle.cos(), angle.sin(), unrotated, mask,
@@ -508,38 +505,38 @@ class Model(nn.Module):
         return [by_window[length] for length in windows]
 
     def compile_parts(self) -> None:
-        """Compile what repeats, so that one layer serves all layers and one chunk of the loss all chunks."""
+        """Compile what repeats: one layer serves all layers, and one chunk of the loss all chunks."""
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.loss_kernel = torch.compile(self.loss_kernel, dynamic=False)
         self.fp8_kernel = torch.compile(to_fp8, dynamic=False)
 
     def remarks(self) -> list[str]:
-        """What the log should say of this model."""
+        """Lines about this model for the log."""
         edited = []
         if not loss_is_plain():
-            edited.append("loss        edited: its gradient is by autograd, which takes longer than the "
-                          "built-in kernel")
+            edited.append("loss        edited: its gradient is by autograd, slower than the built-in kernel")
         if self.flex is not None and self.blocks is evaluated_blocks:
-            edited.append("mask        edited: its blocks are found by evaluating all pairs of tokens, which "
-                          "takes longer")
+            edited.append("mask        edited: its blocks are found by a slower way, for all pairs")
+        if frac := self.cfg.sampled_softmax_frac:
+            edited.append(f"softmax     over a sample of tokens for {frac:.0%} of training; train_loss is an "
+                          "estimate until then, and too low")
         return edited
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of one trained token, forward and backward.
-
-        6 per weight of a matrix, and 12 per model dimension and key that a token attends to on average.
-        source  Kaplan et al. 2020, arXiv:2001.08361
-        """
+        """Floating-point operations per trained token, forward and backward: 6 for each weight of a matrix,
+        and 12 for each model dimension and key that a token attends to on average (arXiv:2001.08361)."""
         length = self.cfg.seq_len
         matrices = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim > 1)
-        # the mean over all places of min(place, window)
+        # mean of min(place, window) over all places
         keys = sum(window - window**2 / (2 * length) for window in self.windows(length))
-        return 6 * (self.head.numel() + matrices) + 12 * self.cfg.model_dim * keys
+        targets = min(SAMPLED_AT_ONCE, self.cfg.batch_tokens)
+        columns = sample_size(self.cfg, targets) if self.softmax_is_sampled else len(self.head)
+        return 6 * (columns * self.head.size(1) + matrices) + 12 * self.cfg.model_dim * keys
 
 
 class GPT(Model):
-    """Embedding -> norm -> layers -> norm -> head; logits within plus or minus logit_cap."""
+    """Embedding -> norm -> layers -> norm -> head; logits are capped to plus or minus logit_cap."""
 
     def __init__(self, cfg: Config, eot_id: int, dtype: torch.dtype = torch.float32,
                  flex: dict | None = None):
@@ -556,7 +553,7 @@ class GPT(Model):
         contexts = self.contexts(inputs)
         x0 = self.look_up(inputs, self.embed, self.dtype)                                   # (B, T, D)
         x0 = self.smear_kernel(x0, contexts[0], self.smear)                                 # (B, T, D)
-        # a second object, or the first layer would be compiled apart from the others
+        # a separate tensor object: with x0 twice, the first layer would be compiled separately
         x = x0.view_as(x0)                                                                  # (B, T, D)
         for number, (layer, ctx) in enumerate(zip(self.layers, contexts, strict=True)):
             table = self.value_table(number)
@@ -565,20 +562,20 @@ class GPT(Model):
         return self.norm_kernel(x)                                                          # (B, T, D)
 
     def value_table(self, layer: int) -> Tensor | None:
-        """Table i of n serves the i-th of the first n layers and the i-th of the last n."""
+        """Table i of n serves the i-th of the first n layers and the i-th of the last n layers."""
         n, behind = len(self.value_embeds), layer - (len(self.layers) - len(self.value_embeds))
         place = layer if layer < n else behind
         return self.value_embeds[place] if 0 <= place < n else None
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Half of the pairs rotate, from 1 down to 1/1024 radians per token. The others take part in the key
-        offset of Layer.attention; where all pairs rotate, there is none."""
+        """Half of the pairs rotate, by 1 down to 1/1024 radians per token; the others are those of the key
+        offset in Layer.attention."""
         rotating = 1024.0 ** -torch.linspace(0, 1, self.cfg.head_dim // 4, device=device)   # (K/4)
         return torch.cat([rotating, torch.zeros_like(rotating)])                            # (K/2)
 
     def windows(self, length: int) -> list[int]:
-        """Every fourth layer and the last have the long window, the others the short one; none looks further
-        back than in training."""
+        """Every fourth layer and the last have the long window, the others the short one; no window is longer
+        than a row in training."""
         cfg, windows = self.cfg, []
         grown = min(1.0, self.progress / cfg.window_warmup_frac) if cfg.window_warmup_frac else 1.0
         for number in range(1, len(self.layers) + 1):
@@ -588,11 +585,11 @@ class GPT(Model):
         return windows
 
     def compile_parts(self) -> None:
-        """Also the small operations before and behind the layers."""
+        """Also compile the small operations before and after the layers."""
         super().compile_parts()
         self.smear_kernel = torch.compile(smeared, dynamic=False)
         self.norm_kernel = torch.compile(rms_norm, dynamic=False)
-        if self.flex is not None:       # a CPU adds up the gradients of rows faster uncompiled
+        if self.flex is not None:       # on a CPU, the gradient of a look-up is faster uncompiled
             self.look_up = torch.compile(look_up, dynamic=False)
 
 
@@ -602,33 +599,33 @@ def look_up(inputs: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def smeared(x: Tensor, ctx: Context, share: Tensor) -> Tensor:
-    """Embeddings (B, T, D), each with a share (D) of the one before it in its document; normed."""
+    """Embeddings (B, T, D), each plus a share (D) of the previous one in its document; normed."""
     return rms_norm(x + share.to(x.dtype) * ctx.previous(x))                                # (B, T, D)
 
 
 # ------------------------------------------------------------------------------------------------
-# Loss: of the head, chunk by chunk, its products in FP8 if asked for; knows tensors and Config.
+# Loss: the head and its cross-entropy, chunk by chunk, in FP8 on request; knows tensors and Config.
 # ------------------------------------------------------------------------------------------------
 
 def soft_cap(z: Tensor, cap: float) -> Tensor:
-    """Squeeze logits smoothly into plus or minus cap: z / sqrt(1 + (z / cap)^2); a cap of 0 leaves them."""
+    """Squeeze logits smoothly into plus or minus cap: z / sqrt(1 + (z / cap)^2); a cap of 0 does nothing."""
     return z * torch.rsqrt(1 + (z / cap).square()) if cap else z
 
 
 def token_losses(z: Tensor, targets: Tensor, cfg: CommonConfig) -> Tensor:
-    """The loss of each token, (N) float32. For another loss, or one more term, edit this alone.
+    """The loss of each token, (N) float32. For another loss, or one more term, edit only this function.
 
     z        (N, V) float32, capped logits of the real tokens
     targets  (N) token ids; the loss must be 0 where the target is -1. A z-loss, for example, adds
                  1e-4 * z.logsumexp(-1).square() * (targets >= 0)
-    train_loss includes what is added here; val_loss stays plain cross-entropy (benchtop/evaluation.py).
+    train_loss includes what you add here; val_loss stays plain cross-entropy (benchtop/evaluation.py).
     """
     # EDIT: loss
     return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")                   # (N)
 
 
 def losses_and_gradient(logits: Tensor, targets: Tensor, cfg: CommonConfig) -> tuple[Tensor, Tensor]:
-    """token_losses of a chunk, and their gradient with respect to the uncapped logits, by autograd.
+    """token_losses of a chunk and, by autograd, their gradient with respect to the uncapped logits.
 
     logits   (N, V) uncapped; columns from cfg.vocab_size on are padding
     targets  (N) token ids; -1 where there is nothing to predict
@@ -645,12 +642,12 @@ def losses_and_gradient(logits: Tensor, targets: Tensor, cfg: CommonConfig) -> t
 def fast_losses_and_gradient(logits: Tensor, targets: Tensor, cfg: CommonConfig) -> tuple[Tensor, Tensor]:
     """The same for plain cross-entropy, in half the time: softmax minus one-hot, times the cap's slope.
 
-    Written by hand, so edit token_losses instead; choose_loss_kernel takes this one only while that is plain.
+    To change the loss, edit token_losses; choose_loss_kernel then no longer takes this hand-written kernel.
     """
     cap, z = cfg.logit_cap, logits.float()                                                  # (N, V)
     real = torch.arange(z.size(1), device=z.device) < cfg.vocab_size                        # (V)
     shrink = torch.rsqrt(1 + (z * (1 / cap)).square()) if cap else torch.ones_like(z)       # (N, V)
-    # exp of more would overflow; the cap costs no pass over the logits
+    # keeps exp from overflowing; the cap needs no pass over the logits for that
     bound = cap or z.masked_fill(~real, -math.inf).amax(-1, keepdim=True)
     exps = torch.where(real, torch.exp(z * shrink - bound), 0)                              # (N, V)
     counted = (targets >= 0).float()[:, None]                                               # (N, 1)
@@ -665,7 +662,7 @@ def fast_losses_and_gradient(logits: Tensor, targets: Tensor, cfg: CommonConfig)
 
 
 def plain_losses(z: Tensor, targets: Tensor, cfg: CommonConfig) -> Tensor:
-    """What fast_losses_and_gradient is for: token_losses as long as nobody has edited it."""
+    """token_losses as it is before anyone edits it: the loss of fast_losses_and_gradient."""
     return F.cross_entropy(z, targets, ignore_index=-1, reduction="none")
 
 
@@ -677,13 +674,13 @@ def loss_is_plain() -> bool:
 
 
 def choose_loss_kernel(cfg: CommonConfig) -> Callable:
-    """fast_losses_and_gradient while token_losses is plain, or else losses_and_gradient; for FP8 with more.
+    """fast_losses_and_gradient while token_losses is plain, else losses_and_gradient; wrapped for FP8.
 
-    raises  UserError if ChunkedLoss does not return token_losses and their gradient, as autograd alone does
+    raises  UserError if ChunkedLoss returns anything else than token_losses and their gradient by autograd
     """
     kernel = fast_losses_and_gradient if loss_is_plain() else losses_and_gradient
     in_fp8 = functools.partial(fp8_losses_and_gradients, kernel) if cfg.fp8 else kernel
-    # FP8 rounds too much to compare, and a vocabulary that was mistyped must not fill the memory
+    # FP8 rounds too much for the comparison, and a mistyped vocabulary must not fill the memory
     exact = {"fp8": False} if cfg.fp8 else {}
     cfg = replace(cfg, vocab_size=min(cfg.vocab_size, 2**16), **exact)
     draw = torch.Generator().manual_seed(0)
@@ -701,45 +698,86 @@ def choose_loss_kernel(cfg: CommonConfig) -> Callable:
     return in_fp8
 
 
+SAMPLED_AT_ONCE = 8192      # targets that share a sample, so that it does not depend on the micro-batch
+
+
+def sample_size(cfg: CommonConfig, targets: int) -> int:
+    """More tokens than text has distinct ones among its targets: of 8,193 in 8,192 targets 39 %, not 27."""
+    share = 1 - (1 + targets / cfg.vocab_size) ** -0.7
+    return min(cfg.vocab_size, 64 * math.ceil(share * cfg.vocab_size / 64))
+
+
+def softmax_sample(targets: Tensor, cfg: CommonConfig) -> tuple[Tensor, Tensor]:
+    """The tokens that a sampled softmax is over: all targets and, to fill up, others a fixed stride apart,
+    beginning where the targets decide, so nothing is random. A target for which there is no room is left out.
+
+    targets  (N) token ids, -1 where there is nothing to predict
+    returns  (S) distinct token ids, and (N) the place of each target among them, or -1
+    source   Bengio & Senecal 2008, without its correction for unequal chances; Modded-NanoGPT, 2026
+    """
+    V, wanted = cfg.vocab_size, targets.where(targets >= 0, cfg.vocab_size)                 # (N)
+    order = (torch.arange(V + 1, device=targets.device) * 20011 + targets.sum()) % V        # (V+1)
+    order[wanted] = V       # the last place is for no target
+    sample = order[:V].topk(sample_size(cfg, len(targets))).indices                         # (S)
+    places = torch.full_like(order, -1)                                                     # (V+1)
+    places[sample] = torch.arange(len(sample), device=targets.device)
+    return sample, places[wanted]
+
+
 class ChunkedLoss(torch.autograd.Function):
-    """The loss of a linear head, chunk by chunk, with its gradient made on the way forward.
+    """The loss of a linear head, chunk by chunk; the forward pass computes the gradient as well.
 
     Only one chunk's logits exist at a time: 0.8 GB on a GPU instead of 10 GB for 49,152 tokens and 50,304
     columns. With cfg.fp8 two of the three products are in FP8: the logits and the gradient of x.
-    x (BT, D), weight (V, D) float32, targets (BT), kernel as choose_loss_kernel gives it; low is to_fp8
+    x (BT, D), weight (V, D) float32, targets (BT), kernel from choose_loss_kernel, low is to_fp8; sampled:
+    the softmax is over a softmax_sample
     returns  () float32, the summed loss
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cfg: CommonConfig, kernel: Callable,
-                low: Callable) -> Tensor:
+                low: Callable, sampled: bool = False) -> Tensor:
         x, weight_low = x.detach(), weight.detach().to(x.dtype)                             # (BT, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (BT, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)                       # ()
-        if cfg.fp8:
-            by_columns, by_rows = low(weight_low, E4M3), low(weight_low.T, E4M3)
-
-        def add(chunk: Tensor, wanted: Tensor, chunk_grad: Tensor) -> None:
-            if cfg.fp8:
-                logits = fp8_product(low(chunk, E4M3), by_columns, fast=True)               # (N, V)
-                losses, gradient, *in_fp8 = kernel(logits, wanted, cfg)                     # (N), (N, V)
-                chunk_grad.copy_(fp8_product(in_fp8, by_rows))                              # (N, D)
-            else:
-                logits = chunk @ weight_low.T                                               # (N, V)
-                losses, gradient = kernel(logits, wanted, cfg)                              # (N), (N, V)
-                torch.mm(gradient, weight_low, out=chunk_grad)                              # (N, D)
-            add_product(weight_grad, gradient.T, chunk)
-            total.add_(losses.sum())
-        rows = chunk_rows(x, weight.size(0))
-        for parts in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
-            add(*parts)     # a function, so that no chunk's logits outlive it
+        if not sampled:
+            add_losses(total, weight_grad, x_grad, x, weight_low, targets, cfg, kernel, low)
+        chunks = [tensor.split(SAMPLED_AT_ONCE) for tensor in (x_grad, x, targets)] if sampled else []
+        for chunk_grad, chunk, wanted in zip(*chunks, strict=True):
+            sample, places = softmax_sample(wanted, cfg)                                    # (S), (N)
+            part = torch.zeros_like(weight[:len(sample)])                                   # (S, D)
+            add_losses(total, part, chunk_grad, chunk, weight_low[sample], places,
+                       replace(cfg, vocab_size=len(sample)), kernel, low)
+            weight_grad.index_add_(0, sample, part)
         ctx.save_for_backward(x_grad, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, None, None, None, None
+        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, *[None] * 5
+
+
+def add_losses(total: Tensor, weight_grad: Tensor, x_grad: Tensor, x: Tensor, weight: Tensor, targets: Tensor,
+               cfg: CommonConfig, kernel: Callable, low: Callable) -> None:
+    """Add the losses to `total` and their gradient to weight_grad, and write that of x, chunk by chunk."""
+    if cfg.fp8:
+        by_columns, by_rows = low(weight, E4M3), low(weight.T, E4M3)
+
+    def add(chunk: Tensor, wanted: Tensor, chunk_grad: Tensor) -> None:
+        if cfg.fp8:
+            logits = fp8_product(low(chunk, E4M3), by_columns, fast=True)                   # (N, V)
+            losses, gradient, *in_fp8 = kernel(logits, wanted, cfg)                         # (N), (N, V)
+            chunk_grad.copy_(fp8_product(in_fp8, by_rows))                                  # (N, D)
+        else:
+            logits = chunk @ weight.T                                                       # (N, V)
+            losses, gradient = kernel(logits, wanted, cfg)                                  # (N), (N, V)
+            torch.mm(gradient, weight, out=chunk_grad)                                      # (N, D)
+        add_product(weight_grad, gradient.T, chunk)
+        total.add_(losses.sum())
+    rows = chunk_rows(x, weight.size(0))
+    for parts in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
+        add(*parts)     # a function, so that no chunk's logits outlive it
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -759,7 +797,7 @@ def fp8_losses_and_gradients(kernel: Callable, logits: Tensor, targets: Tensor, 
                              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the kernel returns, and then the gradient in e5m2 with its scale."""
     losses, gradient = kernel(logits, targets, cfg)                                         # (N), (N, V)
-    # softmax minus one-hot, times the slope of the cap, is at most 1, so nobody need look for the largest
+    # softmax minus one-hot, times the slope of the cap, is at most 1, which saves a search for the largest
     bound = 1.0 if kernel is fast_losses_and_gradient else None
     return losses, gradient, *to_fp8(gradient, E5M2, bound)
 
@@ -767,7 +805,7 @@ def fp8_losses_and_gradients(kernel: Callable, logits: Tensor, targets: Tensor, 
 def to_fp8(x: Tensor, dtype: torch.dtype, bound: float | None = None) -> tuple[Tensor, Tensor]:
     """x / scale in FP8, row by row in memory, and the scale, () float32.
 
-    The scale makes the largest magnitude of x, or a bound on it, the largest of the dtype. e4m3 has finer
+    The scale maps the largest magnitude of x, or a bound on it, to the dtype's largest number. e4m3 has finer
     steps, e5m2 the wider range that gradients need.
     source  Micikevicius et al. 2022, arXiv:2209.05433
     """
@@ -778,23 +816,18 @@ def to_fp8(x: Tensor, dtype: torch.dtype, bound: float | None = None) -> tuple[T
 
 
 def fp8_product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], fast: bool = False) -> Tensor:
-    """a @ b.T of two pairs as to_fp8 returns them, in bfloat16.
-
-    All sizes must be multiples of 16, and at least one of the two in e4m3.
-    fast  add up less exactly, which is enough for logits and not for gradients
-    """
+    """a @ b.T in bfloat16; a and b are pairs from to_fp8, at least one in e4m3, with sizes divisible by 16;
+    fast: add up less exactly, enough for logits but not for gradients."""
     return torch._scaled_mm(a[0], b[0].T, a[1], b[1], out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimizer: knows parameters, their names and gradients, and which process owns which piece of them.
+# Optimizer: knows parameters, their names and gradients, and which process owns which piece.
 # ------------------------------------------------------------------------------------------------
 
 def group_of(name: str, parameter: Tensor) -> str:
-    """The one group of a parameter, by its shape and name; the log lists them.
-
-    Fewer than two dimensions: scalars. With "embed" in its name: embeddings, so call a lookup table that. The
-    head, also where it is tied to the embedding, comes with the name "head". All others are matrices.
+    """The group of a parameter. Fewer than two dimensions: scalars. "embed" in its name: embeddings, so name
+    a lookup table that way. The head, even if tied to an embedding, has the name "head". Others are matrices.
     """
     if parameter.ndim < 2:
         return "scalars"
@@ -804,7 +837,7 @@ def group_of(name: str, parameter: Tensor) -> str:
 
 
 def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Push every singular value of a matrix towards 1 and keep its singular vectors, without an SVD.
+    """Push every singular value of a matrix towards 1, keeping its singular vectors, without an SVD.
 
     G        (..., rows, columns) float of any scale; leading dimensions are separate matrices
     dtype    of the products; bfloat16 is precise enough
@@ -829,11 +862,11 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32)
 
 def adam_update(parameters: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor],
                 lr: float, beta1: float, beta2: float, step: int, eps: float) -> None:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) in place, for all tensors of a group at once."""
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980), in place, for all tensors of a group at once."""
     torch._foreach_lerp_(means, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    # both averages begin at 0, which their divisors make up for
+    # both averages begin at 0; the divisors correct that bias
     roots = torch._foreach_sqrt(squares)
     torch._foreach_div_(roots, math.sqrt(1 - beta2**step))
     torch._foreach_add_(roots, eps)
@@ -842,7 +875,7 @@ def adam_update(parameters: list[Tensor], grads: list[Tensor], means: list[Tenso
 
 @dataclass
 class Piece:
-    """Rows of a parameter that one process, the owner, updates; `state` is empty on all others."""
+    """Rows of a parameter that one process, the owner, updates; on all others `state` is empty."""
     name: str
     parameter: nn.Parameter
     rows: slice | EllipsisType      # ... is the whole parameter
@@ -862,7 +895,7 @@ def lr_scale(cfg: Config, step: int, progress: float) -> float:
     """Warm-up over steps, a plateau, and a linear cooldown over the last part of the budget.
 
     step      optimizer steps done
-    progress  share of the budget that is used, 0 to 1
+    progress  fraction of the budget used, 0 to 1
     """
     # EDIT: schedule
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
@@ -874,13 +907,12 @@ class Optimizer:
     """Muon for matrices in layers, Adam for everything else, no weight decay.
 
     Every parameter is in exactly one group (group_of). `learning_rates` has the rate of each group, `rules`
-    says how it is updated, and `state_names` which tensors, of the parameter's shape, that takes. To add a
-    rule, write a method NAME_step and its line in state_names. Checkpoints, the exchange between processes
-    and the memory estimate follow from these.
+    the method that updates it, and `state_names` which tensors, of the parameter's shape, that method needs.
+    To add a rule, write a method NAME_step and its line in state_names; checkpoints and the rest follow.
 
-    With several processes each parameter is cut into pieces: a matrix that Muon orthogonalises is one piece,
-    a table of Adam's has as many blocks of rows as there are processes. Gradients are summed where a piece is
-    owned, only the owner keeps its state and updates it, and then all processes copy its weights.
+    With several processes each parameter is cut into pieces: a matrix that Muon orthogonalizes is one piece;
+    a table of Adam's has a block of rows for each process. A piece's gradients are summed on its owner, which
+    alone keeps its state and updates it; then all processes copy its weights.
     source  Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054
     """
 
@@ -888,7 +920,7 @@ class Optimizer:
     rules = {"matrices": "muon", "embeddings": "adam", "head": "adam", "scalars": "adam"}
     state_names = {"muon": ("momentum",), "adam": ("mean", "square")}
     betas, eps = (0.8, 0.95), 1e-10     # Adam's
-    # functions of this file; a script with another optimizer has its own
+    # functions of this file; a script with another optimizer overrides them
     group_of, learning_rates, lr_scale = map(staticmethod, (group_of, learning_rates, lr_scale))
 
     def __init__(self, model: Model, cfg: Config, world: World, product_dtype: torch.dtype = torch.float32):
@@ -911,7 +943,7 @@ class Optimizer:
         self.last_backward = False      # of a step: each gradient is sent to its owners once it is complete
 
     def remarks(self) -> list[str]:
-        """The learning rate of each group, and what is in it."""
+        """The learning rate and the parameters of each group, for the log."""
         lines = []
         for group, pieces in self.groups.items():
             names = dict.fromkeys(piece.name.split(".", 2)[-1] if piece.name.startswith("layers.")
@@ -920,7 +952,7 @@ class Optimizer:
         return [f"rates       {'; '.join(lines)}"]
 
     def _cut(self, name: str, parameter: nn.Parameter, group: str, first: int) -> list[Piece]:
-        """The pieces of a parameter; the first of them is the group's piece number `first`."""
+        """The pieces of a parameter, numbered from `first` on within the group."""
         size, cuts, whole = self.world.size, [], self.rules[group] == "muon"
         if whole and parameter.ndim > 2:
             cuts = range(len(parameter) + 1)
@@ -944,7 +976,7 @@ class Optimizer:
             self.world.begin_sum(piece.grad, piece.owner)
 
     def sum_gradients(self) -> Tensor:
-        """Wait until the gradients of all processes are summed where they are owned; their norms, (P).
+        """Wait until all gradients are summed on their owners; returns their norms, (P).
 
         raises  UserError that names a parameter without gradient, before any process waits for another
         """
@@ -968,16 +1000,13 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
-        """Update every parameter from its gradient and clear the gradients.
-
-        scale  what the schedule multiplies all learning rates by
-        """
+        """Update every parameter from its gradient, with all rates times `scale`; clear the gradients."""
         self.steps_done += 1
         for group, pieces in self.groups.items():
             update, own = getattr(self, f"{self.rules[group]}_step"), self._own(pieces)
             if own:
                 update(own, self.lrs[group] * scale)
-            for piece in pieces:    # they are copied while the next group is computed
+            for piece in pieces:    # copied while the next group is updated
                 self.world.begin_copy(piece.weights, piece.owner)
         self.world.wait()
         self.clear_gradients()
@@ -988,11 +1017,8 @@ class Optimizer:
                     *self.betas, self.steps_done, self.eps)
 
     def muon_step(self, pieces: list[Piece], lr: float) -> None:
-        """Muon with Nesterov momentum; matrices of one shape, some of them transposed, make one batch.
-
-        Momentum climbs from 0.85 to 0.95 over the first 300 steps; when it climbed faster, a run of 100 steps
-        ended worse.
-        """
+        """Muon with Nesterov momentum; matrices of one shape, some of them transposed, make one batch."""
+        # a faster climb than over 300 steps lost (experiments/RECIPE.md)
         momentum = 0.85 + 0.1 * min(1, (self.steps_done - 1) / 300)
         grads, averages = [piece.grad for piece in pieces], [piece.state["momentum"] for piece in pieces]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
@@ -1011,7 +1037,7 @@ class Optimizer:
                 weights.sub_(update, alpha=lr * factor)
 
     def state(self) -> dict:
-        """All state, as one process alone would have it; tensors are whole on the first process only."""
+        """The state as a single process would have it; tensors are complete only on the first process."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for group, pieces in self.groups.items():
             for piece, kind in itertools.product(pieces, self.state_of(group)):
@@ -1026,7 +1052,7 @@ class Optimizer:
         return {"steps_done": self.steps_done, "tensors": tensors}
 
     def load(self, state: dict | None) -> None:
-        """Take over what `state` gave, from the first process; the others pass None."""
+        """Restore what `state` returned; the first process passes it, the others pass None."""
         self.steps_done = self.world.same(state and state["steps_done"])
         for group, pieces in self.groups.items():
             for piece, kind in itertools.product(pieces, self.state_of(group)):
@@ -1040,25 +1066,25 @@ class Optimizer:
 
 
 # ------------------------------------------------------------------------------------------------
-# Training loop: one turn is one step. Between steps the bench validates, saves, logs and counts the budget;
-# val_loss is the bench's plain cross-entropy, whatever the loss above.
+# Training loop: one iteration is one step. Between steps the bench validates, saves, logs and counts the
+# budget; val_loss is plain cross-entropy, computed by the bench, whatever the loss above.
 # ------------------------------------------------------------------------------------------------
 
 def train(run: Run) -> None:
-    """Train until the budget is used up or the target is reached."""
+    """Train until the budget is used up or --target_loss is reached."""
     cfg, model, optimizer = run.cfg, run.model, run.optimizer
     for batch in run.batches():
-        # the loss of a step is the mean over all its targets, whichever process computes them
+        # the loss of a step is the mean over all its targets, on all processes
         loss = torch.zeros((), device=run.world.device)                                     # ()
         for number, (inputs, targets) in enumerate(batch.micro_batches, start=1):
             optimizer.last_backward = number == len(batch.micro_batches)
             part = model(inputs, targets) / batch.num_targets                               # ()
             run.backward(part)
             loss += part.detach()
-        # gradients are complete when all processes have added theirs
+        # gradients are complete once all processes have added theirs
         norms = optimizer.sum_gradients()                                                   # (P)
         scale = optimizer.lr_scale(cfg, run.step, run.progress)
-        # the bench logs the step, and ends the run if a loss or gradient is not finite; where only float16
+        # the bench logs the step, and ends the run if the loss or a gradient is not finite; if only float16
         # overflowed, it does not accept the step, and the update is skipped
         if run.accepts_step(loss, norms, scale):
             if cfg.grad_clip:

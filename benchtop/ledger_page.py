@@ -8,7 +8,7 @@ from benchtop.command_line import minutes
 from benchtop.curves import STYLE as FIGURE
 from benchtop.held_out import VAL
 from benchtop.ledger import KEEP, NOT_CONFIRMED, Entry
-from benchtop.page import STYLE
+from benchtop.page import document, picture, wide
 
 COLUMNS = ("when", "trial", "idea", "verdict", "gain", "interval", "runs", "tokens", "time", "description")
 TEXTS = ("idea", "verdict", "interval", "description", "trial", "when")    # left-aligned
@@ -52,15 +52,13 @@ def page(entries: list[Entry]) -> str:
         rows.append(f"<tr class=\"{escape(entry.verdict.replace(' ', '-'))}\"><td>{number}</td>{row}</tr>")
     head = "<th scope=\"col\">no.</th>" + "".join(f"<th scope=\"col\"{kind_of(name)}>{name}</th>"
                                                  for name in order)
-    return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
-            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
-            f"<title>Ledger of trials</title><style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n"
-            f"<h1>Ledger of trials</h1><p>{len(tried)} ideas tried, {kept} kept"
-            f"{f', {looks} tested again on the test split' if looks else ''}. Gains are in the metric's "
-            "unit over the trial's own baseline, larger is better. Intervals stay valid although a trial "
-            f"tests after every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n<div class=\"wide\"><table>"
-            f"<thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(rows) + "</tbody></table></div>\n"
-            "</body></html>\n")
+    table = wide("Trials", f"<table><thead><tr>{head}</tr></thead>\n<tbody>" + "\n".join(rows)
+                 + "</tbody></table>")
+    return document(
+        "Ledger of trials", f"<h1>Ledger of trials</h1><p>{len(tried)} ideas tried, {kept} kept"
+        f"{f', {looks} tested again on the test split' if looks else ''}. Gains are in the metric's unit "
+        "over the trial's own baseline, larger is better. Intervals stay valid although a trial tests after "
+        f"every pair.</p>\n{curve(entries)}\n<h2>Trials</h2>\n{table}", MORE_STYLE)
 
 
 def kind_of(column: str) -> str:
@@ -77,7 +75,7 @@ def patch_of(entry: Entry) -> str:
     if not path.is_file():
         return ""
     text = escape(path.read_text(encoding="utf-8", errors="replace"))
-    return f"<details><summary>patch</summary><pre>{text}</pre></details>"
+    return f"<details><summary>patch of {escape(entry.idea)}</summary><pre>{text}</pre></details>"
 
 
 def curve(entries: list[Entry]) -> str:
@@ -93,7 +91,8 @@ def curve(entries: list[Entry]) -> str:
                   if kind(entry) == (metric, data, flags) and entry.gain is not None and entry.split == "val"]
         if points:
             figures.append(f"<h2>Best so far, data {escape(data)}</h2>\n<p><code>{escape(flags)}</code></p>"
-                           f"<figure>{drawn(points, metric, failed)}</figure>")
+                           f"<figure>{picture(f'{metric} of each idea', drawn(points, metric, failed))}"
+                           "</figure>")
     return "\n".join(figures)
 
 
@@ -126,5 +125,4 @@ def drawn(points: list[tuple[int, Entry]], metric: str, not_confirmed: set[str])
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
         pyplot.close(figure)
-    svg = out.getvalue().decode()
-    return svg[svg.index("<svg"):]
+    return out.getvalue().decode()

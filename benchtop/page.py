@@ -33,10 +33,11 @@ p { color: var(--soft); margin-top: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .runs :is(th, td):nth-child(2) { text-align: left; }
 th { color: var(--soft); font-weight: 600; }
 th button { all: unset; cursor: pointer; }
-th button:focus-visible, .axes label:focus-within { outline: 2px solid var(--mark); outline-offset: 2px; }
+th button:focus-visible, .axes label:focus-within, .wide:focus-visible {
+  outline: 2px solid var(--mark); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
 tbody tr:hover { background: var(--tint); }
@@ -92,19 +93,34 @@ def page(groups: list[Group], metric: str, said: list[str], is_comparable: bool 
     if said:
         parts += ["<h2>Conclusions</h2>", f"<pre>{escape(chr(10).join(said).strip())}</pre>"]
     parts += [_curves(groups, compared, metric), _samples(groups)]
-    body = NO_TEXT.sub("\ufffd", "\n".join(parts))
+    return document(title, "\n".join(parts), script=SCRIPT)
+
+
+def document(title: str, body: str, more_style: str = "", script: str = "") -> str:
+    """A whole HTML file around its body."""
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}"
-            f"\n<script>{SCRIPT}</script></body></html>\n")
+            f"<title>{escape(title)}</title><style>{STYLE}{more_style}</style></head>\n"
+            f"<body><main>\n{NO_TEXT.sub(chr(0xfffd), body)}\n</main>"
+            f"{f'<script>{script}</script>' if script else ''}</body></html>\n")
+
+
+def wide(label: str, table: str) -> str:
+    """A table that scrolls sideways on a narrow screen, also by keyboard, under a name for screen readers."""
+    return f"<div class=\"wide\" role=\"region\" aria-label=\"{label}\" tabindex=\"0\">{table}</div>"
+
+
+def picture(label: str, svg: str) -> str:
+    """An SVG as one picture with a name, so that a screen reader does not read each of its labels."""
+    return svg[svg.index("<svg"):].replace("<svg", f"<svg role=\"img\" aria-label=\"{escape(label)}\"", 1)
 
 
 def _groups_table(groups: list[Group]) -> str:
     head, *lines = [[escape(cell) for cell in line] for line in groups_table(groups)]
-    return ("<div class=\"wide\"><table class=\"groups\"><thead><tr>"
-            + "".join(f"<th scope=\"col\">{cell}</th>" for cell in head) + "</tr></thead>\n<tbody>"
-            + "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
-            + "</tbody></table></div>")
+    return wide("Groups", "<table class=\"groups\"><thead><tr>"
+                + "".join(f"<th scope=\"col\">{cell}</th>" for cell in head) + "</tr></thead>\n<tbody>"
+                + "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+                + "</tbody></table>")
 
 
 def _runs_table(groups: list[Group]) -> str:
@@ -121,8 +137,8 @@ def _runs_table(groups: list[Group]) -> str:
             cells.append(f"<td data-value=\"{escape(str(key))}\">"
                          f"{'' if value is None else escape(column.text(value))}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (f"<div class=\"wide\"><table class=\"runs\"><thead><tr>{head}</tr></thead>\n<tbody>"
-            + "\n".join(lines) + "</tbody></table></div>")
+    return wide("Runs", f"<table class=\"runs\"><thead><tr>{head}</tr></thead>\n<tbody>"
+                + "\n".join(lines) + "</tbody></table>")
 
 
 def _curves(groups: list[Group], compared: Sequence[Group], metric: str) -> str:
@@ -138,11 +154,13 @@ def _curves(groups: list[Group], compared: Sequence[Group], metric: str) -> str:
                       f"{escape(name)}</label>")
         for kind, svg in (("by", curves), ("difference-by", differences)):
             if svg:
+                what = f"{metric if kind == 'by' else f'difference of {metric}'} by {name}"
                 figures.append(f"<figure id=\"{kind}-{axis}\" data-axis=\"{axis}\"{hidden}>"
-                               f"{svg[svg.index('<svg'):]}</figure>")
+                               f"{picture(what, svg)}</figure>")
     if not figures:
         return ""
-    return f"<h2>Curves</h2>\n<fieldset class=\"axes\">{''.join(labels)}</fieldset>\n" + "\n".join(figures)
+    return (f"<h2>Curves</h2>\n<fieldset class=\"axes\" aria-label=\"x axis\">{''.join(labels)}</fieldset>\n"
+            + "\n".join(figures))
 
 
 def _samples(groups: list[Group]) -> str:

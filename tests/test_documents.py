@@ -349,6 +349,7 @@ def test_advice_names_the_command_that_was_typed(refusal):
     "trial", "convert", "benchmarks/step", "benchmarks/race"])
 def test_help_shows_each_default_once(monkeypatch, capsys, script):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.syspath_prepend((places.ROOT / script).parent)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(places.ROOT / f"{script}.py"), run_name="__main__")
     said = " ".join(capsys.readouterr().out.split())

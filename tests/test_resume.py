@@ -529,7 +529,7 @@ def test_auto_takes_the_newest_unfinished_run_of_the_name(here):
 
 def test_auto_does_not_repeat_a_failure(stopped_run):
     (stopped_run / "summary.json").write_text('{"status": "failed: the loss is nan"}')
-    with pytest.raises(UserError, match=r"the newest run of gpt, .* failed: the loss is nan; name its "):
+    with pytest.raises(UserError, match=r"the newest run of gpt, .* failed: the loss is nan; pass its "):
         resume_here("--resume", "auto")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "validate_and_log", interrupt)      # what a resumed run does first

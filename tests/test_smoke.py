@@ -116,8 +116,8 @@ EDITS = {   # what is replaced, by what, and what --smoke says of it
         "[self.__dict__.setdefault(piece.name, torch.zeros_like(piece.grad)) for piece in pieces]\n",
         r"same weights, bit for bit\): .* differs by up to"),
     "a term beside the loss that autograd knows": (
-        "            total.add_(losses.sum())\n",
-        "            total.add_(losses.sum() + 1e-3 * logits.float().logsumexp(-1).square().sum())\n",
+        "        total.add_(losses.sum())\n",
+        "        total.add_(losses.sum() + 1e-3 * logits.float().logsumexp(-1).square().sum())\n",
         "edit token_losses alone"),
     "a name that does not exist": (
         "        return x + linear(hidden, self.down) ", "        return x + linear(hiden, self.down) ",

@@ -753,7 +753,7 @@ def test_a_damaged_tokenizer_is_refused_with_the_way_to_another(bench, command, 
 
 def test_other_settings_under_the_same_name_are_refused(bench, command, refusal, pages, write_rows):
     command(f"{TRAIN} pages")
-    assert "another regex;" in refusal(f"{TRAIN} pages --regex gpt2")
+    assert "a different regex;" in refusal(f"{TRAIN} pages --regex gpt2")
     write_rows(bench / "pages.jsonl", [*pages, "one more"])
     assert "another source;" in refusal(f"{TRAIN} pages")
     write_rows(bench / "other.jsonl", pages)

@@ -622,7 +622,7 @@ def test_only_the_machine_names_torch_distributed():
     naming = {path.name for path in (*ROOT.glob("*.py"), *(ROOT / "benchtop").glob("*.py"))
               if re.search(r"\bdist\.|^ *(import|from) torch\.distributed", path.read_text(encoding="utf-8"),
                            re.MULTILINE)}
-    assert naming == {"machine.py", "processes.py"}
+    assert naming == {"launch.py", "machine.py", "processes.py"}
 
 
 def test_float16_with_scaled_losses_is_near_float32(lab, here):

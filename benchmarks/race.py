@@ -4,13 +4,14 @@
     python benchmarks/race.py --sides train_gpt,llama3 --seconds 60 --keep
 
 A checkout is a clone of karpathy/nanochat or karpathy/nanoGPT that you have; benchmarks/peer.py puts it on
-this loop. Each side is tuned first with runs of --tune_seconds and a seed that does not race: its learning
-rates, then its batch, further while the best is the last value tried; then its warm-up, which train_gpt.py
-does without. Then all sides train with several seeds, in turns, once for each budget, with a whole schedule
-each. A run that is there is not repeated, so do not stop a race for long where the machine's speed changes.
+this loop. Each side, except those of --untuned, is tuned first with runs of --tune_seconds and a seed that
+does not race: its learning rates, then its batch, further while the best is the last value tried; then its
+warm-up (train_gpt.py has none). Then all sides train with several seeds, in turns, once for each budget, with
+a complete schedule each. Finished runs are not repeated, so do not pause a race for long on a machine whose
+speed changes.
 
-When train_gpt.py is as low as another side is read off the line between the means of its own budgets, over
-the logarithm of their time. Figures are of this machine: a CPU's dtype decides much of it.
+When train_gpt.py reaches another side's value is interpolated between the means of its own budgets, over the
+logarithm of their time. Figures are of this machine; a CPU's dtype decides much of it.
 """
 
 import dataclasses
@@ -225,16 +226,21 @@ def main() -> None:
     parser.add_argument("--text", default="", help="source of the text, unless it is prepared already")
     parser.add_argument("--seconds", type=float, nargs="+", default=[60, 120, 240], help="time of each run")
     parser.add_argument("--seeds", type=positive, default=3, help="runs per side and time")
-    parser.add_argument("--tune_seconds", type=float, default=60, help="of each tuning run; 0: no tuning")
+    parser.add_argument("--tune_seconds", type=float, default=60, help="of each tuning run")
+    parser.add_argument("--untuned", default="", help="sides not to tune, separated by commas, or all")
     parser.add_argument("--keep", action="store_true", help="keep small files, and write experiments/RACE.md")
     args, flags = parser.parse_known_args()
-    if min(args.seconds) <= 0:
-        raise UserError(f"--seconds must be above 0; one is {min(args.seconds):g}")
+    if min(*args.seconds, args.tune_seconds) <= 0:
+        raise UserError("--seconds and --tune_seconds must be above 0")
     racers = racers_of(args.sides.split(","), args.checkouts)
+    names = [racer.word for racer in racers]
+    untuned = names if args.untuned == "all" else args.untuned.split(",") if args.untuned else []
+    if not {*untuned} <= {*names}:
+        raise UserError(f"--untuned must be all, or of {', '.join(names)}; it is {args.untuned}")
     setting = SETTINGS[args.setting]
     prepare(setting, args.text)
     race = Race(args.setting, setting, flags)
-    tuned = {racer.name: race.tune(racer, args.tune_seconds) if args.tune_seconds else (Point(), [])
+    tuned = {racer.name: (Point(), []) if racer.word in untuned else race.tune(racer, args.tune_seconds)
              for racer in racers}
     groups = {}
     for seconds in sorted(args.seconds):
@@ -268,7 +274,8 @@ def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[
         f"{facts['torch']}, in the setting *{setting}* of `benchmarks/settings.py`. Mean and standard "
         "deviation over seeds; each run has its own complete schedule.", "", report, "",
         "## How each side was tuned", "",
-        f"One run each, with a seed that is not in the race. Commits: {peers or 'none'}.", "", tuning, ""])
+        f"One run each, with a seed that is not in the race. A side that has no row here raced as it is, "
+        f"with {Point.batch:,} tokens a step. Commits: {peers or 'none'}.", "", tuning, ""])
 
 
 if __name__ == "__main__":

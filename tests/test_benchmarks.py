@@ -269,7 +269,7 @@ def test_a_race_gives_each_side_the_same_time_and_a_checkout_needs_no_change(mea
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer/model.py").write_text(A_PEER)
     words = ["race.py", str(tmp_path / "peer"), "--sides", "train_gpt", "--seconds", "0.3",
-             "--tune_seconds", "0", "--seeds", "2", "--keep", *TINY_MODEL.split()]
+             "--untuned", "all", "--seeds", "2", "--keep", *TINY_MODEL.split()]
     measure(*words)
     report = (lab / "experiments/RACE.md").read_text()
     rows = re.findall(r"^\| (0\.\d) \| (\S.*?) \| .*? \| ([\d.]+) ± \S+ \|", report, re.MULTILINE)

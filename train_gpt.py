@@ -5,14 +5,14 @@
     python train_gpt.py --check --preset xs                        what that run would do, and whether it can
     python train_gpt.py --smoke                                    seconds: is this changed script sound?
     python train_gpt.py --sample experiments/RUN --prompt "It"     continue a prompt with a trained model
-    python train_gpt.py --help                                     every knob with its help
+    python train_gpt.py --help                                     the main knobs; --help all shows every one
 
 It reads token shards (made by download_fineweb.py) and a tokenizer (made by train_tokenizer.py), and writes a
 run folder, experiments/DATE_TIME_NAME, with everything that made the result. What experiments should not
 change is in benchtop/, the bench: data order, evaluation, machine, checkpoints, the run folder.
 
 From top to bottom: Config, Masks, Model, Loss, Optimizer, Training loop.
-Experiments usually edit where it says EDIT: config | mask | layer | attention | loss | schedule | optimizer.
+Places to edit are marked EDIT: config | mask | layer | attention | loss | schedule | optimizer.
 If an edit makes a hand-written kernel wrong, that kernel is not used, and the log says so.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
@@ -51,16 +51,16 @@ class CommonConfig(SizedBySpeed, RunConfig):
     head_width = 128                    # approximate width of an attention head if num_heads is 0
     logit_cap, fp8, sampled_softmax_frac = 0.0, False, 0.0      # knobs of Config below
     # the budget
-    train_tokens: int = 0             # tokens to train on; 0: by steps or minutes, else 4 million or 4 epochs
+    train_tokens: int = 0             # tokens to train on; 0: by steps or minutes, else min(4M, 4 epochs)
     num_steps: int = 0                # optimizer steps; 0: as many as train_tokens need
-    train_minutes: float = 0          # finish after this many minutes of training at the latest; 0: no limit
+    train_minutes: float = 0          # limit on training time in minutes; 0: none
     target_loss: float = 0            # stop when val_loss is this low; 0: no target
-    batch_tokens: int = 0             # tokens per step, over all processes; 0: a power of two by train_tokens
+    batch_tokens: int = 0             # tokens per step, over all processes; 0: set by train_tokens
     seq_len: int = 512                # tokens in a row
-    max_doc_len: int = 0              # longer documents are split into parts of this many tokens; 0: of a row
+    max_doc_len: int = 0              # split longer documents into parts of this many tokens; 0: row length
     # the size
     num_layers: int = 6               # transformer layers; 0, with --by_speed: by rule
-    num_heads: int = 0                # attention heads; 0: one per 128 of the width, roughly
+    num_heads: int = 0                # attention heads; 0: about model_dim / 128
     model_dim: int = 256              # width of the model; 0, with --by_speed: by rule
 
     def __post_init__(self) -> None:
@@ -125,23 +125,23 @@ class Config(CommonConfig):
     # EDIT: config
     # the model
     mlp_ratio: int = 4                # hidden width of an MLP, in model widths
-    value_embeddings: int = 2         # tables of token values, each for one layer from either end; 0: none
-    attention_cap: float = 15         # bound on attention logits, which an equal query and key reach
-    logit_cap: float = 15             # soft cap: squeeze the logits smoothly into plus or minus this; 0: none
+    value_embeddings: int = 2         # value embedding tables; the i-th serves layer i from each end; 0: none
+    attention_cap: float = 15         # largest attention logit, reached when query equals key
+    logit_cap: float = 15             # soft cap: bounds output logits to plus or minus this; 0: none
     long_window: int = 0              # attention window of every fourth layer and the last; 0: the whole row
     short_window: int = 0             # attention window of the others; 0: half a row, but at least 512 tokens
-    window_warmup_frac: float = 0     # first part of training, in which windows grow from 128 tokens; 0: none
-    sampled_softmax_frac: float = 0   # first part of training, with softmax over a sample of tokens; 0: none
+    window_warmup_frac: float = 0     # first fraction of training; windows grow from 128 tokens; 0: none
+    sampled_softmax_frac: float = 0   # first fraction of training, with a sampled softmax; 0: none
     fp8: bool = False                 # two of the head's products in FP8; needs a GPU like RTX 4090 or H100
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, and scaled by rules
     muon_lr: float = 0.05             # learning rate of the matrices in layers
     embed_lr: float = 0.6             # learning rate of the token embedding and the value embeddings
     head_lr: float = 0.008            # learning rate of the output head
     scalar_lr: float = 0.04           # learning rate of vectors and scalars: mixing weights, smear
-    warmup_steps: int = 0             # first steps, in which the learning rate climbs from 0; 0: none
+    warmup_steps: int = 0             # steps of learning rate warm-up from 0; 0: none
     cooldown_frac: float = 0.6        # last fraction of training, in which the learning rate falls; 0: none
     final_lr_frac: float = 0.1        # learning rate at the end, as a fraction of its peak
-    grad_clip: float = 0              # clip the norm of all gradients together to this; 0: no clipping
+    grad_clip: float = 0              # clip the global gradient norm to this; 0: no clipping
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,8 +53,9 @@ def desk(tmp_path_factory) -> Path:
             shutil.copy(path, folder)
     for name in ("benchtop", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("demo", "relu2", "gelu"):
+    for name in ("demo", "relu2", "gelu", "trials"):        # a reader's trial must not meet the kept ones
         shutil.copytree(ROOT / "experiments" / name, folder / "experiments" / name)
+    shutil.copy(ROOT / "experiments/ledger.tsv", folder / "experiments")
     (folder / "my_texts").mkdir()
     text = (ROOT / "benchtop" / "documents.py").read_text()
     for number in range(3):

@@ -8,9 +8,9 @@ prompts.txt; the texts are kept in prompts.jsonl of its run, so another judge ne
 texts of samples.jsonl are judged: runs with the same data and tokenizer have samples of the same prompts.
 
 The judge is any server that speaks OpenAI's POST /chat/completions. It sees each pair twice, once with each
-text first. A run wins a prompt only if it is preferred in both orders; everything else is a tie. So neither a
-judge that always takes the first text nor a text that tells the judge what to say decides anything. If an
-answer is not A, B or tie, the judge is asked again, a limited number of times; then there is no verdict.
+text first. A run wins a prompt only if it is preferred in both orders; everything else is a tie. So a judge
+that always takes the first text decides nothing. If an answer is not A, B or tie, the judge is asked again, a
+limited number of times; then there is no verdict.
 
 Each answer is written to A's folder as it arrives. If this is interrupted, run the same command again: it
 asks only for missing verdicts. The file's name ends in a hash of the address and of all requests, so answers

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, then:   ./run.sh        train a small GPT on Python's own library (minutes, no GPU needed)
+# Set up what is missing, then:   ./run.sh        train a small GPT on Python's standard library (minutes, no GPU needed)
 #                                 ./run.sh test   run the tests
 #                                 ./run.sh setup  only the set-up
 #     ./run.sh PRESET             five-minutes, xs, s, m, gpt2-small, gpt2-medium or gpt2-xl: get the data, train on

@@ -16,7 +16,7 @@ Places to edit are marked EDIT: config | mask | layer | attention | loss | sched
 If an edit makes a hand-written kernel wrong, that kernel is not used, and the log says so.
 
 Shapes:  B batch   T tokens in a row   D model width   H heads   K width of one head   F MLP hidden
-         V vocabulary   S sampled of it   N tokens in a chunk   Q queries at once   J blocks   P parameters
+         V vocabulary   N tokens in a chunk   Q queries at once   J blocks in a row   P parameters
 """
 
 import functools
@@ -49,7 +49,7 @@ from benchtop.speed import SizedBySpeed
 class CommonConfig(SizedBySpeed, RunConfig):
     """The knobs that train_nanogpt.py and train_llama3.py share with this script: budget and size."""
     head_width = 128                    # approximate width of an attention head if num_heads is 0
-    logit_cap, fp8, sampled_softmax_frac = 0.0, False, 0.0      # knobs of Config below
+    logit_cap, fp8 = 0.0, False         # of the loss; knobs of Config below
     # the budget
     train_tokens: int = 0             # tokens to train on; 0: by steps or minutes, else min(4M, 4 epochs)
     num_steps: int = 0                # optimizer steps; 0: as many as train_tokens need
@@ -131,7 +131,6 @@ class Config(CommonConfig):
     long_window: int = 0              # attention window of every fourth layer and the last; 0: the whole row
     short_window: int = 0             # attention window of the others; 0: half a row, but at least 512 tokens
     window_warmup_frac: float = 0     # first fraction of training; windows grow from 128 tokens; 0: none
-    sampled_softmax_frac: float = 0   # first fraction of training, with a sampled softmax; 0: none
     fp8: bool = False                 # two of the head's products in FP8; needs a GPU like RTX 4090 or H100
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, and scaled by rules
     muon_lr: float = 0.05             # learning rate of the matrices in layers
@@ -148,7 +147,7 @@ class Config(CommonConfig):
         self.require_at_least(0, "value_embeddings", "logit_cap", "long_window", "short_window", "muon_lr",
                               "embed_lr", "head_lr", "scalar_lr", "warmup_steps", "grad_clip")
         self.require_at_least(1, "mlp_ratio")
-        self.require_fraction("window_warmup_frac", "sampled_softmax_frac", "cooldown_frac", "final_lr_frac")
+        self.require_fraction("window_warmup_frac", "cooldown_frac", "final_lr_frac")
         self.require("attention_cap", self.attention_cap > 0, "more than 0")
         # logits span twice the cap, and exp(-80) is still a float32
         self.require("logit_cap", self.logit_cap <= 40, "at most 40")
@@ -172,7 +171,7 @@ class Config(CommonConfig):
 def learning_rates(cfg: Config) -> dict[str, float]:
     """The learning rate of each group of parameters.
 
-    batch    all grow with its twelfth root (measured, experiments/RECIPE.md). At a fixed number of steps it
+    batch    all grow with its twelfth root (measured for an earlier recipe). At a fixed number of steps it
              would be the square root, but the batch grows with the budget, and longer runs want lower rates
     width    rates of embeddings and head fall as 1 / sqrt(width). Muon's needs no rule: at any width its
              updates have singular values near 1, times sqrt(max(1, rows / columns))
@@ -462,14 +461,8 @@ class Model(nn.Module):
         targets  (B, T) token ids; -1 where there is nothing to predict
         returns  () float32
         """
-        x, sampled = self.hidden(inputs).flatten(0, 1), self.softmax_is_sampled             # (BT, D)
-        return ChunkedLoss.apply(x, self.head, targets.flatten(), self.cfg, self.loss_kernel, self.fp8_kernel,
-                                 sampled)
-
-    @property
-    def softmax_is_sampled(self) -> bool:
-        """Whether the loss is over a sample of tokens now; `progress` is read only if it decides that."""
-        return self.cfg.sampled_softmax_frac > 0 and self.progress < self.cfg.sampled_softmax_frac
+        x = self.hidden(inputs).flatten(0, 1)                                               # (BT, D)
+        return ChunkedLoss.apply(x, self.head, targets.flatten(), self.cfg, self.loss_kernel, self.fp8_kernel)
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """What the head reads: (B, T) token ids -> (B, T, D)."""
@@ -518,9 +511,6 @@ class Model(nn.Module):
             edited.append("loss        edited: its gradient is by autograd, slower than the built-in kernel")
         if self.flex is not None and self.blocks is evaluated_blocks:
             edited.append("mask        edited: its blocks are found by a slower way, for all pairs")
-        if frac := self.cfg.sampled_softmax_frac:
-            edited.append(f"softmax     over a sample of tokens for {frac:.0%} of training; train_loss is an "
-                          "estimate until then, and too low")
         return edited
 
     def flops_per_token(self) -> float:
@@ -530,9 +520,7 @@ class Model(nn.Module):
         matrices = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim > 1)
         # mean of min(place, window) over all places
         keys = sum(window - window**2 / (2 * length) for window in self.windows(length))
-        targets = min(SAMPLED_AT_ONCE, self.cfg.batch_tokens)
-        columns = sample_size(self.cfg, targets) if self.softmax_is_sampled else len(self.head)
-        return 6 * (columns * self.head.size(1) + matrices) + 12 * self.cfg.model_dim * keys
+        return 6 * (self.head.numel() + matrices) + 12 * self.cfg.model_dim * keys
 
 
 class GPT(Model):
@@ -698,86 +686,45 @@ def choose_loss_kernel(cfg: CommonConfig) -> Callable:
     return in_fp8
 
 
-SAMPLED_AT_ONCE = 8192      # targets that share a sample, so that it does not depend on the micro-batch
-
-
-def sample_size(cfg: CommonConfig, targets: int) -> int:
-    """More tokens than text has distinct ones among its targets: of 8,193 in 8,192 targets 39 %, not 27."""
-    share = 1 - (1 + targets / cfg.vocab_size) ** -0.7
-    return min(cfg.vocab_size, 64 * math.ceil(share * cfg.vocab_size / 64))
-
-
-def softmax_sample(targets: Tensor, cfg: CommonConfig) -> tuple[Tensor, Tensor]:
-    """The tokens that a sampled softmax is over: all targets and, to fill up, others a fixed stride apart,
-    beginning where the targets decide, so nothing is random. A target for which there is no room is left out.
-
-    targets  (N) token ids, -1 where there is nothing to predict
-    returns  (S) distinct token ids, and (N) the place of each target among them, or -1
-    source   Bengio & Senecal 2008, without its correction for unequal chances; Modded-NanoGPT, 2026
-    """
-    V, wanted = cfg.vocab_size, targets.where(targets >= 0, cfg.vocab_size)                 # (N)
-    order = (torch.arange(V + 1, device=targets.device) * 20011 + targets.sum()) % V        # (V+1)
-    order[wanted] = V       # the last place is for no target
-    sample = order[:V].topk(sample_size(cfg, len(targets))).indices                         # (S)
-    places = torch.full_like(order, -1)                                                     # (V+1)
-    places[sample] = torch.arange(len(sample), device=targets.device)
-    return sample, places[wanted]
-
-
 class ChunkedLoss(torch.autograd.Function):
     """The loss of a linear head, chunk by chunk; the forward pass computes the gradient as well.
 
     Only one chunk's logits exist at a time: 0.8 GB on a GPU instead of 10 GB for 49,152 tokens and 50,304
     columns. With cfg.fp8 two of the three products are in FP8: the logits and the gradient of x.
-    x (BT, D), weight (V, D) float32, targets (BT), kernel from choose_loss_kernel, low is to_fp8; sampled:
-    the softmax is over a softmax_sample
+    x (BT, D), weight (V, D) float32, targets (BT), kernel from choose_loss_kernel; low is to_fp8
     returns  () float32, the summed loss
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cfg: CommonConfig, kernel: Callable,
-                low: Callable, sampled: bool = False) -> Tensor:
+                low: Callable) -> Tensor:
         x, weight_low = x.detach(), weight.detach().to(x.dtype)                             # (BT, D), (V, D)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)                 # (BT, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=x.device)                       # ()
-        if not sampled:
-            add_losses(total, weight_grad, x_grad, x, weight_low, targets, cfg, kernel, low)
-        chunks = [tensor.split(SAMPLED_AT_ONCE) for tensor in (x_grad, x, targets)] if sampled else []
-        for chunk_grad, chunk, wanted in zip(*chunks, strict=True):
-            sample, places = softmax_sample(wanted, cfg)                                    # (S), (N)
-            part = torch.zeros_like(weight[:len(sample)])                                   # (S, D)
-            add_losses(total, part, chunk_grad, chunk, weight_low[sample], places,
-                       replace(cfg, vocab_size=len(sample)), kernel, low)
-            weight_grad.index_add_(0, sample, part)
+        if cfg.fp8:
+            by_columns, by_rows = low(weight_low, E4M3), low(weight_low.T, E4M3)
+
+        def add(chunk: Tensor, wanted: Tensor, chunk_grad: Tensor) -> None:
+            if cfg.fp8:
+                logits = fp8_product(low(chunk, E4M3), by_columns, fast=True)               # (N, V)
+                losses, gradient, *in_fp8 = kernel(logits, wanted, cfg)                     # (N), (N, V)
+                chunk_grad.copy_(fp8_product(in_fp8, by_rows))                              # (N, D)
+            else:
+                logits = chunk @ weight_low.T                                               # (N, V)
+                losses, gradient = kernel(logits, wanted, cfg)                              # (N), (N, V)
+                torch.mm(gradient, weight_low, out=chunk_grad)                              # (N, D)
+            add_product(weight_grad, gradient.T, chunk)
+            total.add_(losses.sum())
+        rows = chunk_rows(x, weight.size(0))
+        for parts in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
+            add(*parts)     # a function, so that no chunk's logits outlive it
         ctx.save_for_backward(x_grad, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, *[None] * 5
-
-
-def add_losses(total: Tensor, weight_grad: Tensor, x_grad: Tensor, x: Tensor, weight: Tensor, targets: Tensor,
-               cfg: CommonConfig, kernel: Callable, low: Callable) -> None:
-    """Add the losses to `total` and their gradient to weight_grad, and write that of x, chunk by chunk."""
-    if cfg.fp8:
-        by_columns, by_rows = low(weight, E4M3), low(weight.T, E4M3)
-
-    def add(chunk: Tensor, wanted: Tensor, chunk_grad: Tensor) -> None:
-        if cfg.fp8:
-            logits = fp8_product(low(chunk, E4M3), by_columns, fast=True)                   # (N, V)
-            losses, gradient, *in_fp8 = kernel(logits, wanted, cfg)                         # (N), (N, V)
-            chunk_grad.copy_(fp8_product(in_fp8, by_rows))                                  # (N, D)
-        else:
-            logits = chunk @ weight.T                                                       # (N, V)
-            losses, gradient = kernel(logits, wanted, cfg)                                  # (N), (N, V)
-            torch.mm(gradient, weight, out=chunk_grad)                                      # (N, D)
-        add_product(weight_grad, gradient.T, chunk)
-        total.add_(losses.sum())
-    rows = chunk_rows(x, weight.size(0))
-    for parts in zip(x.split(rows), targets.split(rows), x_grad.split(rows), strict=True):
-        add(*parts)     # a function, so that no chunk's logits outlive it
+        return x_grad * grad.to(x_grad.dtype), weight_grad * grad, None, None, None, None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

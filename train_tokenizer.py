@@ -1,6 +1,6 @@
-"""Learn a byte-level BPE tokenizer from text, exactly.
+"""Learn an exact byte-level BPE tokenizer from text.
 
-    python train_tokenizer.py                                    # 50,256 tokens from Python's own library
+    python train_tokenizer.py                                   # 50,256 tokens from Python's standard library
     python train_tokenizer.py --vocabsize 8192 --source 'books/*.parquet' --name books
     python train_tokenizer.py --samples 1e5 --vocabsize 1000 --name readmetokenizer --demo
 
@@ -14,7 +14,7 @@ It writes the folder tokenizers/NAME, complete or not at all:
     ranks.tiktoken       one token a line: base64 of its bytes, space, id
     meta.json            pattern, special tokens, sizes, what it was trained on, SHA-256 of the ranks
     tokenizer.json       the same tokenizer for Hugging Face tokenizers
-    merges.txt           the merges in the order they were learned, for people
+    merges.txt           the merges in the order they were learned, human-readable
     train_tokenizer.txt  the source that made it: this script and benchtop/bpe.py
 """
 

@@ -7,14 +7,14 @@
     python trial.py --ledger                                             list everything that was ever tried
 
 Each idea is first checked with --smoke, in seconds. Then baseline and ideas are trained in turns, one pair of
-runs per seed. After each pair from the third on, an idea is discarded if the confidence interval of its gain
-lies below --margin, and kept if that interval lies above 0; the error rates account for repeated testing
+runs per seed. After each pair from the third on, an idea is discarded if the interval of its gain lies below
+--margin, otherwise kept if it lies above 0; the error rates account for repeated testing
 (benchtop/sequential.py). If a trial is interrupted, run the same command again: its runs resume.
 
-The seed sets the initial weights and the order of the data. Repeats of one seed are not a sample: on a GPU
+The seed sets the initial weights and the order of the data. Repeats of one seed are not independent: on a GPU
 they differ only by rounding. The outcome of each idea is a line in experiments/ledger.tsv.
 
-Exit status: 0 if an idea was kept or confirmed, or the baseline alone was repeated; 1 if all ideas were
+Exit status: 0 if an idea was kept or confirmed, or only the baseline was trained; 1 if all ideas were
 discarded or failed; 2 if none was kept and some are undecided; 3 if the trial could not be made.
 """
 
@@ -183,8 +183,8 @@ def run_trial(args: argparse.Namespace, flags: list[str]) -> int:
         if trial.ideas:
             plan = trial.plan
             found = Sequential(1.0, plan.alpha, plan.first, plan.most, len(trial.ideas)).power(1.0)
-            say(f"{plan.first} to {plan.most} pairs; the power to detect a gain of one standard deviation of "
-                f"the pairs is {found:.0%}")
+            say(f"{plan.first} to {plan.most} pairs; power {found:.0%} for a gain of one standard deviation "
+                "of the pairs' differences")
         trial.run()
         results = trial.finish()
     report(results, trial.plan, say)

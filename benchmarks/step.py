@@ -104,8 +104,8 @@ def measure(cfg: Config, times: int) -> str:
     mfu = f"{speed * model.flops_per_token() / flops:.0%}" if flops else "-"
     return (f"| {cfg.preset} | {cfg.batch_tokens:,} | {speed:,.0f} | {floor / step:.2f} | {mfu} | "
             f"{peak:,.0f} | {1000 * muon:,.0f} of {1000 * step:,.0f} ms, {muon / step:.1%} | "
-            f"{4 * matrices / 2**20:,.0f}; Adam would take {8 * matrices / 2**20:,.0f}, and takes "
-            f"{8 * others / 2**20:,.0f} for the rest |")
+            f"{4 * matrices / 2**20:,.0f} (with Adam: {8 * matrices / 2**20:,.0f}); all else, with Adam: "
+            f"{8 * others / 2**20:,.0f} |")
 
 
 @command

@@ -21,12 +21,18 @@ def main() -> None:
     except SignalException as told:
         sys.exit(128 + told.sigval)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda item: cause_first(item[1].exitcode))
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)
         reason = "; the machine may have run out of memory" if failure.exitcode == -signal.SIGKILL else ""
         print(f"{error.name}: error: {failure.signal_name()} ended process {rank}{reason}", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
+
+
+def cause_first(exitcode: int) -> int:
+    """Sorts what ended processes: a signal first, then an error, which may follow from the signal; SIGTERM
+    last, by which torchrun ends the others."""
+    return 2 if exitcode == -signal.SIGTERM else 0 if exitcode < 0 else 1
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child, .runs :is(th, td):nth-child(2) { text-align: left; }
 th { color: var(--soft); font-weight: 600; }
 th button { all: unset; cursor: pointer; }
-th button:focus-visible, .axes label:focus-within, .wide:focus-visible {
+th button:focus-visible, .axes label:focus-within, .wide:focus-visible, .samples:focus-visible {
   outline: 2px solid var(--mark); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
@@ -174,7 +174,8 @@ def _samples(groups: list[Group]) -> str:
             text = next((sample["text"] for sample in run.samples if sample["prompt"] == prompt), None)
             body = "" if text is None else f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>"
             cells.append(f"<div><h3>{escape(name)}: {escape(run.name)}</h3>{body}</div>")
-        parts.append(f"<div class=\"samples\">{''.join(cells)}</div>")
+        parts.append("<div class=\"samples\" role=\"region\" aria-label=\"Samples\" tabindex=\"0\">"
+                     f"{''.join(cells)}</div>")
     return f"<h2>Samples of {which}</h2>\n" + "\n".join(parts) if parts else ""
 
 

@@ -35,9 +35,7 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     try:
         torch.cuda.make_graphed_callables(model, (inputs, targets), allow_unused_input=True)
-    except AttributeError as error:
-        if "progress" not in str(error):
-            raise
+    except AttributeError:      # the model ran with `progress`, so something reads it, perhaps a property
         return [f"launches    a micro-batch changes with model.progress, so it is not recorded; {pace}"]
     except (RuntimeError, AssertionError) as error:     # out of memory, or not allowed in a graph
         world.empty_cache()

@@ -201,8 +201,8 @@ def index(experiments: Path) -> str:
     if failures:
         lines += ["", "## Not finished", "", *failures]
     if (experiments / "ledger.tsv").is_file():
-        lines += ["", "Trials of ideas are lines of [ledger.tsv](ledger.tsv), with their runs in "
-                  "[trials/](trials/); `python trial.py --ledger` shows them."]
+        lines += ["", "Each idea tried has a line in [ledger.tsv](ledger.tsv) and its runs in "
+                  "[trials/](trials/); `python trial.py --ledger` lists them."]
     lines += ["", "[RECIPE.md](RECIPE.md) has the evidence for the recipe, including what did not help; "
               "[RACE.md](RACE.md) compares it with nanochat and nanoGPT.", ""]
     return "\n".join(lines)

@@ -185,7 +185,7 @@ class Trial:
             self.seconds.append(seconds)
             run = ended_run(job.name)
             if run:
-                self.note(side, seed, run, f", {minutes(seconds)} by the clock")
+                self.note(side, seed, run, f", {minutes(seconds)} elapsed")
             elif not code:
                 raise UserError(f"{side.script.name} or the bench was changed while seed {seed} was trained; "
                                 "undo that, and run the same command again")
@@ -203,7 +203,7 @@ class Trial:
         if not self.seconds:
             return ""
         rounds = -(-runs // len(self.turns.slots))
-        return f", about {minutes(rounds * statistics.median(self.seconds))} by the clock"
+        return f", about {minutes(rounds * statistics.median(self.seconds))}"
 
     def note(self, side: Side, seed: int, run: SavedRun, more: str) -> None:
         if run.is_finished:
@@ -251,10 +251,9 @@ class Trial:
             fate.gains = {self.seed_of(number): values[number] - self.value(idea.name, self.seed_of(number))
                           for number in range(pairs)}
             fate.look = test.look(list(fate.gains.values()))
-            self.say(f"after {pairs} pairs  {idea.name:<16} gain {fate.look.gain:+.4f}, "
-                     f"{fate.look.low:+.4f} to {fate.look.high:+.4f}; the gains' standard deviation is "
-                     f"{fate.look.sd:.4f}, so the power to detect {self.margin:.4f} is "
-                     f"{test.power(fate.look.sd):.0%}")
+            self.say(f"after {pairs} pairs  {idea.name:<16} gain {fate.look.gain:+.4f} "
+                     f"({fate.look.low:+.4f} to {fate.look.high:+.4f}); standard deviation of the gains "
+                     f"{fate.look.sd:.4f}; power to detect {self.margin:.4f}: {test.power(fate.look.sd):.0%}")
             good, bad = ((ledger.KEEP, ledger.DISCARD) if self.plan.split == VAL else
                          (ledger.CONFIRMED, ledger.NOT_CONFIRMED))
             if fate.look.verdict == ledger.KEEP:

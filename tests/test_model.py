@@ -460,69 +460,6 @@ def test_a_term_added_to_the_loss_has_its_gradient(cap, monkeypatch):
     assert len(model.remarks()) == 1 and "edited" in model.remarks()[0]
 
 
-def text_like(rows: int, seed: int = 0) -> torch.Tensor:
-    """(rows, 64) tokens of 3,000 that are as unevenly frequent as words; some places predict nothing."""
-    frequency = 1 / torch.arange(1, 3001)       # Zipf's law
-    targets = frequency.multinomial(rows * 64, True, generator=torch.Generator().manual_seed(seed))
-    targets[::50] = -1
-    return targets.view(rows, 64)
-
-
-@pytest.mark.parametrize("rows", [16, 64, 128])
-def test_a_softmax_sample_has_room_for_all_targets_of_text_and_finds_them(rows):
-    cfg, targets = small_config(vocab_size=3000), text_like(rows).flatten()
-    sample, places = train_gpt.softmax_sample(targets, cfg)
-    assert len(sample.unique()) == len(sample) == train_gpt.sample_size(cfg, len(targets)) < 3000
-    assert torch.equal(places < 0, targets < 0)
-    assert torch.equal(sample[places[targets >= 0]], targets[targets >= 0])
-    # rare tokens have their turn
-    samples = [train_gpt.softmax_sample(text_like(rows, seed).flatten(), cfg)[0] for seed in range(60)]
-    assert len(torch.cat(samples).unique()) > 2990
-
-
-def test_a_softmax_sample_leaves_out_targets_for_which_there_is_no_room():
-    cfg, targets = small_config(vocab_size=3000), torch.randperm(3000)
-    sample, places = train_gpt.softmax_sample(targets, cfg)
-    assert (places >= 0).sum() == len(sample) < 3000
-    assert torch.equal(sample[places[places >= 0]], targets[places >= 0])
-
-
-@pytest.mark.parametrize("cap", [15, 0])
-def test_a_sampled_loss_is_that_of_its_sample_with_its_gradients(cap, monkeypatch):
-    torch.manual_seed(0)
-    x, targets = torch.randn(1, 128, 12, requires_grad=True), text_like(2).view(1, 128)
-    model = HeadAlone(x, 3 * torch.randn(3008, 12), 3000, cap)
-    monkeypatch.setattr(train_gpt, "SAMPLED_AT_ONCE", 50)
-    monkeypatch.setattr(train_gpt, "chunk_rows", lambda x, columns: 16)
-    plain = 0
-    for chunk, wanted in zip(x[0].split(50), targets[0].split(50), strict=True):
-        sample, places = train_gpt.softmax_sample(wanted, model.cfg)
-        z = train_gpt.soft_cap(chunk @ model.head[sample].T, cap)
-        plain = plain + F.cross_entropy(z, places, ignore_index=-1, reduction="sum")
-    model.cfg = dataclasses.replace(model.cfg, sampled_softmax_frac=0.5)
-    whole = model.loss(targets)
-    model.progress = 0.4
-    sampled = model.loss(targets)
-    torch.testing.assert_close(sampled, plain)
-    torch.testing.assert_close(torch.autograd.grad(2.5 * sampled, (x, model.head)),
-                               torch.autograd.grad(2.5 * plain, (x, model.head)), **SUMS)
-    assert sampled < 0.95 * whole       # trained models differ less
-    model.progress = 0.5
-    assert torch.equal(model.loss(targets), whole)
-    assert "train_loss is an estimate" in model.remarks()[0]
-
-
-def test_a_sampled_loss_does_not_depend_on_the_micro_batch(monkeypatch):
-    """As long as a micro-batch has whole groups of targets that share a sample."""
-    model = awake_model(small_config(vocab_size=3000, seq_len=64, sampled_softmax_frac=1))
-    model.progress = 0.2
-    targets = text_like(8)
-    inputs = targets.clamp(min=0).roll(1, 1)
-    monkeypatch.setattr(train_gpt, "SAMPLED_AT_ONCE", 128)
-    parts = [model(*pair) for pair in zip(inputs.split(2), targets.split(2), strict=True)]
-    torch.testing.assert_close(torch.stack(parts).sum(), model(inputs, targets))
-
-
 @pytest.mark.parametrize("cap", [15, 0])
 def test_the_fast_loss_is_the_plain_one_and_serves_where_it_is(cap):
     torch.manual_seed(0)
@@ -801,12 +738,8 @@ def test_another_layer_trains_samples_and_is_counted_with_nothing_else_touched(k
 # Shape comments
 # ------------------------------------------------------------------------------------------------
 
-SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "Q": 5, "J": 1, "N": 20, "S": 64}
+SIZES = {"B": 2, "T": 10, "D": 36, "H": 3, "K": 12, "F": 180, "V": 192, "Q": 5, "J": 1, "N": 20}
 OWN = {
-    # of a sampled softmax, the sample is the vocabulary
-    "add": lambda here: {"V": here["weight"].size(0)},
-    **dict.fromkeys(("losses_and_gradient", "fast_losses_and_gradient"),
-                    lambda here: {"V": here["logits"].size(1)}),
     # also for rows that are padded to whole blocks, and for all queries
     "dense_mask": lambda here: {"T": here["docs"].size(1),
                                 "Q": len(range(here["docs"].size(1))[here["queries"]])},
@@ -833,11 +766,8 @@ def test_shape_comments_are_true(monkeypatch):
     models[2].loss_kernel = functools.partial(train_gpt.fp8_losses_and_gradients,
                                               train_gpt.losses_and_gradient)
     flex = GPT(cfg, 191, flex={})
-    sampled = awake_model(dataclasses.replace(cfg, sampled_softmax_frac=1), eot_id=191)
-    sampled.progress = 0.5
 
     def work() -> None:
-        sampled(tokens, tokens)
         for model in models:
             held_out = HeldOut([tokens.flatten().numpy()], cfg, letters)
             losses_of = TokenLosses(model, World(cfg))

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import CALM, DRIVE, drive, flags, newest, rows_of, run, summary_of, torchrun
 
+from benchtop import launch
 from benchtop.checkpoints import load_checkpoint, read_checkpoint
 from benchtop.folder import is_locked
 
@@ -168,6 +169,10 @@ def test_the_launcher_adds_no_page_to_the_line_that_says_why(lab, script, words,
     done = subprocess.run([sys.executable, "-m", "benchtop.launch", "--standalone", "--nproc_per_node=2",
                            script, *words], cwd=lab, capture_output=True, text=True, timeout=100)
     assert re.fullmatch(said, done.stderr.strip()) and done.returncode == code
+
+
+def test_the_launcher_names_the_signal_before_what_follows_from_it():
+    assert sorted([1, -signal.SIGTERM, -signal.SIGKILL], key=launch.cause_first) == [-9, 1, -15]
 
 
 def test_a_shard_that_one_process_finds_damaged_stops_all(lab, tmp_path):

@@ -742,7 +742,7 @@ def test_the_page_sorts_switches_axes_and_shows_samples(two_groups, monkeypatch,
     def shown() -> list[str]:
         return [figure.get_attribute("id") for figure in browser.locator("figure:visible").all()]
     assert shown() == ["by-step", "difference-by-step"]
-    browser.get_by_label("training FLOPs").check(force=True)
+    browser.get_by_role("radio", name="training FLOPs").check(force=True)
     assert shown() == ["by-flops", "difference-by-flops"]
     assert all(svg.bounding_box()["width"] > 300 for svg in browser.locator("figure:visible svg").all())
 

@@ -640,7 +640,7 @@ def test_other_settings_under_the_same_name_are_refused(bench, command, refusal,
     for flag in ("seed", "shard_size", "num_shards", "val_tokens"):
         assert f"a different {flag};" in refusal(f"{SHARD} --{flag} 7")
     write_rows(bench / "pages.jsonl", [*pages, "one more"])
-    assert "another source;" in refusal(SHARD)
+    assert "a different source;" in refusal(SHARD)
     assert content(bench / "data/set") == before
 
 

@@ -35,7 +35,11 @@ def record(model: nn.Module, inputs: Tensor, targets: Tensor, cfg, world: World)
     getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     try:
         torch.cuda.make_graphed_callables(model, (inputs, targets), allow_unused_input=True)
-    except AttributeError:      # the model ran with `progress`, so something reads it, perhaps a property
+    except AttributeError as error:
+        # a property that reads it is itself reported as missing
+        missing = str(error).rpartition("no attribute ")[2].strip("'")
+        if missing != "progress" and not isinstance(getattr(type(model), missing, None), property):
+            raise
         return [f"launches    a micro-batch changes with model.progress, so it is not recorded; {pace}"]
     except (RuntimeError, AssertionError) as error:     # out of memory, or not allowed in a graph
         world.empty_cache()

@@ -62,6 +62,13 @@ def test_a_model_that_changes_with_progress_is_launched_as_before(said):
     assert model.progress == 0.25 and model(torch.ones(3), None).item() == 0.75
 
 
+def test_other_missing_attributes_are_errors(said):
+    model = Net()
+    model.forward = lambda *_: model.nothing
+    with pytest.raises(AttributeError, match="nothing"):
+        said(model, 1, 1)
+
+
 def test_a_property_that_reads_progress_counts_as_well(said):
     """Its AttributeError names the property, not `progress`."""
     class Early(Net):

@@ -614,7 +614,7 @@ def test_importing_has_no_side_effects(lab):
 
 def test_the_marks_for_editing_are_those_that_the_file_announces():
     source = Path(train_gpt.__file__).read_text(encoding="utf-8")
-    announced = re.search(r'where it says EDIT: ([\w |]+)\.', source)[1].split(" | ")
+    announced = re.search(r'marked EDIT: ([\w |]+)\.', source)[1].split(" | ")
     assert re.findall(r"# EDIT: (\w+)$", source, re.MULTILINE) == announced
 
 

@@ -1,10 +1,13 @@
-"""Test whether one learning rate suits every width: sweep a factor on all rates at several widths.
+"""Test whether one learning rate suits every width, depth or budget: sweep a factor on all rates.
 
-    python benchmarks/transfer.py --data books --widths 128 256 512 --factors 0.25 0.5 1 2 4
+    python benchmarks/transfer.py --data books --vary model_dim 128 256 512
+    python benchmarks/transfer.py --data books --vary num_layers 3 6 12
+    python benchmarks/transfer.py --data books --vary train_tokens 250_000 1_000_000 4_000_000
 
-Other flags are train_gpt.py's. Every run has 6 layers, rows of 512 tokens and the same training tokens. It
-writes experiments/transfer.csv and transfer.png. If the rules for width hold, the minima of all curves are at
-the same factor.
+Unless other flags of train_gpt.py say otherwise, a run has 6 layers of width 256, rows of 512 tokens, 400,000
+training tokens, and the batch of the rule for budgets. For each value of the knob a parabola through the
+points near the lowest estimates the best factor; if the rules hold, it is near 1 at every value. Writes
+experiments/transfer_KNOB.csv and .png.
 """
 
 import csv
@@ -14,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
 from benchtop.command_line import Parser, command
@@ -21,10 +26,15 @@ from benchtop.errors import UserError
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
+NAMES = {"model_dim": "width", "num_layers": "layers", "train_tokens": "tokens"}
+KNOBS = {"num_layers": 6, "model_dim": 256, "num_heads": 0, "seq_len": 512, "train_tokens": 400_000,
+         "val_tokens": 400_000, "hellaswag_rows": 1, "val_every": 0, "num_samples": 0, "log_every": 20}
+COLUMNS = ("tokens", "num_steps", "val_bpb", "train_seconds", "seed", "device", "data_sha256", "code_sha256",
+           "bench_sha256")
 
 
-def train(script: str, name: str, flags: list[str]) -> float:
-    """Train a run; returns its val_bpb, or infinity if it diverged, as it may with a high learning rate.
+def train(script: str, name: str, flags: list[str]) -> dict:
+    """Train a run; returns its summary, with a val_bpb of infinity if it diverged, as with high rates.
 
     raises  UserError with the last line of the run's stderr if it failed otherwise
     """
@@ -38,23 +48,54 @@ def train(script: str, name: str, flags: list[str]) -> float:
     facts = json.loads(summary.read_text(encoding="utf-8"))
     if done.returncode:
         print(f"{name}: {facts['status']}")
-    return facts["val_bpb"] if not done.returncode else math.inf
+    return facts | ({"val_bpb": math.inf} if done.returncode else {})
 
 
-def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> None:
+def best_factor(curve: dict[float, float]) -> float | None:
+    """Where a parabola in log(factor) is lowest: through the lowest point and two neighbours on each side.
+
+    curve    factor -> val_bpb
+    returns  None if the curve has no minimum between its ends
+    """
+    points = [(math.log(factor), bpb) for factor, bpb in sorted(curve.items()) if math.isfinite(bpb)]
+    lowest = min(range(len(points)), key=lambda place: points[place][1], default=0)
+    near = points[max(0, lowest - 2):lowest + 3]
+    if len(near) < 3:
+        return None
+    bend, slope, _ = np.polyfit(*zip(*near, strict=True), 2)
+    bottom = -slope / (2 * bend) if bend > 0 else math.inf
+    return math.exp(bottom) if points[0][0] <= bottom <= points[-1][0] else None
+
+
+def in_words(factor: float | None) -> str:
+    return f"{factor:.2f}" if factor else "outside the range"
+
+
+def values_of(words: list[str]) -> tuple[str, list[int]]:
+    """The knob and the values of --vary; raises UserError unless all are whole numbers of a knob."""
+    knob, *values = words
+    if type(getattr(Config(), knob, None)) is int and values:
+        try:
+            return knob, [int(value) for value in values]
+        except ValueError:
+            pass
+    raise UserError("--vary needs a knob with whole numbers and its values, as in --vary model_dim 128 256, "
+                    f"not {' '.join(words)}")
+
+
+def draw(knob: str, curves: dict[int, dict[float, float]], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for width, curve in results.items():
-        line, = axes.plot(curve.keys(), curve.values(), marker="o", label=f"width {width}")
-        best = min(curve, key=curve.get)
-        axes.plot(best, curve[best], marker="o", markersize=12, fillstyle="none", color=line.get_color())
-    factors = sorted({factor for curve in results.values() for factor in curve})
+    for value, curve in curves.items():
+        axes.plot(curve.keys(), curve.values(), marker="o",
+                  label=f"{NAMES.get(knob, knob)} {value:,}, best factor {in_words(best_factor(curve))}")
+    factors = sorted({factor for curve in curves.values() for factor in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
     axes.set(xlabel="factor on all learning rates", ylabel="bits per byte of held-out text",
-             title=f"One learning rate for every width? ({tokens / 1e6:.2g}M tokens)")
+             title=f"One learning rate at every {NAMES.get(knob, knob).removesuffix('s')}?")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -62,35 +103,33 @@ def draw(results: dict[int, dict[float, float]], tokens: int, path: Path) -> Non
 
 @command
 def main() -> None:
-    parser = Parser("Sweep the learning rate over widths.", epilog="Further flags go to train_gpt.py.")
+    parser = Parser("Sweep the learning rate over widths, depths or budgets.",
+                    epilog="Further flags go to train_gpt.py.")
     parser.add_argument("--data", required=True, help="a folder in data/")
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="widths of the model")
-    parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4],
+    parser.add_argument("--vary", nargs="+", required=True, metavar=("KNOB", "VALUE"),
+                        help="a knob with whole numbers and its values, as in: model_dim 128 256 512")
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 0.71, 1, 1.41, 2],
                         help="factors for all learning rates")
     parser.add_argument("--script", default="train_gpt.py", help="a changed copy of train_gpt.py")
-    parser.add_argument("--steps", type=int, default=100, help="steps per run")
-    parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens per step")
-    parser.add_argument("--val_tokens", type=int, default=65536, help="tokens to validate on")
     args, flags = parser.parse_known_args()
-    results: dict[int, dict[float, float]] = {width: {} for width in args.widths}
-    shared = ["--data", args.data, "--num_layers", "6", "--num_heads", "0", "--seq_len", "512", "--num_steps",
-              str(args.steps), "--batch_tokens", str(args.batch_tokens), "--val_tokens", str(args.val_tokens),
-              "--hellaswag_rows", "1", "--val_every", "0", "--num_samples", "0", "--log_every", "20", *flags]
-    for width in args.widths:
+    knob, values = values_of(args.vary)
+    rows, curves = [], {value: {} for value in values}
+    for value, curve in curves.items():
+        knobs = {**KNOBS, "data": args.data, knob: value}
+        shared = [f"--{name}={setting}" for name, setting in knobs.items()]
         for factor in args.factors:
-            rates = [f"--{knob}={factor * getattr(Config(), knob):g}" for knob in RATES]
-            results[width][factor] = train(args.script, f"transfer_w{width}_f{factor:g}",
-                                           [*rates, "--model_dim", str(width), *shared])
-            print(f"width {width}, all rates times {factor:g}: val_bpb {results[width][factor]:.4f}",
-                  flush=True)
-    folder = places.EXPERIMENTS
-    folder.mkdir(exist_ok=True)
-    with open(folder / "transfer.csv", "w", newline="") as file:
+            rates = [f"--{name}={factor * getattr(Config(), name):g}" for name in RATES]
+            facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", [*shared, *rates, *flags])
+            curve[factor] = facts["val_bpb"]
+            rows.append([value, factor, *(facts.get(column) for column in COLUMNS)])
+            print(f"{knob} {value}, all rates times {factor:g}: val_bpb {curve[factor]:.4f}", flush=True)
+        print(f"{knob} {value}: best factor {in_words(best_factor(curve))}", flush=True)
+    path = places.EXPERIMENTS / f"transfer_{knob}.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["width", "factor", "val_bpb"])
-        writer.writerows((width, factor, f"{bpb:.4f}") for width, curve in results.items()
-                         for factor, bpb in curve.items())
-    draw(results, args.steps * args.batch_tokens, folder / "transfer.png")
+        writer.writerow([knob, "factor", *COLUMNS])
+        writer.writerows(rows)
+    draw(knob, curves, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The benchmarks run, on tiny inputs. Run: ./run.sh test tests/test_benchmarks.py"""
 
 import csv
-import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,6 +18,8 @@ from tiny_runs import CALM, ROOT, drive, flags, newest
 import train_gpt
 from benchtop import smoke
 from benchtop.errors import UserError
+from benchtop.files import sha256_of
+from benchtop.folder import module_of
 from benchtop.groups import Group, SavedRun
 from benchtop.initial import draw_weights
 from benchtop.machine import World
@@ -99,7 +101,7 @@ def test_a_kept_variant_fits_the_script_is_sound_and_says_what_it_is(variant, pa
     text = (ROOT / f"benchmarks/variants/{variant}.diff").read_text()
     assert re.match(r"[A-Z].{10,}\.\n--- a/train_gpt.py\n", text)
     assert f"| {variant} |" in (ROOT / "experiments/RECIPE.md").read_text()
-    script = script_of(lab / f"{patched(variant)}.py")
+    script = module_of(lab / f"{patched(variant)}.py")
     cfg = script.Config(vocab_size=101, num_layers=4, num_heads=2, model_dim=32, seq_len=32, batch_tokens=64)
     model = smoke.fresh_model(SimpleNamespace(Model=script.GPT), cfg).eval()
     smoke.stir(model)
@@ -130,16 +132,8 @@ def test_a_variant_that_changes_over_time_resumes_bit_for_bit_and_on_two_process
     assert_same_run(whole, train(f"{what}-two", processes=2), exact=False)
 
 
-def script_of(path: Path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_depth_warmup_trains_the_first_layer_and_then_all(patched, lab):
-    script = script_of(lab / f"{patched('depth_warmup')}.py")
+    script = module_of(lab / f"{patched('depth_warmup')}.py")
     cfg = script.Config(vocab_size=101, num_layers=5, num_heads=2, model_dim=16, seq_len=32, batch_tokens=64,
                         value_embeddings=2, depth_warmup_frac=0.5, device="cpu")
     torch.manual_seed(0)
@@ -172,7 +166,7 @@ def test_a_depth_warmup_trains_the_first_layer_and_then_all(patched, lab):
 @pytest.fixture(scope="module")
 def sampling(patched, lab):
     """train_gpt.py with the sampled softmax, as a module."""
-    return script_of(lab / f"{patched('sampled_softmax')}.py")
+    return module_of(lab / f"{patched('sampled_softmax')}.py")
 
 
 def text_like(rows: int, seed: int = 0) -> torch.Tensor:
@@ -242,16 +236,21 @@ def test_the_benchmark_of_the_step_names_floor_and_share(measure):
     assert rows == ["demo"]
 
 
-def test_the_sweep_over_widths_leaves_a_table_and_a_picture(measure, lab: Path):
-    said = measure("transfer.py", "--data", "tiny", "--widths", "16", "32", "--factors", "1", "2",
-                   "--steps", "2", "--batch_tokens", "256", "--val_tokens", "256", "--seq_len", "64",
-                   "--compile", "off")
-    with open(lab / "experiments/transfer.csv", newline="") as file:
-        points = {(row["width"], row["factor"]): row["val_bpb"] for row in csv.DictReader(file)}
-    assert list(points) == [("16", "1.0"), ("16", "2.0"), ("32", "1.0"), ("32", "2.0")]
-    assert re.findall(r"val_bpb (\S+)", said) == list(points.values())
+SWEPT = ("--train_tokens 0 --num_steps 2 --batch_tokens 256 --val_tokens 256 --seq_len 64 --model_dim 16 "
+         "--compile off")
+
+
+def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path):
+    said = measure("transfer.py", "--data", "tiny", "--vary", "num_layers", "1", "2", "--factors", "1", "2",
+                   *SWEPT.split())
+    with open(lab / "experiments/transfer_num_layers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = {(row["num_layers"], row["factor"]): row["val_bpb"] for row in rows}
+    assert list(points) == [("1", "1.0"), ("1", "2.0"), ("2", "1.0"), ("2", "2.0")]
+    assert re.findall(r"val_bpb (\S+)", said) == [f"{float(bpb):.4f}" for bpb in points.values()]
     assert len(set(points.values())) == 4 and all(0 < float(bpb) < 20 for bpb in points.values())
-    assert (lab / "experiments/transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert {row["code_sha256"] for row in rows} == {sha256_of(lab / "train_gpt.py")}
+    assert (lab / "experiments/transfer_num_layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_survives_a_rate_that_is_too_high_and_nothing_else(measure, lab: Path):
@@ -262,17 +261,34 @@ def test_a_sweep_survives_a_rate_that_is_too_high_and_nothing_else(measure, lab:
     (lab / "wild.py").write_text(wild)
 
     def sweep(data: str) -> subprocess.CompletedProcess:
-        words = ("benchmarks/transfer.py --widths 16 --factors 2 1 --steps 3 --batch_tokens 256 "
-                 f"--val_tokens 256 --seq_len 64 --compile off --data {data} --script wild.py")
+        words = (f"benchmarks/transfer.py --vary num_layers 2 --factors 2 1 {SWEPT} --data {data} "
+                 "--script wild.py")
         return subprocess.run([sys.executable, *words.split()], cwd=lab, capture_output=True, text=True)
     done = sweep("tiny")
     assert done.returncode == 0 and "failed: " in done.stdout and "is nan" in done.stdout, done.stderr
     values = re.findall(r"val_bpb (\S+)", done.stdout)
     assert values[0] == "inf" and 0 < float(values[1]) < 20
-    written = (lab / "experiments/transfer.csv").read_text()
+    written = (lab / "experiments/transfer_num_layers.csv").read_text()
     done = sweep("absent")
     assert done.returncode != 0 and "no absent in" in done.stderr and "val_bpb" not in done.stdout
-    assert (lab / "experiments/transfer.csv").read_text() == written
+    assert (lab / "experiments/transfer_num_layers.csv").read_text() == written
+
+
+def test_the_best_factor_is_the_bottom_of_a_parabola():
+    transfer = module_of(ROOT / "benchmarks/transfer.py")
+    curve = {factor: 2 + math.log(factor / 1.3) ** 2 for factor in (0.5, 0.71, 1, 1.41, 2)}
+    assert transfer.best_factor(curve) == pytest.approx(1.3)
+    assert transfer.best_factor(curve | {4.0: math.inf}) == pytest.approx(1.3)
+    falling = {factor: -factor for factor in (0.5, 1, 2)}
+    assert transfer.best_factor(falling) is None and transfer.best_factor({1: 2.0, 2: math.inf}) is None
+
+
+@pytest.mark.parametrize("words", ["model_dim", "nonsense 1", "muon_lr 1 2", "model_dim wide"])
+def test_a_sweep_of_what_is_no_whole_number_is_refused(words):
+    transfer = module_of(ROOT / "benchmarks/transfer.py")
+    assert transfer.values_of(["model_dim", "1_28", "256"]) == ("model_dim", [128, 256])
+    with pytest.raises(UserError, match="--vary needs a knob with whole numbers"):
+        transfer.values_of(words.split())
 
 
 def test_the_hellaswag_benchmark_compares_the_same_choices(measure, lab: Path):

@@ -1,6 +1,7 @@
 """The benchmarks run, on tiny inputs. Run: ./run.sh test tests/test_benchmarks.py"""
 
 import csv
+import importlib
 import json
 import math
 import re

@@ -12,6 +12,7 @@ config_until_step_6.json, code_until_step_6/.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -66,10 +67,9 @@ def bench_sha256(bench: dict[str, str]) -> str:
 def own_sources() -> list[Path]:
     """The repository's scripts that this process runs: its own and those that it imports."""
     scripts = {path.name: path for path in places.ROOT.glob("*.py")}
-    files = [Path(module.__file__) for module in list(sys.modules.values())
-             if getattr(module, "__file__", None)]
-    return sorted({scripts[path.name] for path in files
-                   if path.name in scripts and path.resolve() == scripts[path.name].resolve()})
+    files = [module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+    return sorted({scripts[name] for file in files if (name := os.path.basename(file)) in scripts
+                   and Path(file).resolve() == scripts[name].resolve()})
 
 
 def facts_about_code(script: str) -> dict:
@@ -131,10 +131,12 @@ def uncommitted_changes() -> str:
         return ""
 
 
+@functools.cache
 def installed_packages() -> str:
     """All installed packages, in the format of pip freeze."""
-    found = {f"{package.metadata['Name']}=={package.version}"
-             for package in importlib.metadata.distributions()}
+    # each access to `metadata` reads the file anew
+    facts = [package.metadata for package in importlib.metadata.distributions()]
+    found = {f"{fact['Name']}=={fact['Version']}" for fact in facts}
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 

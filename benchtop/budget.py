@@ -22,7 +22,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        return self.stopped_at + (time.perf_counter() - self.begun if self.begun else 0.0)
+        return self.stopped_at + (time.perf_counter() - self.begun if self.begun is not None else 0.0)
 
     def share(self, cfg) -> float:
         """Share of --train_minutes that is used; 0 without --train_minutes."""

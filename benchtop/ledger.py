@@ -18,7 +18,6 @@ from benchtop.files import locked
 KEEP, DISCARD, UNDECIDED = "keep", "discard", "undecided"
 FAILURES = ("crash", "out of memory", "diverged")
 CONFIRMED, NOT_CONFIRMED = "confirmed", "not confirmed"
-VERDICTS = (KEEP, DISCARD, UNDECIDED, *FAILURES, CONFIRMED, NOT_CONFIRMED)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from html import escape
 from benchtop import places
 from benchtop.command_line import minutes
 from benchtop.curves import STYLE as FIGURE
-from benchtop.held_out import VAL
+from benchtop.held_out import TEST, VAL
 from benchtop.ledger import KEEP, NOT_CONFIRMED, Entry
 from benchtop.page import document, picture, wide
 
@@ -24,7 +24,7 @@ def cells(entry: Entry) -> list[str]:
     """A line of the table, in the order of COLUMNS."""
     known = entry.gain is not None
     return [entry.time[:16].replace("T", " "), entry.trial, entry.idea,
-            entry.verdict + (" (test)" if entry.split == "test" else ""),
+            entry.verdict + (" (test)" if entry.split == TEST else ""),
             f"{entry.gain:+.4f}" if known else "", f"{entry.low:+.4f} to {entry.high:+.4f}" if known else "",
             str(entry.runs), f"{entry.tokens:,}", minutes(entry.seconds), entry.description]
 
@@ -88,7 +88,7 @@ def curve(entries: list[Entry]) -> str:
     failed = {change for change, verdict in looks.items() if verdict == NOT_CONFIRMED}
     for metric, data, flags in dict.fromkeys(map(kind, entries)):
         points = [(number, entry) for number, entry in enumerate(entries, 1)
-                  if kind(entry) == (metric, data, flags) and entry.gain is not None and entry.split == "val"]
+                  if kind(entry) == (metric, data, flags) and entry.gain is not None and entry.split == VAL]
         if points:
             figures.append(f"<h2>Best so far, data {escape(data)}</h2>\n<p><code>{escape(flags)}</code></p>"
                            f"<figure>{picture(f'{metric} of each idea', drawn(points, metric, failed))}"

@@ -27,7 +27,7 @@ def name_in(folder: Path, typed: str) -> str:
     return name if not parent or is_inside else path
 
 
-def what_is_there(name: str, there: dict[str, str]) -> str:
+def did_you_mean(name: str, there: dict[str, str]) -> str:
     """Suggest the closest existing names, or all, in an error about a missing one; "make NAME: ..." follows.
 
     there  existing names to compare with -> the names to show

@@ -286,9 +286,11 @@ class Preparation:
     def give_back(self, numbers: Iterable[int]) -> None:
         """Delete the text of these units, unless it was here before or --keep_text is set."""
         was_here = read_was_here(self.partial / "was_here.json")
+        if self.args.keep_text or was_here is None:
+            return
         for number in numbers:
             unit = self.units[number]
-            if not self.args.keep_text and unit.name not in was_here and unit.is_here():
+            if unit.name not in was_here and unit.is_here():
                 unit.remove()
 
     def _tokenized(self, stream: Iterable[Document]) -> Iterator[Encoded]:

@@ -234,7 +234,7 @@ def find_dataset(typed: str, tokenizer: str) -> Path:
         if not is_name:
             raise UserError(f"--data must be the name of a folder in {places.DATA}; it is {typed!r}")
         there = {path.name: path.name for path in sorted(places.DATA.glob("[!.]*")) if path.is_dir()}
-        raise UserError(f"there is no {name} in {places.DATA}{places.what_is_there(name, there)} make "
+        raise UserError(f"there is no {name} in {places.DATA}{places.did_you_mean(name, there)} make "
                         f"{name}: {how_to_make_data(tokenizer)} --name {name}")
     made_with = {path.parent: read_manifest(path)["tokenizer"]
                  for path in sorted(places.DATA.glob("[!.]*/manifest.json"))}
@@ -279,7 +279,7 @@ def read_manifest(path: Path) -> dict:
             if not re.fullmatch(FOLDER_NAME, shard["file"]):
                 raise ValueError(f"file is {shard['file']!r}, which is not a plain file name")
         if "sources" in manifest:
-            expect_sources(manifest, expect)
+            check_sources(manifest, expect)
         names = Counter(shard["file"] for shard in manifest["shards"])
         if twice := [name for name, times in names.items() if times > 1]:
             raise ValueError(f"{twice[0]} is listed more than once")
@@ -289,7 +289,7 @@ def read_manifest(path: Path) -> dict:
                         "make the data again") from error
 
 
-def expect_sources(manifest: dict, expect: Callable[[dict, dict[str, type]], None]) -> None:
+def check_sources(manifest: dict, expect: Callable[[dict, dict[str, type]], None]) -> None:
     """raises  ValueError if what a mixture's manifest says about its sources is inconsistent"""
     expect(manifest, {"sources": list})
     for split in ("val", "test"):

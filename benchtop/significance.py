@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MOST_RUNS = 10_000      # that runs_needed looks for
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -236,7 +238,7 @@ def runs_needed(effect: float, sd: float, is_paired: bool = False, df_per_run: f
     """Runs per group (or pairs) needed to detect a true difference with 80 % power.
 
     df_per_run  as in Difference, for groups with different variances; 0: for equal variances
-    raises      ValueError if 8,192, the last power of two below 10,000, do not suffice
+    raises      ValueError if MOST_RUNS do not suffice
     """
     def suffices(runs: int) -> bool:
         error, df = error_and_df(sd, runs, 0 if is_paired else runs)
@@ -245,9 +247,9 @@ def runs_needed(effect: float, sd: float, is_paired: bool = False, df_per_run: f
         return 2
     runs = 2
     while not suffices(runs):
-        runs *= 2
-        if runs > 10_000:
-            raise ValueError(f"detecting {effect:g} with run-to-run SD {sd:g} needs more than 10,000 runs")
+        if runs == MOST_RUNS:
+            raise ValueError(f"detecting {effect:g} with run-to-run SD {sd:g} needs more than {runs:,} runs")
+        runs = min(2 * runs, MOST_RUNS)
     low = runs // 2
     while runs - low > 1:
         middle = (low + runs) // 2

@@ -128,7 +128,7 @@ def find_tokenizer(typed: str) -> str:
         return meant[0]
     if meant:
         raise UserError(f"{name} matches several tokenizers; type the full name of one: {', '.join(meant)}")
-    there = places.what_is_there(first, {without_sizes(other)[0]: other for other in known})
+    there = places.did_you_mean(first, {without_sizes(other)[0]: other for other in known})
     text = typed if is_text(typed) else ""
     raise UserError(f"there is no tokenizer {name}{there} make {name}: {how_to_make(name, text)}")
 

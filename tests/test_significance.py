@@ -248,5 +248,9 @@ def test_one_run_has_no_spread():
                  lambda: significance.p_below([1.0], 2.0)):
         with pytest.raises(ValueError, match="two"):
             test()
-    with pytest.raises(ValueError, match=r"10,000"):
-        significance.runs_needed(1e-6, 1.0)
+
+
+def test_more_than_ten_thousand_runs_are_not_asked_for():
+    assert 9_000 < significance.runs_needed(0.0409, 1.0) <= 10_000
+    with pytest.raises(ValueError, match=r"needs more than 10,000 runs"):
+        significance.runs_needed(0.0390, 1.0)

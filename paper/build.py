@@ -5,15 +5,15 @@
 
 paper.tex is yours to write. TABLES and FIGURES below name the runs that it shows. Constants in the text are
 written \\fact{...} and read from the code: the build stops if one is not found, so the appendix cannot
-describe what the code does not do. It also stops if the runs were made by an earlier train_gpt.py with other
-knobs or defaults, so that method and results belong to the same program.
+describe what the code does not do. It also stops if another train_gpt.py than today's made the runs (comments
+and docstrings may differ), so that method and results belong to the same program.
 """
 
+import ast
 import dataclasses
 import inspect
 import math
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -33,13 +33,13 @@ from benchtop.curves import as_bytes
 from benchtop.errors import UserError
 from benchtop.files import sha256_of
 from benchtop.groups import PERSONAL_KNOBS, Group, SavedRun, check_comparable, open_groups
-from benchtop.knobs import parser_of
 from benchtop.tables import as_latex, groups_table, in_latex
 from train_gpt import PRESETS, Config
 
 HERE = Path(__file__).resolve().parent
 MADE = HERE / "made"
 SCRIPT = "train_gpt.py"     # the appendix describes this script
+REMEDY = "run it again, or take it out of TABLES in paper/build.py"
 
 # tables of the paper: name -> (groups as compare.py takes them, conditions for --although)
 TABLES = {"example": (["squared ReLU=relu2", "GELU=gelu"], [])}
@@ -78,19 +78,27 @@ def runs_of(script: str, groups: list[Group]) -> list[SavedRun]:
 
 
 def require_described(run: SavedRun) -> None:
-    """raises  UserError if a run has knobs that train_gpt.py no longer has, or if its command would now set a
-    different value of a knob that the appendix states"""
-    remedy = "run it again, or take it out of TABLES in paper/build.py"
-    gone = sorted({*run.knobs} - Config.names())
-    if gone:
-        raise UserError(f"{run.name} was made by a {SCRIPT} with other knobs ({', '.join(gone[:3])}) than "
-                        f"the appendix describes; {remedy}")
-    flags = vars(parser_of(Config).parse_args(shlex.split(run.summary["command"])[1:])) | {"resume": ""}
-    now = Config(**{**Config.preset_knobs(flags.get("preset", "")), **flags})
-    for knob in re.findall(r"\\fact\{knob\.(\w+)\}", (HERE / "appendix.tex").read_text()):
-        if run.knobs.get(knob) != getattr(now, knob):
-            raise UserError(f"{run.name} had --{knob} {run.knobs.get(knob)}, but its command now gives "
-                            f"{getattr(now, knob)}, which the appendix states; {remedy}")
+    """raises  UserError unless the script that made the run is today's, comments and docstrings aside"""
+    today, sha256 = places.ROOT / SCRIPT, run.summary.get("code_sha256")
+    if sha256 == sha256_of(today):
+        return
+    copies = [path for path in (run.folder / "code" / SCRIPT, run.folder.parent / SCRIPT)
+              if path.is_file() and sha256_of(path) == sha256]
+    if not copies:
+        raise UserError(f"{run.name} was made by another {SCRIPT} than today's, and no copy of it is in "
+                        f"{run.folder}/code or {run.folder.parent}; {REMEDY}")
+    if program_of(copies[0]) != program_of(today):
+        raise UserError(f"{run.name} was made by another {SCRIPT} than the appendix describes "
+                        f"(diff {copies[0]} {SCRIPT}); {REMEDY}")
+
+
+def program_of(script: Path) -> str:
+    """What a script computes: its syntax tree without docstrings."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def knobs_table(groups: list[Group]) -> list[list[str]]:
@@ -107,15 +115,6 @@ def in_table(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "none" if value in ("", None) else str(value)
-
-
-def remarks() -> list[str]:
-    """A warning for each table whose runs were made by another version of the script."""
-    sha256 = sha256_of(places.ROOT / SCRIPT)
-    older = [name for name, (specs, _) in TABLES.items()
-             if any(run.summary.get("code_sha256") != sha256 for run in runs_of(SCRIPT, open_groups(specs)))]
-    return [f"{SCRIPT} has changed since the runs of table {name} were made; check that the appendix still "
-            "describes them" for name in older]
 
 
 def number(value: float) -> str:
@@ -239,7 +238,7 @@ def main() -> None:
         (MADE / name).write_text(text, encoding="utf-8")
     for name, axis in FIGURES.items():
         (MADE / f"{name}.pdf").write_bytes(as_bytes(open_groups(TABLES[name][0]), axis, "val_bpb", "pdf"))
-    print("\n".join([*remarks(), "wrote tables, figures and constants to paper/made"]), flush=True)
+    print("wrote tables, figures and constants to paper/made", flush=True)
     if args.no_pdf:
         return
     if not shutil.which("latexmk"):

@@ -430,11 +430,11 @@ def test_sources_that_do_not_fit_are_noticed(bench, command, two, damage):
 
 
 @pytest.mark.parametrize("known, removed", [(["a"], {"b"}), ("damaged", set())])
-def test_text_is_deleted_only_if_it_is_known_not_to_have_been_here_before(tmp_path, known, removed):
+def test_text_is_deleted_only_if_it_is_known_not_to_have_been_here_before(bench, known, removed):
     gone = set()
     units = [SimpleNamespace(name=name, is_here=lambda: True, remove=lambda name=name: gone.add(name))
              for name in "ab"]
-    (tmp_path / "was_here.json").write_text(json.dumps(known))
-    preparation = SimpleNamespace(partial=tmp_path, units=units, args=SimpleNamespace(keep_text=False))
+    (bench / "was_here.json").write_text(json.dumps(known))
+    preparation = SimpleNamespace(partial=bench, units=units, args=SimpleNamespace(keep_text=False))
     prepare.Preparation.give_back(preparation, [0, 1])
     assert gone == removed

@@ -20,7 +20,7 @@ import train_gpt
 sys.path.insert(0, str(ROOT / "paper"))
 import build
 
-from benchtop import places
+from benchtop.files import sha256_of
 
 TEXTS = "".join((ROOT / "paper" / name).read_text() for name in ("paper.tex", "appendix.tex"))
 
@@ -75,16 +75,15 @@ def test_windows_are_long_in_every_fourth_layer_and_the_last():
     assert model.progress == 1 and model.windows(2048) == [1024, 1024, 1024, 2048, 1024, 2048]
 
 
-def kept_run(folder: Path, command: str = "train_gpt.py --preset demo --head_lr 0.01", data: str = "a",
-             **knobs) -> str:
-    """A kept run of today's train_gpt.py, with the knobs of its command but for these."""
+def kept_run(folder: Path, data: str = "a", **facts) -> str:
+    """A kept run of today's train_gpt.py, but for these facts of its summary."""
     preset = train_gpt.Config.preset_knobs("demo") | {"preset": "demo", "head_lr": 0.01}
     summary = {"status": "finished", "seed": 0, "tokens": 100, "train_seconds": 1.0, "val_loss": 2.0,
-               "val_bpb": 1.0, "tokens_per_second": 100.0, "script": "train_gpt.py", "command": command,
-               "data": data, "data_sha256": data, "held_out_documents": 64, "held_out_tokens": 12345}
+               "val_bpb": 1.0, "tokens_per_second": 100.0, "script": "train_gpt.py",
+               "code_sha256": sha256_of(ROOT / "train_gpt.py"), "data": data, "data_sha256": data,
+               "held_out_documents": 64, "held_out_tokens": 12345, **facts}
     folder.mkdir(parents=True)
-    config = dataclasses.asdict(train_gpt.Config(**preset)) | knobs
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(train_gpt.Config(**preset))))
     (folder / "summary.json").write_text(json.dumps(summary))
     return str(folder)
 
@@ -96,26 +95,38 @@ def test_what_compare_would_refuse_is_no_table(tmp_path, monkeypatch):
         build.tables()
 
 
-def test_runs_of_another_program_than_the_appendix_describes_are_no_table(tmp_path, monkeypatch):
-    def tables_of(spec: str) -> dict[str, str]:
-        monkeypatch.setattr(build, "TABLES", {"one": ([spec], [])})
-        return build.tables()
-    with pytest.raises(build.UserError, match=r"older .* other knobs \(depth_warmup_frac"):
-        tables_of(kept_run(tmp_path / "older", depth_warmup_frac=0.9))
-    with pytest.raises(build.UserError, match=r"--muon_lr 0.02, but its command now gives 0.05"):
-        tables_of(kept_run(tmp_path / "other_default", muon_lr=0.02))
-    # knobs that the command set are no other program
-    tables = tables_of(kept_run(tmp_path / "flags"))
-    assert "head\\_lr & 0.008 & 0.01" in tables["one_knobs.tex"] and "muon" not in tables["one_knobs.tex"]
+def tables_of(spec: str, monkeypatch) -> dict[str, str]:
+    monkeypatch.setattr(build, "TABLES", {"one": ([spec], [])})
+    return build.tables()
+
+
+def test_runs_of_todays_program_are_a_table_with_the_knobs_that_their_command_set(tmp_path, monkeypatch):
+    made = tables_of(kept_run(tmp_path / "flags"), monkeypatch)
+    assert "head\\_lr & 0.008 & 0.01" in made["one_knobs.tex"] and "muon" not in made["one_knobs.tex"]
     assert build.facts_of_runs() == {"one.documents": "64", "one.tokens": "12,345"}
 
 
-def test_a_script_that_has_changed_since_the_runs_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "TABLES", {"one": ([kept_run(tmp_path / "run")], [])})
-    assert build.remarks() == ["train_gpt.py has changed since the runs of table one were made; check that "
-                               "the appendix still describes them"]
-    monkeypatch.setattr(build, "sha256_of", {places.ROOT / "train_gpt.py": None}.get)
-    assert build.remarks() == []
+@pytest.mark.parametrize("place", ["run/code", "."])
+def test_runs_of_another_program_than_the_appendix_describes_are_no_table(place, tmp_path, monkeypatch):
+    source = (ROOT / "train_gpt.py").read_text()
+    wordy = source.replace('"""Train a GPT.', '"""Learn.', 1) + "# a comment\n"
+    computes_otherwise = source.replace("0.95", "0.96", 1)
+    assert len({source, wordy, computes_otherwise}) == 3
+    run = kept_run(tmp_path / "run")
+    for text, refused in [(wordy, ""), (computes_otherwise, "than the appendix describes")]:
+        copy = tmp_path / place / "train_gpt.py"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text)
+        facts = json.loads((tmp_path / "run" / "summary.json").read_text()) | {"code_sha256": sha256_of(copy)}
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(facts))
+        if refused:
+            with pytest.raises(build.UserError, match=refused):
+                tables_of(run, monkeypatch)
+        else:
+            assert tables_of(run, monkeypatch)
+        copy.write_text(source)         # not what made the run, as its hash tells
+        with pytest.raises(build.UserError, match=r"no copy of it is in .*/code or"):
+            tables_of(run, monkeypatch)
 
 
 def test_code_that_no_longer_looks_like_its_description_stops_the_build():

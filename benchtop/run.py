@@ -503,15 +503,8 @@ def finish(run: Run, tasks: list[Task]) -> None:
             log.no_weights(error)
             unsaved = True
     with run.world.memory_of("evaluation"):
-        for task in tasks:
-            log.say(f"scoring {counted(len(task.questions), 'row')} of {BENCHMARKS[task.name].title}")
-            _, rows_at_once = micro_batch_shape(cfg, run.world.size)
-            scores = score(run.losses_of, tokenizer, task.questions, rows_at_once, run.world)
-            log.benchmark(task.name, scores.items)
-            for line in scores.lines():
-                log.note(line)
-            result = task.facts() | scores.summary() | scored_on(run.experiment, run.world)
-            results.setdefault("benchmarks", {})[task.name] = result
+        if tasks:
+            results["benchmarks"] = {task.name: scores_of(run, task) for task in tasks}
         if not run.world.is_main:
             return
         model.eval()
@@ -543,6 +536,17 @@ def finish(run: Run, tasks: list[Task]) -> None:
         remove_checkpoints(log.folder, keep_best=cfg.save_model and run.best_step < run.step)
     for line in [*conclusion(cfg, log.folder, summary, samples), *last_lines(summary)]:
         log.say(line)
+
+
+def scores_of(run: Run, task: Task) -> dict:
+    """Score the model on a benchmark, by all processes; the results for the summary."""
+    run.log.say(f"scoring {counted(len(task.questions), 'row')} of {BENCHMARKS[task.name].title}")
+    _, rows_at_once = micro_batch_shape(run.cfg, run.world.size)
+    scores = score(run.losses_of, run.data.tokenizer, task.questions, rows_at_once, run.world)
+    run.log.benchmark(task.name, scores.items)
+    for line in scores.lines():
+        run.log.note(line)
+    return task.facts() | scores.summary() | scored_on(run.experiment, run.world)
 
 
 def check(experiment: Experiment, cfg: RunConfig, world: World) -> bool:

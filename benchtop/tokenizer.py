@@ -187,7 +187,8 @@ def may_have_seen(manifest: dict) -> str:
     try:
         there = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
         words = {source.rpartition("-")[0] for source in (there["source"], manifest["source"])}
-        covered = Rule.of_facts(there["held_out"]).covers(Rule.of_facts(manifest["held_out"]))
+        rules = [facts["held_out"] and Rule.of_facts(facts["held_out"]) for facts in (there, manifest)]
+        covered = not rules[1] or (rules[0] is not None and rules[0].covers(rules[1]))
     except (OSError, ValueError, KeyError, TypeError):      # gpt2 has no folder, old ones lack these facts
         return ""
     if covered or len(words) > 1:

@@ -32,7 +32,8 @@ settings.register_profile("benchtop", deadline=None, derandomize=True, database=
 settings.load_profile("benchtop")
 
 
-FIRST = ("test_each_readme_command_runs", "test_fifty_kills_lose_nothing")
+FIRST = ("test_each_command_of_the_pages_runs", "test_kills_at_any_moment_lose_nothing",
+         "test_the_cells_run_one_after_the_other")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -122,6 +123,12 @@ def lab(tmp_path_factory) -> Path:
     run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny", "--num_workers", "1",
         "--name", "tiny")
     return folder
+
+
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    """Runs in this process draw no loss.png, which takes a quarter of a tiny run."""
+    monkeypatch.setattr("benchtop.log.draw_loss", lambda *_: None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Starting the scripts as a user would: in a folder of their own, in processes of their own."""
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ["torch", "torch.distributed", "torch._dynamo", "numpy", "tiktoken", "matplotlib.pyplot",
-             "pyarrow", "safetensors.torch", "huggingface_hub", "regex", "tqdm"]
+             "pyarrow", "safetensors.torch", "huggingface_hub", "regex", "tqdm", "settled"]
 
 # Processes are forked from one that has imported the libraries, and nothing of Benchtop: a start and a tiny
 # run then take less than half of the time. What a script does to its process stays there. Elsewhere than on
@@ -33,10 +35,26 @@ def copy_scripts(folder: Path) -> None:
 def start(folder: Path, script: str, *arguments: str, out: str, err: str, env: dict | None = None,
           ) -> multiprocessing.Process:
     """Start a script as the head of a session of its own, with its output at the end of these two files."""
+    start_server()
     process = forked.Process(target=start_script,
                              args=(script, arguments, str(folder), env or {**os.environ}, [out, err]))
     process.start()
     return process
+
+
+@functools.cache
+def start_server() -> None:
+    """Start the server that forks, which finds settled.py beside this file."""
+    if not FORKS:
+        return
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), before)))
+    try:
+        _forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def start_script(script: str, arguments: tuple[str, ...], folder: str, env: dict, said: list[str]) -> None:
@@ -50,6 +68,7 @@ def start_script(script: str, arguments: tuple[str, ...], folder: str, env: dict
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    forked.set_forkserver_preload(["__main__"])     # the default, for a script with workers
     if script != "-m":
         be_script(script, *arguments)
     elif arguments[:2] == ("torch.distributed.run", "--standalone"):
@@ -95,6 +114,12 @@ def run(folder: Path, script: str, *arguments: str, expect: int | None = 0, env:
         process.close()
     assert expect in (None, done.returncode), done.stdout + done.stderr
     return done
+
+
+def forking(folder: Path) -> str:
+    """The name of run_forking.py, which is copied into a Benchtop: it runs another of its scripts."""
+    shutil.copy(Path(__file__).with_name("run_forking.py"), folder)
+    return "run_forking.py"
 
 
 def torchrun(processes: int) -> list[str]:

@@ -3,6 +3,7 @@
 Run: ./run.sh test tests/test_budget.py
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -10,25 +11,33 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import CALM, DRIVE, TINY, drive, flags, newest, rows_of, summary_of, train_here
+from tiny_runs import CALM, TINY, drive, flags, newest, rows_of, summary_of, train_here
 
+import benchtop
 from benchtop.briefing import time_estimate
-from benchtop.budget import VALIDATIONS, validates
+from benchtop.budget import VALIDATIONS, Clock, validates
 from benchtop.knobs import parse_config
+from benchtop.machine import World
+from benchtop.run import Run
 from train_gpt import GPT, Config, lr_scale
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 # ------------------------------------------------------------------------------------------------
 # The rule
 # ------------------------------------------------------------------------------------------------
+
 
 sizes = st.integers(1, 10**10)
 
@@ -140,12 +149,12 @@ def test_many_epochs_are_advised_against(here):
 
 def test_minutes_end_a_run_and_its_schedule(here):
     """It ends with the first step that ends behind the time; rates fall by the time before their step."""
-    budget = 1.2
+    budget = 0.6
     folder = train_here(here, num_steps=10**6, train_minutes=budget / 60, val_every=10**6)
     check_clock(rows_of(folder), budget)
     assert config_of(folder)["num_steps"] == 10**6
     summary = summary_of(folder)
-    assert summary["budget"] == "0.02 minutes of training" and summary["tokens"] == 128 * summary["step"]
+    assert summary["budget"] == "0.01 minutes of training" and summary["tokens"] == 128 * summary["step"]
     assert not {"train_tokens", "num_steps"} & {*summary}, "of a schedule that it did not reach"
 
 
@@ -161,16 +170,22 @@ benchtop.machine.World.reports_behind = {behind}
 
 
 @pytest.mark.parametrize(("behind", "steps"), [(0, 6), (1, 7)])
-def test_one_process_and_many_end_at_the_same_step_by_the_first_ones_clock(lab, behind, steps):
+def test_one_process_and_many_end_at_the_same_step_by_the_first_ones_clock(lab, here, monkeypatch, behind,
+                                                                           steps):
     """A step later where steps are reported later."""
-    for processes in (1, 2):
-        name = f"clock{behind}{processes}"
-        knobs = dict(num_steps=0, train_minutes=1, model_name=name, log_every=100, val_every=100)
-        done = drive(lab, CLOCK.format(behind=behind), *flags(**knobs), processes=processes)
-        assert done.returncode == 0, done.stderr
-        summary = summary_of(newest(lab, name))
+    knobs = dict(num_steps=0, train_minutes=1, model_name=f"clock{behind}", log_every=100, val_every=100)
+    done = drive(lab, CLOCK.format(behind=behind), *flags(**knobs), processes=2)
+    assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as patch:
+        # exec's assignments to classes, taken back afterwards
+        patch.setattr(Clock, "share", Clock.share)
+        patch.setattr(World, "reports_behind", World.reports_behind)
+        exec(CLOCK.format(behind=behind), {"benchtop": benchtop})
+        alone = train_here(here, **knobs)
+    for folder, processes in ((newest(lab, f"clock{behind}"), 2), (alone, 1)):
+        summary = summary_of(folder)
         assert (summary["step"], summary["processes"]) == (steps, processes)
-        assert float(rows_of(newest(lab, name))[-1]["val_loss"]) > 0
+        assert float(rows_of(folder)[-1]["val_loss"]) > 0
 
 
 def check_clock(rows: list[dict], budget: float) -> None:
@@ -187,12 +202,12 @@ def check_clock(rows: list[dict], budget: float) -> None:
 
 
 def test_minutes_alone_train_as_many_steps_as_fit(here):
-    budget = 1.2
+    budget = 0.6
     folder = train_here(here, num_steps=0, train_minutes=budget / 60, val_every=0)
     config, summary, rows, log = config_of(folder), summary_of(folder), rows_of(folder), log_of(folder)
     check_clock(rows, budget)
     assert (config["num_steps"], config["train_tokens"], config["train_minutes"]) == (0, 0, budget / 60)
-    assert summary["budget"] == "0.02 minutes of training"
+    assert summary["budget"] == "0.01 minutes of training"
     assert summary["step"] == len(rows) and summary["tokens"] == 128 * len(rows)
     assert 1 <= len([row for row in rows if row["val_loss"]]) <= VALIDATIONS
     assert f"budget      {budget / 60:g} minutes of training in steps of 128 tokens; " in log
@@ -208,32 +223,35 @@ def test_the_first_of_steps_and_minutes_ends_a_run(here):
     assert len(rows) == 4 and float(rows[-1]["lr_scale"]) == pytest.approx(lr_scale(Config(**TINY), 3, 0.75))
 
 
-@pytest.mark.parametrize("budget", [{"num_steps": 40}, {"num_steps": 0, "train_minutes": 2 / 60}], ids=str)
-def test_a_terminal_shows_a_bar_that_moves(lab, budget):
+@pytest.mark.parametrize("budget", [{"num_steps": 20}, {"num_steps": 0, "train_minutes": 1.5 / 60}], ids=str)
+def test_a_terminal_shows_a_bar_that_moves(here, monkeypatch, budget):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))       # rows, columns
-    lines = "import time\nreal = benchtop.run.Run.between_steps\n" \
-            "benchtop.run.Run.between_steps = lambda run: real(run) or time.sleep(0.05)"
-    knobs = flags(**{**budget, "val_every": 10**6, "model_name": "bar", **CALM})
-    process = subprocess.Popen([sys.executable, DRIVE, str(lab), lines, *knobs], cwd=lab, stderr=theirs,
-                               stdout=subprocess.DEVNULL)
-    os.close(theirs)
-    said = b""
-    while True:
-        try:
-            piece = os.read(ours, 1000)
-        except OSError:         # its end, as Linux says it
-            break
-        if not piece:
-            break
-        said += piece
-    os.close(ours)
-    assert process.wait() == 0, said.decode()
+    said = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):      # its end, as Linux says it
+            while piece := os.read(ours, 1000):
+                said.extend(piece)
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def between_steps(run: Run, real=Run.between_steps) -> None:
+        real(run)
+        time.sleep(0.05)
+    monkeypatch.setattr(Run, "between_steps", between_steps)
+    try:
+        with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            train_here(here, **{**budget, "val_every": 10**6, **CALM})
+    finally:
+        reader.join()
+        os.close(ours)
     shown = re.findall(r"(\d+)% \|.*?\| step +(\d+)(/\d+)?  loss [\d.]+  \d:\d\d left", said.decode())
     percents, steps, of = zip(*shown, strict=True)
     assert sorted(map(int, percents)) == list(map(int, percents)) and len(set(percents)) > 1
     assert sorted(map(int, steps)) == list(map(int, steps))
-    assert set(of) == ({"/40"} if budget["num_steps"] else {""})
+    assert set(of) == ({"/20"} if budget["num_steps"] else {""})
 
 
 @pytest.mark.parametrize(("knobs", "peak", "wanted"), [

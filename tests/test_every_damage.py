@@ -4,6 +4,9 @@ read then is right, or it is said in one line what is not. Never a traceback, ne
 Run: ./run.sh test tests/test_every_damage.py -s       (-s counts the cases and how they ended)
 """
 
+import contextlib
+import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -20,20 +23,23 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_resume import resume_here, stop_here
+from test_resume import stop_here, tensors_of
 from tiny_runs import TINY, rows_of, train_here
 
 import compare
 import download_fineweb
-from benchtop import places
+from benchtop import identity, places
 from benchtop.errors import UserError
 from benchtop.groups import open_groups
+from benchtop.identity import NEUTRAL_KNOBS
+from benchtop.knobs import parse_config
 from benchtop.machine import World
+from benchtop.run import Run, start
 from benchtop.shards import ShardWriter, open_dataset
 from benchtop.sources import open_source
 from benchtop.tasks import open_task
 from benchtop.tokenizer import load_tokenizer
-from train_gpt import Config
+from train_gpt import EXPERIMENT, Config
 
 TEXT = "The bench stands in the hall. Größe, ёлка, 東京.\n"
 
@@ -203,18 +209,37 @@ def resumed_scene(folder: Path) -> Scene:
     run = stop_here(folder)
     for old in ("checkpoint_previous.pt", "checkpoint_best.pt"):
         (run / old).unlink(missing_ok=True)
+    shutil.rmtree(run / "code")     # many files, which nobody reads here
+    packages = functools.cache(identity.installed_packages)     # they are the same in each case
 
     def read(folder: Path) -> object:
+        """All that the training loop gets; what it does with that, test_resume.py looks at."""
         run, = (folder / "experiments").glob("2*")
-        resume_here("--resume", str(run))
-        assert len(rows_of(run)) == 6
-        return [(row["step"], row["train_loss"], row["val_loss"]) for row in rows_of(run)]
+        found = []
+
+        def look(run: Run) -> None:
+            run.validate_and_log()      # what a loop does first
+            state = tensors_of({"model": run.model.state_dict(), "optimizer": run.optimizer.state()})
+            found.extend([run.step, run.best_step, [(row["step"], row["train_loss"], row["val_loss"])
+                                                    for row in rows_of(run.log.folder)]])
+            found.append({knob: value for knob, value in dataclasses.asdict(run.cfg).items()
+                          if knob not in NEUTRAL_KNOBS})
+            found.extend((name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
+                         for name, tensor in state.items())
+            raise KeyboardInterrupt
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(identity, "installed_packages", packages)
+            cfg = parse_config(["--resume", str(run), "--micro_batch_tokens", "128"], Config)
+            start(dataclasses.replace(EXPERIMENT, train=look), cfg, World(cfg))
+        return found
     name = f"experiments/{run.name}"
     return Scene([f"{name}/{file}" for file in ("config.json", "checkpoint.pt", "metrics.csv")], read)
 
 
 def compared_scene(folder: Path) -> Scene:
-    runs = [train_here(folder, seed=seed, model_name=f"r{seed}") for seed in range(3)]
+    runs = [train_here(folder, seed=seed, model_name=f"r{seed}") for seed in range(2)]
+    for run in runs:
+        shutil.rmtree(run / "code")     # many files, which nobody reads here
 
     def read(folder: Path) -> object:
         group = f"all={folder}/experiments/2*"

@@ -4,12 +4,14 @@ Run: ./run.sh test tests/test_hellaswag.py
 """
 
 import copy
+import dataclasses
 import io
 import json
 import math
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from fake_hub import FakeHub
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import copy_scripts, run, torchrun
 from tiny_runs import TINY, flags, newest, summary_of, train_here
 
-from benchtop import places
+import download_hellaswag
+from benchtop import places, saved
 from benchtop.errors import UserError
 from benchtop.evaluation import TokenLosses
 from benchtop.knobs import comments_of
@@ -32,7 +35,16 @@ from benchtop.run import tasks_of
 from benchtop.saved import score
 from benchtop.scoring import METRICS, hellaswag_accuracy, packed_rows
 from benchtop.significance import wilson_interval
-from benchtop.tasks import BENCHMARKS, Question, open_task, question_of, read_questions, write_rows
+from benchtop.tasks import (
+    BENCHMARKS,
+    Question,
+    check_rows,
+    fetch_from_authors,
+    open_task,
+    question_of,
+    read_questions,
+    write_rows,
+)
 from benchtop.tokenizer import load_tokenizer
 from train_gpt import GPT, Config
 
@@ -98,6 +110,23 @@ def fetch(kit, tmp_path):
     return fetch
 
 
+@pytest.fixture
+def hub_of_authors(kit):
+    """The authors' repository, for code that runs in this process."""
+    _, fake = kit
+    fake.behave()
+    return fake
+
+
+def refused_from_authors(fake: FakeHub, folder: Path) -> str:
+    """The one line that refuses what the authors' repository has; nothing of that is kept."""
+    benchmark = dataclasses.replace(BENCHMARKS["hellaswag"], authors=fake.url)
+    with pytest.raises(UserError) as refused:
+        fetch_from_authors(benchmark, "hellaswag_val.jsonl", benchmark.scored, folder / "hellaswag_val.jsonl")
+    assert "\n" not in str(refused.value) and not list(folder.iterdir())
+    return str(refused.value)
+
+
 def test_the_hub_and_the_authors_give_the_same_file(kit, fetch):
     folder, fake = kit
     rows = rows_of_split()
@@ -115,15 +144,16 @@ def test_the_hub_and_the_authors_give_the_same_file(kit, fetch):
     assert (folder / VAL).read_bytes() == from_hub
 
 
-@pytest.mark.parametrize("fault", ["cut", "html", "500", "429", "rubbish"])
-def test_a_fault_on_the_way_is_waited_out_or_the_other_source_asked(kit, fetch, fault):
+@pytest.mark.parametrize("faults", [["500", "rubbish", "cut"], ["html", "429"]], ids="-".join)
+def test_faults_on_the_way_are_waited_out(kit, fetch, faults):
     folder, fake = kit
     rows = rows_of_split()
     fake.files["Rowan/hellaswag"][PARQUET] = parquet(rows)
     fake.pages["/hellaswag_val.jsonl"] = jsonl(rows)
-    fake.faults[f"GET {PARQUET}"] = [fault]
+    fake.faults[f"GET {PARQUET}"] = [*faults]
     said = fetch()
-    assert "from Rowan/hellaswag" in said and (fault == "cut" or re.search("trying again|retry", said))
+    assert "from Rowan/hellaswag" in said and not fake.faults[f"GET {PARQUET}"]
+    assert len(re.findall("trying again|retry", said)) >= 2     # a cut download goes on without a word
     assert [json.loads(line) for line in (folder / VAL).read_text().splitlines()] == rows
 
 
@@ -134,22 +164,27 @@ def test_a_fault_on_the_way_is_waited_out_or_the_other_source_asked(kit, fetch, 
     (lambda rows: [*rows[:-1], {**rows[0], "endings": ["1", "2", "3"]}], "has 3 endings instead of 4"),
     (lambda rows: [{"text": "something else"}, *rows[1:]], "line 1 .*ctx must be a string"),
     (lambda rows: [["a list"], *rows[1:]], "line 1 .*must be an object")])
-def test_what_is_not_the_split_is_not_kept(kit, fetch, change, complaint):
+def test_what_is_not_the_split_is_not_kept(hub_of_authors, tmp_path, change, complaint):
+    hub_of_authors.pages["/hellaswag_val.jsonl"] = jsonl(change(rows_of_split()))
+    assert re.search(complaint, refused_from_authors(hub_of_authors, tmp_path))
+
+
+def test_what_the_command_refuses_ends_in_one_line_and_is_not_kept(kit, fetch):
     folder, fake = kit
-    fake.pages["/hellaswag_val.jsonl"] = jsonl(change(rows_of_split()))
-    said = fetch(expect=1)
-    assert re.search(complaint, said) and not (folder / VAL).exists()
+    for page, complaint in ((jsonl(rows_of_split(10_041)), "hellaswag_val.jsonl has 10,041 rows instead of "),
+                            (b"<html>busy</html>", "is not JSON lines")):
+        fake.pages["/hellaswag_val.jsonl"] = page
+        assert re.search(rf"\ndownload_hellaswag.py: error: .*{complaint}[^\n]*\n$", fetch(expect=1))
+        assert not (folder / VAL).exists()
 
 
 @pytest.mark.parametrize(("page", "complaint"), [
     (b"<html>busy</html>", "is not JSON lines"), (b"\xff\xfe", "is not JSON lines"),
     (b"[" * 10**5, "is not JSON lines"), (None, "does not have .*404")])
-def test_a_page_of_something_else_ends_in_one_line(kit, fetch, page, complaint):
-    folder, fake = kit
+def test_a_page_of_something_else_ends_in_one_line(hub_of_authors, tmp_path, page, complaint):
     if page:
-        fake.pages["/hellaswag_val.jsonl"] = page
-    assert re.search(rf"\ndownload_hellaswag.py: error: .*{complaint}", fetch(expect=1))
-    assert not (folder / VAL).exists()
+        hub_of_authors.pages["/hellaswag_val.jsonl"] = page
+    assert re.search(complaint, refused_from_authors(hub_of_authors, tmp_path))
 
 
 def test_parquet_that_cannot_be_read_gives_way_to_the_authors(kit, fetch):
@@ -177,14 +212,35 @@ def test_test_has_no_labels_and_offline_says_so(kit, fetch):
     assert "hellaswag_test.jsonl: 10,003 rows" in fetch("--split", "test")
     assert "label" not in json.loads((folder / "data/hellaswag_test.jsonl").read_text().splitlines()[0])
     assert re.search("error: HF_HUB_OFFLINE is set; unset it", fetch(expect=1, HF_HUB_OFFLINE="1"))
-    assert "did you mean --split" in fetch("--splitt", "train", expect=2)
-    assert "need a model to score: --score" in fetch("--hellaswag_rows", "5", expect=1)
-    assert "--split selects what to fetch" in fetch("--score", "run", "--split", "test", expect=1)
-    assert "--split of PIQA must be validation; it is 'test'" in fetch("--benchmark", "piqa",
-                                                                       "--split", "test", expect=1)
-    assert "leave out --benchmark" in fetch("--score", "run", "--task", "a.jsonl", "--benchmark", "piqa",
-                                            expect=1)
-    assert "argument --benchmark: invalid choice: 'arc'" in fetch("--benchmark", "arc", expect=2)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the script in this process, command("--score", ...): what it says; a refusal must be one line."""
+    def command(*arguments: object, expect: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["download_hellaswag.py", *map(str, arguments)])
+        capsys.readouterr()
+        if not expect:
+            download_hellaswag.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as end:
+            download_hellaswag.main()
+        said = f"{end.value.code}\n" if isinstance(end.value.code, str) else capsys.readouterr().err
+        assert said.startswith("download_hellaswag.py: error: ") and said.count("\n") == 1, said
+        assert end.value.code == expect or (isinstance(end.value.code, str) and expect == 1)
+        return said
+    return command
+
+
+@pytest.mark.parametrize(("flags", "complaint", "code"), [
+    ("--splitt train", "did you mean --split", 2),
+    ("--hellaswag_rows 5", "need a model to score: --score", 1),
+    ("--score run --split test", "--split selects what to fetch", 1),
+    ("--benchmark piqa --split test", "--split of PIQA must be validation; it is 'test'", 1),
+    ("--score run --task a.jsonl --benchmark piqa", "leave out --benchmark", 1),
+    ("--benchmark arc", "argument --benchmark: invalid choice: 'arc'", 2)])
+def test_a_wrong_flag_ends_in_one_line(command, flags, complaint, code):
+    assert complaint in command(*flags.split(), expect=code)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,7 +311,10 @@ def test_each_benchmark_comes_from_its_home_on_the_hub(kit, fetch, name):
     expected = f"data/{file}: {len(rows_of()):,} rows"
     said = fetch("--benchmark", name)
     assert f"wrote {expected} from {repo.split('@')[0]} at " in said and "SHA-256" in said
-    assert len((folder / "data" / file).read_text().splitlines()) == len(rows_of())
+    lines, benchmark = (folder / "data" / file).read_text().splitlines(), BENCHMARKS[name]
+    assert len(check_rows(lines, file, benchmark, benchmark.scored)) == len(lines) == len(rows_of())
+    if name != "lambada":       # the rest is the same for each
+        return
     asked = sum(fake.asked.values())
     assert expected.replace(": ", " is there already: ") in fetch("--benchmark", name)
     assert sum(fake.asked.values()) == asked
@@ -315,21 +374,32 @@ def test_a_damaged_row_is_named_in_one_line_and_nothing_kept(tmp_path, name, cha
 
 
 @EACH_OTHER
-def test_fewer_rows_another_table_or_no_home_end_in_one_line(kit, fetch, name):
+def test_fewer_rows_or_another_table_are_refused(tmp_path, name):
+    rows, benchmark = OTHERS[name][0](), BENCHMARKS[name]
+    assert not benchmark.authors
+    for refused, complaint in ((rows[:-1], f"has {len(rows) - 1:,} rows instead of {len(rows):,}"),
+                               ([{"something": "else"}] * len(rows),
+                                rf"row 1 of {benchmark.title} is damaged \(KeyError\(")):
+        with pytest.raises(UserError, match=complaint):
+            write_rows(refused, benchmark, benchmark.scored, tmp_path / OTHERS[name][-1])
+        assert not list(tmp_path.iterdir())
+
+
+def test_fewer_rows_another_table_or_no_home_end_in_one_line(kit, fetch):
     folder, fake = kit
-    rows = OTHERS[name][0]()
+    rows = arc_rows()
 
     def refusal() -> str:
-        said = fetch("--benchmark", name, expect=1)
+        said = fetch("--benchmark", "arc_easy", expect=1)
         assert len(re.findall(r"(?m)^download_hellaswag.py: error: ", said)) == 1 and "authors" not in said
         assert not list((folder / "data").glob("*"))
         return said.splitlines()[-1]
-    serve(fake, name, rows[:-1])
-    assert f"has {len(rows) - 1:,} rows instead of {len(rows):,}" in refusal()
-    serve(fake, name, [{"something": "else"}] * len(rows))
-    assert f"row 1 of {BENCHMARKS[name].title} is damaged (KeyError(" in refusal()
-    serve(fake, name, rows)
-    del fake.files[OTHERS[name][1]][OTHERS[name][2]]
+    serve(fake, "arc_easy", rows[:-1])
+    assert "has 2,375 rows instead of 2,376" in refusal()
+    serve(fake, "arc_easy", [{"something": "else"}] * len(rows))
+    assert "row 1 of ARC-easy is damaged (KeyError(" in refusal()
+    serve(fake, "arc_easy", rows)
+    del fake.files[OTHERS["arc_easy"][1]][OTHERS["arc_easy"][2]]
     assert "has no parquet file for the split" in refusal()
     fake.files.clear()
     assert "(404)" in refusal()
@@ -389,6 +459,7 @@ QUESTIONS = st.lists(st.builds(Question, st.just(0), TEXTS,
                      min_size=1, max_size=12)
 
 
+@settings(max_examples=40)
 @given(questions=QUESTIONS, rows=st.integers(1, 5))
 def test_packed_candidates_score_as_they_do_alone(model_and_tokenizer, questions, rows):
     model, tokenizer = model_and_tokenizer
@@ -471,7 +542,7 @@ def test_last_words_are_those_of_a_plain_greedy_loop(model_and_tokenizer, shape)
 @pytest.mark.parametrize("name", ["piqa", "lambada"])
 def test_training_asks_the_model_what_this_file_does(model_and_tokenizer, name):
     model, tokenizer = lover_of_words(*model_and_tokenizer), model_and_tokenizer[1]
-    questions = as_questions(name, OTHERS[name][0](300))
+    questions = as_questions(name, OTHERS[name][0](100))
     with torch.no_grad():
         found = score(TokenLosses(model, World(model.cfg)), tokenizer, questions, 2, World(Config(**TINY)))
     wanted = hellaswag_accuracy(log_probabilities_of(model), tokenizer, questions, (2, 48))
@@ -503,6 +574,7 @@ def test_a_hopeless_model_has_a_perplexity_all_the_same(model_and_tokenizer):
     assert math.isfinite(scores.perplexity) and scores.accuracies["acc"].correct == 0
 
 
+@settings(max_examples=40)
 @given(questions=QUESTIONS, size=st.integers(2, 5))
 def test_processes_add_up_to_what_one_finds(model_and_tokenizer, questions, size):
     model, tokenizer = model_and_tokenizer
@@ -696,13 +768,26 @@ def test_a_right_ending_that_stands_there_twice_is_told(tmp_path, endings, label
 # Runs
 # ------------------------------------------------------------------------------------------------
 
+FEW = {"arc_easy": 150, "piqa": 100, "lambada": 200}      # rows of each, which is as good as all
+
+
 @pytest.fixture
-def with_others(lab):
-    """The lab with all rows of ARC-easy, PIQA and LAMBADA."""
+def with_others(lab, monkeypatch):
+    """The lab with ARC-easy, PIQA and LAMBADA, which have only FEW rows there and in this process."""
+    tasks = lab / "benchtop/tasks.py"
+    real = text = tasks.read_text()
     for name, (rows_of, *_, file) in OTHERS.items():
-        write_rows(rows_of(), BENCHMARKS[name], BENCHMARKS[name].scored,
-                                      lab / "data" / file)
+        benchmark = BENCHMARKS[name]
+        split = benchmark.splits[benchmark.scored]
+        few = dataclasses.replace(split, rows=FEW[name])
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(benchmark, splits={benchmark.scored: few}))
+        written = f'Split("{split.name}", {split.rows:_})'
+        assert text.count(written) == 1
+        text = text.replace(written, f'Split("{split.name}", {few.rows})')
+        write_rows(rows_of(few.rows), BENCHMARKS[name], benchmark.scored, lab / "data" / file)
+    tasks.write_text(text)
     yield
+    tasks.write_text(real)
     for *_, file in OTHERS.values():
         (lab / "data" / file).unlink()
 
@@ -717,33 +802,32 @@ def with_hellaswag(lab):
 
 
 def test_a_run_ends_with_hellaswag_where_it_is_here(here, with_hellaswag, capsys):
-    folder = train_here(here, hellaswag_rows=50, save_model=True, model_name="scored")
+    folder = train_here(here, hellaswag_rows=20, save_model=True, model_name="scored")
     result = summary_of(folder)["benchmarks"]["hellaswag"]
     items = [json.loads(line) for line in (folder / "hellaswag.jsonl").read_text().splitlines()]
-    assert len(items) == result["rows"] == 50 and result["rows_in_file"] == 10_042
+    assert len(items) == result["rows"] == 20 and result["rows_in_file"] == 10_042
     for metric in METRICS:
         correct = sum(item[metric]["choice"] == item["label"] for item in items)
-        low, high = wilson_interval(correct, 50)
-        assert result[metric] == {"value": correct / 50, "low": low, "high": high, "correct": correct,
+        low, high = wilson_interval(correct, 20)
+        assert result[metric] == {"value": correct / 20, "low": low, "high": high, "correct": correct,
                                   "ties": sum(item[metric]["tie"] for item in items)}
     said = capsys.readouterr().out
-    assert "hellaswag   50 rows at the end, a fixed subset of 10,042" in said
-    assert re.search(r"hellaswag   0\.\d{4} right \(0\.\d{4} to 0\.\d{4}\), .*chance 0.2500; 50 rows", said)
+    assert "hellaswag   20 rows at the end, a fixed subset of 10,042" in said
+    assert re.search(r"hellaswag   0\.\d{4} right \(0\.\d{4} to 0\.\d{4}\), .*chance 0.2500; 20 rows", said)
 
 
 def items_of(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_a_run_ends_with_the_benchmarks_that_it_names(here, with_hellaswag, with_others, capsys):
-    folder = train_here(here, benchmarks="all", hellaswag_rows=50, save_model=True, model_name="all")
+    folder = train_here(here, benchmarks="all", hellaswag_rows=20, save_model=True, model_name="all")
     results = summary_of(folder)["benchmarks"]
     assert {name: result["rows"] for name, result in results.items()} == {
-        "hellaswag": 50, "arc_easy": 2_376, "piqa": 1_838, "lambada": 5_153}
+        "hellaswag": 20, **FEW}
     chances = {name: round(result["chance"], 3) for name, result in results.items()}
     assert chances["hellaswag"] == 0.25 and chances["piqa"] == 0.5 and chances["lambada"] < 0.004
-    assert chances["arc_easy"] == pytest.approx((48 / 3 + 48 / 5 + 2_280 / 4) / 2_376, abs=1e-3)
+    assert chances["arc_easy"] == pytest.approx((3 / 3 + 3 / 5 + 144 / 4) / 150, abs=1e-3)
     said = capsys.readouterr().out
     for name, result in results.items():
         items = items_of(folder, name)
@@ -827,18 +911,24 @@ def test_two_processes_score_as_one_and_a_saved_run_as_at_its_end(lab, with_hell
     assert done.stderr.count("would replace") == 1
 
 
+@pytest.fixture
+def in_lab(lab, here, monkeypatch):
+    """The lab for code that runs in this process; run folders land there, too."""
+    monkeypatch.setattr(places, "ROOT", lab)
+    monkeypatch.setattr(places, "EXPERIMENTS", lab / "experiments")
+    monkeypatch.chdir(lab)
+
+
 @pytest.mark.slow
-def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_others):
-    def score(name: str, *more: str, launcher: tuple[str, ...] = (), expect: int = 0) -> str:
-        done = run(lab, *launcher, "download_hellaswag.py", "--score", str(folder), "--benchmark", name,
-                   *more, expect=expect)
-        return done.stdout or done.stderr
+def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_others, in_lab, command,
+                                                                    monkeypatch):
     run(lab, "train_gpt.py", *flags(benchmarks="lambada"), "--save_model", "--model_name=later")
     folder = newest(lab, "later")
     at_the_end, before = items_of(folder, "lambada"), summary_of(folder)["benchmarks"]["lambada"]
     (folder / "lambada.jsonl").unlink()
-    said = score("lambada", launcher=torchrun(2)[1:])
-    assert said.count("lambada: 5,153 rows\nacc   ") == said.count("\nperplexity   ") == 1
+    said = run(lab, *torchrun(2)[1:], "download_hellaswag.py", "--score", str(folder), "--benchmark",
+               "lambada").stdout
+    assert said.count("lambada: 200 rows\nacc   ") == said.count("\nperplexity   ") == 1
     for first, second in zip(at_the_end, items_of(folder, "lambada"), strict=True):
         assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
     now = summary_of(folder)["benchmarks"]["lambada"]
@@ -846,7 +936,7 @@ def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_othe
     assert now["acc"]["correct"] == pytest.approx(before["acc"]["correct"], abs=2)
 
     for name in ("piqa", "arc_easy"):
-        said = score(name, "--hellaswag_rows", "40")
+        said = command("--score", folder, "--benchmark", name, "--hellaswag_rows", "40")
         assert f"{name}: 40 rows, a fixed subset of" in said and "perplexity" not in said
         assert len(items_of(folder, name)) == summary_of(folder)["benchmarks"][name]["rows"] == 40
     table = run(lab, "compare.py", str(folder)).stdout
@@ -854,28 +944,31 @@ def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_othe
 
     path, away = lab / "data/piqa_val.jsonl", lab / "piqa.jsonl"
     path.rename(away)
-    said = score("piqa", expect=1)
-    done = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "piqa.jsonl", expect=1)
+    said = command("--score", folder, "--benchmark", "piqa", expect=1)
+    taken = command("--score", folder, "--task", away, expect=1)
     away.rename(path)
     assert said.endswith("PIQA is not downloaded; fetch it with: "
                          "python download_hellaswag.py --benchmark piqa\n")
-    assert "but not samples or prompts or hellaswag or arc_easy" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "but not samples or prompts or hellaswag or arc_easy" in taken
+
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(saved, "WORTH_COMPILING", FEW["lambada"])
+    command("--score", folder, "--benchmark", "lambada")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs + 1, "it was not compiled"
+    for first, second in zip(at_the_end, items_of(folder, "lambada"), strict=True):
+        assert first["log_probabilities"] == pytest.approx(second["log_probabilities"], abs=1e-3)
 
 
-def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
-    run(lab, "train_gpt.py", *flags(model_name="own"), "--save_model")
-    folder = newest(lab, "own")
+def test_questions_of_ones_own_are_scored_by_a_saved_run(lab, in_lab, command):
+    folder = train_here(lab, model_name="own", save_model=True)
     (lab / "mine.jsonl").write_text('{"ctx": "the cat", "endings": ["sat", "ran", "dog"], "label": 0}\n' * 3)
-    said = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "mine.jsonl").stdout
+    said = command("--score", folder, "--task", "mine.jsonl")
     assert "mine: 3 rows" in said and "chance                 0.3333" in said
     assert summary_of(folder)["benchmarks"]["mine"]["rows"] == 3
     assert len((folder / "mine.jsonl").read_text().splitlines()) == 3
 
     def refusal(*arguments: str) -> str:
-        done = run(lab, "download_hellaswag.py", *arguments, expect=1)
-        assert done.stderr.startswith("download_hellaswag.py: error: ") and done.stderr.count("\n") == 1
-        return done.stderr
+        return command(*arguments, expect=1)
     assert "fetch it with: python download_hellaswag.py" in refusal("--score", str(folder))
     assert "need a model to score" in refusal("--task", "mine.jsonl")
     assert "no summary.json" in refusal("--score", str(lab / "data"), "--task", "mine.jsonl")
@@ -894,7 +987,7 @@ def test_questions_of_ones_own_are_scored_by_a_saved_run(lab):
                                                                          "mine.jsonl")
 
 
-def test_a_copied_script_scores_its_own_model(lab):
+def test_a_copied_script_scores_its_own_model(lab, in_lab, command):
     script = (lab / "train_gpt.py").read_text()
     own = script.replace("hidden = F.relu(linear(rms_norm(x), self.up)).square()",
                          "hidden = F.gelu(linear(rms_norm(x), self.up))")
@@ -905,7 +998,7 @@ def test_a_copied_script_scores_its_own_model(lab):
     folder = newest(lab, "copied")
 
     def scores() -> list[float]:
-        run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "two.jsonl")
+        command("--score", folder, "--task", "two.jsonl")
         return json.loads((folder / "two.jsonl").read_text().splitlines()[0])["log_probabilities"]
     with_its_own = scores()
     summary = folder / "summary.json"

@@ -1,5 +1,6 @@
 """FineWeb from a Hub that misbehaves. Run: ./run.sh test tests/test_hub.py"""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -7,7 +8,9 @@ import json
 import os
 import random
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from fake_hub import COMMIT, FakeHub
-from launch import copy_scripts, torchrun
+from launch import FORKS, copy_scripts, run, torchrun
 
 from benchtop import hub, places, shards
 from benchtop.errors import UserError
@@ -33,7 +36,7 @@ CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_FILES = [f"shard_{number:05d}.parquet" for number in (0, 1, 2, 6542)]
 
 
-def parquet(seed: int, rows: int = 200) -> bytes:
+def parquet(seed: int, rows: int = 100) -> bytes:
     """A file in FineWeb's columns."""
     rng = random.Random(seed)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 60))) + f" {seed}.{row}" for row in range(rows)]
@@ -41,13 +44,64 @@ def parquet(seed: int, rows: int = 200) -> bytes:
                "dump": ["CC-MAIN-2024-10"] * rows, "url": ["https://example.org"] * rows,
                "language_score": [0.9] * rows, "token_count": [len(text) for text in texts]}
     raw = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), raw, row_group_size=50)
+    pyarrow.parquet.write_table(pyarrow.table(columns), raw, row_group_size=25)
     return raw.getvalue()
+
+
+# Starts scripts in forks of a process that has imported the libraries. huggingface_hub reads its environment
+# when it is imported, so this process has a Hub and a cache of its own
+FORKER = f"""
+import gc, json, multiprocessing, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import argparse, concurrent.futures.process, httpx2, lzma, numpy, pyarrow.parquet, regex, tiktoken, tqdm
+import huggingface_hub.file_download, huggingface_hub.hf_api, huggingface_hub.utils
+from launch import start_script
+multiprocessing.set_forkserver_preload(["__main__"])    # for workers, as without launch.py
+gc.freeze()     # so that no child copies what it only looks through
+for line in sys.stdin:
+    said, script, *arguments = json.loads(line)
+    child = multiprocessing.get_context("fork").Process(target=start_script, args=(
+        script, arguments, os.getcwd(), dict(os.environ), said))
+    child.start()
+    print(child.pid, flush=True)
+    child.join()
+    print(child.exitcode, flush=True)
+"""
+
+
+class Job:
+    """A script in a fork of FORKER's process, with as much of Popen as is needed here."""
+
+    def __init__(self, forker: subprocess.Popen, folder: Path, args: list[str]):
+        self.forker, self.args, self.returncode = forker, args, None
+        folder.mkdir(parents=True, exist_ok=True)
+        said = [folder / name for name in ("out", "err")]
+        for path in said:
+            path.write_text("")
+        forker.stdin.write(json.dumps([list(map(str, said)), *args]).encode() + b"\n")
+        self.pid = int(forker.stdout.readline())
+        self.stdout, self.stderr = map(open, said)
+
+    def poll(self, timeout: float = 0) -> int | None:
+        if self.returncode is None and select.select([self.forker.stdout], [], [], timeout)[0]:
+            self.returncode = int(self.forker.stdout.readline())
+        return self.returncode
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        if self.poll(timeout) is None:
+            self.kill()
+            raise TimeoutError(self.stdout.read() + self.stderr.read())
+        with self.stdout, self.stderr:
+            return self.stdout.read(), self.stderr.read()
 
 
 @pytest.fixture(scope="module")
 def kit(lab, tmp_path_factory):
-    """A Hub, and a Benchtop with a tokenizer that asks it."""
+    """A Hub, a Benchtop with a tokenizer that asks it, and FORKER's process there."""
     folder = tmp_path_factory.mktemp("kit")
     copy_scripts(folder)
     patient = (folder / "benchtop/hub.py").read_text()
@@ -58,28 +112,40 @@ def kit(lab, tmp_path_factory):
         fake.files[REPO][path] = parquet(number)
     for number, path in enumerate(CLIMBMIX_FILES, start=10):
         fake.files[CLIMBMIX][path] = parquet(number)
-    yield folder, fake
+    forker = subprocess.Popen([sys.executable, "-c", FORKER], cwd=folder, bufsize=0, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, env=fake.environment(folder / "home"))
+    yield folder, fake, forker
+    with forker:
+        forker.kill()
     fake.close()
 
 
 class Bench:
-    """Runs the script against the Hub, with a cache of its own."""
+    """Runs the script against the Hub, with a cache of its own, which is empty at first."""
 
-    def __init__(self, folder: Path, fake: FakeHub, home: Path):
-        self.folder, self.hub, self.home = folder, fake, home
-        self.env = fake.environment(home)
+    def __init__(self, folder: Path, fake: FakeHub, forker: subprocess.Popen):
+        self.folder, self.hub, self.forker, self.home = folder, fake, forker, folder / "home"
+        self.env = fake.environment(self.home)
+        fake.behave()
+        for place in (folder / "data", self.home):
+            shutil.rmtree(place, ignore_errors=True)
 
     def command(self, *flags: str) -> list[str]:
-        return [sys.executable, "download_fineweb.py", "--version", "10B", "--tokenizer",
-                "tiny", "--num_workers", "1", "--val_tokens", "10", "--shard_size", "2000",
+        return ["download_fineweb.py", "--version", "10B", "--tokenizer",
+                "tiny", "--num_workers", "1", "--val_tokens", "10", "--shard_size", "1500",
                 *flags]
 
-    def start(self, *flags: str, **env: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(*flags), cwd=self.folder, env=self.env | env, text=True,
+    def start(self, *flags: str, script: list[str] | None = None, **env: str) -> Job | subprocess.Popen:
+        """Start the script, or this one; with more in its environment, as a process from scratch."""
+        line = script or self.command(*flags)
+        if FORKS and not env:
+            return Job(self.forker, self.folder / "said", line)
+        return subprocess.Popen([sys.executable, *line], cwd=self.folder, env=self.env | env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def run(self, *flags: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
-        job = self.start(*flags, **env)
+    def run(self, *flags: str, script: list[str] | None = None, code: int = 0, **env: str,
+            ) -> subprocess.CompletedProcess:
+        job = self.start(*flags, script=script, **env)
         out, err = job.communicate(timeout=120)
         assert job.returncode == code and "Traceback" not in err, out + err
         print(out, err)
@@ -99,23 +165,17 @@ class Bench:
         return sorted(path.name for path in self.home.rglob("*.parquet"))
 
 
-@pytest.fixture
-def bench_of_hub(kit, tmp_path):
-    folder, fake = kit
-    fake.behave()
-    shutil.rmtree(folder / "data", ignore_errors=True)
-    return Bench(folder, fake, tmp_path / "home")
-
-
 @pytest.fixture(scope="module")
-def undisturbed(kit, tmp_path_factory):
+def undisturbed(kit):
     """The hashes of a dataset that nothing disturbed."""
-    folder, fake = kit
-    bench = Bench(folder, fake, tmp_path_factory.mktemp("home"))
+    bench = Bench(*kit)
     bench.run("--name", "calm")
-    hashes = bench.hashes("calm")
-    shutil.rmtree(folder / "data")
-    return hashes
+    return bench.hashes("calm")
+
+
+@pytest.fixture
+def bench_of_hub(kit, undisturbed):
+    return Bench(*kit)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,19 +311,26 @@ def test_more_shards_later_leave_the_old_ones(bench_of_hub, undisturbed):
     assert "reusing" in bench.run("--name", "grows").stdout
 
 
-@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9, 1.2, 1.5, 2.0])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(bench_of_hub, undisturbed, moment):
+@pytest.mark.parametrize("more", [0, 1, 5, 9])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(bench_of_hub, undisturbed, more):
+    """Killed twice: as it fetches a file (0), or once there are so many more shards than before."""
     bench = bench_of_hub
     bench.hub.wait = lambda path: time.sleep(0.1)
+
+    def got() -> int:
+        return len(list(bench.folder.glob("data/.killed.partial/**/*.bin"))) if more \
+            else bench.hub.bytes_of("GET")
     for workers in ("1", "2"):
+        enough = got() + max(more, 1)
         job = bench.start("--name", "killed", "--num_workers", workers)
-        time.sleep(moment)
+        while got() < enough:
+            assert job.poll() is None, job.stderr.read()
+            time.sleep(0.005)
         job.kill()
         job.communicate()
-        finished = bench.data("killed").exists()
-    bench.run("--name", "killed", "--num_workers", "2" if moment > 1 else "1")
-    assert bench.hashes("killed") == undisturbed
-    assert finished or bench.cached() == []
+    bench.hub.wait = lambda path: None
+    bench.run("--name", "killed", "--num_workers", "2" if more == 5 else "1")
+    assert bench.hashes("killed") == undisturbed and bench.cached() == []
 
 
 def test_finished_files_are_not_fetched_again_after_a_kill(bench_of_hub, undisturbed):
@@ -285,7 +352,7 @@ def test_finished_files_are_not_fetched_again_after_a_kill(bench_of_hub, undistu
 
 def test_the_next_file_comes_while_this_one_is_tokenized(bench_of_hub):
     bench = bench_of_hub
-    bench.hub.wait = lambda path: time.sleep(0.5)
+    bench.hub.wait = lambda path: time.sleep(0.1)
     begun = time.time()
     bench.run("--name", "beside")
     beside = time.time() - begun
@@ -307,9 +374,8 @@ def test_parts_make_the_same_as_one_machine(bench_of_hub, undisturbed):
 
 def test_torchrun_makes_the_same_as_one_process(bench_of_hub, undisturbed):
     bench = bench_of_hub
-    done = subprocess.run([*torchrun(3), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
-                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run(bench.folder, *torchrun(3)[1:], *bench.command("--name", "ranks", "--num_shards", "9"),
+               env=bench.env)
     assert bench.hashes("ranks") == undisturbed[:2 + 9]
     assert done.stdout.count("wrote data/ranks") == 1
 
@@ -317,9 +383,8 @@ def test_torchrun_makes_the_same_as_one_process(bench_of_hub, undisturbed):
 def test_torchrun_adds_what_one_process_adds(bench_of_hub, undisturbed):
     bench = bench_of_hub
     bench.run("--name", "ranks", "--num_shards", "2")
-    done = subprocess.run([*torchrun(2), *bench.command("--name", "ranks", "--num_shards", "9")[1:]],
-                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run(bench.folder, *torchrun(2)[1:], *bench.command("--name", "ranks", "--num_shards", "9"),
+        env=bench.env)
     assert bench.hashes("ranks") == undisturbed[:2 + 9]
     said = bench.run("--name", "ranks", "--part", "2/2").stdout
     assert said == "data/ranks already exists; to add shards to it, leave out --part\n"
@@ -335,10 +400,8 @@ def test_a_dry_run_only_talks(bench_of_hub):
 
 def test_the_tokenizer_learns_from_the_hub(bench_of_hub):
     bench = bench_of_hub
-    done = subprocess.run([sys.executable, "train_tokenizer.py", "--source", "10B", "--samples", "9000",
-                           "--vocabsize", "300", "--name", "web", "--num_workers", "1"], cwd=bench.folder,
-                          env=bench.env, text=True, capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    bench.run(script=["train_tokenizer.py", "--source", "10B", "--samples", "9000", "--vocabsize", "300",
+                      "--name", "web", "--num_workers", "1"])
     assert (bench.folder / "tokenizers" / "web" / "meta.json").is_file()
     shutil.rmtree(bench.folder / "tokenizers" / "web")
 
@@ -410,11 +473,8 @@ def test_parts_of_climbmix_make_the_same_as_one_machine(bench_of_hub):
 
 def test_a_tokenizer_of_climbmix_is_measured_on_the_held_out_file(bench_of_hub):
     bench = bench_of_hub
-    done = subprocess.run([sys.executable, "train_tokenizer.py", "--source", "climbmix", "--samples",
-                           "1e5", "--vocabsize", "300", "--regex", "nanochat", "--name", "mix",
-                           "--num_workers", "1"],
-                          cwd=bench.folder, env=bench.env, text=True, capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    bench.run(script=["train_tokenizer.py", "--source", "climbmix", "--samples", "1e5", "--vocabsize", "300",
+                      "--regex", "nanochat", "--name", "mix", "--num_workers", "1"])
     meta = json.loads((bench.folder / "tokenizers/mix/meta.json").read_text())
     shutil.rmtree(bench.folder / "tokenizers/mix")
     others = [text for path in CLIMBMIX_FILES[:3] for text in texts_of(bench.hub.files[CLIMBMIX][path])]
@@ -440,14 +500,13 @@ def test_climbmix_without_its_last_file_is_refused(bench_of_hub):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("faults", [
-    {f"GET {FILES[0]}": ["cut"]}, {f"GET {FILES[0]}": ["cut", "cut", "cut"]},
-    {f"HEAD {FILES[1]}": ["429"], f"GET {FILES[1]}": ["429"]},
-    {f"GET {FILES[2]}": ["500", "503"]}, {f"HEAD {FILES[2]}": ["500", "502", "503"]},
-    {f"GET {FILES[3]}": ["html"]}, {f"HEAD {FILES[3]}": ["html"], f"GET {FILES[3]}": ["html"]},
-    {f"GET {FILES[4]}": ["longer"]}, {f"GET {FILES[4]}": ["rubbish", "rubbish"]},
-    {f"GET {FILES[5]}": ["slow"]}, {f"HEAD {FILES[5]}": ["slow"]},
-    {f"tree {REPO}": ["500", "429", "html"]},
-], ids=str)
+    {f"GET {FILES[0]}": ["cut"], f"HEAD {FILES[1]}": ["429"], f"GET {FILES[1]}": ["429"],
+     f"GET {FILES[2]}": ["500", "503"], f"GET {FILES[3]}": ["html"], f"GET {FILES[4]}": ["longer"],
+     f"GET {FILES[5]}": ["slow"]},
+    {f"GET {FILES[0]}": ["cut", "cut", "cut"], f"HEAD {FILES[2]}": ["500", "502", "503"],
+     f"HEAD {FILES[3]}": ["html"], f"GET {FILES[3]}": ["html"], f"GET {FILES[4]}": ["rubbish", "rubbish"],
+     f"HEAD {FILES[5]}": ["slow"], f"tree {REPO}": ["500", "429", "html"]},
+], ids=["once", "often"])
 def test_what_the_network_does_is_waited_out(bench_of_hub, undisturbed, faults):
     bench = bench_of_hub
     for path, what in faults.items():
@@ -533,7 +592,7 @@ def shard_of(tokens: list[int]) -> bytes:
 @pytest.fixture
 def gpt2(kit):
     """A tokenizer that stands in for GPT-2's, in the scripts of the kit."""
-    folder, fake = kit
+    folder, fake, _ = kit
     script = folder / "benchtop/tokenizer.py"
     real = script.read_text()
     script.write_text(real.replace('return tiktoken.get_encoding("gpt2")', "return encoding_of('gpt2', "

@@ -23,11 +23,12 @@ from tiny_runs import flags, rows_of, summary_of
 from benchtop.checkpoints import load_checkpoint
 
 TIMES = int(os.environ.get("KILLS", "1"))
-KILLS = {"train_tokenizer": 4 * TIMES, "download_fineweb": 4 * TIMES, "train_gpt": 10 * TIMES}
+KILLS = {"train_tokenizer": 3 * TIMES, "download_fineweb": 3 * TIMES, "train_gpt": 8 * TIMES}
 TOKENIZE = ["--source", "text.jsonl", "--vocabsize", "600", "--name", "tok", "--num_workers", "1"]
 SHARD = ["--version", "text.jsonl", "--tokenizer", "tok", "--num_workers", "1",
-         "--name", "cut", "--shard_size", "20000"]
-TRAIN = flags(num_steps=200, val_every=100, save_every_steps=1, model_dim=64)
+         "--name", "cut", "--shard_size", "10000"]
+STEPS = 10 + 8 * KILLS["train_gpt"]
+TRAIN = flags(num_steps=STEPS, val_every=STEPS // 2, save_every_steps=1, model_dim=64)
 MAKES = {"train_tokenizer": "tokenizers/tok", "download_fineweb": "data/cut"}
 
 
@@ -38,7 +39,7 @@ class Bench:
         copy_scripts(folder)
         rng = random.Random(0)
         words = ["".join(rng.choices("aeinorst", k=rng.randint(2, 9))) for _ in range(3000)]
-        rows = [{"text": " ".join(rng.choices(words, k=rng.randint(50, 900)))} for _ in range(900)]
+        rows = [{"text": " ".join(rng.choices(words, k=rng.randint(50, 900)))} for _ in range(300)]
         (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
         self.folder = folder
 
@@ -109,8 +110,9 @@ def test_kills_at_any_moment_lose_nothing(two_benches):
         assert undisturbed.start(script, arguments) == 0, undisturbed.said()
         durations[script] = time.time() - begun
     theirs, = undisturbed.folder.glob("experiments/*")
-    step_seconds = float(rows_of(theirs)[-1]["train_seconds"]) / 200
-    durations["train_gpt"] /= 6         # a life of the run, of which there are many
+    summary = summary_of(theirs)
+    step_seconds = (summary["train_seconds"] + summary["checkpoint_seconds"]) / STEPS
+    durations["train_gpt"] -= (STEPS - 10) * step_seconds       # to begin, ten steps, and to end
     rng = random.Random(time.time_ns())
     fell = Counter()
     for script, arguments in jobs.items():
@@ -120,7 +122,7 @@ def test_kills_at_any_moment_lose_nothing(two_benches):
                 shutil.rmtree(killed.folder / MAKES[script], ignore_errors=True)
             event = after(rng.uniform(0, durations[script]))
             if script == "train_gpt" and kills % 2:
-                event = after_steps(killed.folder, rng.randint(0, 6), 2 * step_seconds * rng.random())
+                event = after_steps(killed.folder, rng.randint(2, 6), 2 * step_seconds * rng.random())
             code = killed.start(script, arguments, event)
             check_what_is_final(killed.folder, undisturbed.folder)
             if code == -signal.SIGKILL:

@@ -19,10 +19,12 @@ import torch.distributed as dist
 from tiny_runs import rows_of, summary_of, train_here
 from torch.overrides import TorchFunctionMode
 
-from benchtop import host, machine
+from benchtop import host, machine, places
 from benchtop.errors import UserError
 from benchtop.machine import TILES, World, choose_compile, choose_device, choose_dtype, choose_kernels
 from train_gpt import GPT, Config, Optimizer
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 CPU = torch.device("cpu")
 GPUS = ("cuda", "mps", "xpu")
@@ -545,23 +547,34 @@ def test_a_system_without_linuxs_ways_is_asked_by_others(mac, monkeypatch):
 
 
 def test_a_system_without_linuxs_ways_trains(mac, lab, here):
-    assert float(rows_of(train_here(here))[-1]["peak_memory_mib"]) > 0
+    assert float(rows_of(train_here(here, num_steps=2))[-1]["peak_memory_mib"]) > 0
 
 
 # ------------------------------------------------------------------------------------------------
 # Whole runs
 # ------------------------------------------------------------------------------------------------
 
+WHOLE = dict(num_steps=5, log_every=2, val_every=2, save_every_steps=3)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(lab, tmp_path_factory) -> list[dict]:
+    """The rows of a run that pretends nothing."""
+    folder = tmp_path_factory.mktemp("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        for place, where in (("DATA", lab), ("TOKENIZERS", lab), ("EXPERIMENTS", folder)):
+            patch.setattr(places, place, where / place.lower())
+        return rows_of(train_here(folder, **WHOLE))
+
+
 @pytest.mark.parametrize("kind", GPUS)
-def test_a_run_on_any_accelerator_is_the_run_on_a_cpu(pretend, kind, lab, here):
+def test_a_run_on_any_accelerator_is_the_run_on_a_cpu(pretend, kind, here, on_the_cpu):
     """As far as a CPU can pretend: by the words that each backend has, and without what it lacks."""
-    knobs = dict(num_steps=5, log_every=2, val_every=2, save_every_steps=3)
-    wanted = rows_of(train_here(here, **knobs, model_name="cpu"))
     asked = pretend(kind)
     with Pretended(kind):
-        folder = train_here(here, **knobs, device="auto", model_name=kind)
+        folder = train_here(here, **WHOLE, device="auto", model_name=kind)
     kept = ("step", "train_loss", "val_loss", "val_bpb", "grad_norm", "lr_scale")
-    for ours, theirs in zip(rows_of(folder), wanted, strict=True):
+    for ours, theirs in zip(rows_of(folder), on_the_cpu, strict=True):
         assert [ours[name] for name in kept] == [theirs[name] for name in kept]
     assert summary_of(folder)["peak_memory_mib"] == 3
     assert ("pin_memory" in asked) == (kind == "cuda")

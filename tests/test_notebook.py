@@ -1,19 +1,17 @@
 """docs/benchtop.ipynb: every cell runs. Run: ./run.sh test tests/test_notebook.py"""
 
 import json
-import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT
+from launch import ROOT, forking, run
+from test_docs import SHORT, shrink_library
 
 NOTEBOOK = ROOT / "docs/benchtop.ipynb"
-SHORT = ("--num_steps 2 --val_every 0 --sample_tokens 2 --compile off --device cpu --batch_tokens 1024 "
-         "--val_tokens 4096")
 
 
 def as_python(source: str) -> str:
@@ -31,18 +29,18 @@ def test_the_cells_run_one_after_the_other(tmp_path: Path, monkeypatch):
     for name in ("benchtop", *(path.name for path in ROOT.glob("*.py"))):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    shrink_library(tmp_path)
     (tmp_path / "run.sh").write_text("#!/bin/sh\n")      # what it sets up is here
     (tmp_path / "run.sh").chmod(0o755)
     shown, statuses = [], {}
 
     def shell(line: str) -> None:
-        line = line.replace("4000000", "300000").replace("--train_tokens 1500000", SHORT)
-        line = line.replace("trial.py", "trial.py --seeds 2 --no_check")
-        line = line.replace(".venv/bin/python", sys.executable)
-        statuses[line] = subprocess.run(line, shell=True, cwd=tmp_path,
-                                        env=os.environ | {"PYTHONPATH": ""}).returncode
+        line = line.replace("4000000", "300000").replace("--train_tokens 1500000", shlex.join(SHORT))
+        line = line.replace("trial.py", f"{forking(tmp_path)} trial.py --seeds 2 --no_check")
+        program, *words = shlex.split(line)
+        done = (run(tmp_path, *words, expect=None) if program == ".venv/bin/python" else
+                subprocess.run([program, *words], cwd=tmp_path))
+        statuses[line] = done.returncode
     monkeypatch.chdir(tmp_path)
     names = {"shell": shell, "display": shown.append, "Image": lambda path: path}
     for cell in cells:

@@ -3,6 +3,7 @@
 Run: ./run.sh test tests/test_processes.py
 """
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launch import start
 from tiny_runs import CALM, DRIVE, drive, flags, newest, rows_of, run, summary_of, torchrun
 
 from benchtop import launch
@@ -41,7 +43,9 @@ def plain(error: str) -> str:
 
 
 @pytest.mark.parametrize(("deed", "timeout"),
-                         [("os.kill(os.getpid(), signal.SIGKILL)", 600), ("time.sleep(10_000)", 5)])
+                         [("os.kill(os.getpid(), signal.SIGKILL)", 600),
+                          ("signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(10_000)", 5)],
+                         ids=["dead", "silent"])
 def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed, timeout):
     """A dead one is noticed long before the timeout, a silent one by it.
 
@@ -99,28 +103,48 @@ train_gpt.Optimizer.sum_gradients = sum_gradients
     assert plain(done.stderr).count("the gradient of embed is not finite in step 3") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_torchrun_told_to_stop_lets_all_processes_save(lab, number):
+@pytest.fixture
+def begin(lab, tmp_path):
+    """begin(name, "train_gpt.py", ...) starts a script; it writes to NAME.out and NAME.err in tmp_path."""
+    begun = []
+
+    def begin(name: str, *command: str, **options) -> multiprocessing.Process:
+        out, err = (str(tmp_path / f"{name}.{stream}") for stream in ("out", "err"))
+        begun.append(start(lab, *command, out=out, err=err, **options))
+        return begun[-1]
+    yield begin
+    for job in begun:
+        if job.is_alive():
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+# launch.py forks the processes of the first, torch starts those of the second anew
+TORCHRUN = torchrun(2)[1:]
+REAL_TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+
+
+@pytest.mark.parametrize(("number", "launcher"), [
+    (signal.SIGTERM, REAL_TORCHRUN), (signal.SIGINT, TORCHRUN), (signal.SIGHUP, TORCHRUN)],
+    ids=lambda given: given.name if isinstance(given, signal.Signals) else "")
+def test_torchrun_told_to_stop_lets_all_processes_save(lab, begin, tmp_path, number, launcher):
     name = f"told{int(number)}"
-    job = subprocess.Popen([*torchrun(2), "train_gpt.py",
-                            *flags(num_steps=10**6, model_name=name, val_every=10**6)],
-                           cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = begin(name, *launcher, "train_gpt.py", *flags(num_steps=10**6, model_name=name, val_every=10**6))
     wait_for_rows(lab, name, job)
-    job.send_signal(number)
-    out, _ = job.communicate(timeout=300)
-    assert job.returncode and out.count(f"stopped by {number.name}; the last good checkpoint is of step") == 1
+    os.kill(job.pid, number)
+    job.join(timeout=300)
+    out = (tmp_path / f"{name}.out").read_text()
+    assert job.exitcode and out.count(f"stopped by {number.name}; the last good checkpoint is of step") == 1
     folder = newest(lab, name)
     step = load_checkpoint(folder / "checkpoint.pt")["step"]
     assert step in (len(rows_of(folder)), len(rows_of(folder)) + 1)
 
 
-def test_processes_end_with_a_killed_torchrun_and_auto_waits_for_them(lab):
-    arguments = flags(num_steps=10**6, model_name="orphans", val_every=10**6, save_every_steps=1)
-    job = subprocess.Popen([*torchrun(2), "train_gpt.py", *arguments], cwd=lab,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_processes_end_with_a_killed_torchrun_and_auto_waits_for_them(lab, begin):
+    job = begin("orphans", *REAL_TORCHRUN, "train_gpt.py", *flags(num_steps=10**6, model_name="orphans",
+                                                                  val_every=10**6, save_every_steps=1))
     wait_for_rows(lab, "orphans", job)
     job.kill()
-    job.wait()
+    job.join()
     folder = newest(lab, "orphans")
     wait_until(lambda: not is_locked(folder))
     assert read_checkpoint(folder)["step"] >= len(rows_of(folder)) - 1
@@ -128,15 +152,14 @@ def test_processes_end_with_a_killed_torchrun_and_auto_waits_for_them(lab):
 
 @pytest.mark.parametrize("places", [{"WORLD_SIZE": "2"}, {"RANK": "first", "WORLD_SIZE": "2"}])
 def test_half_of_torchruns_variables_are_one_line(lab, places):
-    done = subprocess.run([sys.executable, "train_gpt.py", *flags(num_steps=1)], cwd=lab, text=True,
-                          env=os.environ | places, capture_output=True, timeout=300)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = run(lab, "train_gpt.py", *flags(num_steps=1), env=os.environ | places, expect=1)
+    assert "Traceback" not in done.stderr
     assert "start with torchrun, or unset them" in done.stderr
 
 
-def wait_for_rows(lab: Path, name: str, job: subprocess.Popen) -> None:
+def wait_for_rows(lab: Path, name: str, job: multiprocessing.Process) -> None:
     def has_rows() -> bool:
-        assert job.poll() is None
+        assert job.is_alive()
         return any(len(rows_of(path.parent)) > 2 for path in lab.glob(f"experiments/*_{name}/metrics.csv"))
     wait_until(has_rows)
 
@@ -148,27 +171,26 @@ def wait_until(event: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
-def test_a_mistake_is_said_once_by_all_processes(lab):
-    done = subprocess.run([*torchrun(3), "train_gpt.py", *flags(num_layers=-1)], cwd=lab, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode and done.stderr.count("--num_layers must be 1 or more") == 1
-    done = subprocess.run([*torchrun(3), "train_gpt.py", *flags(), "--dta=x"], cwd=lab, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode and done.stderr.count("there is no flag --dta; did you mean --data?") == 1
-    done = subprocess.run([*torchrun(3), "train_gpt.py", *flags(), "--fp8"], cwd=lab, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode and done.stderr.count("--fp8 needs --dtype bfloat16; it is float32") == 1
+@pytest.mark.parametrize(("words", "said"), [
+    (flags(num_layers=-1), "--num_layers must be 1 or more"),
+    ([*flags(), "--dta=x"], "there is no flag --dta; did you mean --data?"),
+    ([*flags(), "--fp8"], "--fp8 needs --dtype bfloat16; it is float32")],
+    ids=["value", "flag", "two knobs"])
+def test_a_mistake_is_said_once_by_all_processes(lab, words, said):
+    done = run(lab, *torchrun(3)[1:], "train_gpt.py", *words, expect=None)
+    assert done.returncode and done.stderr.count(said) == 1
 
 
 @pytest.mark.parametrize(("script", "words", "said", "code"), [
     ("train_gpt.py", ["--data", "nothere"], r"train_gpt.py: error: there is no nothere in .*", 1),
-    ("dies.py", [], r"dies.py: error: SIGKILL ended process 1; the machine may have run out of memory", 137)])
+    ("dies.py", [], r"dies.py: error: SIGKILL ended process 1; the machine may have run out of memory", 137)],
+    ids=["error", "signal"])
 def test_the_launcher_adds_no_page_to_the_line_that_says_why(lab, script, words, said, code):
     (lab / "dies.py").write_text("import os, time\n"
                                  "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\ntime.sleep(60)\n")
-    done = subprocess.run([sys.executable, "-m", "benchtop.launch", "--standalone", "--nproc_per_node=2",
-                           script, *words], cwd=lab, capture_output=True, text=True, timeout=100)
-    assert re.fullmatch(said, done.stderr.strip()) and done.returncode == code
+    done = run(lab, "-m", "benchtop.launch", "--standalone", "--nproc_per_node=2", script, *words,
+               expect=code)
+    assert re.fullmatch(said, done.stderr.strip())
 
 
 def test_the_launcher_names_the_signal_before_what_follows_from_it():
@@ -182,8 +204,7 @@ def test_a_shard_that_one_process_finds_damaged_stops_all(lab, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    done = subprocess.run([*torchrun(2), "train_gpt.py", *flags()], cwd=there, capture_output=True,
-                          text=True, timeout=300)
+    done = run(there, *TORCHRUN, "train_gpt.py", *flags(), expect=None)
     assert done.returncode and plain(done.stderr).count("error") == 1
     assert f"{shard.name} has changed since it was written" in plain(done.stderr)
     assert not (there / "experiments").exists()
@@ -199,13 +220,12 @@ def test_a_baseline_and_a_tracker_are_the_first_processs_business(lab):
     assert len(list((newest(lab, "beside") / "tensorboard").iterdir())) == 1
 
 
-def test_two_jobs_share_a_machine(lab):
-    jobs = [subprocess.Popen([*torchrun(2), "train_gpt.py", *flags(num_steps=20, model_name=name)], cwd=lab,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for name in ("joba", "jobb")]
-    for job in jobs:
-        _, error = job.communicate(timeout=300)
-        assert job.returncode == 0, error
+def test_two_jobs_share_a_machine(lab, begin, tmp_path):
+    names = ("joba", "jobb")
+    jobs = [begin(name, *TORCHRUN, "train_gpt.py", *flags(num_steps=10, model_name=name)) for name in names]
+    for name, job in zip(names, jobs, strict=True):
+        job.join(timeout=300)
+        assert job.exitcode == 0, (tmp_path / f"{name}.err").read_text()
     assert rows_of(newest(lab, "joba"))[-1]["val_loss"] == rows_of(newest(lab, "jobb"))[-1]["val_loss"]
 
 
@@ -268,15 +288,28 @@ def test_two_hosts_end_where_one_does(hosts, lab):
             assert float(row[column] or 0) == pytest.approx(float(wanted[column] or 0), rel=1e-4)
 
 
-def test_a_host_that_dies_ends_the_other(hosts, lab):
+# what torchrun does on each of the hosts, but it forks its process
+HOST = """
+import ctypes, os, sys
+from launch import be_script
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+host, number, *words = sys.argv[1:]
+assert ctypes.CDLL(None).setns(os.open(f"/run/netns/{host}", os.O_RDONLY), 0) == 0
+elastic_launch(LaunchConfig(2, 2, 1, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="10.77.0.1:29500",
+                            rdzv_configs={"is_host": number == "1"}, local_addr=f"10.77.0.{number}",
+                            start_method="fork", max_restarts=0), be_script)(*words)
+"""
+
+
+def test_a_host_that_dies_ends_the_other(hosts, lab, begin, tmp_path):
+    (lab / "host.py").write_text(HOST)
     dies = AT_STEP_3.format(deed="os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)")
-    jobs = on_both(hosts, lab, DRIVE, str(lab), dies,
-                   *flags(num_steps=10**6, model_name="losthost", timeout_seconds=10))
-    try:
-        outputs = [job.communicate(timeout=300) for job in jobs]
-    finally:
-        for job in jobs:
-            job.send_signal(signal.SIGKILL)
-    assert all(job.returncode for job in jobs)
-    said = "".join(error for _, error in outputs)
+    words = [DRIVE, str(lab), dies, *flags(num_steps=10**6, model_name="losthost", timeout_seconds=10)]
+    jobs = [begin(host, "host.py", host, str(number), *words,
+                  env=os.environ | {"GLOO_SOCKET_IFNAME": "eth0"})
+            for number, host in enumerate(hosts, start=1)]
+    for job in jobs:
+        job.join(timeout=300)
+        assert job.exitcode
+    said = "".join((tmp_path / f"{host}.err").read_text() for host in hosts)
     assert re.search(r"process \d of 2 lost another process, which died or was silent for 10 s", said)

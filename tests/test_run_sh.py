@@ -97,15 +97,18 @@ exit 9""")
 
 
 def test_a_preset_says_first_what_it_needs_and_costs(checkout):
-    done = run_sh(checkout, "gpt2-xl", "--dry_run", "--peak_tflops", "989", "--gpu_cost_per_hour", "20")
+    done = run_sh(checkout, "gpt2-small", "--dry_run", "--compile", "off", "--peak_tflops", "989",
+                  "--gpu_cost_per_hour", "20")
     assert done.returncode == 0, done.stderr
-    assert "103 shards of FineWeb (21 GB" in done.stderr
+    assert "10 shards of FineWeb (3 GB" in done.stderr
     assert "leave out --dry_run" in done.stderr
-    assert re.search(r"^model +1,5\d\d,\d{3},\d{3} parameters", done.stdout, re.MULTILINE)
+    assert re.search(r"^model +27\d,\d{3},\d{3} parameters", done.stdout, re.MULTILINE)
     assert re.search(r"^memory .*MiB.*^time +about .* of training.*^cost +about [\d,]+\.\d\d", done.stdout,
                      re.MULTILINE | re.DOTALL)
     assert not list((checkout / "data").glob("*")) and not (checkout / "experiments").exists()
-    done = run_sh(checkout, "gpt2-xl", "--dry_run", "--seqlen", "5")
+    python, says_none = checkout / ".venv/bin/python", 'case "$*" in *device_count*) echo 0; exit;; esac'
+    python.write_text(python.read_text().replace("exec", f"{says_none}\nexec"))
+    done = run_sh(checkout, "gpt2-small", "--dry_run", "--seqlen", "5")
     assert done.returncode == 1 and "did you mean --seq_len?" in done.stderr.splitlines()[-1]
 
 

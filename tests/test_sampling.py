@@ -6,6 +6,7 @@ Run: ./run.sh test tests/test_sampling.py
 import dataclasses
 import io
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from benchtop import sampling
 from benchtop.errors import UserError
 from benchtop.sampling import choose, generate
 from train_gpt import EXPERIMENT, GPT, Config
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def talkative(**knobs) -> tuple[GPT, Config]:
@@ -50,6 +53,15 @@ def one_by_one(model: GPT, prompt: list[int], cfg: Config, seed: int) -> list[in
     return text[len(prompt):]
 
 
+def ending(model: GPT) -> Callable:
+    """The model's logits, but with <|endoftext|> about once in twenty tokens."""
+    def logits(x: torch.Tensor, real=model.logits) -> torch.Tensor:
+        z = real(x)
+        z[:, 300] = z[:, :300].logsumexp(-1) - 3
+        return z
+    return logits
+
+
 PROMPTS = [[300, 5, 6], [300, *range(40)], [300], [300, 7, 8, 9, 300, 10], [300, *range(100, 133)]]
 
 
@@ -58,14 +70,7 @@ PROMPTS = [[300, 5, 6], [300, *range(40)], [300], [300, 7, 8, 9, 300, 10], [300,
 def test_texts_that_are_decoded_together_are_what_each_is_alone(knobs):
     """Of different lengths, across windows and the rows of training; some end before others."""
     model, cfg = talkative(sample_tokens=20, short_window=9, long_window=20, **knobs)
-    logits = model.logits
-
-    def ending(x):
-        """With <|endoftext|> about once in twenty tokens."""
-        z = logits(x)
-        z[:, 300] = z[:, :300].logsumexp(-1) - 3
-        return z
-    model.logits = ending
+    model.logits = ending(model)
     seeds = [3, 1, 4, 1, 5]
     wanted = [one_by_one(model, prompt, cfg, seed) for prompt, seed in zip(PROMPTS, seeds, strict=True)]
     assert generate(model, PROMPTS, cfg, seeds) == wanted
@@ -133,13 +138,15 @@ def test_nothing_is_seen_further_back_than_in_training():
 
 
 def test_a_text_ends_where_the_model_ends_it():
-    model, cfg = talkative(sample_tokens=200, temperature=1.0, top_k=0)
-    model.head.data[:] = 0      # then all tokens are equally likely
+    model, cfg = talkative(sample_tokens=40, temperature=1.0, top_k=0)
+    model.head.data[:] = 0      # then all other tokens are equally likely
+    model.logits = ending(model)
     prompts = [[300, 5, 6]] * 6
     made = generate(model, prompts, cfg)
     assert len({len(text) for text in made}) > 1 and not any(300 in text for text in made)
     assert made == generate(model, prompts, cfg)
     assert made != generate(model, prompts, dataclasses.replace(cfg, seed=1))
+    del model.logits
     model.head.data[300] = 5 * model.hidden(torch.tensor([[300]]))[0, 0].detach()
     assert generate(model, [[300]], dataclasses.replace(cfg, temperature=0)) == [[]]
 
@@ -180,7 +187,7 @@ def test_knobs_of_sampling_that_mean_nothing_are_refused_by_their_name(flag, val
 
 def test_any_prompt_is_continued(here, monkeypatch, capsys):
     """Also one that is empty but for a space, or that names the special token, or is no valid UTF-8."""
-    run = train_here(here, save_model=True)
+    run = train_here(here, save_model=True, num_steps=1, val_every=1)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     for prompt in (" ", "<|endoftext|>", "a" * 10_000, "\0", "\udcff\ud800", "東京 🙂"):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", f"--sample={run}", f"--prompt={prompt}",

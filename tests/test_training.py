@@ -1,8 +1,10 @@
 """Whole tiny runs: what they learn, write, refuse and survive. Run: ./run.sh test tests/test_training.py"""
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -11,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,19 +39,25 @@ from tiny_runs import (
 import train_gpt
 from benchtop import memory, places, shards
 from benchtop.batches import Rows, batch_of
-from benchtop.briefing import num_parameters
+from benchtop.briefing import conclusion, num_parameters
 from benchtop.checkpoints import read_checkpoint
 from benchtop.errors import UserError
 from benchtop.evaluation import HeldOut, TokenLosses, Validation
 from benchtop.groups import read_run
 from benchtop.initial import drawn, drawn_in_one_stream, normal_law
 from benchtop.knobs import parse_config
+from benchtop.log import RunLog
+from benchtop.loss_picture import draw_loss
 from benchtop.machine import World
 from benchtop.redaction import without_secrets
-from benchtop.run import COLUMNS, Experiment
+from benchtop.run import COLUMNS, Experiment, Run, open_data
 from benchtop.sampling import generate
 from benchtop.tokenizer import PATTERNS, load_tokenizer, ranks_file_of
+from benchtop.warm_up import warm_up
 from train_gpt import EXPERIMENT, GPT, Config, Optimizer
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 # ------------------------------------------------------------------------------------------------
 # What a run learns and leaves
@@ -57,6 +65,58 @@ from train_gpt import EXPERIMENT, GPT, Config, Optimizer
 
 def with_model(model: type[GPT]) -> Experiment:
     return dataclasses.replace(EXPERIMENT, Model=model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A run in the lab that several tests look at."""
+    folder: Path
+    said: str               # on stdout
+    drawn: list[int]        # steps after which loss.png was drawn
+    collecting: list[bool]  # whether the garbage collector was at work, at each step and after the run
+
+
+KNOBS = {**CALM, "batch_tokens": 320, "num_steps": 8}
+
+
+def watched(lab: Path, experiment: Experiment = EXPERIMENT, **knobs) -> Watched:
+    drawn, collecting, real_step = [], [], Optimizer.step
+
+    def draw(path: Path, rows: list[dict], *others) -> None:
+        drawn.append(rows[-1]["step"])
+        draw_loss(path, rows, *others)
+
+    def step(*given):
+        collecting.append(gc.isenabled())
+        return real_step(*given)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        for place in ("DATA", "TOKENIZERS", "EXPERIMENTS"):
+            patch.setattr(places, place, lab / place.lower())
+        patch.setattr("benchtop.log.PICTURE_SECONDS", 10**6)
+        patch.setattr("benchtop.log.draw_loss", draw)
+        patch.setattr(Optimizer, "step", step)
+        folder = train_here(lab, experiment, **{**KNOBS, **knobs})
+    collecting.append(gc.isenabled() and not gc.get_freeze_count())
+    return Watched(folder, said.getvalue(), drawn, collecting)
+
+
+@pytest.fixture(scope="module")
+def whole(lab) -> Watched:
+    """A run that leaves everything that a run can leave."""
+    return watched(lab, model_name="whole", save_model=True, gpu_cost_per_hour=3600.0, peak_tflops=0.1)
+
+
+@pytest.fixture(scope="module")
+def other(lab, whole) -> Watched:
+    """The same with another seed."""
+    return watched(lab, model_name="whole", save_model=True, seed=1)
+
+
+@pytest.fixture(scope="module")
+def again(lab, whole, other) -> Watched:
+    """The first run once more, and compared with the two."""
+    return watched(lab, model_name="again", save_model=True,
+                   compare_to=f"base={lab / 'experiments'}/*_whole*")
 
 
 def test_flops_are_those_of_the_windows_of_each_step(here):
@@ -72,29 +132,28 @@ def test_flops_are_those_of_the_windows_of_each_step(here):
     assert [float(row["flops"]) for row in rows_of(folder)] == pytest.approx(np.cumsum(steps), rel=1e-5)
 
 
-def test_a_run_ends_with_its_distance_from_a_baseline(here, capsys):
-    bpbs = [summary_of(train_here(here, model_name="base", seed=seed))["val_bpb"] for seed in (1, 2, 3)]
-    run = train_here(here, compare_to="base=*_base*")
-    above = summary_of(run)["val_bpb"] - np.mean(bpbs)
+def test_a_run_ends_with_its_distance_from_a_baseline(here, whole, other, again):
+    bpbs = [summary_of(run.folder)["val_bpb"] for run in (whole, other)]
+    above = summary_of(again.folder)["val_bpb"] - np.mean(bpbs)
     side = "above" if above > 0 else "below"
     said = (f"val_bpb is {abs(above):.4f} {side} base, {abs(above) / np.std(bpbs, ddof=1):.1f} standard "
-            "deviations (3 runs: ")
-    assert said in capsys.readouterr().out and said in (run / "training_log.txt").read_text()
+            "deviations (2 runs: ")
+    assert abs(above) > 1e-4 and said in again.said
+    assert said in (again.folder / "training_log.txt").read_text()
     with pytest.raises(UserError, match="nothing_there is not a run folder"):
         train_here(here, compare_to="nothing_there")
 
 
-def test_the_summary_names_the_held_out_text(lab, here, capsys):
+def test_the_summary_names_the_held_out_text(here, whole):
     """Runs with other tokenizers, but the same held-out documents, have the same hash."""
-    summary = summary_of(train_here(here))
+    summary = summary_of(whole.folder)
     dataset, tokenizer = shards.open_dataset("tiny", "")
     text = HeldOut(dataset.tokens("val"), Config(**TINY), tokenizer).text()
     assert summary["held_out_sha256"] == hashlib.sha256(text).hexdigest()
     assert summary["held_out_bytes"] == len(text)
     val = next(shard for shard in dataset.manifest["shards"] if shard["split"] == "val")
     assert (summary["held_out_documents"], summary["held_out_tokens"]) == (val["documents"], val["tokens"])
-    said = f"{val['tokens']:,} tokens of {val['documents']:,} held-out documents"
-    assert said in capsys.readouterr().out
+    assert f"{val['tokens']:,} tokens of {val['documents']:,} held-out documents" in whole.said
 
 
 def test_a_tiny_model_learns_a_repeated_text(lab, here):
@@ -141,8 +200,8 @@ def nats(counts: Iterable[Counter]) -> float:
     return float(sum(-(count * np.log(count / count.sum())).sum() for count in counts) / total)
 
 
-def test_a_run_leaves_everything_that_made_it(lab, here):
-    folder = train_here(here, save_model=True, gpu_cost_per_hour=3600.0, model_name="whole")
+def test_a_run_leaves_everything_that_made_it(lab, here, whole):
+    folder = whole.folder
     assert re.fullmatch(r"\d{8}_\d{6}_whole", folder.name)
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "summary.json", "metrics.csv", "training_log.txt", "loss.png",
@@ -157,7 +216,7 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
     assert set(config) == {field.name for field in dataclasses.fields(Config)}
     assert config["vocab_size"] == 301
     summary = summary_of(folder)
-    assert summary["status"] == "finished" and summary["step"] == 4 and summary["tokens"] == 512
+    assert summary["status"] == "finished" and summary["step"] == 8 and summary["tokens"] == 8 * 320
     assert summary["cost"] == pytest.approx(summary["total_seconds"], abs=0.06)
     tokenizer = lab / "tokenizers" / tokenizer_of(lab).name
     assert (folder / "meta.json").read_text() == (tokenizer / "meta.json").read_text()
@@ -168,10 +227,9 @@ def test_a_run_leaves_everything_that_made_it(lab, here):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(here, capsys):
-    summary = summary_of(train_here(here, peak_tflops=0.1))
-    said = capsys.readouterr().out
-    _, end = said.split("\n---\n")
+def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(lab, whole, other):
+    summary = summary_of(whole.folder)
+    _, end = whole.said.split("\n---\n")
     block = dict(line.split(": ") for line in end.splitlines())
     assert list(block) == ["val_bpb", "val_loss", "train_seconds", "total_seconds", "peak_memory_mib",
                            "mfu_percent", "tokens", "steps", "parameters", "held_out_documents", "run"]
@@ -181,35 +239,34 @@ def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(here, ca
         assert block[key] == f"{wanted[key]:.{digits}f}"
     for key in ("tokens", "steps", "parameters"):
         assert int(block[key]) == wanted[key]
-    assert places.EXPERIMENTS.parent / block["run"] == places.EXPERIMENTS / summary["run"]
-    train_here(here)       # of a CPU, no peak is known
-    assert "mfu_percent" not in capsys.readouterr().out
+    assert lab / block["run"] == whole.folder
+    assert "\n---\n" in other.said and "mfu_percent" not in other.said      # of a CPU, no peak is known
 
 
-@pytest.mark.parametrize(("pause", "drawn"), [(0, [2, 4, 5, 5]), (10**6, [5])])
-def test_the_picture_is_drawn_at_the_end_and_now_and_then_before(here, monkeypatch, pause, drawn):
+def test_the_picture_is_drawn_at_the_end_and_now_and_then_before(here, monkeypatch, whole):
     steps = []
-    monkeypatch.setattr("benchtop.log.PICTURE_SECONDS", pause)
+    monkeypatch.setattr("benchtop.log.PICTURE_SECONDS", 0)
     monkeypatch.setattr("benchtop.log.draw_loss", lambda _path, rows, *_: steps.append(rows[-1]["step"]))
     train_here(here, num_steps=5)
-    assert steps == drawn
+    assert steps == [2, 4, 5, 5]
+    assert whole.drawn == [8]       # it had no pause long enough
 
 
-def test_a_run_ends_at_its_target_and_says_when(lab, here):
-    losses = [float(row["val_loss"]) for row in rows_of(train_here(here, num_steps=30)) if row["val_loss"]]
+def test_a_run_ends_at_its_target_and_says_when(here, whole):
+    losses = [float(row["val_loss"]) for row in rows_of(whole.folder) if row["val_loss"]]
     # a target between two validations of this very training, of which the later one is the best so far
-    number = next(number for number in range(1, 15) if losses[number] < min(losses[:number]))
+    number = next(number for number in range(1, 3) if losses[number] < min(losses[:number]))
     step, target = 2 * (number + 1), (losses[number] + min(losses[:number])) / 2
-    folder = train_here(here, num_steps=30, target_loss=target)
+    folder = train_here(here, **KNOBS, target_loss=target)
     summary, rows = summary_of(folder), rows_of(folder)
     reached = next(row for row in rows if row["val_loss"] and float(row["val_loss"]) <= target)
-    assert int(reached["step"]) == step and rows[-1] == reached
+    assert int(reached["step"]) == step < 8 and rows[-1] == reached
     assert summary["target"] == {"target_loss": target, "step": step, "tokens": int(reached["tokens"]),
                                  "train_seconds": pytest.approx(float(reached["train_seconds"]), abs=0.01)}
     assert summary["status"] == "finished" and summary["budget"] == f"val_loss {target:g}"
     assert (folder / "training_log.txt").read_text().count(f"val_loss {target:g} is reached after") == 2
-    missed = train_here(here, target_loss=0.1, model_name="missed")
-    assert summary_of(missed)["target"] is None and summary_of(missed)["step"] == 4
+    missed = train_here(here, num_steps=2, target_loss=0.1, model_name="missed")
+    assert summary_of(missed)["target"] is None and summary_of(missed)["step"] == 2
 
 
 def test_a_held_out_loss_that_rises_is_said_and_the_best_is_named(here, monkeypatch, capsys):
@@ -222,15 +279,17 @@ def test_a_held_out_loss_that_rises_is_said_and_the_best_is_named(here, monkeypa
     assert (summary_of(folder)["best_val_bpb"], summary_of(folder)["val_bpb"]) == (1.0, 2.0)
 
 
-def test_steps_that_are_reported_later_are_the_same_steps(lab, here, monkeypatch):
+def test_steps_that_are_reported_later_are_the_same_steps(here, whole, monkeypatch):
     """As on a GPU, where Python does not wait for a step to end."""
-    knobs = dict(num_steps=7, log_every=3, val_every=4, save_every_steps=5)
-    at_once = rows_of(train_here(here, **knobs, model_name="at_once"))
+    at_once = {row["step"]: row for row in rows_of(whole.folder)}
     monkeypatch.setattr(World, "reports_behind", 2)
-    later = rows_of(train_here(here, **knobs, model_name="later"))
-    kept = ("step", "train_loss", "val_loss", "grad_norm", "lr_scale")
-    for ours, theirs in zip(at_once, later, strict=True):
-        assert [ours[name] for name in kept] == [theirs[name] for name in kept]
+    later = rows_of(train_here(here, **KNOBS, log_every=3, val_every=4, save_every_steps=5))
+    assert [int(row["step"]) for row in later] == [1, 3, 4, 6, 8]
+    for row in later:
+        same = at_once[row["step"]]
+        assert [row[name] for name in ("train_loss", "grad_norm", "lr_scale")] == [
+            same[name] for name in ("train_loss", "grad_norm", "lr_scale")]
+        assert row["val_loss"] == (same["val_loss"] if int(row["step"]) in (4, 8) else "")
 
 
 def trains(inputs: torch.Tensor, targets: torch.Tensor) -> bool:
@@ -252,14 +311,11 @@ def test_a_loss_gone_wrong_is_named_by_its_step_also_when_reported_later(lab, he
     assert saved["step"] == 3 and all(weight.isfinite().all() for weight in saved["model"].values())
 
 
-def test_the_garbage_collector_rests_while_a_run_trains(lab, here, monkeypatch):
-    real, at_work = Optimizer.step, []
-    monkeypatch.setattr(Optimizer, "step", lambda *given: at_work.append(gc.isenabled()) or real(*given))
-    train_here(here)
-    assert at_work == [False] * 4 and gc.isenabled() and not gc.get_freeze_count()
+def test_the_garbage_collector_rests_while_a_run_trains(whole):
+    assert whole.collecting == [False] * 8 + [True]
 
 
-def test_every_row_of_the_metrics_has_its_train_loss(lab, here):
+def test_every_row_of_the_metrics_has_its_train_loss(here, whole):
     rows = rows_of(train_here(here, log_every=3, val_every=5, num_steps=11))
     assert list(rows[0]) == list(COLUMNS)
     assert [int(row["step"]) for row in rows] == [1, 3, 5, 6, 9, 10, 11]
@@ -269,28 +325,19 @@ def test_every_row_of_the_metrics_has_its_train_loss(lab, here):
         assert all(math.isfinite(float(row[column])) for column in always)
         assert bool(row["val_loss"]) == bool(row["val_bpb"]) == (int(row["step"]) in (5, 10, 11))
         assert row["mfu"] == ""      # the peak of a CPU is not known
-    assert float(rows_of(train_here(here, peak_tflops=0.1))[0]["mfu"]) > 0
+    assert float(rows_of(whole.folder)[0]["mfu"]) > 0       # and here it was given
 
 
-def test_the_same_seed_gives_the_same_numbers(lab, here):
-    def losses(seed: int) -> list:
-        folder = train_here(here, seed=seed, num_steps=6)
-        return ([(row["train_loss"], row["val_loss"]) for row in rows_of(folder)]
-                + [(folder / "samples.jsonl").read_text()])
-    first, again, other = losses(0), losses(0), losses(1)
-    assert first == again != other
+def test_the_same_seed_gives_the_same_numbers(whole, again, other):
+    def losses(run: Watched) -> list:
+        return ([(row["train_loss"], row["val_loss"]) for row in rows_of(run.folder)]
+                + [(run.folder / "samples.jsonl").read_text()])
+    assert losses(whole) == losses(again) != losses(other)
 
 
-def test_micro_batches_do_not_change_the_mathematics(lab, here):
-    def losses(micro_batch_tokens: int) -> list[float]:
-        rows = rows_of(train_here(here, micro_batch_tokens=micro_batch_tokens, num_steps=6, **CALM))
-        return [float(row[column]) for row in rows for column in ("train_loss", "val_loss") if row[column]]
-    assert losses(32) == pytest.approx(losses(128), rel=1e-4)
-    assert losses(96) == pytest.approx(losses(128), rel=1e-4)       # 4 rows as 2 x 2
-
-
-def test_memory_is_freed_between_micro_batches(lab, here):
-    """Backward runs for each micro-batch, so that only one graph is alive at a time."""
+@pytest.fixture(scope="module")
+def row_by_row(lab) -> SimpleNamespace:
+    """The same run again in micro-batches of one row; and how many graphs of them were alive at a time."""
     alive, most = 0, 0
 
     class Counting(GPT):
@@ -306,8 +353,21 @@ def test_memory_is_freed_between_micro_batches(lab, here):
     def done() -> None:
         nonlocal alive
         alive -= 1
-    train_here(here, with_model(Counting), micro_batch_tokens=32)
-    assert most == 1 and alive == 0
+    folder = watched(lab, with_model(Counting), micro_batch_tokens=32, model_name="row_by_row").folder
+    return SimpleNamespace(folder=folder, most=most, left=alive)
+
+
+def test_micro_batches_do_not_change_the_mathematics(whole, row_by_row):
+    """Not in one micro-batch of 10 rows, not in 10 of one; test_micro_batches_halve has uneven ones."""
+    def losses(folder: Path) -> list[float]:
+        return [float(row[column]) for row in rows_of(folder)
+                for column in ("train_loss", "val_loss") if row[column]]
+    assert losses(row_by_row.folder) == pytest.approx(losses(whole.folder), rel=1e-4)
+
+
+def test_memory_is_freed_between_micro_batches(row_by_row):
+    """Backward runs for each micro-batch, so that only one graph is alive at a time."""
+    assert row_by_row.most == 1 and row_by_row.left == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -403,15 +463,13 @@ def test_what_stands_before_the_first_document_is_one_too(lab, here):
     assert (cut.document_of == held_out.document_of[5:]).all()
 
 
-def test_a_run_keeps_what_its_last_validation_found_of_each_document(lab, here):
+def test_a_run_keeps_what_its_last_validation_found_of_each_document(lab, here, whole, row_by_row):
     """And on any number of rows at a time it finds the same."""
-    one, other = (train_here(here, micro_batch_tokens=tokens, model_name=f"m{tokens}")
-                  for tokens in (32, 128))
     held_out, _ = held_out_of(lab)
-    documents = read_run(one).documents         # which compares its sums with val_loss and val_bpb
+    documents = read_run(row_by_row.folder).documents   # which compares its sums with val_loss and val_bpb
     assert len(documents["document"]) == held_out.num_documents
     assert sum(documents["tokens"]) == len(held_out.tokens)
-    for column, values in read_run(other).documents.items():
+    for column, values in read_run(whole.folder).documents.items():
         assert values == pytest.approx(documents[column], rel=1e-5)
 
 
@@ -477,11 +535,13 @@ def test_shards_of_another_tokenizer_are_refused(lab, here, monkeypatch):
 def test_a_wrong_vocabulary_size_is_refused_with_the_right_one(lab, here):
     with pytest.raises(UserError, match=r"must be 301.*it is 302"):
         train_here(here, vocab_size=302)
-    train_here(here, vocab_size=301)
+    cfg = Config(**TINY, vocab_size=301)
+    assert open_data(cfg, World(cfg))[0].vocab_size == 301
 
 
 def test_a_pickle_name_of_older_days_is_understood(lab, here, capsys):
-    train_here(here, tokenizer=f"{tokenizer_of(lab).name}.pkl")
+    cfg = Config(**TINY, tokenizer=f"{tokenizer_of(lab).name}.pkl")
+    assert open_data(cfg, World(cfg))[1].tokenizer.name == tokenizer_of(lab).name
     assert "folders now" in capsys.readouterr().err
 
 
@@ -504,17 +564,24 @@ def test_the_bar_is_the_manifests_and_the_verdict_is_said(lab, here, capsys, mon
     path = here / "data" / "tiny" / "manifest.json"
     manifest = json.loads(path.read_text())
     monkeypatch.setattr(places, "DATA", here / "data")
-    for bar, verdict in ((0.5, "worse"), (50.0, "better")):
-        path.write_text(json.dumps(manifest | {"xz_bpb": bar}))
-        assert summary_of(train_here(here))["xz_bpb"] == bar
-        said = f"(xz -9e after the training text: {bar:.4f}; the model is {verdict})"
-        assert said in capsys.readouterr().out
-    path.write_text(json.dumps(manifest | {"xz_bpb": 0.5, "xz_training_bytes": 12 * 2**20}))
     tokens = next(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
-    train_here(here, val_tokens=tokens)
-    assert "(xz -9e after the last 12 MiB of the training text: 0.5000; " in capsys.readouterr().out
-    assert summary_of(train_here(here, val_tokens=tokens - 1))["xz_bpb"] is None
-    assert "xz -9e" not in capsys.readouterr().out, "it is a bar for all held-out text only"
+    path.write_text(json.dumps(manifest | {"xz_bpb": 0.5, "xz_training_bytes": 12 * 2**20}))
+    summary = summary_of(train_here(here, num_steps=1, val_every=1, val_tokens=tokens))
+    assert summary["xz_bpb"] == 0.5
+    said = "(xz -9e after the last 12 MiB of the training text: 0.5000; the model is worse)"
+    assert said in capsys.readouterr().out
+
+    def bar_and_words(xz_bpb: float, val_tokens: int = 0) -> tuple[float | None, str]:
+        path.write_text(json.dumps(manifest | {"xz_bpb": xz_bpb}))
+        cfg = Config(**TINY, val_tokens=val_tokens)
+        bar = open_data(cfg, World(cfg))[1].bar
+        return bar["xz_bpb"], "\n".join(conclusion(cfg, here, summary | bar, []))
+    for xz_bpb, verdict in ((0.5, "worse"), (50.0, "better")):
+        bar, words = bar_and_words(xz_bpb)
+        said = f"(xz -9e after the training text: {xz_bpb:.4f}; the model is {verdict})"
+        assert bar == xz_bpb and said in words
+    bar, words = bar_and_words(0.5, tokens - 1)
+    assert bar is None and "xz -9e" not in words, "it is a bar for all held-out text only"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -571,18 +638,33 @@ def test_the_presets_have_the_sizes_that_are_published():
             assert num_parameters(GPT(cfg, 50256)) == pytest.approx(published, rel=0.01)
 
 
-def test_check_tells_by_its_exit_code(lab):
-    before = set(lab.glob("experiments/*"))
-    done = run(lab, "train_gpt.py", "--check", "--compile", "off", "--num_layers", "2",
-               "--value_embeddings", "1")
+@pytest.fixture
+def script(here, monkeypatch, capsys) -> Callable:
+    """script("--check") does what `python train_gpt.py --check` does, in this process."""
+    def script(*words: str, expect: int = 0) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *words])
+        capsys.readouterr()
+        code = None
+        try:
+            EXPERIMENT.main()
+        except SystemExit as end:
+            code = end.code     # Python prints a text on stderr, and exits with 1
+        out, err = capsys.readouterr()
+        assert (1 if isinstance(code, str) else code or 0) == expect, (code, out, err)
+        return SimpleNamespace(stdout=out, stderr=err + (f"{code}\n" if isinstance(code, str) else ""))
+    return script
+
+
+def test_check_tells_by_its_exit_code(here, script):
+    done = script("--check", "--compile", "off", "--num_layers", "2", "--value_embeddings", "1")
     assert done.stdout.endswith("ready to train\n")
     assert "parameters" in done.stdout and "memory" in done.stdout
-    for missing, script in (("--data", "download_fineweb"), ("--tokenizer", "train_tokenizer")):
-        done = run(lab, "train_gpt.py", "--check", "--compile", "off", missing, "nobody", expect=1)
-        assert f"python {script}.py" in done.stdout and done.stdout.endswith("cannot train\n")
-    done = run(lab, "train_gpt.py", "--check", "--compile", "off", "--compare_to", "nobody", expect=1)
+    for missing, maker in (("--data", "download_fineweb"), ("--tokenizer", "train_tokenizer")):
+        done = script("--check", "--compile", "off", missing, "nobody", expect=1)
+        assert f"python {maker}.py" in done.stdout and done.stdout.endswith("cannot train\n")
+    done = script("--check", "--compile", "off", "--compare_to", "nobody", expect=1)
     assert "nobody is not a run folder" in done.stdout and done.stdout.endswith("cannot train\n")
-    assert set(lab.glob("experiments/*")) == before
+    assert not (here / "experiments").exists()
 
 
 def test_a_copy_beside_the_original_works_at_once(lab):
@@ -625,19 +707,18 @@ def test_only_the_machine_names_torch_distributed():
     assert naming == {"launch.py", "machine.py", "processes.py"}
 
 
-def test_float16_with_scaled_losses_is_near_float32(lab, here):
-    def losses(dtype: str) -> list[float]:
-        folder = train_here(here, dtype=dtype, num_steps=8, **CALM)
+def test_float16_with_scaled_losses_is_near_float32(here, whole):
+    def losses(folder: Path) -> list[float]:
         return [float(row["train_loss"]) for row in rows_of(folder)]
-    assert losses("float16") == pytest.approx(losses("float32"), rel=5e-3)
+    assert losses(train_here(here, **KNOBS, dtype="float16")) == pytest.approx(losses(whole.folder), rel=5e-3)
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_eager_run(lab, here):
-    def losses(compile: str) -> list[float]:
-        return [float(row[column]) for row in rows_of(train_here(here, compile=compile, num_steps=5, **CALM))
+def test_a_compiled_run_is_the_eager_run(here, whole):
+    def losses(folder: Path) -> list[float]:
+        return [float(row[column]) for row in rows_of(folder)
                 for column in ("train_loss", "val_loss", "grad_norm") if row[column]]
-    assert losses("on") == pytest.approx(losses("off"), rel=1e-3)
+    assert losses(train_here(here, **KNOBS, compile="on")) == pytest.approx(losses(whole.folder), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -675,14 +756,13 @@ def out_of_memory_above(tokens: int, monkeypatch) -> list[int]:
     return tried
 
 
-def test_micro_batches_halve_until_they_fit_and_change_no_result(lab, here, monkeypatch, capsys):
-    wanted = train_here(here, batch_tokens=320, **CALM)
+def test_micro_batches_halve_until_they_fit_and_change_no_result(here, whole, monkeypatch, capsys):
     tried = out_of_memory_above(100, monkeypatch)
-    folder = train_here(here, batch_tokens=320, **CALM)
+    folder = train_here(here, **KNOBS)
     said = capsys.readouterr().out
     assert tried[:3] == [320, 160, 96]      # 10 rows, 5, 3
     assert "micro-batches of 320 tokens do not fit into memory; trying 160" in said
-    for row, other in zip(rows_of(folder), rows_of(wanted), strict=True):
+    for row, other in zip(rows_of(folder), rows_of(whole.folder), strict=True):
         assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-5)
         assert row["tokens"] == other["tokens"]
 
@@ -701,7 +781,7 @@ def test_where_nothing_fits_three_flags_are_named_the_most_effective_first(lab, 
 
 def test_a_micro_batch_that_was_asked_for_is_tried_first(lab, here, monkeypatch):
     tried = out_of_memory_above(10**9, monkeypatch)
-    train_here(here, micro_batch_tokens=64)
+    train_here(here, micro_batch_tokens=64, num_steps=1, val_every=1)
     assert set(tried) == {64}
 
 
@@ -723,11 +803,11 @@ def fit_micro_batch(cfg, world, *rest):
     return fitting
 memory.fit_micro_batch = fit_micro_batch
 """
-    knobs = dict(num_steps=2, batch_tokens=16384, seq_len=512, model_dim=256, num_layers=4)
+    knobs = dict(num_steps=1, batch_tokens=4096, seq_len=512, model_dim=256, num_layers=4)
     done = drive(lab, limited, *flags(**knobs, model_name="limited"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "do not fit into memory; trying" in done.stdout
-    assert rows_of(newest(lab, "limited"))[-1]["tokens"] == "32768"
+    assert rows_of(newest(lab, "limited"))[-1]["tokens"] == "4096"
 
 
 def test_an_error_that_is_not_of_memory_is_not_taken_for_one(lab, here, monkeypatch):
@@ -750,15 +830,14 @@ def test_memory_is_counted_for_training_validation_and_evaluation_apart(lab, her
             del waste
             return result
         return function
-    plain = summary_of(train_here(here, val_every=4))
     monkeypatch.setattr(HeldOut, "evaluate", wasting(HeldOut.evaluate))
-    summary = summary_of(train_here(here, val_every=4))
-    phases = {phase: summary[f"peak_memory_mib{phase}"] - plain[f"peak_memory_mib{phase}"]
-              for phase in ("", "_validation", "_evaluation")}
-    assert phases["_validation"] > 250 and phases[""] < 100 and phases["_evaluation"] < 100
+    summary = summary_of(train_here(here, num_steps=2))
+    training, validation, evaluation = (summary[f"peak_memory_mib{phase}"]
+                                        for phase in ("", "_validation", "_evaluation"))
+    assert validation - training > 250 and evaluation - training < 100
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 8192), ("auto", 4096)])
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 4096), ("auto", 4096)])
 def test_the_estimate_is_near_what_is_used(lab, dtype, tokens):
     done = drive(lab, "", *flags(num_steps=1, batch_tokens=tokens, seq_len=512, model_dim=256, num_layers=4,
                                  model_name=f"estimate_{dtype}", dtype=dtype))
@@ -773,53 +852,56 @@ def test_the_estimate_is_near_what_is_used(lab, dtype, tokens):
 # Determinism and secrets
 # ------------------------------------------------------------------------------------------------
 
-def test_the_seed_decides_weights_order_and_samples(lab, here):
-    one, same, other = (train_here(here, seed=seed, save_model=True) for seed in (1, 1, 2))
+def test_the_seed_decides_weights_order_and_samples(whole, again, other):
+    one, same, another = (run.folder for run in (whole, again, other))
     for name in ("model.safetensors", "samples.jsonl"):
-        assert (one / name).read_bytes() == (same / name).read_bytes() != (other / name).read_bytes()
+        assert (one / name).read_bytes() == (same / name).read_bytes() != (another / name).read_bytes()
 
 
-def test_deterministic_is_asked_of_torch(lab):
-    check = "import atexit, torch, os\natexit.register(lambda: print(" \
-            "torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG']))"
-    done = drive(lab, check, *flags(num_steps=1), "--deterministic")
-    assert done.returncode == 0 and done.stdout.endswith("True :4096:8\n"), done.stderr
+def test_deterministic_is_asked_of_torch(here, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
+    try:
+        train_here(here, num_steps=1, val_every=1, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def test_random_numbers_of_a_changed_model_survive_warm_up_and_resume(lab):
-    """With dropout added, as an experiment might: a killed run draws what an undisturbed one draws."""
-    dropout = """
-real = train_gpt.GPT.hidden
-def hidden(model, *arguments, **more):
-    return torch.nn.functional.dropout(real(model, *arguments, **more), 0.3, training=model.training)
-import torch
-train_gpt.GPT.hidden = hidden
-"""
-    stop = """
-import os
-real_between_steps = benchtop.run.Run.between_steps
-def between_steps(run):
-    real_between_steps(run)
-    if run.step == 5:
-        os.kill(os.getpid(), 9)
-benchtop.run.Run.between_steps = between_steps
-"""
-    whole = drive(lab, dropout, *flags(num_steps=8, save_every_steps=1, model_name="dropout"))
-    assert whole.returncode == 0, whole.stderr
-    drive(lab, dropout + stop, *flags(num_steps=8, save_every_steps=1, model_name="dropped"))
-    done = drive(lab, dropout, "--resume", str(newest(lab, "dropped")))
-    assert done.returncode == 0, done.stderr
-    twice = """
-real_warm_up = benchtop.warm_up.warm_up
-def warm_up(*arguments):
-    real_warm_up(*arguments)
-    real_warm_up(*arguments)
-benchtop.warm_up.warm_up = warm_up
-"""
-    done = drive(lab, dropout + twice, *flags(num_steps=8, save_every_steps=1, model_name="warmer"))
-    assert done.returncode == 0, done.stderr
-    losses = [[[row[column] for column in ("train_loss", "val_loss", "grad_norm")]
-               for row in rows_of(newest(lab, name))] for name in ("dropout", "dropped", "warmer")]
+class Cut(Exception):
+    """The end of a run between two of its steps."""
+
+
+def test_random_numbers_of_a_changed_model_survive_warm_up_and_resume(here, monkeypatch):
+    """With dropout added, as an experiment might: a run that is cut off and resumed draws what an undisturbed
+    one draws, and so does one that warms up twice."""
+    class WithDropout(GPT):
+        def hidden(self, *arguments, **more):
+            x = super().hidden(*arguments, **more)
+            return torch.nn.functional.dropout(x, 0.3, training=self.training)
+
+    def trained(name: str, **knobs) -> Path:
+        return train_here(here, with_model(WithDropout), num_steps=8, save_every_steps=1, model_name=name,
+                          **knobs)
+
+    def cut_off(run: Run, between_steps=Run.between_steps) -> None:
+        between_steps(run)
+        if run.step == 5:
+            raise Cut
+    undisturbed = trained("undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(Run, "between_steps", cut_off)
+        trained("cut")
+    cut = newest(here, "cut")
+    assert len(rows_of(cut)) == 5 and read_checkpoint(cut)["step"] in (4, 5)
+    resumed = trained("cut", resume=str(cut))
+
+    def twice(*arguments) -> None:
+        warm_up(*arguments)
+        warm_up(*arguments)
+    monkeypatch.setattr("benchtop.warm_up.warm_up", twice)
+    losses = [[[row[column] for column in ("train_loss", "val_loss", "grad_norm")] for row in rows_of(folder)]
+              for folder in (undisturbed, resumed, trained("warmer"))]
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -832,103 +914,95 @@ def test_knobs_that_a_job_script_exports_are_no_secrets(monkeypatch):
     assert without_secrets(f"{line} very-secret") == f"{line} [HUB_TOKEN]"
 
 
-def test_no_secret_reaches_the_run_folder(lab):
+def test_no_secret_reaches_the_run_folder(here, monkeypatch):
+    """Not even if every line of the log, and all that git says, holds the whole environment."""
     secrets = {"HF_TOKEN": "hf_" + "abcDEF123" * 4, "WANDB_API_KEY": "0123456789abcdef",
                "MY_PASSWORD": "swordfish1"}
-    assert run(lab, "train_gpt.py", *flags(model_name="secret", num_steps=2), env=os.environ | secrets)
-    leak = "import os\nreal = benchtop.log.RunLog.say\n" \
-           "benchtop.log.RunLog.say = lambda log, line: real(log, line + ' '.join(os.environ.values()))\n" \
-           "benchtop.identity.git = lambda *words: ' '.join(os.environ.values())"
-    done = drive(lab, leak, *flags(model_name="leaky", num_steps=2), env=os.environ | secrets)
-    assert done.returncode == 0, done.stderr
-    for folder in (newest(lab, "secret"), newest(lab, "leaky")):
-        for path in filter(Path.is_file, folder.rglob("*")):
-            assert not [name for name, value in secrets.items() if value.encode() in path.read_bytes()], path
-    assert "[MY_PASSWORD]" in (newest(lab, "leaky") / "training_log.txt").read_text()
-    assert "[MY_PASSWORD]" in (newest(lab, "leaky") / "git.diff").read_text()
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+
+    def say(log: RunLog, line: str, say=RunLog.say) -> None:
+        say(log, line + " ".join(os.environ.values()))
+    monkeypatch.setattr(RunLog, "say", say)
+    monkeypatch.setattr("benchtop.identity.git", lambda *words: " ".join(os.environ.values()))
+    folder = train_here(here, num_steps=2)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        assert not [name for name, value in secrets.items() if value.encode() in path.read_bytes()], path
+    assert "[MY_PASSWORD]" in (folder / "training_log.txt").read_text()
+    assert "[MY_PASSWORD]" in (folder / "git.diff").read_text()
 
 
 # ------------------------------------------------------------------------------------------------
 # Using a model
 # ------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def saved_run(lab) -> Path:
-    """A run in the lab that left its weights."""
-    run(lab, "train_gpt.py", *flags(model_name="saved", num_samples=0, data="tiny"), "--save_model")
-    return newest(lab, "saved")
-
-
-def test_sample_goes_on_with_a_prompt(lab, saved_run):
-    words = ["train_gpt.py", "--sample", str(saved_run), "--prompt", "the cat", "--sample_tokens", "8"]
-    first = run(lab, *words, "--num_samples", "3").stdout
+def test_sample_goes_on_with_a_prompt(script, whole):
+    words = ["--sample", str(whole.folder), "--prompt", "the cat", "--sample_tokens", "8"]
+    first = script(*words, "--num_samples", "3").stdout
     assert len(first.strip().split("\n\nthe cat")) == 3 and first.startswith("the cat")
-    assert run(lab, *words, "--num_samples", "3").stdout == first
-    assert run(lab, *words, "--num_samples", "3", "--seed", "7").stdout != first
-    assert run(lab, *words, "--temperature", "0").stdout == run(lab, *words, "--top_k", "1").stdout
+    assert script(*words, "--num_samples", "3").stdout == first
+    assert script(*words, "--num_samples", "3", "--seed", "7").stdout != first
+    assert script(*words, "--temperature", "0").stdout == script(*words, "--top_k", "1").stdout
 
 
-def test_sample_answers_what_is_typed(lab, saved_run):
+def test_sample_answers_what_is_typed(script, whole, monkeypatch):
     import pty
     ours, theirs = pty.openpty()
-    words = ["train_gpt.py", "--sample", str(saved_run), "--sample_tokens", "3"]
-    process = subprocess.Popen([sys.executable, *words], cwd=lab, stdin=theirs, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
     os.write(ours, b"the cat\nthe dog\n\x04")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    with open(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        out = script("--sample", str(whole.folder), "--sample_tokens", "3").stdout
+    os.close(ours)
     assert out.index("the cat") < out.index("the dog") and out.count("> ") == 3
 
 
-def test_sample_says_in_a_line_what_is_missing(lab, saved_run):
+def changed(run: Watched, folder: Path, name: str = "summary.json", **facts) -> Path:
+    """A copy of a run with other facts in one of its files."""
+    shutil.copytree(run.folder, folder)
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | facts))
+    return folder
+
+
+def test_sample_says_in_a_line_what_is_missing(script, here, whole):
     def complaint(*words: str) -> str:
-        done = run(lab, "train_gpt.py", "--sample", *words, expect=1)
+        done = script("--sample", *words, expect=1)
         assert len(done.stderr.splitlines()) == 1
         return done.stderr
-    assert "--sample needs a --prompt" in complaint(str(saved_run))
+    assert "--sample needs a --prompt" in complaint(str(whole.folder))
     assert "has no summary.json" in complaint("experiments/nothing", "--prompt", "a")
-    other = lab / "experiments/of_another_script"
-    shutil.copytree(saved_run, other)
-    summary = summary_of(other)
-    (other / "summary.json").write_text(json.dumps(summary | {"script": "gelu.py"}))
+    other = changed(whole, here / "of_another_script", script="gelu.py")
     assert "was trained by gelu.py; use that script" in complaint(str(other), "--prompt", "a")
-    (other / "summary.json").write_text(json.dumps(summary))
-    (other / "model.safetensors").unlink()
-    assert "train it with --save_model" in complaint(str(other), "--prompt", "a")
+    weightless = changed(whole, here / "weightless")
+    (weightless / "model.safetensors").unlink()
+    assert "train it with --save_model" in complaint(str(weightless), "--prompt", "a")
 
 
-def test_sample_of_a_changed_script_warns(lab, saved_run):
-    changed = lab / "experiments/of_changed_code"
-    shutil.copytree(saved_run, changed)
-    (changed / "summary.json").write_text(json.dumps(summary_of(changed) | {"code_sha256": "0" * 64}))
-    done = run(lab, "train_gpt.py", "--sample", str(changed), "--prompt", "a", "--sample_tokens", "2")
+def test_sample_of_a_changed_script_warns(script, here, whole):
+    folder = changed(whole, here / "of_changed_code", code_sha256="0" * 64)
+    done = script("--sample", str(folder), "--prompt", "a", "--sample_tokens", "2")
     assert done.stdout.startswith("a") and "train_gpt.py has changed since it trained" in done.stderr
+    done = script("--sample", str(whole.folder), "--prompt", "a", "--sample_tokens", "2")
+    assert done.stderr == ""
 
 
-def test_fp8_is_needed_to_train_with_it_and_not_to_sample(lab, saved_run):
-    trained = lab / "experiments/with_fp8"
-    shutil.copytree(saved_run, trained)
-    config = json.loads((trained / "config.json").read_text())
-    (trained / "config.json").write_text(json.dumps(config | {"fp8": True}))
-    done = run(lab, "train_gpt.py", "--sample", str(trained), "--prompt", "a", "--sample_tokens", "2")
+def test_fp8_is_needed_to_train_with_it_and_not_to_sample(script, here, whole):
+    trained = changed(whole, here / "with_fp8", "config.json", fp8=True)
+    done = script("--sample", str(trained), "--prompt", "a", "--sample_tokens", "2")
     assert done.stdout.startswith("a")
-    before = set(lab.glob("experiments/*"))
     problem = "--fp8 needs --dtype bfloat16; it is float32; leave it out"
-    assert problem in run(lab, "train_gpt.py", *flags(), "--fp8", expect=1).stderr
-    assert f"problem     {problem}" in run(lab, "train_gpt.py", *flags(), "--fp8", "--check", expect=1).stdout
-    assert set(lab.glob("experiments/*")) == before
+    assert problem in script(*flags(), "--fp8", expect=1).stderr
+    assert f"problem     {problem}" in script(*flags(), "--fp8", "--check", expect=1).stdout
+    assert not (here / "experiments").exists()
 
 
-def test_only_the_first_process_samples(lab, saved_run):
-    words = ["train_gpt.py", "--sample", str(saved_run), "--prompt", "the cat", "--sample_tokens", "3"]
-    done = subprocess.run([*torchrun(2), *words], cwd=lab, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout == run(lab, *words).stdout, done.stderr
+def test_only_the_first_process_samples(lab, script, whole):
+    words = ["--sample", str(whole.folder), "--prompt", "the cat", "--sample_tokens", "3"]
+    assert run(lab, *torchrun(2)[1:], "train_gpt.py", *words).stdout == script(*words).stdout
 
 
-def test_the_pages_snippet_loads_a_model(lab, saved_run):
+def test_the_pages_snippet_loads_a_model(lab, whole):
     readme = (Path(train_gpt.__file__).parent / "docs/sampling.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert len(snippet.splitlines()) <= 10
-    code = snippet.replace("experiments/DATE_TIME_NAME", str(saved_run))
-    done = subprocess.run([sys.executable, "-c", code], cwd=lab, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    (lab / "snippet.py").write_text(snippet.replace("experiments/DATE_TIME_NAME", str(whole.folder)))
+    assert run(lab, "snippet.py").stdout.strip()

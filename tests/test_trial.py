@@ -1,11 +1,11 @@
 """trial.py: from an idea to a verdict. Run: ./run.sh test tests/test_trial.py"""
 
+import functools
 import itertools
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,11 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launch import forking, start
+from launch import run as run_script
 from tiny_runs import flags
 
 import trial
-from benchtop import ideas, ledger, places, turns
+from benchtop import ideas, ledger, places, sequential, turns
 from benchtop.errors import UserError
+from benchtop.files import sha256_of
 from benchtop.groups import open_groups
 from benchtop.trials import Trial
 from benchtop.turns import Job, Turns
@@ -77,9 +80,30 @@ def retouch(job: Job, **facts) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | facts))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fewer_paths():
+    """Verdicts here are plain, so a tenth of the simulated paths will do; test_sequential.py has them all."""
+    def draw(number: int) -> None:
+        sequential.PATHS = number
+        sequential.paths.cache_clear()
+        sequential.limits.cache_clear()
+    before = sequential.PATHS
+    draw(before // 10)
+    yield
+    draw(before)
+
+
+@functools.cache
+def imported(path: Path, sha256: str):
+    """A script as a module, once for each of its texts."""
+    return ideas.import_script(path)
+
+
 @pytest.fixture
 def run(lab, here, monkeypatch, capsys):
     """run(machine, "trial's words", *flags of every run) -> its exit status; what it said is in run.said."""
+    monkeypatch.setattr(trial, "import_script", lambda path: imported(path, sha256_of(path)))
+
     def call(machine: Machine, *words: str, checks: bool = False) -> int:
         monkeypatch.setattr(Turns, "_run_one", lambda self, *rest: machine.run_one(self, *rest))
         place = words.index("--") if "--" in words else len(words)
@@ -507,39 +531,56 @@ def test_each_run_gets_as_many_gpus_as_it_wants(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_told_to_stop_lets_its_run_save(lab):
+def test_a_trial_that_is_told_to_stop_lets_its_run_save(lab, tmp_path):
     words = without_budget(val_every=0)
-    driver = subprocess.Popen([sys.executable, "trial.py", "--seeds", "2", "--name", "told", "--no_check",
-                               "--steps", "100000", "--", *words], cwd=lab, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = tmp_path / "said"
+    driver = start(lab, forking(lab), "trial.py", "--seeds", "2", "--name", "told", "--no_check", "--steps",
+                   "100000", "--", *words, out=os.devnull, err=str(said))
     name = "experiments/2*_train_gpt-*_seed0/training_log.txt"
     known = {*lab.glob(name)}
     wait_for(lambda: any(" 20/100000 " in log.read_text() for log in {*lab.glob(name)} - known))
     driver.terminate()
-    _, said = driver.communicate(timeout=60)
-    assert driver.returncode == 128 + signal.SIGTERM and "run the same command again to resume" in said
+    driver.join(timeout=60)
+    assert driver.exitcode == 128 + signal.SIGTERM
+    assert "run the same command again to resume" in said.read_text()
     log, = {*lab.glob(name)} - known
     assert log.with_name("checkpoint.pt").exists() and not log.with_name("summary.json").exists()
 
 
+KILLS_BOTH = """
+import os, signal
+real_between_steps = benchtop.run.Run.between_steps
+def between_steps(run):
+    real_between_steps(run)
+    if run.step == 8:
+        os.kill({driver}, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+benchtop.run.Run.between_steps = between_steps
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_and_resumed_trial_ends_equal_to_an_undisturbed_one(lab, tmp_path):
-    """Real runs in processes of their own; all are killed at once, in the middle of one."""
+    """Real runs in processes of their own; trial and run are killed at once, in the middle of an idea's run.
+
+    The second trial finds the baseline of seed 0, and has to train that of seed 1.
+    """
     knobs = without_budget(save_every_steps=3, val_every=1000)
-    words = [sys.executable, "trial.py", "rate: --muon_lr 0.2", "--seeds", "2", "--steps", "30", "--margin",
-             "0.001", "--no_check", "--json", "--", *knobs]
-    found = {}
+    words = ["rate: --muon_lr 0.2", "--seeds", "2", "--steps", "30", "--margin", "0.001", "--no_check",
+             "--json", "--", *knobs]
+    script, found = forking(lab), {}
     for name in ("whole", "killed"):
-        line = [*words[:3], "--name", name, *words[3:]]
+        line = [script, "trial.py", words[0], "--name", name, *words[1:]]
         if name == "killed":
-            for path in (lab / "experiments").glob("2*train_gpt-*"):      # the baseline is to be trained anew
-                path.rename(tmp_path / path.name)
-            process = subprocess.Popen(line, cwd=lab, start_new_session=True, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
-            wait_for(lambda: list((lab / "experiments").glob("2*killed-rate*/checkpoint.pt")))
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        done = subprocess.run(line, cwd=lab, text=True, capture_output=True)
+            last, = (lab / "experiments").glob("2*train_gpt-*_seed1")
+            last.rename(tmp_path / last.name)
+            driver = start(lab, *line, out=os.devnull, err=os.devnull,
+                           env=os.environ | {"TAMPER": KILLS_BOTH})
+            driver.join()
+            assert driver.exitcode == -signal.SIGKILL
+            broken, = (lab / "experiments").glob("2*killed-rate*")
+            assert (broken / "checkpoint.pt").exists() and not (broken / "summary.json").exists()
+        done = run_script(lab, *line, expect=None)
         found[name] = json.loads(done.stdout)
         assert done.returncode in (0, 1, 2), done.stderr
     whole, killed = found["whole"], found["killed"]

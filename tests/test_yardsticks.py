@@ -7,6 +7,9 @@ import dataclasses
 import json
 import math
 import re
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from shapes import wrong_shapes
-from test_resume import DIE_AFTER, KEEP, assert_same_run
-from tiny_runs import EAGER, ROOT, TINY, drive, newest, rows_of, run, summary_of
+from test_resume import KEEP, assert_same_run
+from tiny_runs import EAGER, ROOT, TINY, drive, newest, rows_of, run, summary_of, train_here
 from torch import nn
 
+import convert
 import train_gpt
 import train_llama3
 import train_nanogpt
@@ -25,9 +29,12 @@ from benchtop import memory, places
 from benchtop.folder import read_weights
 from benchtop.knobs import known_knobs, parse_config
 from benchtop.machine import World
+from benchtop.run import Run, start
 from benchtop.sampling import generate
 from benchtop.tokenizer import load_tokenizer
 from train_gpt import PRESETS
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 SCRIPTS = pytest.mark.parametrize("script", [train_nanogpt, train_llama3],
                                   ids=lambda script: script.__name__)
@@ -59,23 +66,59 @@ def talkative(script, **knobs) -> train_gpt.Model:
     return model
 
 
-def tiny_flags(script, **knobs) -> list[str]:
+def tiny_knobs(script, **knobs) -> dict:
     names = {field.name for field in dataclasses.fields(script.Config)}
-    return [f"--{knob}={value}" for knob, value in {**TINY, **knobs}.items() if knob in names]
+    return {knob: value for knob, value in {**TINY, **knobs}.items() if knob in names}
+
+
+def trained(folder: Path, script, **knobs) -> Path:
+    """Train in this process, where runs go to this folder; the run's folder."""
+    cfg = script.Config(**tiny_knobs(script, **knobs))
+    start(script.EXPERIMENT, cfg, World(cfg))
+    return Path(cfg.resume) if cfg.resume else newest(folder, cfg.model_name)
+
+
+WHOLE = dict(num_heads=4, num_steps=8, micro_batch_tokens=64, save_model=True)
+
+
+@pytest.fixture(scope="module")
+def whole(lab) -> Callable:
+    """whole(script) is its run in the lab that left weights and a checkpoint; several tests look at it."""
+    runs = {}
+
+    def whole(script) -> Path:
+        if script not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                for place in ("DATA", "TOKENIZERS", "EXPERIMENTS"):
+                    patch.setattr(places, place, lab / place.lower())
+                patch.setattr("benchtop.run.remove_checkpoints", lambda *_, **__: None)
+                runs[script] = trained(lab, script, **WHOLE, model_name=script.__name__)
+        return runs[script]
+    return whole
+
+
+@pytest.fixture
+def refusal_of(here, monkeypatch) -> Callable:
+    """refusal_of(train_nanogpt.EXPERIMENT.main, "--sample", ...) is the one line that it ends with."""
+    def refusal_of(main: Callable, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert isinstance(end.value.code, str) and "\n" not in end.value.code
+        return end.value.code
+    return refusal_of
 
 
 @SCRIPTS
-def test_a_run_is_like_every_other(lab, script):
-    name = script.__name__
-    run(lab, f"{name}.py", *tiny_flags(script, model_name=name), "--save_model")
-    folder = newest(lab, name)
+def test_a_run_is_like_every_other(lab, script, whole):
+    name, folder = script.__name__, whole(script)
     summary, rows = summary_of(folder), rows_of(folder)
     assert summary["status"] == "finished" and summary["script"] == f"{name}.py"
     assert {"train_gpt.py", f"{name}.py"} <= set(summary["sources"])
     assert (folder / f"{name}.txt").read_text() == (ROOT / f"{name}.py").read_text()
     assert float(rows[-1]["val_loss"]) < math.log(301)
     spoken = run(lab, f"{name}.py", "--sample", str(folder), "--prompt", "the cat", "--sample_tokens", "9")
-    assert spoken.stdout.startswith("the cat")
+    assert spoken.stdout.startswith("the cat") and spoken.stderr == ""
     (lab / "quiz.jsonl").write_text(json.dumps({"ctx": "the cat", "endings": ["sat", "tree"], "label": 0}))
     scored = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "quiz.jsonl")
     assert "quiz: 1 row\n" in scored.stdout
@@ -191,13 +234,11 @@ def test_steps_are_those_of_torch_with_its_clipping(script):
 
 
 @pytest.mark.parametrize("clip", [0, 1e-5])
-def test_the_loop_clips_what_is_too_long(lab, clip):
+def test_the_loop_clips_what_is_too_long(here, clip, monkeypatch):
     """With gradients cut to almost nothing, and a sizable eps, the weights hardly move."""
-    slow = AS.format(script="train_nanogpt") + "train_nanogpt.AdamW.eps = 1.0\n"
-    done = drive(lab, slow, *tiny_flags(train_nanogpt, model_name=f"clip{clip:g}", grad_clip=clip,
-                                        weight_decay=0, learning_rate=0.1, num_steps=6))
-    assert not done.returncode, done.stderr
-    rows = rows_of(newest(lab, f"clip{clip:g}"))
+    monkeypatch.setattr(train_nanogpt.AdamW, "eps", 1.0)
+    rows = rows_of(trained(here, train_nanogpt, model_name="clip", grad_clip=clip, weight_decay=0,
+                           learning_rate=0.1, num_steps=6))
     moved = abs(float(rows[0]["val_loss"] or rows[1]["val_loss"]) - float(rows[-1]["val_loss"]))
     assert (moved < 0.001) if clip else (moved > 0.01)
     assert float(rows[0]["grad_norm"]) > 0.1    # as it was before
@@ -279,53 +320,52 @@ def test_memory_counts_what_each_layer_keeps(script):
 
 
 @SCRIPTS
-def test_another_script_is_named_when_it_is_to_be_sampled(lab, script):
-    name = f"foreign-{script.__name__}"
-    run(lab, f"{script.__name__}.py", *tiny_flags(script, model_name=name, num_steps=1), "--save_model")
-    for other in {"train_gpt.py", "train_nanogpt.py", "train_llama3.py"} - {f"{script.__name__}.py"}:
-        done = run(lab, other, "--sample", str(newest(lab, name)), "--prompt", "a", expect=1)
-        assert f"was trained by {script.__name__}.py; use that script" in done.stderr
-        assert done.stderr.count("\n") == 1
+def test_another_script_is_named_when_it_is_to_be_sampled(script, whole, refusal_of):
+    for other in {train_gpt, train_nanogpt, train_llama3} - {script}:
+        said = refusal_of(other.EXPERIMENT.main, "--sample", whole(script), "--prompt", "a")
+        assert f"was trained by {script.__name__}.py; use that script" in said
 
 
 @pytest.mark.slow
 @SCRIPTS
-def test_two_processes_end_where_one_does(lab, script):
-    name = script.__name__.removeprefix("train_")
-    for processes in (1, 2):
-        knobs = tiny_flags(script, model_name=f"{name}-on-{processes}", micro_batch_tokens=64)
-        done = drive(lab, AS.format(script=script.__name__) + KEEP, *knobs, processes=processes)
-        assert not done.returncode, done.stderr
-    assert_same_run(newest(lab, f"{name}-on-1"), newest(lab, f"{name}-on-2"), exact=False)
+def test_two_processes_end_where_one_does(lab, script, whole):
+    knobs = tiny_knobs(script, **WHOLE, model_name=f"two-of-{script.__name__}")
+    knobs.pop("save_model")
+    done = drive(lab, AS.format(script=script.__name__) + KEEP,
+                 *[f"--{knob}={value}" for knob, value in knobs.items()], processes=2)
+    assert not done.returncode, done.stderr
+    assert_same_run(whole(script), newest(lab, knobs["model_name"]), exact=False)
+
+
+class Cut(Exception):
+    """The end of a run between two of its steps."""
 
 
 @pytest.mark.slow
 @SCRIPTS
-def test_a_killed_run_goes_on_to_the_bit(lab, script):
-    name, tamper = script.__name__.removeprefix("train_"), AS.format(script=script.__name__) + KEEP
-    done = drive(lab, tamper, *tiny_flags(script, model_name=f"{name}-whole"))
-    assert not done.returncode, done.stderr
-    cut = tiny_flags(script, model_name=f"{name}-cut")
-    assert drive(lab, tamper + DIE_AFTER.format(step=3, rank=0), *cut).returncode < 0
-    done = drive(lab, tamper, *cut, "--resume", "auto")
-    assert not done.returncode, done.stderr
-    assert_same_run(newest(lab, f"{name}-whole"), newest(lab, f"{name}-cut"))
+def test_a_run_that_is_cut_off_goes_on_to_the_bit(here, script, whole, monkeypatch):
+    def cut_off(run: Run, between_steps=Run.between_steps) -> None:
+        between_steps(run)
+        if run.step == 5:
+            raise Cut
+    monkeypatch.setattr("benchtop.run.remove_checkpoints", lambda *_, **__: None)
+    knobs = dict(**WHOLE, model_name="cut", save_every_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(Run, "between_steps", cut_off)
+        trained(here, script, **knobs)
+    cut = newest(here, "cut")
+    assert len(rows_of(cut)) == 5 and not (cut / "summary.json").exists()
+    assert_same_run(whole(script), trained(here, script, **knobs, resume=str(cut)))
 
 
 # ------------------------------------------------------------------------------------------------
 # Their weights in transformers, and GPT-2's weights from there
 # ------------------------------------------------------------------------------------------------
 
-def trained(lab: Path, script, **knobs) -> Path:
-    name = f"for-transformers-{script.__name__}"
-    run(lab, f"{script.__name__}.py", *tiny_flags(script, model_name=name, **knobs), "--save_model")
-    return newest(lab, name)
-
-
 @SCRIPTS
-def test_transformers_has_the_same_logits(lab, script, monkeypatch):
+def test_transformers_has_the_same_logits(lab, script, whole, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    folder = trained(lab, script, num_heads=4, num_steps=8)
+    folder = whole(script)
     run(lab, "convert.py", "to_transformers", str(folder))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "transformers")
     ours = model_of(script, script.Config(**known_knobs(folder, script.Config)))
@@ -377,42 +417,38 @@ def test_gpt2_comes_back_from_transformers(lab):
     ({"tie_word_embeddings": False}, "has tie_word_embeddings False"),
     ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx True"),
     ({"n_embd": None}, "has no n_embd"), ({}, "has no transformer.ln_f.weight")])
-def test_a_gpt2_that_is_built_otherwise_is_refused(lab, setting, word):
-    folder = lab / "hub" / "odd"
-    folder.mkdir(parents=True, exist_ok=True)
+def test_a_gpt2_that_is_built_otherwise_is_refused(here, refusal_of, setting, word):
+    folder = here / "odd"
+    folder.mkdir()
     config = {"model_type": "gpt2", "vocab_size": 301, "n_positions": 8, "n_embd": 8, "n_layer": 1,
               "n_head": 2, **setting}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items()
                                                     if value is not None}))
     save_file({"wte.weight": torch.zeros(301, 8), "wpe.weight": torch.zeros(8, 8)},
               folder / "model.safetensors")
-    done = run(lab, "convert.py", "from_transformers", "hub/odd", "--tokenizer", "tiny_v300_n1073741824",
-               expect=1)
-    assert done.stderr.count("\n") == 1 and word in done.stderr
+    assert word in refusal_of(convert.main, "from_transformers", folder, "--tokenizer",
+                              "tiny_v300_n1073741824")
 
 
-def test_a_run_without_its_knobs_is_not_converted(lab):
-    folder = trained(lab, train_nanogpt, num_steps=1)
-    (folder / "config.json").unlink()
-    done = run(lab, "convert.py", "to_transformers", str(folder), expect=1)
-    assert "config.json is missing or not what the run wrote" in done.stderr
+def test_a_run_without_its_knobs_is_not_converted(here, whole, refusal_of):
+    folder = here / "without_knobs"
+    without = shutil.ignore_patterns("transformers", "config.json")
+    shutil.copytree(whole(train_nanogpt), folder, ignore=without)
+    said = refusal_of(convert.main, "to_transformers", folder)
+    assert "config.json is missing or not what the run wrote" in said
     assert not (folder / "transformers").exists()
 
 
-def test_what_cannot_be_converted_is_said_in_one_line(lab):
-    llama = lab / "hub" / "llama"
-    llama.mkdir(parents=True, exist_ok=True)
+def test_what_cannot_be_converted_is_said_in_one_line(here, refusal_of):
+    llama = here / "llama"
+    llama.mkdir()
     (llama / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    run(lab, "train_gpt.py", *[f"--{knob}={value}" for knob, value in TINY.items()], "--model_name=own",
-        "--save_model")
-    own = str(newest(lab, "own"))
-    for direction, folder, word in [("from_transformers", "hub/llama", "of type llama; only gpt2"),
+    own = train_here(here, save_model=True, num_steps=1, val_every=1)
+    for direction, folder, word in [("from_transformers", llama, "of type llama; only gpt2"),
                                     ("from_transformers", "nowhere", "nowhere has no config.json"),
                                     ("to_transformers", "nowhere", "nowhere has no summary.json"),
                                     ("to_transformers", own, "no model like that of train_gpt.py")]:
-        done = run(lab, "convert.py", direction, folder, expect=1)
-        said = [line for line in done.stderr.splitlines() if "warning" not in line]
-        assert len(said) == 1 and word in said[0], done.stderr
+        assert word in refusal_of(convert.main, direction, folder)
 
 
 @SCRIPTS

@@ -82,11 +82,11 @@ def require_described(run: SavedRun) -> None:
     today, sha256 = places.ROOT / SCRIPT, run.summary.get("code_sha256")
     if sha256 == sha256_of(today):
         return
-    copies = [path for path in (run.folder / "code" / SCRIPT, run.folder.parent / SCRIPT)
-              if path.is_file() and sha256_of(path) == sha256]
+    places_of_it = [folder / Path(SCRIPT).with_suffix(".txt") for folder in (run.folder, run.folder.parent)]
+    copies = [path for path in places_of_it if path.is_file() and sha256_of(path) == sha256]
     if not copies:
-        raise UserError(f"{run.name} was made by another {SCRIPT} than today's, and no copy of it is in "
-                        f"{run.folder}/code or {run.folder.parent}; {REMEDY}")
+        raise UserError(f"{run.name} was made by another {SCRIPT} than today's, of which there is no copy as "
+                        f"{' or '.join(map(str, places_of_it))}; {REMEDY}")
     if program_of(copies[0]) != program_of(today):
         raise UserError(f"{run.name} was made by another {SCRIPT} than the appendix describes "
                         f"(diff {copies[0]} {SCRIPT}); {REMEDY}")

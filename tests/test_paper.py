@@ -106,7 +106,7 @@ def test_runs_of_todays_program_are_a_table_with_the_knobs_that_their_command_se
     assert build.facts_of_runs() == {"one.documents": "64", "one.tokens": "12,345"}
 
 
-@pytest.mark.parametrize("place", ["run/code", "."])
+@pytest.mark.parametrize("place", ["run", "."])
 def test_runs_of_another_program_than_the_appendix_describes_are_no_table(place, tmp_path, monkeypatch):
     source = (ROOT / "train_gpt.py").read_text()
     wordy = source.replace('"""Train a GPT.', '"""Learn.', 1) + "# a comment\n"
@@ -114,8 +114,7 @@ def test_runs_of_another_program_than_the_appendix_describes_are_no_table(place,
     assert len({source, wordy, computes_otherwise}) == 3
     run = kept_run(tmp_path / "run")
     for text, refused in [(wordy, ""), (computes_otherwise, "than the appendix describes")]:
-        copy = tmp_path / place / "train_gpt.py"
-        copy.parent.mkdir(exist_ok=True)
+        copy = tmp_path / place / "train_gpt.txt"
         copy.write_text(text)
         facts = json.loads((tmp_path / "run" / "summary.json").read_text()) | {"code_sha256": sha256_of(copy)}
         (tmp_path / "run" / "summary.json").write_text(json.dumps(facts))
@@ -125,7 +124,7 @@ def test_runs_of_another_program_than_the_appendix_describes_are_no_table(place,
         else:
             assert tables_of(run, monkeypatch)
         copy.write_text(source)         # not what made the run, as its hash tells
-        with pytest.raises(build.UserError, match=r"no copy of it is in .*/code or"):
+        with pytest.raises(build.UserError, match=r"no copy of it as .*/train_gpt.txt or"):
             tables_of(run, monkeypatch)
 
 

@@ -5,9 +5,9 @@
     python benchmarks/transfer.py --data books --vary train_tokens 250_000 1_000_000 4_000_000
 
 Unless other flags of train_gpt.py say otherwise, a run has 6 layers of width 256, rows of 512 tokens, 400,000
-training tokens, and the batch of the rule for budgets. For each value of the knob a parabola through the
-points near the lowest estimates the best factor; if the rules hold, it is near 1 at every value. Writes
-experiments/transfer_KNOB.csv and .png.
+training tokens, and the batch size that train_gpt.py chooses for the budget. For each value, a parabola
+fitted to the points around the lowest one estimates the best factor; if the rules hold, it is near 1 at every
+value. Writes experiments/transfer_KNOB.csv and .png.
 """
 
 import csv
@@ -26,7 +26,9 @@ from benchtop.errors import UserError
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
-NAMES = {"model_dim": "width", "num_layers": "layers", "train_tokens": "tokens"}
+# a knob -> what it is in the title, and a value in the legend
+NAMES = {"model_dim": ("width", "width {:,}"), "num_layers": ("depth", "{:,} layers"),
+         "train_tokens": ("budget", "{:,} tokens")}
 KNOBS = {"num_layers": 6, "model_dim": 256, "num_heads": 0, "seq_len": 512, "train_tokens": 400_000,
          "val_tokens": 400_000, "hellaswag_rows": 1, "val_every": 0, "num_samples": 0, "log_every": 20}
 COLUMNS = ("tokens", "num_steps", "val_bpb", "train_seconds", "seed", "device", "data_sha256", "code_sha256",
@@ -52,7 +54,7 @@ def train(script: str, name: str, flags: list[str]) -> dict:
 
 
 def best_factor(curve: dict[float, float]) -> float | None:
-    """Where a parabola in log(factor) is lowest: through the lowest point and two neighbours on each side.
+    """Where a parabola in log(factor) is lowest, fitted to the lowest point and up to two on each side.
 
     curve    factor -> val_bpb
     returns  None if the curve has no minimum between its ends
@@ -88,14 +90,15 @@ def draw(knob: str, curves: dict[int, dict[float, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    what, each = NAMES.get(knob, (knob, knob + " {:,}"))
     for value, curve in curves.items():
         axes.plot(curve.keys(), curve.values(), marker="o",
-                  label=f"{NAMES.get(knob, knob)} {value:,}, best factor {in_words(best_factor(curve))}")
+                  label=f"{each.format(value)}, best factor {in_words(best_factor(curve))}")
     factors = sorted({factor for curve in curves.values() for factor in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
     axes.set(xlabel="factor on all learning rates", ylabel="bits per byte of held-out text",
-             title=f"One learning rate at every {NAMES.get(knob, knob).removesuffix('s')}?")
+             title=f"One learning rate for every {what}?")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -113,9 +116,13 @@ def main() -> None:
     parser.add_argument("--script", default="train_gpt.py", help="a changed copy of train_gpt.py")
     args, flags = parser.parse_known_args()
     knob, values = values_of(args.vary)
+    if twice := {knob, *RATES} & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
+        raise UserError(f"--{min(twice)} is what this sweep varies; leave it out")
     rows, curves = [], {value: {} for value in values}
     for value, curve in curves.items():
         knobs = {**KNOBS, "data": args.data, knob: value}
+        if knob == "num_steps":     # instead of the tokens
+            del knobs["train_tokens"]
         shared = [f"--{name}={setting}" for name, setting in knobs.items()]
         for factor in args.factors:
             rates = [f"--{name}={factor * getattr(Config(), name):g}" for name in RATES]

@@ -11,6 +11,7 @@ log.py writes it during the run.
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -205,8 +206,10 @@ def saved_tokenizer(folder: Path) -> Encoding:
 
 
 def module_of(script: Path) -> ModuleType:
-    """Import a script as a module; its exceptions pass through."""
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script.stem), script)
+    """Import a script as a module; its exceptions pass through. Its name has a hash of the path, so that it
+    does not replace a module of a script with the same name in another folder."""
+    place = hashlib.sha256(str(script.resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"{script.stem}_{place}"), script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

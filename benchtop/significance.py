@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_RUNS = 10_000      # that runs_needed looks for
+MOST_RUNS = 10_000      # runs_needed does not search beyond this
 
 
 @dataclass(frozen=True)

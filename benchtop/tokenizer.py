@@ -179,7 +179,7 @@ def source_of(name: str) -> str:
 
 def may_have_seen(manifest: dict) -> str:
     """A warning if a dataset's tokenizer may have seen its held-out documents: it was trained on another
-    version of the text, or with less of it held out (in earlier versions); empty if not, or if unknown."""
+    version of the text, or with less of it held out, or none; empty if not, or if unknown."""
     for source in manifest.get("sources", ()):      # of a mixture
         if warning := may_have_seen({"tokenizer": manifest["tokenizer"]} | source):
             return warning
@@ -187,8 +187,8 @@ def may_have_seen(manifest: dict) -> str:
     try:
         there = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))
         words = {source.rpartition("-")[0] for source in (there["source"], manifest["source"])}
-        rules = [facts["held_out"] and Rule.of_facts(facts["held_out"]) for facts in (there, manifest)]
-        covered = not rules[1] or (rules[0] is not None and rules[0].covers(rules[1]))
+        rule = None if there["held_out"] is None else Rule.of_facts(there["held_out"])
+        covered = rule is not None and rule.covers(Rule.of_facts(manifest["held_out"]))
     except (OSError, ValueError, KeyError, TypeError):      # gpt2 has no folder, old ones lack these facts
         return ""
     if covered or len(words) > 1:

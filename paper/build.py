@@ -5,8 +5,8 @@
 
 paper.tex is yours to write. TABLES and FIGURES below name the runs that it shows. Constants in the text are
 written \\fact{...} and read from the code: the build stops if one is not found, so the appendix cannot
-describe what the code does not do. It also stops if another train_gpt.py than today's made the runs (comments
-and docstrings may differ), so that method and results belong to the same program.
+describe what the code does not do. It also stops if a different version of train_gpt.py made the runs, so
+that method and results belong to the same program; changes to comments and docstrings do not count.
 """
 
 import ast
@@ -82,13 +82,13 @@ def require_described(run: SavedRun) -> None:
     today, sha256 = places.ROOT / SCRIPT, run.summary.get("code_sha256")
     if sha256 == sha256_of(today):
         return
-    places_of_it = [folder / Path(SCRIPT).with_suffix(".txt") for folder in (run.folder, run.folder.parent)]
-    copies = [path for path in places_of_it if path.is_file() and sha256_of(path) == sha256]
+    candidates = [folder / Path(SCRIPT).with_suffix(".txt") for folder in (run.folder, run.folder.parent)]
+    copies = [path for path in candidates if path.is_file() and sha256_of(path) == sha256]
     if not copies:
-        raise UserError(f"{run.name} was made by another {SCRIPT} than today's, of which there is no copy as "
-                        f"{' or '.join(map(str, places_of_it))}; {REMEDY}")
+        raise UserError(f"{run.name} was made by a different version of {SCRIPT}, and there is no copy of "
+                        f"that version at {' or '.join(map(str, candidates))}; {REMEDY}")
     if program_of(copies[0]) != program_of(today):
-        raise UserError(f"{run.name} was made by another {SCRIPT} than the appendix describes "
+        raise UserError(f"{run.name} was made by a different version of {SCRIPT} than the appendix describes "
                         f"(diff {copies[0]} {SCRIPT}); {REMEDY}")
 
 

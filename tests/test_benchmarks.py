@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def measure(lab):
     """Runs a benchmark of the lab's copy and gives what it says."""
-    shutil.copytree(ROOT / "benchmarks", lab / "benchmarks")
+    shutil.copytree(ROOT / "benchmarks", lab / "benchmarks", dirs_exist_ok=True)
 
     def measure(name: str, *arguments: str) -> str:
         return run(lab, forking(lab), f"benchmarks/{name}", *arguments).stdout
@@ -249,21 +249,35 @@ def test_the_benchmark_of_the_step_names_floor_and_share(measure):
     assert rows == ["demo"]
 
 
-SWEPT = ("--train_tokens 0 --num_steps 2 --batch_tokens 256 --val_tokens 256 --seq_len 64 --model_dim 16 "
-         "--compile off")
+SWEPT = {"num_layers": 2, "model_dim": 16, "train_tokens": 512, "batch_tokens": 256, "val_tokens": 256,
+         "seq_len": 64, "compile": "off"}
 
 
-def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path):
-    said = measure("transfer.py", "--data", "tiny", "--vary", "num_layers", "1", "2", "--factors", "1", "2",
-                   *SWEPT.split())
-    with open(lab / "experiments/transfer_num_layers.csv", newline="") as file:
+def sweep_of(knob: str, *values: str) -> list[str]:
+    """The words of a tiny sweep."""
+    others = [f"--{name}={value}" for name, value in SWEPT.items() if name != knob]
+    return ["--vary", knob, *values, *others]
+
+
+@pytest.mark.parametrize(("knob", "values"), [("num_layers", ("1", "2")), ("model_dim", ("16", "32")),
+                                              ("train_tokens", ("512", "1024"))])
+def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path, knob, values):
+    said = measure("transfer.py", "--data", "tiny", "--factors", "1", "2", *sweep_of(knob, *values))
+    with open(lab / f"experiments/transfer_{knob}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    points = {(row["num_layers"], row["factor"]): row["val_bpb"] for row in rows}
-    assert list(points) == [("1", "1.0"), ("1", "2.0"), ("2", "1.0"), ("2", "2.0")]
+    points = {(row[knob], row["factor"]): row["val_bpb"] for row in rows}
+    assert list(points) == [(value, factor) for value in values for factor in ("1.0", "2.0")]
     assert re.findall(r"val_bpb (\S+)", said) == [f"{float(bpb):.4f}" for bpb in points.values()]
     assert len(set(points.values())) == 4 and all(0 < float(bpb) < 20 for bpb in points.values())
     assert {row["code_sha256"] for row in rows} == {sha256_of(lab / "train_gpt.py")}
-    assert (lab / "experiments/transfer_num_layers.png").read_bytes().startswith(b"\x89PNG")
+    assert (lab / f"experiments/transfer_{knob}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_sweep_varies_cannot_be_set(measure, lab: Path):
+    for flag in ("--num_layers=3", "--muon_lr=0.1"):
+        done = run(lab, forking(lab), "benchmarks/transfer.py", "--data", "tiny", flag,
+                   *sweep_of("num_layers", "1"), expect=None)
+        assert f"{flag.partition('=')[0]} is what this sweep varies" in done.stderr and done.returncode
 
 
 def test_a_sweep_survives_a_rate_that_is_too_high_and_nothing_else(measure, lab: Path):
@@ -274,9 +288,8 @@ def test_a_sweep_survives_a_rate_that_is_too_high_and_nothing_else(measure, lab:
     (lab / "wild.py").write_text(wild)
 
     def sweep(data: str) -> subprocess.CompletedProcess:
-        words = (f"benchmarks/transfer.py --vary num_layers 2 --factors 2 1 {SWEPT} --data {data} "
-                 "--script wild.py")
-        return run(lab, forking(lab), *words.split(), expect=None)
+        return run(lab, forking(lab), "benchmarks/transfer.py", "--factors", "2", "1", "--data", data,
+                   "--script", "wild.py", *sweep_of("num_layers", "2"), expect=None)
     done = sweep("tiny")
     assert done.returncode == 0 and "failed: " in done.stdout and "is nan" in done.stdout, done.stderr
     values = re.findall(r"val_bpb (\S+)", done.stdout)

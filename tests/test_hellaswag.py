@@ -960,7 +960,8 @@ def test_another_benchmark_is_scored_by_a_saved_run_as_at_its_end(lab, with_othe
 
 
 def test_questions_of_ones_own_are_scored_by_a_saved_run(lab, in_lab, command):
-    folder = train_here(lab, model_name="own", save_model=True)
+    run(lab, "train_gpt.py", *flags(model_name="own"), "--save_model")
+    folder = newest(lab, "own")
     (lab / "mine.jsonl").write_text('{"ctx": "the cat", "endings": ["sat", "ran", "dog"], "label": 0}\n' * 3)
     said = command("--score", folder, "--task", "mine.jsonl")
     assert "mine: 3 rows" in said and "chance                 0.3333" in said

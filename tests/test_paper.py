@@ -124,7 +124,7 @@ def test_runs_of_another_program_than_the_appendix_describes_are_no_table(place,
         else:
             assert tables_of(run, monkeypatch)
         copy.write_text(source)         # not what made the run, as its hash tells
-        with pytest.raises(build.UserError, match=r"no copy of it as .*/train_gpt.txt or"):
+        with pytest.raises(build.UserError, match=r"no copy of that version at .*/train_gpt\.txt or"):
             tables_of(run, monkeypatch)
 
 

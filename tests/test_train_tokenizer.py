@@ -595,7 +595,7 @@ def test_a_tokenizer_that_held_nothing_out_has_seen_what_its_data_hold_out(bench
     rule = Rule(16, test=None).facts()
     path = bench / "tokenizers/mine/meta.json"
     path.parent.mkdir(parents=True)
-    for held_out, seen in [(None, True), (rule, False)]:
+    for held_out, seen in [(None, True), (rule, False), *((damage, False) for damage in ({}, "", 0, [], 7))]:
         path.write_text(json.dumps({"source": "texts-1", "held_out": held_out}))
         manifest = {"tokenizer": "mine", "source": "texts-1", "held_out": rule}
         warning = benchtop.tokenizer.may_have_seen(manifest)

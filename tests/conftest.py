@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from launch import copy_scripts, run
 
@@ -123,6 +124,15 @@ def lab(tmp_path_factory) -> Path:
     run(folder, "download_fineweb.py", "--version", "text.jsonl", "--tokenizer", "tiny", "--num_workers", "1",
         "--name", "tiny")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A module's tests in this process use one thread; more are slower on tiny tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from benchtop.groups import Group, SavedRun
 from benchtop.initial import draw_weights
 from benchtop.machine import World
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,6 @@ def measure(lab):
     def measure(name: str, *arguments: str) -> str:
         return run(lab, forking(lab), f"benchmarks/{name}", *arguments).stdout
     return measure
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More are slower on tensors as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_tokenizer_benchmark_compares_the_same_merges(measure):

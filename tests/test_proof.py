@@ -33,6 +33,8 @@ from benchtop.fitness import Proof
 from benchtop.machine import MIX_ORDER, Kernels, World
 from train_gpt import EXPERIMENT, GPT, Config, Context
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--dtype", "float32", "--compile", "off", "--num_layers", "2", "--model_dim", "32",
         "--num_heads", "2", "--seq_len", "64", "--batch_tokens", "256"]
@@ -47,15 +49,6 @@ class OnCuda(Proof):
 def proof_of(*flags: str, kind: type[Proof] = Proof) -> Proof:
     cfg = proof.config_of("demo", [*TINY, *flags])
     return kind(EXPERIMENT, cfg.with_budget(10**12), World(cfg))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More are slower on tensors as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def status_of(findings) -> list[str]:

@@ -21,6 +21,7 @@ LIBRARIES = ["torch", "torch.distributed", "torch._dynamo", "numpy", "tiktoken",
 # run then take less than half of the time. What a script does to its process stays there. Elsewhere than on
 # Linux, a process must not fork once it has imported them.
 FORKS = sys.platform == "linux"
+PATIENCE = 3000     # seconds until a process counts as hanging; on a busy machine, all take long
 forked = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 forked.set_forkserver_preload(LIBRARIES)
 
@@ -74,13 +75,19 @@ def start_script(script: str, arguments: tuple[str, ...], folder: str, env: dict
     elif arguments[:2] == ("torch.distributed.run", "--standalone"):
         be_torchrun(int(arguments[2].partition("=")[2]), *arguments[3:])
     else:
+        import_from(folder)
         module, *sys.argv[1:] = arguments
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def import_from(folder: str) -> None:
+    """Import from this folder first, and from the repository only what it has to itself."""
+    sys.path = [folder, *(place for place in sys.path if place not in ("", str(ROOT)))]
+
+
 def be_script(script: str, *arguments: str) -> None:
     path = Path(script).resolve()
-    sys.path = [str(path.parent), *(place for place in sys.path if place not in ("", str(ROOT)))]
+    import_from(str(path.parent))
     sys.argv = [script, *arguments]
     try:
         runpy.run_path(str(path), run_name="__main__")
@@ -106,7 +113,7 @@ def run(folder: Path, script: str, *arguments: str, expect: int | None = 0, env:
     """
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         process = start(folder, script, *arguments, out=out.name, err=err.name, env=env)
-        process.join(timeout=400)
+        process.join(timeout=PATIENCE)
         if process.is_alive():
             process.kill()
             raise TimeoutError(f"{script} {' '.join(arguments)}: {out.read()}{err.read()}")
@@ -117,7 +124,8 @@ def run(folder: Path, script: str, *arguments: str, expect: int | None = 0, env:
 
 
 def forking(folder: Path) -> str:
-    """The name of run_forking.py, which is copied into a Benchtop: it runs another of its scripts."""
+    """Copy run_forking.py into a Benchtop and return its name; `python run_forking.py SCRIPT ...` runs
+    SCRIPT, and forks the runs that it starts."""
     shutil.copy(Path(__file__).with_name("run_forking.py"), folder)
     return "run_forking.py"
 

@@ -1,4 +1,7 @@
-"""Do what `python SCRIPT FLAGS` does, with runs forked from the server of tests/launch.py."""
+"""Do what `python SCRIPT FLAGS` does, with runs forked from the server of tests/launch.py.
+
+Of the options of subprocess those have a name here that the scripts use; any other is a TypeError.
+"""
 
 import os
 import runpy
@@ -26,7 +29,8 @@ spawn.get_preparation_data = without_main
 class Popen:
     """What Turns needs of subprocess.Popen; TAMPER has lines of Python for tests/drive.py."""
 
-    def __init__(self, words, stdout, env, **_):
+    def __init__(self, words, *, stdout, stderr, stdin, env):
+        assert words[0] == sys.executable and (stderr, stdin) == (subprocess.STDOUT, subprocess.DEVNULL)
         words, lines = words[1:], env.get("TAMPER", "").format(driver=os.getpid())
         if lines:
             words = [str(ROOT / "tests/drive.py"), os.getcwd(), lines, *words[1:]]
@@ -40,14 +44,28 @@ class Popen:
         return self.process.exitcode
 
 
-def run_forked(words, **how):
-    if words[0] != sys.executable:
-        return plain(words, **how)
-    return run(how.get("cwd") or os.getcwd(), *words[1:], expect=0 if how.get("check") else None)
+def run_forked(words, *, cwd=None, check=False, capture_output=False, text=False, errors="strict", stdin=None,
+               stdout=None):
+    """The run reads nothing, as this process does; and with any `errors`, what it says must be UTF-8."""
+    assert stdin in (None, subprocess.DEVNULL) and stdout in (None, subprocess.DEVNULL)
+    assert text == capture_output
+    done = run(cwd or os.getcwd(), *words[1:], expect=None)
+    done.args = words
+    if not capture_output:
+        sys.stdout.write("" if stdout else done.stdout)
+        sys.stderr.write(done.stderr)
+        done.stdout = done.stderr = None
+    if check:
+        done.check_returncode()
+    return done
 
 
-plain, subprocess.run = subprocess.run, run_forked
+def run_or_fork(words, **how):
+    return (run_forked if words[0] == sys.executable else plain)(words, **how)
+
+
+plain, subprocess.run = subprocess.run, run_or_fork
 benchtop.turns.subprocess = SimpleNamespace(Popen=Popen, STDOUT=subprocess.STDOUT, DEVNULL=subprocess.DEVNULL)
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")

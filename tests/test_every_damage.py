@@ -6,7 +6,6 @@ Run: ./run.sh test tests/test_every_damage.py -s       (-s counts the cases and 
 
 import contextlib
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
@@ -23,12 +22,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_resume import stop_here, tensors_of
-from tiny_runs import TINY, rows_of, train_here
+from test_resume import resume_here, stop_here, tensors_of
+from tiny_runs import TINY, rows_of, summary_of, train_here
 
 import compare
 import download_fineweb
-from benchtop import identity, places
+from benchtop import places
 from benchtop.errors import UserError
 from benchtop.groups import open_groups
 from benchtop.identity import NEUTRAL_KNOBS
@@ -127,12 +126,18 @@ class Scene:
              second part, a hash, must change with the first
     unsigned  files in which nothing tells that a bit is another one
     optional  files that may be missing
+    go_on    the answer after all that follows, where `read` breaks off what takes long; asked for only in the
+             first TO_THE_END cases of each file that are read right
     """
     files: list[str]
     read: Callable[[Path], object]
     content: bool = False
     unsigned: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    go_on: Callable[[Path], object] | None = None
+
+
+TO_THE_END = 2
 
 
 def text_scene(folder: Path) -> Scene:
@@ -210,11 +215,13 @@ def resumed_scene(folder: Path) -> Scene:
     for old in ("checkpoint_previous.pt", "checkpoint_best.pt"):
         (run / old).unlink(missing_ok=True)
     shutil.rmtree(run / "code")     # many files, which nobody reads here
-    packages = functools.cache(identity.installed_packages)     # they are the same in each case
+    name = f"experiments/{run.name}"
+
+    class Seen(Exception):
+        """The end of a run that has been looked at."""
 
     def read(folder: Path) -> object:
-        """All that the training loop gets; what it does with that, test_resume.py looks at."""
-        run, = (folder / "experiments").glob("2*")
+        """All that the training loop gets."""
         found = []
 
         def look(run: Run) -> None:
@@ -226,14 +233,22 @@ def resumed_scene(folder: Path) -> Scene:
                           if knob not in NEUTRAL_KNOBS})
             found.extend((name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
                          for name, tensor in state.items())
-            raise KeyboardInterrupt
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(identity, "installed_packages", packages)
-            cfg = parse_config(["--resume", str(run), "--micro_batch_tokens", "128"], Config)
+            raise Seen
+        with contextlib.suppress(Seen):
+            cfg = parse_config(["--resume", str(folder / name), "--micro_batch_tokens", "128"], Config)
             start(dataclasses.replace(EXPERIMENT, train=look), cfg, World(cfg))
         return found
-    name = f"experiments/{run.name}"
-    return Scene([f"{name}/{file}" for file in ("config.json", "checkpoint.pt", "metrics.csv")], read)
+
+    def go_on(folder: Path) -> object:
+        """What the run leaves at its end."""
+        resume_here("--resume", str(folder / name))
+        run = folder / name
+        rows, summary = rows_of(run), summary_of(run)
+        assert len(rows) == 6 and summary["status"] == "finished"
+        return ([(row["step"], row["train_loss"], row["val_loss"]) for row in rows], summary["best_val_bpb"],
+                *((run / file).read_bytes() for file in ("samples.jsonl", "held_out.csv", "loss.png")))
+    return Scene([f"{name}/{file}" for file in ("config.json", "checkpoint.pt", "metrics.csv")], read,
+                 go_on=go_on)
 
 
 def compared_scene(folder: Path) -> Scene:
@@ -269,11 +284,11 @@ def task_scene(folder: Path) -> Scene:
 # The walk
 # ------------------------------------------------------------------------------------------------
 
-def outcome(scene: Scene, folder: Path, capsys) -> tuple[str, object, str]:
+def outcome(read: Callable[[Path], object], folder: Path, capsys) -> tuple[str, object, str]:
     """"read" or "refused", what was read, and what was said of it."""
     capsys.readouterr()
     try:
-        found = scene.read(folder)
+        found = read(folder)
     except UserError as error:
         found = str(error)
     except OSError as error:        # as benchtop.command_line.command says it
@@ -299,22 +314,33 @@ def walk(make: Callable[[Path], Scene], folder: Path, capsys, monkeypatch) -> Co
     scene = make(whole)
     pristine = folder / "pristine"
     shutil.copytree(whole, pristine, symlinks=True)
-    kind, wanted, usual = outcome(scene, whole, capsys)
+
+    def reading(read: Callable[[Path], object], file: str = "", damage: Callable[[Path], None] | None = None,
+                ) -> tuple[str, object, str]:
+        """The outcome for what is whole but for this damage; at the same path, since answers name it."""
+        shutil.rmtree(whole)
+        shutil.copytree(pristine, whole, symlinks=True)
+        if damage:
+            damage(whole / file)
+        return outcome(read, whole, capsys)
+    kind, wanted, usual = reading(scene.read)
     assert kind == "read", wanted
+    wanted_at_the_end = scene.go_on and reading(scene.go_on)[:2]
     for file in scene.files:
         raw = (pristine / file).read_bytes()
         changes = {name: change(raw) for name, change in (WRITTEN_OTHERWISE | DAMAGE).items()}
         cases = [(name, lambda path, raw=changed: path.write_bytes(raw))
                  for name, changed in changes.items() if changed != raw]
         cases += [(place.__name__, place) for place in PLACES]
+        gone_on = 0
         for name, damage in cases:
-            # at the same path, since answers name it
-            shutil.rmtree(whole)
-            shutil.copytree(pristine, whole, symlinks=True)
-            damage(whole / file)
             case = f"{file}: {name}"
             try:
-                kind, found, said = outcome(scene, whole, capsys)
+                kind, found, said = reading(scene.read, file, damage)
+                if scene.go_on and found == wanted and gone_on < TO_THE_END:
+                    gone_on += 1
+                    at_the_end = reading(scene.go_on, file, damage)[:2]
+                    assert at_the_end == wanted_at_the_end, f"not {wanted_at_the_end}, but {at_the_end}"
             except Exception as error:
                 wrong.append(f"{case}: {type(error).__name__}: {error}")
                 continue

@@ -48,12 +48,13 @@ def parquet(seed: int, rows: int = 100) -> bytes:
     return raw.getvalue()
 
 
-# Starts scripts in forks of a process that has imported the libraries. huggingface_hub reads its environment
-# when it is imported, so this process has a Hub and a cache of its own
+# Starts scripts in forks of a process that has imported the libraries.
+# huggingface_hub reads its environment on import, so these forks come from a server of their own, started
+# with the fake Hub's environment.
 FORKER = f"""
 import gc, json, multiprocessing, os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import argparse, concurrent.futures.process, httpx2, lzma, numpy, pyarrow.parquet, regex, tiktoken, tqdm
+import argparse, concurrent.futures.process, lzma, numpy, pyarrow.parquet, regex, tiktoken, tqdm
 import huggingface_hub.file_download, huggingface_hub.hf_api, huggingface_hub.utils
 from launch import start_script
 multiprocessing.set_forkserver_preload(["__main__"])    # for workers, as without launch.py
@@ -63,37 +64,54 @@ for line in sys.stdin:
     child = multiprocessing.get_context("fork").Process(target=start_script, args=(
         script, arguments, os.getcwd(), dict(os.environ), said))
     child.start()
-    print(child.pid, flush=True)
+    print("pid", child.pid, flush=True)
     child.join()
-    print(child.exitcode, flush=True)
+    print("exit", child.exitcode, flush=True)
 """
 
 
 class Job:
-    """A script in a fork of FORKER's process, with as much of Popen as is needed here."""
+    """A script in a fork of FORKER's process, with as much of Popen as is needed here.
+
+    Its output has a folder of its own, to which its workers may still write when the next job has begun.
+    """
+    numbers = itertools.count()
 
     def __init__(self, forker: subprocess.Popen, folder: Path, args: list[str]):
         self.forker, self.args, self.returncode = forker, args, None
-        folder.mkdir(parents=True, exist_ok=True)
-        said = [folder / name for name in ("out", "err")]
+        outputs = folder / str(next(self.numbers))
+        outputs.mkdir(parents=True)
+        said = [outputs / "out", outputs / "err"]
         for path in said:
-            path.write_text("")
+            path.touch()
         forker.stdin.write(json.dumps([list(map(str, said)), *args]).encode() + b"\n")
-        self.pid = int(forker.stdout.readline())
+        self.pid = self._number_after("pid")
         self.stdout, self.stderr = map(open, said)
 
-    def poll(self, timeout: float = 0) -> int | None:
+    def _number_after(self, word: str) -> int:
+        """The number in the next line of FORKER, which must begin with this word."""
+        line = self.forker.stdout.readline().decode()
+        assert re.fullmatch(rf"{word} -?\d+\n", line), f"not {word}, but {line!r}"
+        return int(line.split()[1])
+
+    def poll(self, timeout: float | None = 0) -> int | None:
+        """The exit code, or None if it does not come within these seconds (None: wait for it)."""
         if self.returncode is None and select.select([self.forker.stdout], [], [], timeout)[0]:
-            self.returncode = int(self.forker.stdout.readline())
+            self.returncode = self._number_after("exit")
         return self.returncode
 
+    def wait(self) -> int:
+        return self.poll(timeout=None)
+
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
         if self.poll(timeout) is None:
             self.kill()
+            self.wait()
             raise TimeoutError(self.stdout.read() + self.stderr.read())
         with self.stdout, self.stderr:
             return self.stdout.read(), self.stderr.read()
@@ -101,7 +119,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def kit(lab, tmp_path_factory):
-    """A Hub, a Benchtop with a tokenizer that asks it, and FORKER's process there."""
+    """A Hub, a Benchtop with a tokenizer that asks it, and FORKER's process there, if it may fork."""
     folder = tmp_path_factory.mktemp("kit")
     copy_scripts(folder)
     patient = (folder / "benchtop/hub.py").read_text()
@@ -112,19 +130,22 @@ def kit(lab, tmp_path_factory):
         fake.files[REPO][path] = parquet(number)
     for number, path in enumerate(CLIMBMIX_FILES, start=10):
         fake.files[CLIMBMIX][path] = parquet(number)
-    forker = subprocess.Popen([sys.executable, "-c", FORKER], cwd=folder, bufsize=0, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env=fake.environment(folder / "home"))
-    yield folder, fake, forker
-    with forker:
-        forker.kill()
+    forker = FORKS and subprocess.Popen(
+        [sys.executable, "-c", FORKER], cwd=folder, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=fake.environment(folder / "home"))
+    yield folder, fake, forker or None
+    if forker:
+        with forker:
+            forker.kill()
     fake.close()
 
 
 class Bench:
     """Runs the script against the Hub, with a cache of its own, which is empty at first."""
 
-    def __init__(self, folder: Path, fake: FakeHub, forker: subprocess.Popen):
+    def __init__(self, folder: Path, fake: FakeHub, forker: subprocess.Popen | None):
         self.folder, self.hub, self.forker, self.home = folder, fake, forker, folder / "home"
+        self.jobs: list[Job | subprocess.Popen] = []
         self.env = fake.environment(self.home)
         fake.behave()
         for place in (folder / "data", self.home):
@@ -138,10 +159,12 @@ class Bench:
     def start(self, *flags: str, script: list[str] | None = None, **env: str) -> Job | subprocess.Popen:
         """Start the script, or this one; with more in its environment, as a process from scratch."""
         line = script or self.command(*flags)
-        if FORKS and not env:
-            return Job(self.forker, self.folder / "said", line)
-        return subprocess.Popen([sys.executable, *line], cwd=self.folder, env=self.env | env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if self.forker and not env:
+            self.jobs.append(Job(self.forker, self.folder / "said", line))
+        else:
+            self.jobs.append(subprocess.Popen([sys.executable, *line], cwd=self.folder, env=self.env | env,
+                                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return self.jobs[-1]
 
     def run(self, *flags: str, script: list[str] | None = None, code: int = 0, **env: str,
             ) -> subprocess.CompletedProcess:
@@ -175,7 +198,11 @@ def undisturbed(kit):
 
 @pytest.fixture
 def bench_of_hub(kit, undisturbed):
-    return Bench(*kit)
+    bench = Bench(*kit)
+    yield bench
+    for job in bench.jobs:      # a test that fails may leave one at work
+        job.kill()
+        job.wait()
 
 
 # ------------------------------------------------------------------------------------------------

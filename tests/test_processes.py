@@ -42,12 +42,13 @@ def plain(error: str) -> str:
     return "\n".join(line for line in error.splitlines() if line.startswith("train_gpt.py: error"))
 
 
-@pytest.mark.parametrize(("deed", "timeout"),
-                         [("os.kill(os.getpid(), signal.SIGKILL)", 600),
-                          ("signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(10_000)", 5)],
-                         ids=["dead", "silent"])
-def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed, timeout):
-    """A dead one is noticed long before the timeout, a silent one by it.
+@pytest.mark.parametrize(("deed", "timeout", "patience"), [
+    ("os.kill(os.getpid(), signal.SIGKILL)", 600, 0),
+    ("signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(10_000)", 5, 0),
+    ("time.sleep(10_000)", 5, TORCHRUNS_PATIENCE)], ids=["dead", "silent", "deaf"])
+def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed, timeout, patience):
+    """A dead one is noticed long before the timeout, a silent one by it. One that hangs in training is deaf,
+    too: its handler of SIGTERM waits for the end of the step, and torchrun has to kill it.
 
     How long that may take on top is told by how long the same processes took for three steps before.
     """
@@ -55,8 +56,8 @@ def test_a_dead_or_silent_process_ends_all_promptly_with_a_clear_line(lab, deed,
     done = drive(lab, AT_STEP_3.format(deed=deed),
                  *flags(num_steps=10**6, model_name="lost", timeout_seconds=timeout), processes=2)
     ended, lost = time.time(), float((lab / "step_3_at").read_text())
-    needed = TORCHRUNS_PATIENCE + (timeout if "sleep" in deed else 0)
-    assert done.returncode and ended - lost < needed + 2 * (lost - begun)
+    needed = patience + (timeout if "sleep" in deed else 0)
+    assert done.returncode and ended - lost < needed + 5 * (lost - begun)
     said = f"process 0 of 2 lost another process, which died or was silent for {timeout} s"
     assert said in plain(done.stderr), done.stderr
     assert "start again with --resume auto" in plain(done.stderr)

@@ -122,8 +122,8 @@ HeldOut.evaluate = evaluate
 
 
 def test_a_run_that_is_killed_again_and_again_goes_on_to_the_bit(lab, whole):
-    """Killed where each step is saved, between the checkpoint of a step and its validation, between two
-    validations, behind one, and between two saves; with the same ten validations."""
+    """Killed (1) after a step that was saved, (2) between a checkpoint and its validation, (3) between two
+    validations, (4) right after one, (5) between two saves; with the same ten validations."""
     name, saved = "killedoften", [7, 8, 10, 12, 18]
     deaths = [("--save_every_steps=1", DIE_AFTER.format(step=7, rank=0)),
               ("--save_every_steps=0", IN_EVALUATE),

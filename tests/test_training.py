@@ -69,7 +69,7 @@ def with_model(model: type[GPT]) -> Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """A run in the lab that several tests look at."""
+    """A run that several tests look at."""
     folder: Path
     said: str               # on stdout
     drawn: list[int]        # steps after which loss.png was drawn
@@ -79,7 +79,13 @@ class Watched:
 KNOBS = {**CALM, "batch_tokens": 320, "num_steps": 8}
 
 
-def watched(lab: Path, experiment: Experiment = EXPERIMENT, **knobs) -> Watched:
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """Where this module's runs lie: a new folder whenever a worker comes back to the module."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+def watched(lab: Path, shelf: Path, experiment: Experiment = EXPERIMENT, **knobs) -> Watched:
     drawn, collecting, real_step = [], [], Optimizer.step
 
     def draw(path: Path, rows: list[dict], *others) -> None:
@@ -90,33 +96,33 @@ def watched(lab: Path, experiment: Experiment = EXPERIMENT, **knobs) -> Watched:
         collecting.append(gc.isenabled())
         return real_step(*given)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        for place in ("DATA", "TOKENIZERS", "EXPERIMENTS"):
-            patch.setattr(places, place, lab / place.lower())
+        for place, home in (("DATA", lab), ("TOKENIZERS", lab), ("EXPERIMENTS", shelf)):
+            patch.setattr(places, place, home / place.lower())
         patch.setattr("benchtop.log.PICTURE_SECONDS", 10**6)
         patch.setattr("benchtop.log.draw_loss", draw)
         patch.setattr(Optimizer, "step", step)
-        folder = train_here(lab, experiment, **{**KNOBS, **knobs})
+        folder = train_here(shelf, experiment, **{**KNOBS, **knobs})
     collecting.append(gc.isenabled() and not gc.get_freeze_count())
     return Watched(folder, said.getvalue(), drawn, collecting)
 
 
 @pytest.fixture(scope="module")
-def whole(lab) -> Watched:
+def whole(lab, shelf) -> Watched:
     """A run that leaves everything that a run can leave."""
-    return watched(lab, model_name="whole", save_model=True, gpu_cost_per_hour=3600.0, peak_tflops=0.1)
+    return watched(lab, shelf, model_name="whole", save_model=True, gpu_cost_per_hour=3600.0, peak_tflops=0.1)
 
 
 @pytest.fixture(scope="module")
-def other(lab, whole) -> Watched:
+def other(lab, shelf, whole) -> Watched:
     """The same with another seed."""
-    return watched(lab, model_name="whole", save_model=True, seed=1)
+    return watched(lab, shelf, model_name="whole", save_model=True, seed=1)
 
 
 @pytest.fixture(scope="module")
-def again(lab, whole, other) -> Watched:
+def again(lab, shelf, whole, other) -> Watched:
     """The first run once more, and compared with the two."""
-    return watched(lab, model_name="again", save_model=True,
-                   compare_to=f"base={lab / 'experiments'}/*_whole*")
+    return watched(lab, shelf, model_name="again", save_model=True,
+                   compare_to=f"base={shelf}/experiments/*_whole*")
 
 
 def test_flops_are_those_of_the_windows_of_each_step(here):
@@ -227,7 +233,7 @@ def test_a_run_leaves_everything_that_made_it(lab, here, whole):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(lab, whole, other):
+def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(shelf, whole, other):
     summary = summary_of(whole.folder)
     _, end = whole.said.split("\n---\n")
     block = dict(line.split(": ") for line in end.splitlines())
@@ -239,7 +245,7 @@ def test_a_run_ends_with_lines_for_programs_that_agree_with_its_summary(lab, who
         assert block[key] == f"{wanted[key]:.{digits}f}"
     for key in ("tokens", "steps", "parameters"):
         assert int(block[key]) == wanted[key]
-    assert lab / block["run"] == whole.folder
+    assert shelf / block["run"] == whole.folder
     assert "\n---\n" in other.said and "mfu_percent" not in other.said      # of a CPU, no peak is known
 
 
@@ -336,7 +342,7 @@ def test_the_same_seed_gives_the_same_numbers(whole, again, other):
 
 
 @pytest.fixture(scope="module")
-def row_by_row(lab) -> SimpleNamespace:
+def row_by_row(lab, shelf) -> SimpleNamespace:
     """The same run again in micro-batches of one row; and how many graphs of them were alive at a time."""
     alive, most = 0, 0
 
@@ -353,8 +359,8 @@ def row_by_row(lab) -> SimpleNamespace:
     def done() -> None:
         nonlocal alive
         alive -= 1
-    folder = watched(lab, with_model(Counting), micro_batch_tokens=32, model_name="row_by_row").folder
-    return SimpleNamespace(folder=folder, most=most, left=alive)
+    run = watched(lab, shelf, with_model(Counting), micro_batch_tokens=32, model_name="row_by_row")
+    return SimpleNamespace(folder=run.folder, most=most, left=alive)
 
 
 def test_micro_batches_do_not_change_the_mathematics(whole, row_by_row):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launch import forking, start
+from launch import PATIENCE, forking, start
 from launch import run as run_script
 from tiny_runs import flags
 
@@ -540,7 +540,7 @@ def test_a_trial_that_is_told_to_stop_lets_its_run_save(lab, tmp_path):
     known = {*lab.glob(name)}
     wait_for(lambda: any(" 20/100000 " in log.read_text() for log in {*lab.glob(name)} - known))
     driver.terminate()
-    driver.join(timeout=60)
+    driver.join(timeout=PATIENCE)
     assert driver.exitcode == 128 + signal.SIGTERM
     assert "run the same command again to resume" in said.read_text()
     log, = {*lab.glob(name)} - known

@@ -114,7 +114,6 @@ def test_a_run_is_like_every_other(lab, script, whole):
     name, folder = script.__name__, whole(script)
     summary, rows = summary_of(folder), rows_of(folder)
     assert summary["status"] == "finished" and summary["script"] == f"{name}.py"
-    assert {"train_gpt.py", f"{name}.py"} <= set(summary["sources"])
     assert (folder / f"{name}.txt").read_text() == (ROOT / f"{name}.py").read_text()
     assert float(rows[-1]["val_loss"]) < math.log(301)
     spoken = run(lab, f"{name}.py", "--sample", str(folder), "--prompt", "the cat", "--sample_tokens", "9")
@@ -123,6 +122,17 @@ def test_a_run_is_like_every_other(lab, script, whole):
     scored = run(lab, "download_hellaswag.py", "--score", str(folder), "--task", "quiz.jsonl")
     assert "quiz: 1 row\n" in scored.stdout
     run(lab, "compare.py", str(folder), "--plot", "curves.png")
+
+
+@SCRIPTS
+def test_a_run_keeps_the_scripts_that_it_is_made_of_and_no_others(lab, script):
+    """In a process of its own, since that of the tests has imported all scripts."""
+    name = script.__name__
+    run(lab, f"{name}.py", *[f"--{knob}={value}" for knob, value in tiny_knobs(
+        script, num_heads=4, num_steps=1, num_samples=0, model_name=f"code-of-{name}").items()])
+    folder = newest(lab, f"code-of-{name}")
+    kept = {path.name for path in (folder / "code").glob("*.py")}
+    assert set(summary_of(folder)["sources"]) == kept == {"train_gpt.py", "train_nanogpt.py", f"{name}.py"}
 
 
 @SCRIPTS

@@ -189,8 +189,8 @@ def may_have_seen(manifest: dict) -> str:
         words = {source.rpartition("-")[0] for source in (there["source"], manifest["source"])}
         rule = None if there["held_out"] is None else Rule.of_facts(there["held_out"])
         covered = rule is not None and rule.covers(Rule.of_facts(manifest["held_out"]))
-    except (OSError, ValueError, KeyError, TypeError):      # gpt2 has no folder, old ones lack these facts
-        return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""       # gpt2 has no folder, and what earlier versions wrote lacks these facts
     if covered or len(words) > 1:
         return ""
     if there["source"] == manifest["source"]:

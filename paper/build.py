@@ -57,8 +57,9 @@ def tables() -> dict[str, str]:
     made = {}
     for name, (specs, although) in TABLES.items():
         groups = open_groups(specs)
-        for run in runs_of(SCRIPT, groups):
-            require_described(run)
+        for run in (run for group in groups for run in group.finished):
+            if run.summary.get("script") == SCRIPT:
+                require_described(run)
         check_comparable(groups, "val_bpb", although)
         made[f"{name}_knobs.tex"] = as_latex(knobs_table(groups)) + "\n"
         made[f"{name}.tex"] = as_latex(groups_table(groups)) + "\n"
@@ -71,10 +72,6 @@ def tables() -> dict[str, str]:
                               p_in_words(test.p).removeprefix("p ").removeprefix("= ")])
         made[f"{name}_differences.tex"] = as_latex(lines) + "\n"
     return made
-
-
-def runs_of(script: str, groups: list[Group]) -> list[SavedRun]:
-    return [run for group in groups for run in group.finished if run.summary.get("script") == script]
 
 
 def require_described(run: SavedRun) -> None:

@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from test_resume import resume_here, stop_here, tensors_of
-from tiny_runs import TINY, rows_of, summary_of, train_here
+from tiny_runs import TINY, redirect, rows_of, summary_of, train_here
 
 import compare
 import download_fineweb
@@ -310,7 +310,7 @@ def walk(make: Callable[[Path], Scene], folder: Path, capsys, monkeypatch) -> Co
     ends, wrong = Counter(), []
     whole = folder / "whole"
     whole.mkdir()
-    move_to(whole, monkeypatch)
+    redirect(monkeypatch, whole, whole)
     scene = make(whole)
     pristine = folder / "pristine"
     shutil.copytree(whole, pristine, symlinks=True)
@@ -360,11 +360,6 @@ def walk(make: Callable[[Path], Scene], folder: Path, capsys, monkeypatch) -> Co
                 wrong.append(f"{case}: changed, and nothing was said: {str(found)[:300]}")
     assert not wrong, "\n".join(wrong)
     return ends
-
-
-def move_to(folder: Path, monkeypatch) -> None:
-    for name in ("DATA", "TOKENIZERS", "EXPERIMENTS"):
-        monkeypatch.setattr(places, name, folder / name.lower())
 
 
 SCENES = {"text": (text_scene, 150), "shards with a manifest": (data_scene, 60),

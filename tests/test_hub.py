@@ -57,7 +57,6 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import argparse, concurrent.futures.process, lzma, numpy, pyarrow.parquet, regex, tiktoken, tqdm
 import huggingface_hub.file_download, huggingface_hub.hf_api, huggingface_hub.utils
 from launch import start_script
-multiprocessing.set_forkserver_preload(["__main__"])    # for workers, as without launch.py
 gc.freeze()     # so that no child copies what it only looks through
 for line in sys.stdin:
     said, script, *arguments = json.loads(line)

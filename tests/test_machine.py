@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import rows_of, summary_of, train_here
+from tiny_runs import redirect, rows_of, summary_of, train_here
 from torch.overrides import TorchFunctionMode
 
-from benchtop import host, machine, places
+from benchtop import host, machine
 from benchtop.errors import UserError
 from benchtop.machine import TILES, World, choose_compile, choose_device, choose_dtype, choose_kernels
 from train_gpt import GPT, Config, Optimizer
@@ -562,8 +562,7 @@ def on_the_cpu(lab, tmp_path_factory) -> list[dict]:
     """The rows of a run that pretends nothing."""
     folder = tmp_path_factory.mktemp("cpu")
     with pytest.MonkeyPatch.context() as patch:
-        for place, where in (("DATA", lab), ("TOKENIZERS", lab), ("EXPERIMENTS", folder)):
-            patch.setattr(places, place, where / place.lower())
+        redirect(patch, lab, folder)
         return rows_of(train_here(folder, **WHOLE))
 
 

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CALM, drive, newest, rows_of, run, summary_of, train_here
+from tiny_runs import CALM, drive, newest, redirect, rows_of, run, summary_of, train_here
 from tiny_runs import flags as tiny_flags
 
-from benchtop import places
 from benchtop.briefing import next_command
 from benchtop.checkpoints import CHECKPOINT_FORMAT, load_checkpoint, read_checkpoint
 from benchtop.command_line import program
@@ -367,9 +366,7 @@ def stopped_once(lab, tmp_path_factory) -> Path:
     """What stopped_run is a copy of."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("stopped")
-        for place, path in (("DATA", lab / "data"), ("TOKENIZERS", lab / "tokenizers"),
-                            ("EXPERIMENTS", folder / "experiments")):
-            patch.setattr(places, place, path)
+        redirect(patch, lab, folder)
         return stop_here(folder)
 
 

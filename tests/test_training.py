@@ -29,6 +29,7 @@ from tiny_runs import (
     drive,
     flags,
     newest,
+    redirect,
     rows_of,
     run,
     summary_of,
@@ -96,8 +97,7 @@ def watched(lab: Path, shelf: Path, experiment: Experiment = EXPERIMENT, **knobs
         collecting.append(gc.isenabled())
         return real_step(*given)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        for place, home in (("DATA", lab), ("TOKENIZERS", lab), ("EXPERIMENTS", shelf)):
-            patch.setattr(places, place, home / place.lower())
+        redirect(patch, lab, shelf)
         patch.setattr("benchtop.log.PICTURE_SECONDS", 10**6)
         patch.setattr("benchtop.log.draw_loss", draw)
         patch.setattr(Optimizer, "step", step)

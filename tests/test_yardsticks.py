@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from shapes import wrong_shapes
 from test_resume import KEEP, assert_same_run
-from tiny_runs import EAGER, ROOT, TINY, drive, newest, rows_of, run, summary_of, train_here
+from tiny_runs import EAGER, ROOT, TINY, drive, newest, redirect, rows_of, run, summary_of, train_here
 from torch import nn
 
 import convert
@@ -89,8 +89,7 @@ def whole(lab) -> Callable:
     def whole(script) -> Path:
         if script not in runs:
             with pytest.MonkeyPatch.context() as patch:
-                for place in ("DATA", "TOKENIZERS", "EXPERIMENTS"):
-                    patch.setattr(places, place, lab / place.lower())
+                redirect(patch, lab, lab)
                 patch.setattr("benchtop.run.remove_checkpoints", lambda *_, **__: None)
                 runs[script] = trained(lab, script, **WHOLE, model_name=script.__name__)
         return runs[script]

@@ -7,9 +7,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from launch import ROOT, run, torchrun  # noqa: F401  (for tests, which find all of this here)
 
+from benchtop import places
 from benchtop.machine import Kernels, World
 from benchtop.run import Experiment, start
 from train_gpt import EXPERIMENT
@@ -25,6 +27,12 @@ EAGER = Kernels(compiled=False, compile_reason="", flex=None, attention="plain p
 # rates so low that some steps do not amplify what sums in another order differ by: Adam moves a weight by all
 # of its rate, also where its gradient is nothing but rounding
 CALM = dict(muon_lr=0.01, embed_lr=0.003, head_lr=0.002, scalar_lr=0.01)
+
+
+def redirect(patch: pytest.MonkeyPatch, lab: Path, home: Path) -> None:
+    """For code in this process: data and tokenizers are the lab's, run folders land below `home`."""
+    for place, folder in (("DATA", lab), ("TOKENIZERS", lab), ("EXPERIMENTS", home)):
+        patch.setattr(places, place, folder / place.lower())
 
 
 def train_here(folder: Path, experiment: Experiment = EXPERIMENT, **knobs) -> Path:

@@ -30,8 +30,9 @@ RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
 NAMES = {"model_dim": ("width", "width {:,}"), "num_layers": ("depth", "{:,} layers"),
          "train_tokens": ("budget", "{:,} tokens")}
 KNOBS = {"num_layers": 6, "model_dim": 256, "num_heads": 0, "seq_len": 512, "train_tokens": 400_000,
-         "val_tokens": 400_000, "hellaswag_rows": 1, "val_every": 0, "num_samples": 0, "log_every": 20}
-COLUMNS = ("tokens", "num_steps", "val_bpb", "train_seconds", "seed", "device", "data_sha256", "code_sha256",
+         "val_tokens": 400_000, "val_every": 1_000_000, "hellaswag_rows": 1, "num_samples": 0,
+         "log_every": 20}
+COLUMNS = ("tokens", "step", "val_bpb", "train_seconds", "seed", "device", "data_sha256", "code_sha256",
            "bench_sha256")
 
 
@@ -119,6 +120,7 @@ def main() -> None:
     if twice := {knob, *RATES} & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
         raise UserError(f"--{min(twice)} is what this sweep varies; leave it out")
     rows, curves = [], {value: {} for value in values}
+    path = places.EXPERIMENTS / f"transfer_{knob}.csv"
     for value, curve in curves.items():
         knobs = {**KNOBS, "data": args.data, knob: value}
         if knob == "num_steps":     # instead of the tokens
@@ -129,13 +131,10 @@ def main() -> None:
             facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", [*shared, *rates, *flags])
             curve[factor] = facts["val_bpb"]
             rows.append([value, factor, *(facts.get(column) for column in COLUMNS)])
+            with open(path, "w", newline="", encoding="utf-8") as file:     # after each run, lest all be lost
+                csv.writer(file).writerows([[knob, "factor", *COLUMNS], *rows])
             print(f"{knob} {value}, all rates times {factor:g}: val_bpb {curve[factor]:.4f}", flush=True)
         print(f"{knob} {value}: best factor {in_words(best_factor(curve))}", flush=True)
-    path = places.EXPERIMENTS / f"transfer_{knob}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([knob, "factor", *COLUMNS])
-        writer.writerows(rows)
     draw(knob, curves, path.with_suffix(".png"))
 
 

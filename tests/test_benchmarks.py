@@ -261,6 +261,7 @@ def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path, knob, values):
     assert re.findall(r"val_bpb (\S+)", said) == [f"{float(bpb):.4f}" for bpb in points.values()]
     assert len(set(points.values())) == 4 and all(0 < float(bpb) < 20 for bpb in points.values())
     assert {row["code_sha256"] for row in rows} == {sha256_of(lab / "train_gpt.py")}
+    assert all(0 < int(row["step"]) <= int(row["tokens"]) / 256 for row in rows)
     assert (lab / f"experiments/transfer_{knob}.png").read_bytes().startswith(b"\x89PNG")
 
 

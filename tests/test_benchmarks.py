@@ -12,10 +12,14 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launch import forking
+from scipy.optimize import curve_fit
 from test_resume import DIE_AFTER, KEEP, assert_same_run
 from tiny_runs import CALM, ROOT, drive, flags, newest, run
 
@@ -418,3 +422,81 @@ def test_the_time_to_a_value_is_read_off_between_means(race):
 def test_a_side_of_which_no_run_finished_is_shown_as_such(race):
     lost = Group("x", [SavedRun(Path(), {}, {"status": "failed: the loss is nan"})] * 3)
     assert race.table({("x", 60.0): lost})[1] == ["60", "x", "", "", "", "", "none of 3 runs finished", ""]
+
+
+# ------------------------------------------------------------------------------------------------
+# The ladder
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ladder():
+    """benchmarks/ladder.py as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("ladder")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+RUNG_FLOPS = np.tile(np.geomspace(3e12, 1e14, 5), 2)
+
+
+def bpb_of_law(flops: np.ndarray, floor: float, gain: float, exponent: float) -> np.ndarray:
+    return floor + gain * (flops / np.exp(np.log(flops).mean())) ** -exponent
+
+
+@settings(max_examples=30, deadline=None)
+@given(floor=st.floats(0.5, 2), gain=st.floats(0.2, 2), exponent=st.floats(0.1, 0.5), seed=st.integers(0, 99))
+def test_the_law_is_the_least_squares_fit(ladder, floor, gain, exponent, seed):
+    """scipy, which starts at the true law, is the oracle; the exponent's grid may cost a little."""
+    noise = np.random.default_rng(seed).normal(0, 0.003, len(RUNG_FLOPS))
+    bpb = bpb_of_law(RUNG_FLOPS, floor, gain, exponent) + noise
+    law = ladder.fit(RUNG_FLOPS, bpb[None])
+    best, _ = curve_fit(bpb_of_law, RUNG_FLOPS, bpb, p0=(floor, gain, exponent), maxfev=10_000,
+                        bounds=((0, 0, 0.0005), (np.inf, np.inf, 1)))
+    error, least = (((fitted - bpb) ** 2).sum()
+                    for fitted in (law.at(RUNG_FLOPS)[0], bpb_of_law(RUNG_FLOPS, *best)))
+    assert error == pytest.approx(least, rel=0.02)
+    assert law.floor[0] >= 0
+
+
+def test_an_interval_of_the_law_holds_the_truth_as_often_as_it_says(ladder, monkeypatch):
+    monkeypatch.setattr(ladder, "DRAWS", 200)                               # for speed
+    monkeypatch.setattr(ladder, "EXPONENTS", np.arange(0.004, 1, 0.004))
+    truth, random = (1.0, 0.9, 0.2), np.random.default_rng(0)
+    far = np.array([1e16])
+    unit = np.exp(np.log(RUNG_FLOPS).mean())
+    there = truth[0] + truth[1] * (far[0] / unit) ** -truth[2]
+    held = 0
+    for _ in range(40):
+        bpb = bpb_of_law(RUNG_FLOPS, *truth) + random.normal(0, 0.004, len(RUNG_FLOPS))
+        law = ladder.fit(RUNG_FLOPS, bpb[None])
+        low, high = np.quantile(ladder.draws_of(law, RUNG_FLOPS, bpb).at(far)[:, 0], [0.025, 0.975])
+        held += low <= there <= high
+    assert held >= 34       # of 40 at 95 %: fewer come up once in a hundred times
+
+
+def test_a_ladder_leaves_runs_a_law_and_a_picture_and_goes_on_where_it_was(measure, lab: Path):
+    words = ("ladder.py", "--data", "tiny", "--sizes", "1x16", "1x32", "2x16", "2x32",
+             "--tokens_per_weight", "1", "--predict", "demo", "--batch_tokens=256",
+             "--seq_len=64", "--val_tokens=256", "--compile=off")
+    said = measure(*words)
+    with open(lab / "experiments/ladder/runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["size"] for row in rows] == ["1x16", "1x32", "2x16", "2x32"]
+    assert re.findall(r"val_bpb (\S+)", said) == [f"{float(row['val_bpb']):.4f}" for row in rows]
+    for row in rows:
+        model = newest(lab, f"ladder_{row['size']}_seed0")
+        knobs = json.loads((model / "config.json").read_text())
+        assert knobs["train_tokens"] == pytest.approx(int(row["weights"]), rel=0.1)
+    text = (lab / "experiments/ladder/README.md").read_text()
+    assert "| demo |" in text and "- a = " in text and "python benchmarks/ladder.py --data tiny" in text
+    assert (lab / "experiments/ladder/loss.png").read_bytes().startswith(b"\x89PNG")
+    runs = {*lab.glob("experiments/*_ladder_*")}
+    measure(*words, "--seeds", "1")
+    assert {*lab.glob("experiments/*_ladder_*")} == runs
+
+
+@pytest.mark.parametrize("word", ["4", "4x", "x128", "0x128", "4x-8", "wide"])
+def test_a_size_of_the_ladder_is_layers_x_width(ladder, word):
+    assert str(ladder.Rung.of("4x128")) == "4x128"
+    with pytest.raises(UserError, match="a size is layers x width"):
+        ladder.Rung.of(word)

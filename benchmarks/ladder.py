@@ -12,12 +12,13 @@ its standard deviation is that of the residuals, itself drawn each time from its
 wrong form, so doubt a prediction the more, the further it is from the runs. It holds for text, vocabulary and
 rows of the ladder: what a preset reaches on its own data is another figure.
 
-Runs that experiments/ladder/runs.csv already has of the same script and data are not repeated. Writes
-README.md and loss.png beside it.
+Runs that experiments/ladder/runs.csv already has of the same script and data are used, too, and not repeated.
+Writes README.md and loss.png beside it.
 """
 
 import csv
 import dataclasses
+import itertools
 import math
 import shlex
 import sys
@@ -223,13 +224,14 @@ def draw(flops: np.ndarray, bpb: np.ndarray, law: Law, draws: Law, presets: dict
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-def finished(path: Path, code: str, data: str) -> dict[tuple, dict]:
-    """(size, seed, tokens) -> row, of the runs in the table whose script and data have these hashes."""
+def finished(path: Path, code: str, data: str, ratio: int) -> dict[tuple[str, str], dict]:
+    """(size, seed) -> row, of the runs in the table of this script, data and ratio of tokens to weights."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
-        return {(row["size"], row["seed"], row["planned_tokens"]): row for row in csv.DictReader(file)
-                if (row["code_sha256"], row["data_sha256"]) == (code, data)}
+        return {(row["size"], row["seed"]): row for row in csv.DictReader(file)
+                if (row["code_sha256"], row["data_sha256"]) == (code, data)
+                and int(row["planned_tokens"]) == ratio * int(row["weights"])}
 
 
 @command
@@ -244,36 +246,33 @@ def main() -> None:
     parser.add_argument("--predict", nargs="*", default=["xs", "s"], metavar="PRESET")
     args, flags = parser.parse_known_args()
     rungs = [Rung.of(word) for word in args.sizes]
-    if len(set(rungs)) < 4:
-        raise UserError("a law with three constants needs four sizes or more")
     dataset, tokenizer = open_dataset(args.data, "")
     presets = {preset: flops_of_preset(preset) for preset in args.predict}
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "runs.csv"
-    known = finished(path, sha256_of(places.ROOT / "train_gpt.py"), dataset.sha256)
-    rows = []
-    for seed in range(args.seeds):
-        for rung in rungs:
-            weights = rung.weights(tokenizer.n_vocab)
-            tokens = weights * args.tokens_per_weight
-            row = known.get((str(rung), str(seed), str(tokens)))
-            if not row:
-                knobs = {**KNOBS, "data": args.data, "num_layers": rung.layers, "model_dim": rung.width,
-                         "train_tokens": tokens, "seed": seed}
-                facts = train("train_gpt.py", f"ladder_{rung}_seed{seed}",
-                              [*(f"--{name}={value}" for name, value in knobs.items()), *flags])
-                if math.isinf(facts["val_bpb"]):
-                    raise UserError(f"{rung} diverged; its run says why. The runs before it are kept")
-                row = {"size": str(rung), "seed": str(seed), "weights": weights, "planned_tokens": tokens,
-                       **{column: facts.get(column) for column in COLUMNS}}
-            rows.append(row)
-            with open(path, "w", newline="", encoding="utf-8") as file:     # after each run, lest all be lost
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-                writer.writerows(rows)
-            bpb = float(row["val_bpb"])
-            print(f"{rung}, {weights:,} weights, seed {seed}: val_bpb {bpb:.4f}", flush=True)
-    report(rows, presets, shlex.join(["python", *sys.argv]))
+    rows = finished(path, sha256_of(places.ROOT / "train_gpt.py"), dataset.sha256, args.tokens_per_weight)
+    if len({size for size, _ in rows} | {str(rung) for rung in rungs}) < 4:
+        raise UserError("a law with three constants needs four sizes or more")
+    for seed, rung in itertools.product(map(str, range(args.seeds)), rungs):
+        if (str(rung), seed) in rows:
+            continue
+        weights = rung.weights(tokenizer.n_vocab)
+        tokens = weights * args.tokens_per_weight
+        knobs = {**KNOBS, "data": args.data, "num_layers": rung.layers, "model_dim": rung.width,
+                 "train_tokens": tokens, "seed": seed}
+        facts = train("train_gpt.py", f"ladder_{rung}_seed{seed}",
+                      [*(f"--{name}={value}" for name, value in knobs.items()), *flags])
+        if math.isinf(facts["val_bpb"]):
+            raise UserError(f"{rung} diverged; its run says why. The runs before it are kept")
+        row = {"size": str(rung), "seed": seed, "weights": weights, "planned_tokens": tokens,
+               **{column: facts.get(column) for column in COLUMNS}}
+        rows[str(rung), seed] = row
+        with open(path, "w", newline="", encoding="utf-8") as file:     # after each run, lest all be lost
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerows(rows.values())
+        print(f"{rung}, {weights:,} weights, seed {seed}: val_bpb {facts['val_bpb']:.4f}", flush=True)
+    report([*rows.values()], presets, shlex.join(["python", *sys.argv]))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Turn documents into token shards that train_gpt.py reads.
 
-    python download_fineweb.py --version 10B --num_shards 10 --tokenizer mine
-    python download_fineweb.py --version 10B-gpt2 --num_shards 10           # ready-made, GPT-2's tokenizer
-    python download_fineweb.py --version 'books/*.parquet' --tokenizer books
-    python download_fineweb.py --version notes.txt --tokenizer mine -ns 1 -ss 1e5
-    python download_fineweb.py --version books/=0.7 stdlib=0.3 --tokenizer mine
+    python download_fineweb.py --source 10B --num_shards 10 --tokenizer mine
+    python download_fineweb.py --source 10B-gpt2 --num_shards 10           # ready-made, GPT-2's tokenizer
+    python download_fineweb.py --source 'books/*.parquet' --tokenizer books
+    python download_fineweb.py --source notes.txt --tokenizer mine -ns 1 -ss 1e5
+    python download_fineweb.py --source books/=0.7 stdlib=0.3 --tokenizer mine
 
 It writes the folder data/SOURCE_TOKENIZER (contents: benchtop/shards.py), complete or not at all. --seed
 sets the order of the documents, over all files of a corpus. About one document in 64 is held out for
@@ -62,7 +62,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("Turn documents into token shards.")
-    parser.add_argument("-v", "--version", "--source", nargs="+", default=["stdlib"],
+    parser.add_argument("-s", "--source", nargs="+", default=["stdlib"],
                         help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` appended; climbmix; "
                              "ready-made GPT-2 shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and "
                              "globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst); with shares, as "
@@ -93,12 +93,12 @@ def main() -> None:
     if args.shard_size >= 2**31:
         raise UserError("--shard_size must be below 2^31, since a shard's header counts its tokens in int32; "
                         f"it is {args.shard_size}")
-    if args.version[0] in hub.READY_MADE and not os.path.exists(args.version[0]):
+    if args.source[0] in hub.READY_MADE and not os.path.exists(args.source[0]):
         if is_first_process():
-            fetch_ready_made(args.version[0], args)
+            fetch_ready_made(args.source[0], args)
         return
     part, parts = args.part or places_by_torchrun()[:2]
-    source = open_mixture(args.version)
+    source = open_mixture(args.source)
     tokenizer = load_tokenizer(args.tokenizer or only_tokenizer())
     folder = data_folder(args.name or f"{source.label}_{tokenizer.name}")
     if args.dry_run:

@@ -91,7 +91,7 @@ demo() {
     # another Python has another library, and so another tokenizer and other data
     name="demo-py$(.venv/bin/python -c 'import platform; print(platform.python_version())')"
     .venv/bin/python train_tokenizer.py --source stdlib --vocabsize 4096 --samples 20000000 --name "$name"
-    .venv/bin/python download_fineweb.py --version stdlib --tokenizer "$name" --name "$name"
+    .venv/bin/python download_fineweb.py --source stdlib --tokenizer "$name" --name "$name"
     launch=(.venv/bin/python)
     training=(train_gpt.py --preset demo --tokenizer "$name" --data "$name" "$@")
 }
@@ -156,7 +156,7 @@ preset() {
     if [ "$tokenizer" != gpt2 ] && [ ! -e "tokenizers/$tokenizer" ]; then
         .venv/bin/python train_tokenizer.py --source "$source" --samples 1000000000 "${pieces[@]}" --name "$tokenizer"
     fi
-    .venv/bin/python download_fineweb.py --version "$source" --num_shards "$shards" ${more[@]+"${more[@]}"} \
+    .venv/bin/python download_fineweb.py --source "$source" --num_shards "$shards" ${more[@]+"${more[@]}"} \
         --tokenizer "$tokenizer" --name "$data"
     training=(train_gpt.py --preset "$preset" --data "$data" ${flags[@]+"${flags[@]}"})
 }

@@ -73,7 +73,7 @@ def make_parser() -> Parser:
     parser.add_argument("ideas", nargs="*", metavar="IDEA",
                         help="a changed script, a patch (.diff), or 'NAME: flags'; none: only the baseline")
     parser.add_argument("--confirm", default="", metavar="NAME",
-                        help="evaluate what the trial NAME kept once on the test split, with fresh seeds")
+                        help="evaluate what trial NAME kept, one time, with fresh seeds on the test split")
     parser.add_argument("--ledger", action="store_true",
                         help="list everything that was ever tried, and write experiments/ledger.html")
     parser.add_argument("--against", default="train_gpt.py", help="script of the baseline")
@@ -81,7 +81,7 @@ def make_parser() -> Parser:
     parser.add_argument("--seeds", type=seeds_of, default="3..8", metavar="FIRST..MOST",
                         help="pairs of runs before the first verdict, and their maximum")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, help="wall-clock budget of each run, so that speed counts")
+    budget.add_argument("--minutes", type=float, help="training time of each run, so that speed counts")
     budget.add_argument("--steps", type=positive, help="budget of each run in steps")
     budget.add_argument("--tokens", type=positive, help="budget of each run in tokens")
     parser.add_argument("--margin", type=float, default=0.0,

@@ -79,7 +79,7 @@ def prepare(setting: Setting, text: str) -> None:
     val_tokens = [] if setting.megabytes else ["--val_tokens", "400000"]
     for words in (["train_tokenizer.py", "--source", text, "--vocabsize", str(setting.vocabsize),
                    "--samples", "134217728", "--name", setting.data],
-                  ["download_fineweb.py", "--version", text, "--tokenizer", setting.data,
+                  ["download_fineweb.py", "--source", text, "--tokenizer", setting.data,
                    "--name", setting.data, *val_tokens]):
         if subprocess.run([sys.executable, *words], cwd=places.ROOT).returncode:
             raise UserError(f"{words[0]} could not prepare {text}; its last line says why")

@@ -36,7 +36,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     texts = [text for _, text in open_source(args.source)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    program = [sys.executable, "download_fineweb.py", "--version", *args.source, "--name", SCRATCH,
+    program = [sys.executable, "download_fineweb.py", "--source", *args.source, "--name", SCRATCH,
                "--tokenizer", args.tokenizer, "--num_workers", str(args.num_workers)]
     bare, whole = [], []
     for _ in range(args.runs):

@@ -32,9 +32,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.help} (default: {shown})" if action.default is not argparse.SUPPRESS else action.help
 
 
-# flags that have different names in different scripts; each script accepts both, and its help shows its own
-OTHER_NAMES = {"--vocabsize": "--vocab_size", "--version": "--source"}
-OTHER_NAMES |= {other: name for name, other in OTHER_NAMES.items()}
+# flags with another name in another script, or in an earlier version: accepted, but not shown in the help
+OTHER_NAMES = {"--vocabsize": "--vocab_size", "--vocab_size": "--vocabsize",
+               "--version": "--source", "-v": "-s"}
 
 
 class ShowHelp(argparse.Action):

@@ -50,7 +50,7 @@ class RunConfig:
     preset: str = ""                  # a named set of knobs; explicit flags override it
     seed: int = 0                     # seed of the weights, the order of the data and the samples
     check: bool = False               # only print what the run would do and whether it can start
-    smoke: bool = False               # only test this script for a few seconds on tiny random data
+    smoke: bool = False               # only check this script for about 20 seconds, on tiny random data
     sample: str = ""                  # folder of a run with --save_model: only generate text from its weights
     prompt: str = ""                  # prompt for --sample; without one, prompts are read from the terminal
     # the data

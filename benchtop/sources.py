@@ -65,7 +65,7 @@ def open_source(spec: str | list[str]) -> Source:
     for name in specs:
         if name in (*hub.CORPORA, *hub.READY_MADE) and not os.path.exists(name):
             why = (f"cannot be mixed with other sources {WITHOUT_SHARES}" if name in hub.CORPORA else
-                   f"has tokens, not text; get it with: python download_fineweb.py --version {name}")
+                   f"has tokens, not text; get it with: python download_fineweb.py --source {name}")
             raise UserError(f"{name} comes from the Hugging Face Hub and {why}")
     search = Search()
     try:

@@ -169,7 +169,7 @@ def how_to_make(name: str, text: str = "") -> str:
 
 
 def source_of(name: str) -> str:
-    """The --version of the text that a tokenizer was trained on; a placeholder if it was trained on files."""
+    """The --source of the text that a tokenizer was trained on; a placeholder if it was trained on files."""
     try:
         source = json.loads((places.TOKENIZERS / name / "meta.json").read_text(encoding="utf-8"))["source"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):      # no meta.json, or no source in it

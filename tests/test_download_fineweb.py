@@ -818,7 +818,7 @@ def test_advice_names_the_text_that_the_tokenizer_was_made_of(bench, command, ma
     path = bench / "tokenizers" / TOKENIZER / "meta.json"
     for source, version in (("stdlib", "stdlib"), ("10Bedu", "10Bedu"), ("pages", "YOUR_TEXTS")):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"source": source}))
-        with pytest.raises(UserError, match=f"make other: .* --version {version} --tokenizer small --name o"):
+        with pytest.raises(UserError, match=f"make other: .* --source {version} --tokenizer small --name o"):
             open_dataset("other", TOKENIZER)
 
 

@@ -126,7 +126,7 @@ echo "$*" >> asked.txt""")
         assert training == f"{launch}train_gpt.py --preset {preset} --data {data} --seed 7"
         if preset == "s":
             assert before[0].startswith("train_tokenizer.py --source 10B ")
-        assert before[-1].startswith("download_fineweb.py --version 10B") and f"--name {data}" in before[-1]
+        assert before[-1].startswith("download_fineweb.py --source 10B") and f"--name {data}" in before[-1]
         (checkout / "asked.txt").unlink()
 
 
@@ -157,7 +157,7 @@ echo "$*" >> asked.txt""")
         learning, preparing, training = (checkout / "asked.txt").read_text().splitlines()
         assert learning == ("train_tokenizer.py --source climbmix --samples 1000000000 --vocabsize 8191 "
                             "--regex nanochat --name climbmix")
-        shards = int(re.fullmatch(r"download_fineweb.py --version climbmix --num_shards (\d+) --val_tokens "
+        shards = int(re.fullmatch(r"download_fineweb.py --source climbmix --num_shards (\d+) --val_tokens "
                                   r"25000000 --tokenizer climbmix --name climbmix", preparing)[1])
         assert shards == (there or shards) and 0.75 * 60 * shards >= tokens
         assert training == "train_gpt.py --preset five-minutes --data climbmix --seed 7"

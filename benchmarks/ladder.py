@@ -153,8 +153,9 @@ def report(rows: list[dict], presets: dict[str, float], line: str) -> None:
     error = float(np.sqrt(np.mean((law.at(flops)[0] - bpb) ** 2)))
     write_text(FOLDER / "README.md", f"""# The ladder
 
-Written by `{line}` on {rows[0]["device"]}. Weights are those of matrices and head; each run is a row of
-[runs.csv](runs.csv).
+Written by `{line}` on {rows[0]["device"]}.
+
+Weights are those of matrices and head. Each run is a row of [runs.csv](runs.csv).
 
 {as_markdown(table_of_sizes(rows, law))}
 

@@ -62,7 +62,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("Turn documents into token shards.")
-    parser.add_argument("-s", "--source", nargs="+", default=["stdlib"],
+    parser.add_argument("--source", nargs="+", default=["stdlib"],
                         help="stdlib; FineWeb: 10B 100B 350B full, and with `edu` appended; climbmix; "
                              "ready-made GPT-2 shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and "
                              "globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst); with shares, as "

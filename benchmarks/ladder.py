@@ -2,22 +2,26 @@
 
     python benchmarks/ladder.py --data books --seeds 2
 
-Each rung trains once per seed, smallest first, for a fixed number of tokens per weight; all else follows the
-rules of train_gpt.py. Weights are those that multiply every token: the matrices of the layers, and the head.
-The law is val_bpb = E + A / C^a, where C is the FLOPs of a run; it is fitted by least squares with E >= 0.
+Each size trains once per seed, in the order given, for a fixed number of tokens per weight; all else follows
+the rules of train_gpt.py. Weights are those that multiply every token: the matrices of the layers, and the
+head. The law is val_bpb = E + B (C / C0)^-a, where C is the FLOPs of a run and C0 their geometric mean; it is
+fitted by least squares with E >= 0.
 
 Intervals: 2,000 times, noise is added to the fitted values, and the law is fitted again. The noise is normal;
 its standard deviation is that of the residuals, itself drawn each time from its distribution for as many runs
 (chi-squared with 3 degrees of freedom fewer than there are runs). They allow for noise, not for a law of the
 wrong form, so doubt a prediction the more, the further it is from the runs. It holds for text, vocabulary and
-rows of the ladder: what a preset reaches on its own data is another figure.
+rows of the ladder, and for text that need not be repeated: what a preset reaches on its own data is another
+figure.
 
-Runs that experiments/ladder/runs.csv already has of the same script and data are used, too, and not repeated.
-Writes README.md and loss.png beside it.
+experiments/ladder/runs.csv keeps every run. Those of the same script, data, ratio and flags count, and are
+not repeated. Writes README.md and loss.png beside it.
 """
 
+import argparse
 import csv
 import dataclasses
+import io
 import itertools
 import math
 import shlex
@@ -44,8 +48,11 @@ from train_gpt import GPT, Config
 FOLDER = places.EXPERIMENTS / "ladder"
 KNOBS = {"num_heads": 0, "seq_len": 512, "val_tokens": 400_000, "val_every": 1_000_000, "hellaswag_rows": 1,
          "num_samples": 0, "log_every": 20}
+SET_HERE = {"num_layers", "model_dim", "train_tokens", "num_steps", "train_minutes", "target_loss", "seed",
+            "preset", "data", "model_name"}
 COLUMNS = ("tokens", "step", "flops", "val_bpb", "train_seconds", "device", "data_sha256", "code_sha256",
            "bench_sha256")
+HEADER = ("size", "seed", "weights", "tokens_per_weight", "flags", *COLUMNS)
 EXPONENTS = np.arange(0.0005, 1.0001, 0.0005)     # that a fit tries
 DRAWS = 2000                                    # behind an interval
 
@@ -142,6 +149,8 @@ def flops_of_preset(preset: str) -> float:
     """FLOPs of its budget, with GPT-2's number of tokens unless it has another."""
     cfg = parse_config(["--preset", preset], Config)
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 50257).with_budget(2**53)
+    if not (cfg.num_layers and cfg.num_steps):
+        raise UserError(f"--predict {preset}: its size depends on the machine; name another preset")
     return operations_of(cfg, on_paper(cfg))
 
 
@@ -153,9 +162,10 @@ def report(rows: list[dict], presets: dict[str, float], line: str) -> None:
     error = float(np.sqrt(np.mean((law.at(flops)[0] - bpb) ** 2)))
     write_text(FOLDER / "README.md", f"""# The ladder
 
-Written by `{line}` on {rows[0]["device"]}.
+Written by `{line}` on {", ".join(sorted({row["device"] for row in rows}))}.
 
-Weights are those of matrices and head. Each run is a row of [runs.csv](runs.csv).
+Weights are those of matrices and head. Each of the {len(rows)} runs is a row of
+[runs.csv](runs.csv){of_benches(rows)}.
 
 {as_markdown(table_of_sizes(rows, law))}
 
@@ -169,16 +179,28 @@ val_bpb = E + B x (C / {law.unit:.2e})^-a, where C is a run's FLOPs, with 95 % i
 - B = {law.gain[0]:.3f} ({interval(draws.gain)})
 - a = {law.exponent[0]:.3f} ({interval(draws.exponent)})
 
-It misses the runs by {error:.4f} (root mean square).
+It misses the runs by {error:.4f} (root mean square).{at_a_bound(law)}
 
 ## What it predicts
 
-For this text, vocabulary and rows, and for the FLOPs of a preset, spent at the ladder's ratio of tokens to
-weights. The intervals allow for noise, not for a law of the wrong form.
+The FLOPs are those of a preset, spent at the ladder's ratio of tokens to weights, on more text of this kind,
+with the same vocabulary and rows. The intervals allow for noise, not for a law of the wrong form.
 
 {as_markdown(table_of_predictions(presets, law, draws, flops.max()))}
 """)
     draw(flops, bpb, law, draws, presets)
+
+
+def of_benches(rows: list[dict[str, str]]) -> str:
+    benches = len({row["bench_sha256"] for row in rows})
+    return f"; they are of {benches} versions of benchtop/" if benches > 1 else ""
+
+
+def at_a_bound(law: Law) -> str:
+    """A warning if the fit is at the edge of what is tried."""
+    if law.exponent[0] in (EXPONENTS[0], EXPONENTS[-1]) or law.floor[0] == 0 or law.gain[0] < 0:
+        return " The best fit is at the edge of what is tried, so these runs do not determine the law."
+    return ""
 
 
 def table_of_sizes(rows: list[dict], law: Law) -> list[list[str]]:
@@ -196,7 +218,7 @@ def table_of_predictions(presets: dict[str, float], law: Law, draws: Law, larges
     table = [["FLOPs of", "FLOPs", "times the largest run", "val_bpb", "95 % interval"]]
     for preset, flops in presets.items():
         there = np.array([flops])
-        table.append([preset, f"{flops:.1e}", f"{flops / largest:,.0f}", f"{law.at(there)[0, 0]:.3f}",
+        table.append([preset, f"{flops:.1e}", f"{flops / largest:,.3g}", f"{law.at(there)[0, 0]:.3f}",
                       interval(draws.at(there)[:, 0])])
     return table
 
@@ -225,14 +247,23 @@ def draw(flops: np.ndarray, bpb: np.ndarray, law: Law, draws: Law, presets: dict
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-def finished(path: Path, code: str, data: str, ratio: int) -> dict[tuple[str, str], dict]:
-    """(size, seed) -> row, of the runs in the table of this script, data and ratio of tokens to weights."""
+def read_runs(path: Path) -> list[dict[str, str]]:
+    """The rows of the table; raises  UserError if it is damaged"""
     if not path.is_file():
-        return {}
+        return []
     with open(path, newline="", encoding="utf-8") as file:
-        return {(row["size"], row["seed"]): row for row in csv.DictReader(file)
-                if (row["code_sha256"], row["data_sha256"]) == (code, data)
-                and int(row["planned_tokens"]) == ratio * int(row["weights"])}
+        rows = list(csv.DictReader(file))
+    if any(set(row) != set(HEADER) or not all(row.values()) for row in rows):
+        raise UserError(f"{path} is damaged; move it away, or mend it")
+    return rows
+
+
+def write_runs(path: Path, rows: list[dict[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HEADER, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 @command
@@ -247,33 +278,42 @@ def main() -> None:
     parser.add_argument("--predict", nargs="*", default=["xs", "s"], metavar="PRESET")
     args, flags = parser.parse_known_args()
     rungs = [Rung.of(word) for word in args.sizes]
+    if len(set(rungs)) < 4:
+        raise UserError("a law with three constants needs four sizes or more")
+    if twice := SET_HERE & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
+        raise UserError(f"--{min(twice)} is what the ladder sets; leave it out")
     dataset, tokenizer = open_dataset(args.data, "")
     presets = {preset: flops_of_preset(preset) for preset in args.predict}
-    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "runs.csv"
-    rows = finished(path, sha256_of(places.ROOT / "train_gpt.py"), dataset.sha256, args.tokens_per_weight)
-    if len({size for size, _ in rows} | {str(rung) for rung in rungs}) < 4:
-        raise UserError("a law with three constants needs four sizes or more")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_runs(path)
+    same = {"code_sha256": sha256_of(places.ROOT / "train_gpt.py"), "data_sha256": dataset.sha256,
+            "flags": shlex.join(flags) or "none", "tokens_per_weight": str(args.tokens_per_weight)}
+    mine = []
     for seed, rung in itertools.product(map(str, range(args.seeds)), rungs):
-        if (str(rung), seed) in rows:
-            continue
-        weights = rung.weights(tokenizer.n_vocab)
-        tokens = weights * args.tokens_per_weight
-        knobs = {**KNOBS, "data": args.data, "num_layers": rung.layers, "model_dim": rung.width,
-                 "train_tokens": tokens, "seed": seed}
-        facts = train("train_gpt.py", f"ladder_{rung}_seed{seed}",
-                      [*(f"--{name}={value}" for name, value in knobs.items()), *flags])
-        if math.isinf(facts["val_bpb"]):
-            raise UserError(f"{rung} diverged; its run says why. The runs before it are kept")
-        row = {"size": str(rung), "seed": seed, "weights": weights, "planned_tokens": tokens,
-               **{column: facts.get(column) for column in COLUMNS}}
-        rows[str(rung), seed] = row
-        with open(path, "w", newline="", encoding="utf-8") as file:     # after each run, lest all be lost
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerows(rows.values())
-        print(f"{rung}, {weights:,} weights, seed {seed}: val_bpb {facts['val_bpb']:.4f}", flush=True)
-    report([*rows.values()], presets, shlex.join(["python", *sys.argv]))
+        wanted = same | {"size": str(rung), "seed": seed}
+        row = next((row for row in rows if row.items() >= wanted.items()), None)
+        if not row:
+            row = wanted | train_rung(rung, seed, args, tokenizer.n_vocab, flags)
+            rows.append(row)
+            write_runs(path, rows)     # after each run, lest all be lost
+        mine.append(row)
+        print(f"{rung}, {int(row['weights']):,} weights, seed {seed}: val_bpb {float(row['val_bpb']):.4f}",
+              flush=True)
+    report(mine, presets, shlex.join(["python", "benchmarks/ladder.py", *sys.argv[1:]]))
+
+
+def train_rung(rung: Rung, seed: str, args: argparse.Namespace, vocab_size: int,
+               flags: list[str]) -> dict[str, str]:
+    """Train a size; its row of the table."""
+    weights = rung.weights(vocab_size)
+    knobs = {**KNOBS, "data": args.data, "num_layers": rung.layers, "model_dim": rung.width,
+             "train_tokens": weights * args.tokens_per_weight, "seed": seed}
+    facts = train("train_gpt.py", f"ladder_{rung}_seed{seed}",
+                  [*(f"--{name}={value}" for name, value in knobs.items()), *flags])
+    if math.isinf(facts["val_bpb"]):
+        raise UserError(f"{rung} diverged, and would again; leave it out with --sizes, or lower the rates")
+    return {"weights": str(weights), **{column: str(facts[column]) for column in COLUMNS}}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Unless other flags of train_gpt.py say otherwise, a run has 6 layers of width 256, rows of 512 tokens, 400,000
 training tokens, and the batch size that train_gpt.py chooses for the budget. For each value, a parabola
 fitted to the points around the lowest one estimates the best factor; if the rules hold, it is near 1 at every
-value. Writes experiments/transfer_KNOB.csv and .png.
+value. Writes KNOB.csv and KNOB.png to experiments/transfer/.
 """
 
 import csv
@@ -93,12 +93,14 @@ def draw(knob: str, curves: dict[int, dict[float, float]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     what, each = NAMES.get(knob, (knob, knob + " {:,}"))
     for value, curve in curves.items():
-        axes.plot(curve.keys(), curve.values(), marker="o",
+        finite = {factor: bpb for factor, bpb in curve.items() if math.isfinite(bpb)}
+        lowest = min(finite.values(), default=0)
+        axes.plot(finite.keys(), [bpb - lowest for bpb in finite.values()], marker="o",
                   label=f"{each.format(value)}, best factor {in_words(best_factor(curve))}")
     factors = sorted({factor for curve in curves.values() for factor in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
-    axes.set(xlabel="factor on all learning rates", ylabel="bits per byte of held-out text",
+    axes.set(xlabel="factor on all learning rates", ylabel="val_bpb above the lowest of the curve",
              title=f"One learning rate for every {what}?")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -120,7 +122,8 @@ def main() -> None:
     if twice := {knob, *RATES} & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
         raise UserError(f"--{min(twice)} is what this sweep varies; leave it out")
     rows, curves = [], {value: {} for value in values}
-    path = places.EXPERIMENTS / f"transfer_{knob}.csv"
+    path = places.EXPERIMENTS / "transfer" / f"{knob}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for value, curve in curves.items():
         knobs = {**KNOBS, "data": args.data, knob: value}
         if knob == "num_steps":     # instead of the tokens

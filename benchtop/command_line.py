@@ -34,7 +34,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 # flags with another name in another script, or in an earlier version: accepted, but not shown in the help
 OTHER_NAMES = {"--vocabsize": "--vocab_size", "--vocab_size": "--vocabsize",
-               "--version": "--source", "-v": "-s"}
+               "--version": "--source", "-v": "--source"}
 
 
 class ShowHelp(argparse.Action):

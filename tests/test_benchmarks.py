@@ -258,7 +258,7 @@ def sweep_of(knob: str, *values: str) -> list[str]:
                                               ("train_tokens", ("512", "1024"))])
 def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path, knob, values):
     said = measure("transfer.py", "--data", "tiny", "--factors", "1", "2", *sweep_of(knob, *values))
-    with open(lab / f"experiments/transfer_{knob}.csv", newline="") as file:
+    with open(lab / f"experiments/transfer/{knob}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     points = {(row[knob], row["factor"]): row["val_bpb"] for row in rows}
     assert list(points) == [(value, factor) for value in values for factor in ("1.0", "2.0")]
@@ -266,7 +266,7 @@ def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path, knob, values):
     assert len(set(points.values())) == 4 and all(0 < float(bpb) < 20 for bpb in points.values())
     assert {row["code_sha256"] for row in rows} == {sha256_of(lab / "train_gpt.py")}
     assert all(0 < int(row["step"]) <= int(row["tokens"]) / 256 for row in rows)
-    assert (lab / f"experiments/transfer_{knob}.png").read_bytes().startswith(b"\x89PNG")
+    assert (lab / f"experiments/transfer/{knob}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_a_sweep_varies_cannot_be_set(measure, lab: Path):
@@ -290,10 +290,10 @@ def test_a_sweep_survives_a_rate_that_is_too_high_and_nothing_else(measure, lab:
     assert done.returncode == 0 and "failed: " in done.stdout and "is nan" in done.stdout, done.stderr
     values = re.findall(r"val_bpb (\S+)", done.stdout)
     assert values[0] == "inf" and 0 < float(values[1]) < 20
-    written = (lab / "experiments/transfer_num_layers.csv").read_text()
+    written = (lab / "experiments/transfer/num_layers.csv").read_text()
     done = sweep("absent")
     assert done.returncode != 0 and "no absent in" in done.stderr and "val_bpb" not in done.stdout
-    assert (lab / "experiments/transfer_num_layers.csv").read_text() == written
+    assert (lab / "experiments/transfer/num_layers.csv").read_text() == written
 
 
 def test_the_best_factor_is_the_bottom_of_a_parabola():
@@ -454,24 +454,26 @@ def test_the_law_is_the_least_squares_fit(ladder, floor, gain, exponent, seed):
                         bounds=((0, 0, 0.0005), (np.inf, np.inf, 1)))
     error, least = (((fitted - bpb) ** 2).sum()
                     for fitted in (law.at(RUNG_FLOPS)[0], bpb_of_law(RUNG_FLOPS, *best)))
-    assert error == pytest.approx(least, rel=0.02)
-    assert law.floor[0] >= 0
+    assert error <= 1.02 * least and law.floor[0] >= 0
 
 
 def test_an_interval_of_the_law_holds_the_truth_as_often_as_it_says(ladder, monkeypatch):
     monkeypatch.setattr(ladder, "DRAWS", 200)                               # for speed
     monkeypatch.setattr(ladder, "EXPONENTS", np.arange(0.004, 1, 0.004))
     truth, random = (1.0, 0.9, 0.2), np.random.default_rng(0)
-    far = np.array([1e16])
-    unit = np.exp(np.log(RUNG_FLOPS).mean())
-    there = truth[0] + truth[1] * (far[0] / unit) ** -truth[2]
-    held = 0
-    for _ in range(40):
-        bpb = bpb_of_law(RUNG_FLOPS, *truth) + random.normal(0, 0.004, len(RUNG_FLOPS))
-        law = ladder.fit(RUNG_FLOPS, bpb[None])
-        low, high = np.quantile(ladder.draws_of(law, RUNG_FLOPS, bpb).at(far)[:, 0], [0.025, 0.975])
-        held += low <= there <= high
-    assert held >= 34       # of 40 at 95 %: fewer come up once in a hundred times
+    flops = RUNG_FLOPS[:5]                  # few runs: here the degrees of freedom matter most
+    there = np.array([3e15])
+    unit = np.exp(np.log(flops).mean())
+    true = truth[0] + truth[1] * (there[0] / unit) ** -truth[2]
+    held = {0.95: 0, 0.5: 0}
+    for _ in range(80):
+        bpb = bpb_of_law(flops, *truth) + random.normal(0, 0.004, len(flops))
+        drawn = ladder.draws_of(ladder.fit(flops, bpb[None]), flops, bpb).at(there)[:, 0]
+        for share in held:
+            low, high = np.quantile(drawn, [(1 - share) / 2, (1 + share) / 2])
+            held[share] += low <= true <= high
+    # of 80, three standard deviations of a binomial around 76 and 40
+    assert held[0.95] >= 70 and 27 <= held[0.5] <= 53
 
 
 def test_a_ladder_leaves_runs_a_law_and_a_picture_and_goes_on_where_it_was(measure, lab: Path):
@@ -490,9 +492,23 @@ def test_a_ladder_leaves_runs_a_law_and_a_picture_and_goes_on_where_it_was(measu
     text = (lab / "experiments/ladder/README.md").read_text()
     assert "| demo |" in text and "- a = " in text and "python benchmarks/ladder.py --data tiny" in text
     assert (lab / "experiments/ladder/loss.png").read_bytes().startswith(b"\x89PNG")
-    runs = {*lab.glob("experiments/*_ladder_*")}
+    def number_of_runs() -> int:
+        return len([*lab.glob("experiments/*_ladder_*")])
     measure(*words, "--seeds", "1")
-    assert {*lab.glob("experiments/*_ladder_*")} == runs
+    assert number_of_runs() == 4
+    table = lab / "experiments/ladder/runs.csv"
+    before = table.read_text()
+    measure(*words, "--muon_lr=0.1")                # another ladder, whose runs come after these
+    assert number_of_runs() == 8 and table.read_text().startswith(before)
+
+    def refused(*more: str) -> str:
+        return run(lab, forking(lab), "benchmarks/ladder.py", *words[1:], *more, expect=1).stderr
+    assert "--seed is what the ladder sets" in refused("--seed", "3")
+    assert "four sizes or more" in refused("--sizes", "1x16", "1x32", "2x16", "2x16")
+    assert "its size depends on the machine" in refused("--predict", "five-minutes")
+    table.write_text(before.replace("1x32", ""))
+    assert "runs.csv is damaged" in refused()
+    assert number_of_runs() == 8
 
 
 @pytest.mark.parametrize("word", ["4", "4x", "x128", "0x128", "4x-8", "wide"])

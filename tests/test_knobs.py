@@ -164,8 +164,8 @@ def test_a_flag_that_scripts_call_differently_is_taken_by_either_name(words, cap
     parser.add_argument("--vocabsize", type=int)
     assert parser.parse_args(words).vocabsize == 301
     both = Parser("Cut.")
-    both.add_argument("-s", "--source", nargs="+")
-    for name in ("--source", "--version", "-s", "-v"):
+    both.add_argument("--source", nargs="+")
+    for name in ("--source", "--version", "-v"):
         assert both.parse_args([name, "a", "b"]).source == ["a", "b"]
         assert both.parse_args([name, "a=--version"]).source == ["a=--version"]
 

@@ -461,7 +461,7 @@ def test_an_interval_of_the_law_holds_the_truth_as_often_as_it_says(ladder, monk
     monkeypatch.setattr(ladder, "DRAWS", 200)                               # for speed
     monkeypatch.setattr(ladder, "EXPONENTS", np.arange(0.004, 1, 0.004))
     truth, random = (1.0, 0.9, 0.2), np.random.default_rng(0)
-    flops = RUNG_FLOPS[:5]                  # few runs: here the degrees of freedom matter most
+    flops = RUNG_FLOPS
     there = np.array([3e15])
     unit = np.exp(np.log(flops).mean())
     true = truth[0] + truth[1] * (there[0] / unit) ** -truth[2]
@@ -478,7 +478,7 @@ def test_an_interval_of_the_law_holds_the_truth_as_often_as_it_says(ladder, monk
 
 def test_a_ladder_leaves_runs_a_law_and_a_picture_and_goes_on_where_it_was(measure, lab: Path):
     words = ("ladder.py", "--data", "tiny", "--sizes", "1x16", "1x32", "2x16", "2x32",
-             "--tokens_per_weight", "1", "--predict", "demo", "--batch_tokens=256",
+             "--tokens_per_weight", "1", "--seeds", "1", "--predict", "demo", "--batch_tokens=256",
              "--seq_len=64", "--val_tokens=256", "--compile=off")
     said = measure(*words)
     with open(lab / "experiments/ladder/runs.csv", newline="") as file:
@@ -494,7 +494,7 @@ def test_a_ladder_leaves_runs_a_law_and_a_picture_and_goes_on_where_it_was(measu
     assert (lab / "experiments/ladder/loss.png").read_bytes().startswith(b"\x89PNG")
     def number_of_runs() -> int:
         return len([*lab.glob("experiments/*_ladder_*")])
-    measure(*words, "--seeds", "1")
+    measure(*words)
     assert number_of_runs() == 4
     table = lab / "experiments/ladder/runs.csv"
     before = table.read_text()

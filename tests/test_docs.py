@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # more trial
 NOT_HERE = ("10B", "HOST", "GPT2_FOLDER", "/NAME", " NAME", "download_hellaswag.py", "--part 1/4",
             "from_transformers", "paper/build.py", "backout.diff", "trial.py train_nanogpt.py",
-            "trial.py my_experiment.py", "DATE_TIME_MIX")
+            "DATE_TIME_MIX")
 TRAININGS = {"train_gpt.py", "train_nanogpt.py", "train_llama3.py", "my_experiment.py", "gelu.py"}
 SHORT = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--num_samples", "1", "--compile",
          "off", "--device", "cpu", "--seq_len", "64", "--batch_tokens", "256", "--val_tokens", "1024"]

@@ -22,7 +22,6 @@ not repeated. Writes README.md and loss.png beside it.
 import argparse
 import csv
 import dataclasses
-import io
 import itertools
 import math
 import shlex
@@ -33,7 +32,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transfer import train
+from transfer import KNOBS, refuse, train, write_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
@@ -47,15 +46,13 @@ from benchtop.tables import as_markdown, mean_and_spread, short
 from train_gpt import GPT, Config
 
 FOLDER = places.EXPERIMENTS / "ladder"
-KNOBS = {"num_heads": 0, "seq_len": 512, "val_tokens": 400_000, "val_every": 1_000_000, "hellaswag_rows": 1,
-         "num_samples": 0, "log_every": 20}
 SET_HERE = {"num_layers", "model_dim", "train_tokens", "num_steps", "train_minutes", "target_loss", "seed",
             "preset", "data", "model_name"}
 COLUMNS = ("tokens", "step", "flops", "val_bpb", "train_seconds", "device", "data_sha256", "code_sha256",
            "bench_sha256")
 HEADER = ("size", "seed", "weights", "tokens_per_weight", "flags", *COLUMNS)
-EXPONENTS = np.arange(0.0005, 1.0001, 0.0005)     # that a fit tries
-DRAWS = 2000                                    # behind an interval
+EXPONENTS = np.arange(0.0005, 1.0001, 0.0005)       # that a fit tries
+DRAWS = 2000                                        # behind an interval
 
 
 @dataclass(frozen=True)
@@ -259,14 +256,6 @@ def read_runs(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def write_runs(path: Path, rows: list[dict[str, str]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, HEADER, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
 @command
 def main() -> None:
     parser = Parser("Train a ladder of sizes and fit a scaling law to it.",
@@ -281,8 +270,7 @@ def main() -> None:
     rungs = [Rung.of(word) for word in args.sizes]
     if len(set(rungs)) < 4:
         raise UserError("a law with three constants needs four sizes or more")
-    if twice := SET_HERE & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
-        raise UserError(f"--{min(twice)} is what the ladder sets; leave it out")
+    refuse(flags, SET_HERE, "the ladder sets")
     dataset, tokenizer = open_dataset(args.data, "")
     presets = {preset: flops_of_preset(preset) for preset in args.predict}
     path = FOLDER / "runs.csv"
@@ -297,7 +285,7 @@ def main() -> None:
         if not row:
             row = wanted | train_rung(rung, seed, args, tokenizer.n_vocab, flags)
             rows.append(row)
-            write_runs(path, rows)     # after each run, lest all be lost
+            write_table(path, HEADER, [[row[column] for column in HEADER] for row in rows])
         mine.append(row)
         print(f"{rung}, {int(row['weights']):,} weights, seed {seed}: val_bpb {float(row['val_bpb']):.4f}",
               flush=True)
@@ -310,8 +298,7 @@ def train_rung(rung: Rung, seed: str, args: argparse.Namespace, vocab_size: int,
     weights = rung.weights(vocab_size)
     knobs = {**KNOBS, "data": args.data, "num_layers": rung.layers, "model_dim": rung.width,
              "train_tokens": weights * args.tokens_per_weight, "seed": seed}
-    facts = train("train_gpt.py", f"ladder_{rung}_seed{seed}",
-                  [*(f"--{name}={value}" for name, value in knobs.items()), *flags])
+    facts = train("train_gpt.py", f"ladder_{rung}_seed{seed}", knobs, flags)
     if math.isinf(facts["val_bpb"]):
         raise UserError(f"{rung} diverged, and would again; leave it out with --sizes, or lower the rates")
     return {"weights": str(weights), **{column: str(facts[column]) for column in COLUMNS}}

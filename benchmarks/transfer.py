@@ -11,6 +11,7 @@ value. Writes KNOB.csv and KNOB.png to experiments/transfer/.
 """
 
 import csv
+import io
 import json
 import math
 import subprocess
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
 from benchtop.command_line import Parser, command
 from benchtop.errors import UserError
+from benchtop.files import write_text
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
@@ -36,13 +38,22 @@ COLUMNS = ("tokens", "step", "val_bpb", "train_seconds", "seed", "device", "data
            "bench_sha256")
 
 
-def train(script: str, name: str, flags: list[str]) -> dict:
+def refuse(flags: list[str], names: set[str], why: str) -> None:
+    """raises  UserError if the flags for train_gpt.py set one of these knobs"""
+    if twice := names & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
+        raise UserError(f"--{min(twice)} is what {why}; leave it out")
+
+
+def train(script: str, name: str, knobs: dict, flags: list[str]) -> dict:
     """Train a run; returns its summary, with a val_bpb of infinity if it diverged, as with high rates.
+
+    flags    of train_gpt.py; they win over the knobs
 
     raises  UserError with the last line of the run's stderr if it failed otherwise
     """
     before = {*places.EXPERIMENTS.glob(f"*_{name}")}
-    done = subprocess.run([sys.executable, script, *flags, "--model_name", name], cwd=places.ROOT,
+    words = [f"--{knob}={setting}" for knob, setting in knobs.items()]
+    done = subprocess.run([sys.executable, script, *words, *flags, "--model_name", name], cwd=places.ROOT,
                           capture_output=True, text=True)
     folder = max({*places.EXPERIMENTS.glob(f"*_{name}")} - before, default=None)
     summary = folder and folder / "summary.json"
@@ -52,6 +63,13 @@ def train(script: str, name: str, flags: list[str]) -> dict:
     if done.returncode:
         print(f"{name}: {facts['status']}")
     return facts | ({"val_bpb": math.inf} if done.returncode else {})
+
+
+def write_table(path: Path, header: tuple, rows: list) -> None:
+    """Write it whole, after each run, so that a sweep that is stopped loses nothing."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def best_factor(curve: dict[float, float]) -> float | None:
@@ -119,8 +137,7 @@ def main() -> None:
     parser.add_argument("--script", default="train_gpt.py", help="a changed copy of train_gpt.py")
     args, flags = parser.parse_known_args()
     knob, values = values_of(args.vary)
-    if twice := {knob, *RATES} & {flag.removeprefix("--").partition("=")[0] for flag in flags}:
-        raise UserError(f"--{min(twice)} is what this sweep varies; leave it out")
+    refuse(flags, {knob, *RATES}, "this sweep varies")
     rows, curves = [], {value: {} for value in values}
     path = places.EXPERIMENTS / "transfer" / f"{knob}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,14 +145,12 @@ def main() -> None:
         knobs = {**KNOBS, "data": args.data, knob: value}
         if knob == "num_steps":     # instead of the tokens
             del knobs["train_tokens"]
-        shared = [f"--{name}={setting}" for name, setting in knobs.items()]
         for factor in args.factors:
-            rates = [f"--{name}={factor * getattr(Config(), name):g}" for name in RATES]
-            facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", [*shared, *rates, *flags])
+            rates = {name: f"{factor * getattr(Config(), name):g}" for name in RATES}
+            facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", knobs | rates, flags)
             curve[factor] = facts["val_bpb"]
             rows.append([value, factor, *(facts.get(column) for column in COLUMNS)])
-            with open(path, "w", newline="", encoding="utf-8") as file:     # after each run, lest all be lost
-                csv.writer(file).writerows([[knob, "factor", *COLUMNS], *rows])
+            write_table(path, (knob, "factor", *COLUMNS), rows)
             print(f"{knob} {value}, all rates times {factor:g}: val_bpb {curve[factor]:.4f}", flush=True)
         print(f"{knob} {value}: best factor {in_words(best_factor(curve))}", flush=True)
     draw(knob, curves, path.with_suffix(".png"))

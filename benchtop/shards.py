@@ -254,8 +254,8 @@ def how_to_make_data(tokenizer: str, text: str = "") -> str:
     known = known_tokenizers()
     name = tokenizer or (known[0] if known else "mine")
     first = "" if tokenizer or known else f"{how_to_make(name, text)} && "
-    version = shlex.quote(text) if text else source_of(name)
-    return f"{first}python download_fineweb.py --source {version} --tokenizer {name}"
+    source = shlex.quote(text) if text else source_of(name)
+    return f"{first}python download_fineweb.py --source {source} --tokenizer {name}"
 
 
 def read_manifest(path: Path) -> dict:

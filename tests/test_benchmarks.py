@@ -325,11 +325,17 @@ def test_the_hellaswag_benchmark_compares_the_same_choices(here, monkeypatch, ca
     assert "times as fast" in said and "acc: the same choice in 3 of 3 rows" in said
 
 
-@pytest.fixture
-def race(monkeypatch):
-    """benchmarks/race.py as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("race")
+@pytest.fixture(scope="module")
+def benchmark():
+    """A program of benchmarks/ as a module, found with its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def race(benchmark):
+    return benchmark("race")
 
 
 A_PEER = """
@@ -429,11 +435,8 @@ def test_a_side_of_which_no_run_finished_is_shown_as_such(race):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def ladder():
-    """benchmarks/ladder.py as a module."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("ladder")
-    sys.path.remove(str(ROOT / "benchmarks"))
+def ladder(benchmark):
+    return benchmark("ladder")
 
 
 RUNG_FLOPS = np.tile(np.geomspace(3e12, 1e14, 5), 2)
@@ -461,14 +464,13 @@ def test_an_interval_of_the_law_holds_the_truth_as_often_as_it_says(ladder, monk
     monkeypatch.setattr(ladder, "DRAWS", 200)                               # for speed
     monkeypatch.setattr(ladder, "EXPONENTS", np.arange(0.004, 1, 0.004))
     truth, random = (1.0, 0.9, 0.2), np.random.default_rng(0)
-    flops = RUNG_FLOPS
     there = np.array([3e15])
-    unit = np.exp(np.log(flops).mean())
+    unit = np.exp(np.log(RUNG_FLOPS).mean())
     true = truth[0] + truth[1] * (there[0] / unit) ** -truth[2]
     held = {0.95: 0, 0.5: 0}
     for _ in range(80):
-        bpb = bpb_of_law(flops, *truth) + random.normal(0, 0.004, len(flops))
-        drawn = ladder.draws_of(ladder.fit(flops, bpb[None]), flops, bpb).at(there)[:, 0]
+        bpb = bpb_of_law(RUNG_FLOPS, *truth) + random.normal(0, 0.004, len(RUNG_FLOPS))
+        drawn = ladder.draws_of(ladder.fit(RUNG_FLOPS, bpb[None]), RUNG_FLOPS, bpb).at(there)[:, 0]
         for share in held:
             low, high = np.quantile(drawn, [(1 - share) / 2, (1 + share) / 2])
             held[share] += low <= true <= high
@@ -492,6 +494,7 @@ def test_a_ladder_leaves_runs_a_law_and_a_picture_and_goes_on_where_it_was(measu
     text = (lab / "experiments/ladder/README.md").read_text()
     assert "| demo |" in text and "- a = " in text and "python benchmarks/ladder.py --data tiny" in text
     assert (lab / "experiments/ladder/loss.png").read_bytes().startswith(b"\x89PNG")
+
     def number_of_runs() -> int:
         return len([*lab.glob("experiments/*_ladder_*")])
     measure(*words)

@@ -326,7 +326,7 @@ def test_the_hellaswag_benchmark_compares_the_same_choices(here, monkeypatch, ca
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def load_benchmark():
     """A program of benchmarks/ as a module, found with its neighbours."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -334,8 +334,8 @@ def benchmark():
 
 
 @pytest.fixture(scope="module")
-def race(benchmark):
-    return benchmark("race")
+def race(load_benchmark):
+    return load_benchmark("race")
 
 
 A_PEER = """
@@ -435,8 +435,8 @@ def test_a_side_of_which_no_run_finished_is_shown_as_such(race):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def ladder(benchmark):
-    return benchmark("ladder")
+def ladder(load_benchmark):
+    return load_benchmark("ladder")
 
 
 RUNG_FLOPS = np.tile(np.geomspace(3e12, 1e14, 5), 2)

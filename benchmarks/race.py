@@ -1,14 +1,17 @@
-"""The race: train_gpt.py, its yardsticks and checkouts of its peers, on the same text for the same time.
+r"""The race: train_gpt.py, its yardsticks and checkouts of its peers, on the same text for the same time.
 
     python benchmarks/race.py nanochat/ nanoGPT/ --text books/ --seconds 60 120 240
     python benchmarks/race.py --sides train_gpt,llama3 --seconds 60 --keep
+    python benchmarks/race.py nanochat/ --sides train_gpt --untuned train_gpt,nanochat=4:8192:0.02 \
+        --seconds 1200 --own_seconds 600
 
 A checkout is a clone of karpathy/nanochat or karpathy/nanoGPT that you have; benchmarks/peer.py puts it on
 this loop. Each side, except those of --untuned, is tuned first with runs of --tune_seconds and a seed that
 does not race: its learning rates, then its batch, further while the best is the last value tried; then its
-warm-up (train_gpt.py has none). Then all sides train with several seeds, in turns, once for each budget, with
-a complete schedule each. Finished runs are not repeated, so do not pause a race for long on a machine whose
-speed changes.
+warm-up (train_gpt.py has none). --untuned nanochat=4:8192:0.02 races with what an earlier tuning found: the
+factor of its learning rates, tokens in a step, and share of warm-up. Then all sides train with several
+seeds, in turns, once for each budget, with a complete schedule each. Finished runs are not repeated, so do
+not pause a race for long on a machine whose speed changes.
 
 When train_gpt.py reaches another side's value is interpolated between the means of its own budgets, over the
 logarithm of their time. Figures are of this machine; a CPU's dtype decides much of it.
@@ -179,6 +182,25 @@ class Race:
         return best, list(tried.items())
 
 
+def untuned_points(words: str, names: list[str]) -> dict[str, Point]:
+    """The points of the sides that are not tuned, from 'llama3,nanochat=4:8192:0.02' or 'all'.
+
+    raises  UserError if a side does not race, or a point is none
+    """
+    points = {}
+    for word in names if words == "all" else words.split(",") if words else []:
+        name, _, point = word.partition("=")
+        try:
+            rate, batch, warmup = point.split(":") if point else (1, Point.batch, Point.warmup)
+            points[name] = Point(float(rate), int(batch), float(warmup))
+        except ValueError:
+            raise UserError(f"--untuned {word} must be NAME, or NAME=RATE:BATCH:WARMUP as in "
+                            "nanochat=4:8192:0.02") from None
+    if not {*points} <= {*names}:
+        raise UserError(f"--untuned must be all, or of {', '.join(names)}; it is {words}")
+    return points
+
+
 def seconds_to(first: dict[float, Group], target: float) -> str:
     """When the mean of the first side is as low as a target, by the line between its budgets."""
     budgets = sorted(seconds for seconds in first if first[seconds].finished)
@@ -225,45 +247,48 @@ def main() -> None:
     parser.add_argument("--setting", choices=list(SETTINGS), default="minute", help="data and size of model")
     parser.add_argument("--text", default="", help="source of the text, unless it is prepared already")
     parser.add_argument("--seconds", type=float, nargs="+", default=[60, 120, 240], help="time of each run")
+    parser.add_argument("--own_seconds", type=float, nargs="+", metavar="SECONDS",
+                        help=f"time of each run of {FIRST}.py, if not the same")
     parser.add_argument("--seeds", type=positive, default=3, help="runs per side and time")
     parser.add_argument("--tune_seconds", type=float, default=60, help="of each tuning run")
-    parser.add_argument("--untuned", default="", help="sides not to tune, separated by commas, or all")
-    parser.add_argument("--keep", action="store_true", help="keep small files, and write experiments/RACE.md")
+    parser.add_argument("--untuned", default="", help="sides not to tune, separated by commas, or all; "
+                        "NAME=RATE:BATCH:WARMUP races with these")
+    parser.add_argument("--keep", action="store_true", help="keep small files, and write --report")
+    parser.add_argument("--report", default="RACE.md", help="name of the page in experiments/")
     args, flags = parser.parse_known_args()
-    if min(*args.seconds, args.tune_seconds) <= 0:
-        raise UserError("--seconds and --tune_seconds must be above 0")
+    own_seconds = args.own_seconds or args.seconds
+    if min(*args.seconds, *own_seconds, args.tune_seconds) <= 0:
+        raise UserError("--seconds, --own_seconds and --tune_seconds must be above 0")
     racers = racers_of(args.sides.split(","), args.checkouts)
-    names = [racer.word for racer in racers]
-    untuned = names if args.untuned == "all" else args.untuned.split(",") if args.untuned else []
-    if not {*untuned} <= {*names}:
-        raise UserError(f"--untuned must be all, or of {', '.join(names)}; it is {args.untuned}")
+    untuned = untuned_points(args.untuned, [racer.word for racer in racers])
     setting = SETTINGS[args.setting]
     prepare(setting, args.text)
     race = Race(args.setting, setting, flags)
-    tuned = {racer.name: (Point(), []) if racer.word in untuned else race.tune(racer, args.tune_seconds)
-             for racer in racers}
-    groups = {}
-    for seconds in sorted(args.seconds):
-        wanted = [(racer, tuned[racer.name][0], seconds, seed) for seed in range(args.seeds)
-                  for racer in (racers[::-1] if seed % 2 else racers)]
-        runs = race.run(wanted)
-        for racer in racers:
-            own = [run for (side, *_), run in zip(wanted, runs, strict=True) if side is racer]
-            groups[racer.name, seconds] = Group(racer.name, own)
+    tuned = {racer.name: (untuned[racer.word], []) if racer.word in untuned
+             else race.tune(racer, args.tune_seconds) for racer in racers}
+    starts = [(racer, seconds) for seconds in sorted({*args.seconds, *own_seconds}) for racer in racers
+              if seconds in (own_seconds if racer.name == FIRST else args.seconds)]
+    wanted = [(racer, tuned[racer.name][0], seconds, seed) for seed in range(args.seeds)
+              for racer, seconds in (starts[::-1] if seed % 2 else starts)]
+    runs = race.run(wanted)
+    groups = {(racer.name, seconds): Group(racer.name, [
+        run for (side, _, its, _), run in zip(wanted, runs, strict=True) if (side, its) == (racer, seconds)])
+        for racer, seconds in starts}
     check_comparable(list(groups.values()), "val_bpb", ["tokens"])     # the time is equal, not the tokens
     report = as_markdown(table(groups))
     tuning = as_markdown(tuning_table({name: tried for name, (_, tried) in tuned.items() if tried}))
     print(f"\n{report}\n\n{tuning}")
     if args.keep:
-        for racer, seconds in ((racer, seconds) for racer in racers for seconds in args.seconds):
+        for racer, seconds in starts:
             folder = places.EXPERIMENTS / "race" / f"{args.setting}_{racer.word}_{seconds:g}s"
             for run in groups[racer.name, seconds].runs:
                 copy_small(run, folder / f"seed{run.knobs['seed']}", KEPT)
-        write_text(places.EXPERIMENTS / "RACE.md",
-                   without_secrets(describe(groups, report, tuning, args.setting, racers)))
+        write_text(places.EXPERIMENTS / args.report,
+                   without_secrets(describe(groups, report, tuning, args.setting, racers, untuned)))
 
 
-def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[Racer]) -> str:
+def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[Racer],
+             untuned: dict[str, Point]) -> str:
     facts = next(iter(groups.values())).finished[0].summary
     peers = "; ".join(f"{racer.name} {racer.commit}" for racer in racers if racer.commit)
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv[1:]]
@@ -274,8 +299,9 @@ def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[
         f"{facts['torch']}, in the setting *{setting}* of `benchmarks/settings.py`. Mean and standard "
         "deviation over seeds; each run has its own complete schedule.", "", report, "",
         "## How each side was tuned", "",
-        f"One run each, with a seed that is not in the race. A side that has no row here raced as it is, "
-        f"with {Point.batch:,} tokens a step. Commits: {peers or 'none'}.", "", tuning, ""])
+        "One run each, with a seed that is not in the race. " * bool(len(untuned) < len(racers)) + "".join(
+            f"Not tuned here: {name}, with {point}. " for name, point in untuned.items())
+        + f"Commits: {peers or 'none'}.", "", tuning, ""])
 
 
 if __name__ == "__main__":

@@ -298,6 +298,27 @@ class Remote(Source):
                      remove=lambda file=file: self.here.remove(file)) for file in ("one", "two")]
 
 
+def test_the_next_file_is_fetched_while_this_one_is_tokenized(bench, command, two, monkeypatch):
+    remote, shards_at_begin = Remote(), {}
+
+    def shards() -> int:
+        return len(list(bench.glob("data/.set.partial/unit_*/*.bin")))
+    units = remote.units
+
+    def watched(seed: int | None) -> list[Unit]:
+        made = units(seed)
+        for unit in made:
+            unit.begin = lambda unit=unit: shards_at_begin.__setitem__(unit.name, shards())
+        return made
+    monkeypatch.setattr(remote, "units", watched)
+    monkeypatch.setitem(hub.CORPORA, "remote", hub.Corpus("remote", "a/b", ""))
+    monkeypatch.setattr(hub, "HubText", lambda name: remote)
+    command(f"{WORDS.removesuffix(' --version')} --source remote")
+    first, second = (unit["name"] for unit in manifest_of(bench)["units"])
+    made = [entry for entry in manifest_of(bench)["shards"] if entry.get("unit") == first]
+    assert len(made) > 1 and shards_at_begin == {second: 0}, "it begins before the first file has a shard"
+
+
 def test_a_corpus_of_many_files_is_mixed_file_by_file(bench, command, two, monkeypatch, capsys):
     remote = Remote()
     monkeypatch.setitem(hub.CORPORA, "remote", hub.Corpus("remote", "a/b", ""))

@@ -148,6 +148,8 @@ def compare_logits(folder: Path, model: "nn.Module", cfg, tokenizer: "Encoding")
             theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()(tokens)
             wanted = theirs.logits[..., :vocabulary]                                            # (1, T, V)
     except Exception as error:      # depends on the installed version of transformers
+        if "mismatch" in str(error):        # config.json and weights disagree
+            raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from error
         return print(f"logits not compared: transformers cannot load {folder} ({first_line(error)})")
     with torch.no_grad():
         found = model.logits(model.hidden(tokens))[..., :vocabulary]                            # (1, T, V)

@@ -60,6 +60,9 @@ def part_of(text: str) -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
+SHARD_SIZE, VAL_TOKENS = 10**8, 10_485_760      # defaults
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("Turn documents into token shards.")
     parser.add_argument("--source", nargs="+", default=["stdlib"],
@@ -67,17 +70,17 @@ def parse_arguments() -> argparse.Namespace:
                              "ready-made GPT-2 shards: 10B-gpt2 100B-gpt2 10Bedu-gpt2; or files, folders and "
                              "globs (.txt .md .py .jsonl .parquet, plain, .gz or .zst); with shares, as "
                              "in a/=0.7 b/=0.3, a mixture by tokens")
-    parser.add_argument("-ss", "--shard_size", type=positive, default=10**8,
+    parser.add_argument("-ss", "--shard_size", type=positive, default=SHARD_SIZE,
                         help="tokens in a shard, at most")
     parser.add_argument("-ns", "--num_shards", type=lambda text: positive(text, least=0), default=0,
-                        help="shards to train on; 0: all text; a larger number adds shards")
+                        help="training shards to make; 0: all text; a larger number extends the dataset")
     parser.add_argument("-t", "--tokenizer",
                         help="a folder in tokenizers/, or gpt2 (default: the only one, if there is just one)")
-    parser.add_argument("--val_tokens", type=positive, default=10_485_760,
-                        help=f"validate on about this many tokens of {BYTES_PER_TOKEN} bytes")
+    parser.add_argument("--val_tokens", type=positive, default=VAL_TOKENS,
+                        help=f"most text in each held-out split, in tokens of {BYTES_PER_TOKEN} bytes")
     parser.add_argument("--seed", type=int, default=0, help="decides the order of the documents")
     parser.add_argument("--name", help="folder in data/ (default: SOURCE_TOKENIZER)")
-    parser.add_argument("--num_workers", type=positive, default=host.available_cores(),
+    parser.add_argument("--num_workers", type=positive, default=host.own_cores(),
                         help="processes that tokenize")
     parser.add_argument("--part", type=part_of, metavar="I/N",
                         help="prepare only the I-th of N parts of a corpus's files, for many machines")
@@ -87,6 +90,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def refuse_for_ready_made(args: argparse.Namespace) -> None:
+    """raises  UserError if a flag says how to make the shards, which are downloaded as they are"""
+    flags = {"a further --source": len(args.source) > 1, "--part": args.part, "--seed": args.seed != 0,
+             "--tokenizer": args.tokenizer not in (None, "gpt2"),
+             "--shard_size": args.shard_size != SHARD_SIZE, "--val_tokens": args.val_tokens != VAL_TOKENS}
+    wrong = ", ".join(flag for flag, is_set in flags.items() if is_set)
+    if wrong:
+        raise UserError(f"{args.source[0]} has shards of GPT-2's tokens already; leave out {wrong}")
+
+
 @command
 def main() -> None:
     args = parse_arguments()
@@ -94,6 +107,7 @@ def main() -> None:
         raise UserError("--shard_size must be below 2^31, since a shard's header counts its tokens in int32; "
                         f"it is {args.shard_size}")
     if args.source[0] in hub.READY_MADE and not os.path.exists(args.source[0]):
+        refuse_for_ready_made(args)
         if is_first_process():
             fetch_ready_made(args.source[0], args)
         return
@@ -108,11 +122,15 @@ def main() -> None:
              "source_fingerprint": source.fingerprint, "tokenizer": tokenizer.name,
              "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed,
              "shard_size": args.shard_size, "val_tokens": args.val_tokens}
+    units = [] if isinstance(source, Mixture) else source.units(args.seed)
+    if args.part and part >= max(1, len(units)):
+        print(f"nothing to do for part {part + 1} of {parts}: {source.label} has "
+              f"{counted(max(1, len(units)), 'part')}")
+        return
     if isinstance(source, Mixture):
         if part == 0:
             mix(folder, source, tokenizer, facts, args)
         return
-    units = source.units(args.seed)
     preparation = Preparation(folder, units, tokenizer, facts, args)
     is_there = folder.exists()
     if is_there and args.part:

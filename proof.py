@@ -18,6 +18,7 @@ train_gpt.py for the part `speed`. The parts:
 It writes experiments/DATE_TIME_proof with a table to paste, all figures as JSON, and the libraries' output.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -371,7 +372,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help="parts to run")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for all parts together")
     for flag in ("--parts", "--tell", "--together"):        # for the processes that this script starts
-        parser.add_argument(flag, default="", help="==SUPPRESS==")
+        parser.add_argument(flag, default="", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
     cfg = config_of(args.preset, rest)
     names = [name.strip() for name in (args.parts or args.only).split(",")]
@@ -379,7 +380,9 @@ def main() -> None:
     if unknown is not None:
         raise UserError(f"there is no part {unknown!r}; the parts are {', '.join(PARTS)}")
     if args.together:
-        proof = proof_here(cfg)
+        if choose_device(cfg, 0, 1).type != "cuda":
+            cfg = dataclasses.replace(cfg, dtype="float32")
+        proof = proof_here(dataclasses.replace(cfg, timeout_seconds=60))
         together(proof, Path(args.together))
         proof.world.close()
     elif args.tell:

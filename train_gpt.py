@@ -124,13 +124,13 @@ class CommonConfig(SizedBySpeed, RunConfig):
 class Config(CommonConfig):
     # EDIT: config
     # the model
-    mlp_ratio: int = 4                # hidden width of an MLP, in model widths
+    mlp_ratio: int = 4                # hidden width of an MLP, as a multiple of model_dim
     value_embeddings: int = 2         # value embedding tables; the i-th serves layer i from each end; 0: none
-    attention_cap: float = 15         # largest attention logit, reached when query equals key
+    attention_cap: float = 15         # scale of the attention logits; they stay below 1.42 times this
     logit_cap: float = 15             # soft cap: bounds output logits to plus or minus this; 0: none
     long_window: int = 0              # attention window of every fourth layer and the last; 0: the whole row
     short_window: int = 0             # attention window of the others; 0: half a row, but at least 512 tokens
-    window_warmup_frac: float = 0     # first fraction of training; windows grow from 128 tokens; 0: none
+    window_warmup_frac: float = 0     # fraction of training in which windows grow from 128 tokens; 0: none
     fp8: bool = False                 # two of the head's products in FP8; needs a GPU like RTX 4090 or H100
     # the optimizer; learning rates are for 524,288 tokens a step and width 768, and scaled by rules
     muon_lr: float = 0.05             # learning rate of the matrices in layers

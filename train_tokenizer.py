@@ -54,7 +54,7 @@ from benchtop.tokenizer import (
 
 
 def parse_arguments() -> argparse.Namespace:
-    cores = max(1, host.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = host.own_cores()
     parser = Parser("Learn a byte-level BPE tokenizer.")
     parser.add_argument("-n", "--samples", type=positive,
                         help=f"characters of text to learn from (default: {MOST_SAMPLES}, or the smaller "

@@ -6,9 +6,9 @@
     python trial.py --confirm gelu                                       test a kept idea on unseen text
     python trial.py --ledger                                             list everything that was ever tried
 
-Each idea is first checked with --smoke, in seconds. Then baseline and ideas are trained in turns, one pair of
-runs per seed. After each pair from the third on, an idea is discarded if the interval of its gain lies below
---margin, otherwise kept if it lies above 0; the error rates account for repeated testing
+Each idea is first checked with --smoke, in about 20 seconds. Then baseline and ideas are trained alternately,
+one pair of runs per seed. After each pair from the third on, an idea is discarded if the interval of its gain
+lies below --margin, otherwise kept if it lies above 0; the error rates account for repeated testing
 (benchtop/sequential.py). If a trial is interrupted, run the same command again: its runs resume.
 
 The seed sets the initial weights and the order of the data. Repeats of one seed are not independent: on a GPU
@@ -85,9 +85,10 @@ def make_parser() -> Parser:
     budget.add_argument("--steps", type=positive, help="budget of each run in steps")
     budget.add_argument("--tokens", type=positive, help="budget of each run in tokens")
     parser.add_argument("--margin", type=float, default=0.0,
-                        help="smallest gain in val_bpb that matters; 0: the baseline's spread over its seeds")
+                        help="smallest gain in val_bpb that matters; 0: the standard deviation of the "
+                             "baseline over its first seeds")
     parser.add_argument("--alpha", type=float, default=0.05,
-                        help="chance of keeping an idea without gain, over all ideas together")
+                        help="largest chance of keeping an idea without gain, over all ideas together")
     parser.add_argument("--processes", type=positive, default=1,
                         help="GPUs for each run; with 1, runs train in parallel, one on each GPU")
     parser.add_argument("--description", default="", help="what the idea is, for the ledger")
@@ -125,6 +126,9 @@ def make_trial(args: argparse.Namespace, flags: list[str], say) -> Trial:
     if double:
         raise UserError(f"two ideas are called {double}; name one of them, as in 'other: {double}.diff'")
     name = args.name or "-".join(names)[:40]
+    if not name:
+        raise UserError("give an IDEA, as in: trial.py gelu.py -- FLAGS; or, to train the baseline alone, "
+                        "--name NAME")
     if not re.fullmatch(NAME, name):
         raise UserError("--name must be 1 to 40 letters, digits, '.', '_' and '-'; it is " + repr(name))
     flags = [*budget, *flags]
@@ -209,7 +213,7 @@ def report(results: dict, plan: Plan, say) -> None:
     also = f"; a line for each idea in {home}/{ledger.path().name}" if results["ideas"] else ""
     say(f"saved in {home}/trials/{results['trial']}{also}")
     if results["ideas"]:
-        say(f"each end of an interval is wrong in at most {plan.alpha:.0%} of trials")
+        say(f"each end of an interval is wrong in at most {100 * plan.alpha:.3g}% of trials")
     say(f"tables, curves and samples: python compare.py trials/{results['trial']} "
         + "--although tokens " * (plan.by_clock and bool(results["ideas"]))
         + f"--html {results['trial']}.html")

@@ -22,7 +22,7 @@ from benchtop.machine import World
 from benchtop.saved import load_trained, saved_config, score
 from benchtop.scoring import METRICS
 from benchtop.tasks import read_questions
-from benchtop.tokenizer import load_tokenizer
+from benchtop.tokenizer import load_tokenizer, only_tokenizer
 from train_gpt import GPT, PRESETS, Config
 
 
@@ -49,7 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="a .jsonl file in HellaSwag's format")
     parser.add_argument("--score", type=Path, help="a run trained with --save_model")
-    parser.add_argument("--tokenizer", default="demo_v4096_n20000000", help="of the model without --score")
+    parser.add_argument("--tokenizer", default="", help="of the model without --score"
+                        " (default: the only one)")
     parser.add_argument("--dtype", default="auto", help="of the matrix products")
     parser.add_argument("--rounds", type=positive, default=3)
     args = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> None:
         world = World(cfg)
         model, tokenizer = load_trained(experiment, args.score, cfg, world)
     else:
-        tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer or only_tokenizer())
         cfg = Config(**PRESETS["demo"] | {"vocab_size": tokenizer.n_vocab, "dtype": args.dtype})
         world = World(cfg)
         torch.manual_seed(0)

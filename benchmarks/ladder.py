@@ -20,7 +20,6 @@ not repeated. Writes README.md and loss.png beside it.
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import math
@@ -32,7 +31,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transfer import KNOBS, refuse, train, write_table
+from transfer import KNOBS, read_rows, refuse, train, write_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
@@ -202,7 +201,7 @@ def at_a_bound(law: Law) -> str:
 
 
 def table_of_sizes(rows: list[dict], law: Law) -> list[list[str]]:
-    table = [["layers x width", "weights", "tokens", "FLOPs", "seconds", "val_bpb", "law"]]
+    table = [["layers x width", "weights", "tokens", "FLOPs", "seconds", "val_bpb", "fitted"]]
     for size in dict.fromkeys(row["size"] for row in rows):
         same = [row for row in rows if row["size"] == size]
         flops = np.array([float(same[0]["flops"])])
@@ -245,17 +244,6 @@ def draw(flops: np.ndarray, bpb: np.ndarray, law: Law, draws: Law, presets: dict
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-def read_runs(path: Path) -> list[dict[str, str]]:
-    """The rows of the table; raises  UserError if it is damaged"""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if any(set(row) != set(HEADER) or not all(row.values()) for row in rows):
-        raise UserError(f"{path} is damaged; move it away, or mend it")
-    return rows
-
-
 @command
 def main() -> None:
     parser = Parser("Train a ladder of sizes and fit a scaling law to it.",
@@ -263,9 +251,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder in data/; use a small vocabulary")
     parser.add_argument("--sizes", nargs="+", default=["2x64", "4x64", "3x96", "3x128", "4x128"],
                         metavar="LAYERSxWIDTH", help="four or more")
-    parser.add_argument("--tokens_per_weight", type=positive, default=20)
+    parser.add_argument("--tokens_per_weight", type=positive, default=20,
+                        help="training tokens of each size, per weight of its matrices and head")
     parser.add_argument("--seeds", type=positive, default=2, help="with one, the intervals are too narrow")
-    parser.add_argument("--predict", nargs="*", default=["xs", "s"], metavar="PRESET")
+    parser.add_argument("--predict", nargs="*", default=["xs", "s"], metavar="PRESET",
+                        help="presets whose FLOPs the law is extended to")
     args, flags = parser.parse_known_args()
     rungs = [Rung.of(word) for word in args.sizes]
     if len(set(rungs)) < 4:
@@ -275,7 +265,7 @@ def main() -> None:
     presets = {preset: flops_of_preset(preset) for preset in args.predict}
     path = FOLDER / "runs.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_runs(path)
+    rows = read_rows(path, HEADER)
     same = {"code_sha256": sha256_of(places.ROOT / "train_gpt.py"), "data_sha256": dataset.sha256,
             "flags": shlex.join(flags) or "none", "tokens_per_weight": str(args.tokens_per_weight)}
     mine = []

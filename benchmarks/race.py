@@ -8,7 +8,7 @@ r"""The race: train_gpt.py, its yardsticks and checkouts of its peers, on the sa
 A checkout is a clone of karpathy/nanochat or karpathy/nanoGPT that you have; benchmarks/peer.py puts it on
 this loop. Each side, except those of --untuned, is tuned first with runs of --tune_seconds and a seed that
 does not race: its learning rates, then its batch, further while the best is the last value tried; then its
-warm-up (train_gpt.py has none). --untuned nanochat=4:8192:0.02 races with what an earlier tuning found: the
+warm-up (train_gpt.py uses none). --untuned nanochat=4:8192:0.02 races with what an earlier tuning found: the
 factor of its learning rates, tokens in a step, and share of warm-up. Then all sides train with several
 seeds, in turns, once for each budget, with a complete schedule each. Finished runs are not repeated, so do
 not pause a race for long on a machine whose speed changes.
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
 from benchtop.command_line import Parser, command, positive
 from benchtop.errors import UserError
-from benchtop.files import write_text
+from benchtop.files import sha256_of, write_text
 from benchtop.groups import Group, SavedRun, check_comparable
 from benchtop.ideas import Side, key_of, machine_facts
 from benchtop.progress import BEFORE_THE_FIRST, NOT_REACHED, reached_at
@@ -60,8 +60,12 @@ class Point:
     batch: int = 8192
     warmup: float = 0.02
 
+    @property
+    def without_warmup(self) -> str:
+        return f"rates x {self.rate:g}, {self.batch:,} tokens per step"
+
     def __str__(self) -> str:
-        return f"rates x {self.rate:g}, {self.batch:,} tokens per step, warm-up {self.warmup:g}"
+        return f"{self.without_warmup}, warm-up {self.warmup:g}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ class Racer:
             for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"]))
         return head + "+" * bool(changed)
 
+    @functools.cached_property
+    def code_sha256(self) -> str:
+        """Of all Python files of the checkout, edited or not; empty for what is in this repository."""
+        if not self.flags:
+            return ""
+        folder = places.ROOT / self.flags[1]
+        files = sorted(path for path in folder.rglob("*.py") if ".venv" not in path.parts)
+        lines = [f"{path.relative_to(folder)} {sha256_of(path)}" for path in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
     @property
     def word(self) -> str:
         """Its name in the names of files."""
@@ -101,6 +115,9 @@ def racers_of(sides: list[str], checkouts: list[str]) -> list[Racer]:
         raise UserError(f"--sides must be {FIRST} and any of {', '.join(OURS)}; it is {','.join(sides)}")
     scripts = {name: places.ROOT / f"train_{name.removeprefix('train_')}.py" for name in OURS}
     racers = [Racer(side, scripts[side], OURS[side]) for side in sides]
+    names = [Path(checkout).resolve().name for checkout in checkouts]
+    if len({*names}) < len(names):
+        raise UserError(f"two clones have the same folder name, of {', '.join(names)}; rename one")
     for checkout in checkouts:
         folder = Path(checkout).resolve()
         if not any((folder / file).is_file() for file in ("nanochat/gpt.py", "model.py")):
@@ -137,7 +154,8 @@ class Race:
         jobs = []
         for racer, point, seconds, seed in wanted:
             words = [*self.flags, *racer.words(point, seconds)]
-            key = key_of(Side(racer.name, racer.script, ""), words, [*self.data, racer.commit], self.machine)
+            side, data = Side(racer.name, racer.script, ""), [*self.data, racer.code_sha256]
+            key = key_of(side, words, data, self.machine)
             name = f"race_{self.name}_{racer.word}_{seconds:g}s-{key}_seed{seed}"
             jobs.append(Job(name, [str(racer.script), *words, "--seed", str(seed), "--model_name", name,
                                    "--resume", "auto"]))
@@ -250,7 +268,7 @@ def main() -> None:
     parser.add_argument("--own_seconds", type=float, nargs="+", metavar="SECONDS",
                         help=f"time of each run of {FIRST}.py, if not the same")
     parser.add_argument("--seeds", type=positive, default=3, help="runs per side and time")
-    parser.add_argument("--tune_seconds", type=float, default=60, help="of each tuning run")
+    parser.add_argument("--tune_seconds", type=float, default=60, help="training time of each tuning run")
     parser.add_argument("--untuned", default="", help="sides not to tune, separated by commas, or all; "
                         "NAME=RATE:BATCH:WARMUP races with these")
     parser.add_argument("--keep", action="store_true", help="keep small files, and write --report")
@@ -274,7 +292,10 @@ def main() -> None:
     groups = {(racer.name, seconds): Group(racer.name, [
         run for (side, _, its, _), run in zip(wanted, runs, strict=True) if (side, its) == (racer, seconds)])
         for racer, seconds in starts}
-    check_comparable(list(groups.values()), "val_bpb", ["tokens"])     # the time is equal, not the tokens
+    finished = [group for group in groups.values() if group.finished]
+    if not finished:
+        raise UserError("no run finished; their output is in experiments/race/output/")
+    check_comparable(finished, "val_bpb", ["tokens"])       # the time is equal, not the tokens
     report = as_markdown(table(groups))
     tuning = as_markdown(tuning_table({name: tried for name, (_, tried) in tuned.items() if tried}))
     print(f"\n{report}\n\n{tuning}")
@@ -289,7 +310,7 @@ def main() -> None:
 
 def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[Racer],
              untuned: dict[str, Point]) -> str:
-    facts = next(iter(groups.values())).finished[0].summary
+    facts = next(run.summary for group in groups.values() for run in group.finished)
     peers = "; ".join(f"{racer.name} {racer.commit}" for racer in racers if racer.commit)
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv[1:]]
     command = shlex.join(["python", "benchmarks/race.py", *words])
@@ -300,7 +321,8 @@ def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[
         "deviation over seeds; each run has its own complete schedule.", "", report, "",
         "## How each side was tuned", "",
         "One run each, with a seed that is not in the race. " * bool(len(untuned) < len(racers)) + "".join(
-            f"Not tuned here: {name}, with {point}. " for name, point in untuned.items())
+            f"Not tuned here: {name}, with {point.without_warmup if name == FIRST else point}. "
+            for name, point in untuned.items())
         + f"Commits: {peers or 'none'}.", "", tuning, ""])
 
 

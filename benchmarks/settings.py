@@ -58,7 +58,7 @@ SETTINGS = {
                     "--num_layers 6 --model_dim 512 --batch_tokens 8192", "--minutes 20"),
     "deep": Setting("20 minutes, 12 layers of width 192",
                     "--num_layers 12 --model_dim 192 --batch_tokens 8192", "--minutes 20"),
-    "own1": Setting("1 MB of text, four epochs, 2 layers of width 128",
+    "own1": Setting("1 MB of text, 4.6 epochs, 2 layers of width 128",
                     "--num_layers 2 --model_dim 128 --batch_tokens 4096", "--steps 300", 2000, 1),
     "own5": Setting("5 MB of text, four epochs, 4 layers of width 192",
                     "--num_layers 4 --model_dim 192 --batch_tokens 8192", "--steps 600", 4096, 5),

@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
 from benchtop.command_line import Parser, command
 from benchtop.errors import UserError
-from benchtop.files import write_text
+from benchtop.files import sha256_of, write_text
+from benchtop.shards import open_dataset
 from train_gpt import Config
 
 RATES = ("muon_lr", "embed_lr", "head_lr", "scalar_lr")
@@ -63,6 +65,17 @@ def train(script: str, name: str, knobs: dict, flags: list[str]) -> dict:
     if done.returncode:
         print(f"{name}: {facts['status']}")
     return facts | ({"val_bpb": math.inf} if done.returncode else {})
+
+
+def read_rows(path: Path, header: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of runs that need not be trained again; raises  UserError if the table is damaged"""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if any(set(row) != set(header) or not all(row.values()) for row in rows):
+        raise UserError(f"{path} is damaged; move it away, or mend it")
+    return rows
 
 
 def write_table(path: Path, header: tuple, rows: list) -> None:
@@ -138,19 +151,26 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     knob, values = values_of(args.vary)
     refuse(flags, {knob, *RATES}, "this sweep varies")
-    rows, curves = [], {value: {} for value in values}
-    path = places.EXPERIMENTS / "transfer" / f"{knob}.csv"
+    curves, path = {value: {} for value in values}, places.EXPERIMENTS / "transfer" / f"{knob}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
+    header = (knob, "factor", *COLUMNS, "flags")
+    rows = read_rows(path, header)
+    same = {"code_sha256": sha256_of(places.ROOT / args.script),
+            "data_sha256": open_dataset(args.data, "")[0].sha256, "flags": shlex.join(flags) or "none"}
     for value, curve in curves.items():
         knobs = {**KNOBS, "data": args.data, knob: value}
         if knob == "num_steps":     # instead of the tokens
             del knobs["train_tokens"]
         for factor in args.factors:
             rates = {name: f"{factor * getattr(Config(), name):g}" for name in RATES}
-            facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", knobs | rates, flags)
-            curve[factor] = facts["val_bpb"]
-            rows.append([value, factor, *(facts.get(column) for column in COLUMNS)])
-            write_table(path, (knob, "factor", *COLUMNS), rows)
+            wanted = same | {knob: str(value), "factor": f"{factor:g}"}
+            row = next((row for row in rows if row.items() >= wanted.items()), None)
+            if not row:
+                facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", knobs | rates, flags)
+                row = wanted | {column: str(facts.get(column, "none")) for column in COLUMNS}
+                rows.append(row)
+                write_table(path, header, [[row[column] for column in header] for row in rows])
+            curve[factor] = float(row["val_bpb"])
             print(f"{knob} {value}, all rates times {factor:g}: val_bpb {curve[factor]:.4f}", flush=True)
         print(f"{knob} {value}: best factor {in_words(best_factor(curve))}", flush=True)
     draw(knob, curves, path.with_suffix(".png"))

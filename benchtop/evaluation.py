@@ -122,7 +122,7 @@ class HeldOut:
 
     @property
     def num_documents(self) -> int:
-        return int((self.tokens == self.eot_id).sum())
+        return int(self.document_of[-1]) + 1
 
     def table(self, nats: Tensor) -> list[tuple[int, int, int, float, float]]:
         """(number, tokens, bytes, nats, nats of the text alone) of each document in Validation.nats.

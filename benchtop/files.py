@@ -112,7 +112,8 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
     """Lock a file against other processes, and remove it afterwards.
 
     shared  take a shared lock; the file is then kept, since only the holder of an exclusive lock removes it
-    raises  UserError if another process holds the lock and `wait` is off, or a folder or file is in the way
+    raises  Busy if another process holds the lock and `wait` is off; UserError if a folder or file is in the
+            way
     """
     file = _hold(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     try:
@@ -121,6 +122,10 @@ def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[Non
         if not shared and _is_at(path, file):
             path.unlink(missing_ok=True)
         file.close()
+
+
+class Busy(UserError):
+    """Another process holds a lock."""
 
 
 def _hold(path: Path, how: int) -> IO:
@@ -141,8 +146,8 @@ def _hold(path: Path, how: int) -> IO:
             fcntl.flock(file, how)
         except BlockingIOError as error:
             file.close()
-            raise UserError(f"another process is writing the same output in {path.parent}; wait for "
-                            "it, or choose another --name") from error
+            raise Busy(f"another process is writing the same output in {path.parent}; wait for it, or choose "
+                       "another --name") from error
         except OSError as error:
             print(f"warning: no locks on this file system ({error.strerror}); make sure that no other "
                   f"process writes to {path.parent}", file=sys.stderr)

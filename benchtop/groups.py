@@ -361,9 +361,10 @@ def side_name(side: Path) -> str:
 CONDITIONS = {"data": "data_sha256", "tokenizer": "tokenizer_sha256", "tokens": "tokens", "bench": "bench"}
 DECISIVE = tuple(f"{name}.py" for name in (
     "processes", "documents", "held_out", "tokenizer", "shards", "batches", "machine", "memory", "initial",
-    "steps", "evaluation", "tasks", "scoring", "knobs", "budget", "saved", "run"))
+    "warm_up", "compiled_check", "recorded", "steps", "evaluation", "tasks", "scoring", "knobs", "budget",
+    "saved", "run"))
 # knobs that do not say what was trained
-PERSONAL_KNOBS = ("model_name", "seed", "save_model", *NEUTRAL_KNOBS)
+PERSONAL_KNOBS = ("model_name", "seed", *NEUTRAL_KNOBS)
 
 
 class NotComparable(UserError):

@@ -24,7 +24,8 @@ from benchtop import places
 from benchtop.errors import UserError, first_line
 from benchtop.files import sha256_of, write_text
 from benchtop.folder import module_of
-from benchtop.identity import bench_hashes, bench_sha256
+from benchtop.host import available_cores
+from benchtop.identity import bench_hashes, bench_sha256, environment_for_git
 
 BASELINE = "baseline"
 # names of trials and ideas are parts of run and file names
@@ -149,8 +150,8 @@ def patched(patch: Path, script: Path) -> str:
 
         def git(*words: str) -> subprocess.CompletedProcess:
             return subprocess.run(["git", "apply", *words, str(patch.resolve())], cwd=folder, text=True,
-                                  env=os.environ | {"GIT_CEILING_DIRECTORIES": folder}, capture_output=True,
-                                  errors="replace")
+                                  env=environment_for_git() | {"GIT_CEILING_DIRECTORIES": folder},
+                                  capture_output=True, errors="replace")
         touched = [line.split("\t")[-1] for line in git("--numstat").stdout.splitlines()]
         if others := [name for name in touched if name != script.name]:
             raise UserError(f"{patch} also changes {', '.join(others)}; an idea changes only {script.name}")
@@ -189,8 +190,11 @@ def machine_facts(processes: int) -> dict:
     from benchtop.gpus import nvidia_gpus
     from benchtop.machine import cpu_facts
     gpus = [gpu.get("name", "") for gpu in nvidia_gpus()]
-    return {"gpus": sorted(gpus[:processes]), "cpu": "" if gpus else cpu_facts().get("model name", ""),
-            "torch": importlib.metadata.version("torch"), "processes": processes}
+    # sums over another number of threads differ by rounding
+    cpu = {} if gpus else {"cpu": cpu_facts().get("model name", ""),
+                           "threads": os.environ.get("OMP_NUM_THREADS") or available_cores()}
+    return {"gpus": sorted(gpus[:processes]), **cpu, "torch": importlib.metadata.version("torch"),
+            "processes": processes}
 
 
 def key_of(side: Side, shared_flags: list[str], data: list[str], machine: dict) -> str:

@@ -36,8 +36,8 @@ from benchtop.tokenizer import tokenizer_sha256
 BENCH = Path(__file__).parent
 # knobs that do not change results; data and tokenizer are compared by content instead
 NEUTRAL_KNOBS = ("check", "smoke", "sample", "prompt", "resume", "resume_changed", "save_every_steps",
-                 "save_every_minutes", "data", "tokenizer", "timeout_seconds", "micro_batch_tokens",
-                 "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "trackio",
+                 "save_every_minutes", "save_model", "data", "tokenizer", "timeout_seconds",
+                 "micro_batch_tokens", "gpu_cost_per_hour", "benchmarks", "compare_to", "wandb", "trackio",
                  "tensorboard")
 NAMED_FILES = 5         # named in a message at most; further ones are counted
 
@@ -75,6 +75,8 @@ def own_sources() -> list[Path]:
 def facts_about_code(script: str) -> dict:
     """The hashes of the code that this process runs: the script, the scripts it imports, the bench."""
     sources = {path.name: sha256_of(path) for path in own_sources()}
+    if script not in sources:
+        raise UserError(f"{script} must lie in {places.ROOT}, beside benchtop/")
     bench = bench_hashes()
     return {"script": script, "code_sha256": sources[script], "sources": sources,
             "bench_sha256": bench_sha256(bench), "bench": bench}
@@ -87,17 +89,20 @@ def code_that_runs() -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
+def environment_for_git() -> dict[str, str]:
+    """Without the variables of a hook or a script that make git look at another repository."""
+    return {name: value for name, value in os.environ.items()
+            if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")}
+
+
 def git(*arguments: str) -> str:
     """The output of a git command in the repository.
 
     raises  UserError with git's message if git fails (without a repository, for example) or is not installed
     """
     try:
-        # if a hook or a script has set these variables, git would look at another repository
-        environment = {name: value for name, value in os.environ.items()
-                       if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")}
         done = subprocess.run(["git", *arguments], cwd=places.ROOT, capture_output=True, encoding="utf-8",
-                              errors="replace", env=environment)
+                              errors="replace", env=environment_for_git())
     except OSError as error:
         raise UserError(f"git cannot be started: {error.strerror}") from error
     if done.returncode:

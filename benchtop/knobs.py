@@ -20,7 +20,6 @@ import inspect
 import io
 import math
 import re
-import sys
 import textwrap
 import tokenize
 import typing
@@ -187,10 +186,12 @@ class RunConfig:
 # Flags
 # ------------------------------------------------------------------------------------------------
 
-def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
+def parse_config(argv: list[str], config: type[RunConfig], script: Path | None = None) -> RunConfig:
     """The Config from defaults, overridden by the preset, overridden by the flags.
 
     With --sample or --resume, the knobs of that run replace the defaults.
+
+    script  that is running, which must be the one that trained the run to sample from; None: any
     """
     flags = vars(parser_of(config).parse_args(argv))
     if flags.get("train_tokens") and flags.get("num_steps"):
@@ -203,7 +204,8 @@ def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
     if "sample" in knobs:
         # the run's own values of these knobs are not needed for its weights; CPUs decode fastest in float32
         folder = Path(knobs["sample"])
-        require_script(folder, script_of(config).name)
+        if script:
+            require_script(folder, script.name)
         own = known_knobs(folder, config)
         here = {"device": "auto", "dtype": "float32", "compile": "off", "resume": "",
                 "num_samples": 1, "sample_tokens": 256, "seed": 0}
@@ -216,11 +218,6 @@ def parse_config(argv: list[str], config: type[RunConfig]) -> RunConfig:
     return config(**{**saved, **knobs, "resume": str(folder or "")})
 
 
-def script_of(config: type[RunConfig]) -> Path:
-    """The script that defines this Config."""
-    return Path(sys.modules[config.__module__].__file__)
-
-
 def known_knobs(folder: Path, config: type[RunConfig]) -> dict:
     """The saved knobs of a run, as far as this Config still has them."""
     return {knob: value for knob, value in saved_knobs(folder).items() if knob in config.names()}
@@ -230,7 +227,8 @@ def parser_of(config: type[RunConfig]) -> argparse.ArgumentParser:
     """A parser with a flag for each field, under the headings of the source; the experiment's come first."""
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=31, width=110)
-    parser = Parser("Train a model. Each flag is a field of Config in the script, with its default in [].",
+    parser = Parser("Train a model. Each flag is a field of Config in the script, or of RunConfig in "
+                    "benchtop/knobs.py, with its default in [].",
                     usage="%(prog)s [--KNOB VALUE ...]", formatter_class=layout)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d)[\d._]*([eE][-+]?\d+)?$")     # -1e-3 is no flag
     kinds = typing.get_type_hints(config)

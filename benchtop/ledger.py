@@ -16,7 +16,6 @@ from benchtop.errors import UserError
 from benchtop.files import locked
 
 KEEP, DISCARD, UNDECIDED = "keep", "discard", "undecided"
-FAILURES = ("crash", "out of memory", "diverged")
 CONFIRMED, NOT_CONFIRMED = "confirmed", "not confirmed"
 
 

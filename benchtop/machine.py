@@ -332,7 +332,8 @@ class World(Processes):
         return f"{name}, {available_cores()} cores"
 
     def facts(self) -> dict:
-        return {"device": self.device_name(), "processes": self.size,
+        threads = {"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}
+        return {"device": self.device_name(), "processes": self.size, **threads,
                 "dtype": str(self.dtype).removeprefix("torch.")}
 
     def peak_flops(self, cfg) -> float:

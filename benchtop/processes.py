@@ -112,6 +112,8 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):    # on this process's GPU
+                raise
             self._lost = True
             silent = (f"was silent for {self.timeout_seconds:g} s (--timeout_seconds)"
                       if self.timeout_seconds else "was silent for too long")

@@ -83,8 +83,8 @@ def bring(file: hub.HubFile, path: Path, keep: bool) -> None:
     """Copy a file from the Hub to `path`; unless `keep`, leave it cached only if it was before."""
     keep = keep or hub.in_cache(file)
     copy = hub.fetch(file)
-    with open(copy, "rb") as source, files.whole_file(path) as file:
-        shutil.copyfileobj(source, file)
+    with open(copy, "rb") as source, files.whole_file(path) as shard:
+        shutil.copyfileobj(source, shard)
     if not keep:
         hub.forget(copy)
 

@@ -62,7 +62,7 @@ from benchtop.folder import locked_log
 from benchtop.held_out import VAL
 from benchtop.identity import changes_since, identity_of, require_equal_machines
 from benchtop.initial import drawn_in_one_stream
-from benchtop.knobs import RunConfig, parse_config, script_of
+from benchtop.knobs import RunConfig, parse_config
 from benchtop.log import RunLog, last_lines
 from benchtop.machine import World, choose_kernels, is_recompile_limit
 from benchtop.sampling import sample_held_out
@@ -81,15 +81,20 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a script supplies; see the top of this file."""
+    """What a script supplies; see the top of this file.
+
+    script  the file that made this, whose hash each run records; Config and Model may come from another
+    """
     Config: type[RunConfig]
     Model: Callable[..., nn.Module]
     Optimizer: type
     train: Callable[["Run"], None]
+    script: Path | None = None
 
-    @property
-    def script(self) -> Path:
-        return script_of(self.Config)
+    def __post_init__(self) -> None:
+        if self.script is None:
+            maker = sys._getframe(2)        # beyond __init__
+            object.__setattr__(self, "script", Path(maker.f_globals["__file__"]))
 
     @command
     def main(self) -> None:
@@ -97,7 +102,7 @@ class Experiment:
         world = None
         try:
             try:
-                cfg = parse_config(sys.argv[1:], self.Config)
+                cfg = parse_config(sys.argv[1:], self.Config, self.script)
             except UserError as error:
                 raise SharedError(str(error)) from error
             world = World(cfg)

@@ -83,6 +83,9 @@ def sample_held_out(model: nn.Module, tokenizer: Encoding, held_out: HeldOut, cf
     begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
     begins = begins[np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)]
     prompts = [held_out.tokens[begin:begin + 17].tolist() for begin in begins]
+    # a shorter document ends where the next one begins
+    prompts = [prompt[:prompt.index(held_out.eot_id, 1)] if held_out.eot_id in prompt[1:] else prompt
+               for prompt in prompts]
     if not prompts:
         return []
     texts = generate(model, prompts, cfg, [cfg.seed] * len(prompts))

@@ -94,7 +94,8 @@ def typed_lines() -> Iterator[str]:
 
 def continue_prompts(experiment, folder: Path, prompts: list[str], **sampling) -> Iterator[str]:
     """Continue each prompt with a run's weights, prompt number n (from 0) with seed n; for judge.py."""
-    cfg = dataclasses.replace(parse_config([f"--sample={folder}"], experiment.Config), **sampling)
+    cfg = parse_config([f"--sample={folder}"], experiment.Config, experiment.script)
+    cfg = dataclasses.replace(cfg, **sampling)
     world = World(cfg)
     try:
         model, tokenizer = load_trained(experiment, folder, cfg, world)

@@ -214,9 +214,10 @@ def open_dataset(data: str, tokenizer_name: str) -> tuple[Dataset, tiktoken.Enco
         raise UserError(f"{folder} has no manifest and so no known tokenizer; name it with --tokenizer")
     made_for = manifest["tokenizer_sha256"], manifest["vocab_size"], manifest["eot_id"]
     if made_for != (tokenizer_sha256(tokenizer), tokenizer.n_vocab, tokenizer.eot_token):
-        raise UserError(f"data/{folder.name} was made with tokenizer {manifest['tokenizer']}; the present "
-                        f"{tokenizer.name} differs from it; use --tokenizer {manifest['tokenizer']}, or make "
-                        f"the shards again: {how_to_make_data(tokenizer.name)}")
+        other = manifest["tokenizer"]
+        advice = f"use --tokenizer {other}, or " * (other != tokenizer.name)
+        raise UserError(f"data/{folder.name} was made with tokenizer {other}; the present {tokenizer.name} "
+                        f"differs from it; {advice}make the shards again: {how_to_make_data(tokenizer.name)}")
     return Dataset(folder, manifest), tokenizer
 
 

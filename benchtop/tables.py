@@ -204,7 +204,7 @@ def index(experiments: Path) -> str:
         lines += ["", "Each idea tried has a line in [ledger.tsv](ledger.tsv) and its runs in "
                   "[trials/](trials/); `python trial.py --ledger` lists them."]
     lines += ["", "[RECIPE.md](RECIPE.md) has the evidence for the recipe, including what did not help; "
-              "[RACE.md](RACE.md) compares it with nanochat and nanoGPT.", ""]
+              "[RACE.md](RACE.md) compares it with nanochat.", ""]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchtop.ideas import BASELINE, Side
 from benchtop.identity import bench_hashes, bench_sha256
 from benchtop.redaction import without_secrets
 from benchtop.sequential import Look, Sequential
+from benchtop.signals import STOPS
 from benchtop.turns import Job, Turns, last_words
 
 METRIC = "val_bpb"
@@ -219,15 +221,19 @@ class Trial:
             self.decide(side, "diverged", f"seed {seed} {run.status}")
 
     def note_crash(self, side: Side, seed: int, code: int, words: str) -> None:
-        said = words or f"exit code {code}"
+        ended_by = signal_of(code)
+        said = words or (f"ended by {ended_by.name}" if ended_by else f"exit code {code}")
         if was_stopped(code, said):
-            raise UserError(f"{side.name}, seed {seed}, was stopped ({said}); run the same command again")
+            killed = "; if this repeats, memory runs out: use a smaller model, or leave the idea out"
+            raise UserError(f"{side.name}, seed {seed}, was stopped ({said}); run the same command again"
+                            + killed * (ended_by == signal.SIGKILL))
         if side is self.baseline:
             raise UserError(f"the baseline ended with exit code {code} at seed {seed}: {said}")
         if re.search("another process( is|;)", said):   # writes or trains the same; not the idea's fault
             raise UserError(f"{side.name}, seed {seed}: {said}")
         if not self.fates[side.name].verdict:
-            self.decide(side, "out of memory" if "memory" in said else "crash", f"seed {seed}: {said}")
+            out_of_memory = re.search("(out of|enough|allocate) memory|into memory", said)
+            self.decide(side, "out of memory" if out_of_memory else "crash", f"seed {seed}: {said}")
 
     # ---- judging the pairs
 
@@ -370,9 +376,17 @@ def is_by_this_code(run: SavedRun) -> bool:
         for name, sha256 in sources.items())
 
 
+def signal_of(code: int) -> signal.Signals | None:
+    """The signal that ended a process, if one did: exit code -15 (of Python) or 143 (of a shell)."""
+    number = -code if code < 0 else code - 128
+    return signal.Signals(number) if number in {*signal.Signals} else None
+
+
 def was_stopped(code: int, words: str) -> bool:
-    """Whether a process ended for a reason that says nothing about its script: a signal, or a full disk."""
-    return code < 0 or code > 128 or "No space left on device" in words
+    """Whether a process ended for a reason that says nothing about its script: somebody's signal, or a full
+    disk. A crash is a signal, too, such as SIGSEGV; SIGKILL may be of the system when memory runs out."""
+    return (signal_of(code) in (*STOPS, signal.SIGQUIT, signal.SIGKILL)
+            or "No space left on device" in words)
 
 
 def copy_small(run: SavedRun, target: Path, names: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchtop import places
 from benchtop.errors import UserError
-from benchtop.files import locked
+from benchtop.files import Busy, locked
 from benchtop.gpus import nvidia_gpus
 from benchtop.signals import heard_by
 
@@ -80,12 +80,12 @@ class Turns:
         def work(job: Job) -> None:
             if self.stopped_by or not wanted(job):
                 return
-            slot, begun = free.get(), time.perf_counter()
+            slot = free.get()
             try:
-                code = self._run_one(job, slot, outputs / f"{job.name}.txt")
+                code, seconds = self._run_one(job, slot, outputs / f"{job.name}.txt")
                 with telling:
                     if not self.stopped_by:
-                        tell(job, code, time.perf_counter() - begun)
+                        tell(job, code, seconds)
             finally:
                 free.put(slot)
         # when this process receives a stop signal, all runs save and stop
@@ -101,18 +101,21 @@ class Turns:
             print(f"stopped by {name}; run the same command again to resume", file=sys.stderr)
             sys.exit(128 + self.stopped_by)
 
-    def _run_one(self, job: Job, slot: str, output: Path) -> int:
+    def _run_one(self, job: Job, slot: str, output: Path) -> tuple[int, float]:
+        """The exit code of a run, and how long it took in seconds."""
         start = [sys.executable]
-        if self.processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
+        if self.processes > 1:
+            start += ["-m", "benchtop.launch", "--standalone", f"--nproc_per_node={self.processes}"]
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(places.ROOT), os.environ.get("PYTHONPATH")]))
         with open(output, "wb") as file, contextlib.ExitStack() as devices:
-            for device in sorted(slot.split(",")):      # another trial waits for the device
-                name = f"device_{device or 'cpu'}.lock"
-                devices.enter_context(locked(places.EXPERIMENTS / name, wait=True))
+            for device in sorted(slot.split(",")):
+                self._lock_device(device or "cpu", devices)
+            begun = time.perf_counter()
             with self.lock:
                 if self.stopped_by:
-                    return 128 + self.stopped_by
+                    return 128 + self.stopped_by, 0.0
                 process = subprocess.Popen([*start, *job.words], stdout=file, stderr=subprocess.STDOUT,
                                            stdin=subprocess.DEVNULL, env=environment)
                 self.alive.add(process)
@@ -121,7 +124,21 @@ class Turns:
             code = process.wait()
             with self.lock:
                 self.alive.discard(process)
-        return code
+        return code, time.perf_counter() - begun
+
+    def _lock_device(self, device: str, devices: contextlib.ExitStack) -> None:
+        """Keep other trials from a device; while one trains there, wait, unless a signal stops this one."""
+        is_told, name = False, "CPU" if device == "cpu" else f"GPU {device}"
+        while not self.stopped_by:
+            try:
+                devices.enter_context(locked(places.EXPERIMENTS / f"device_{device}.lock"))
+                return
+            except Busy:
+                if not is_told:
+                    print(f"another trial is training on the {name}; waiting until its run has finished",
+                          file=sys.stderr, flush=True)
+                is_told = True
+                time.sleep(0.5)
 
     def stop(self, number: int, _frame: object = None) -> None:
         """Start no more runs, and let those in progress save and stop."""
@@ -129,7 +146,6 @@ class Turns:
         for process in list(self.alive):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-
 
 
 def last_words(output: Path) -> str:

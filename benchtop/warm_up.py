@@ -38,16 +38,14 @@ def eot_rows(model: nn.Module, cfg: RunConfig, world: World) -> tuple[Tensor, Te
     return inputs, torch.full_like(inputs, -1)
 
 
-def warm_up(losses_of: TokenLosses, optimizer, cfg: RunConfig, world: World) -> None:
-    """Compile every kernel before the clock starts, on rows without targets; weights do not change."""
+def warm_up(losses_of: TokenLosses, cfg: RunConfig, world: World) -> None:
+    """Compile every kernel before the clock starts, on rows without targets, which leaves gradients of 0."""
     model = losses_of.model
     inputs, targets = eot_rows(model, cfg, world)
     # the end may take other kernels; the last pass adds to existing gradients, as later micro-batches do
     for model.progress in (1.0, 0.0, 0.0):
         model(inputs, targets).backward()
-    optimizer.sum_gradients()       # raises now, not in step 1, if a parameter has no gradient
     losses_of(inputs, torch.full(inputs.shape, -1))
-    optimizer.clear_gradients()
     world.synchronize()
 
 
@@ -68,8 +66,12 @@ def ready(experiment, cfg: RunConfig, world: World, kernels: Kernels, losses_of:
           optimizer, say: Callable[[str], None]) -> RunConfig:
     """Compile, find micro-batches that fit, record one if faster; returns the Config with their size."""
     cfg = memory.fit_micro_batch(
-        cfg, world, lambda sized: warm_up(losses_of, optimizer, sized, world), optimizer.clear_gradients, say,
+        cfg, world, lambda sized: warm_up(losses_of, sized, world), optimizer.clear_gradients, say,
         lambda: memory.memory_advice(experiment, cfg, world, kernels))
+    # once all processes are through, since they wait for each other here; raises now, not in step 1, if a
+    # parameter has no gradient
+    optimizer.sum_gradients()
+    optimizer.clear_gradients()
     if kernels.compiled:
         model = losses_of.model
         for line in record(model, *eot_rows(model, cfg, world), cfg, world):

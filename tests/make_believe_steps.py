@@ -242,7 +242,9 @@ def measure(experiment: Experiment, flags: list[str]) -> dict:
         found["states"] = mib(card.live)
         losses_of = TokenLosses(model, world, compiled=True)
         with card.during("warm-up"):
-            warm_up(losses_of, optimizer, sized, world)
+            warm_up(losses_of, sized, world)
+            optimizer.sum_gradients()
+            optimizer.clear_gradients()
         found |= {"warm-up": mib(card.peaks["warm-up"]), "graphs": graphs()}
         card.waits.clear()
         run = ShortRun(experiment, sized, world, model, optimizer, None, losses_of, None, Clock(world),

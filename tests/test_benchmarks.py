@@ -380,11 +380,13 @@ def test_a_race_gives_each_side_the_same_time_and_a_checkout_needs_no_change(mea
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer/model.py").write_text(A_PEER)
     words = ["race.py", str(tmp_path / "peer"), "--sides", "train_gpt", "--seconds", "0.3",
-             "--untuned", "all", "--seeds", "2", "--keep", *TINY_MODEL.split()]
+             "--own_seconds", "0.2", "0.3", "--untuned", "train_gpt,peer=2:256:0.1", "--seeds", "2", "--keep",
+             "--report", "RACE_2.md", *TINY_MODEL.split()]
     measure(*words)
-    report = (lab / "experiments/RACE.md").read_text()
+    report = (lab / "experiments/RACE_2.md").read_text()
     rows = re.findall(r"^\| (0\.\d) \| (\S.*?) \| .*? \| ([\d.]+) ± \S+ \|", report, re.MULTILINE)
-    assert [row[:2] for row in rows] == [("0.3", "train_gpt"), ("0.3", "peer's own")]
+    assert [row[:2] for row in rows] == [("0.2", "train_gpt"), ("0.3", "train_gpt"), ("0.3", "peer's own")]
+    assert "peer, with rates x 2, 256 tokens per step, warm-up 0.1" in report
     kept = [json.loads(path.read_text())
             for path in lab.glob("experiments/race/minute_peer_0.3s/*/summary.json")]
     assert len(kept) == 2 and str(tmp_path) not in json.dumps(kept)
@@ -412,6 +414,17 @@ def test_every_side_is_tuned_one_axis_after_the_other_and_beyond_a_best_edge(rac
     assert {point.batch for point in tried} == {2048, 4096, 8192, 16384}
     ours, _ = one.tune(race.Racer("train_gpt", Path("x.py"), {"rate": 1.0}), 60)
     assert ours == race.Point(4.0, 4096, 0.02)
+
+
+def test_a_side_races_with_the_point_of_an_earlier_tuning(race):
+    names = ["train_gpt", "nanochat"]
+    assert race.untuned_points("", names) == {}
+    assert race.untuned_points("all", names) == dict.fromkeys(names, race.Point())
+    assert race.untuned_points("nanochat=4:4096:0.2", names) == {"nanochat": race.Point(4.0, 4096, 0.2)}
+    for words, says in (("llama3", "must be all, or of train_gpt, nanochat"), ("nanochat=4", "as in"),
+                        ("nanochat=4:many:0", "as in"), ("nanochat=1:2:3:4", "as in")):
+        with pytest.raises(UserError, match=says):
+            race.untuned_points(words, names)
 
 
 def test_the_time_to_a_value_is_read_off_between_means(race):

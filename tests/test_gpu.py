@@ -89,7 +89,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_until_it_does():
     # leave room for some rows only
     hog = torch.empty(int(torch.cuda.mem_get_info()[0] - 600 * 2**20), dtype=torch.uint8, device="cuda")
     try:
-        fitted = memory.fit_micro_batch(cfg, world, lambda cfg: warm_up(losses_of, optimizer, cfg, world),
+        fitted = memory.fit_micro_batch(cfg, world, lambda cfg: warm_up(losses_of, cfg, world),
                                         optimizer.clear_gradients, said.append, lambda: "")
     finally:
         del hog
@@ -103,7 +103,8 @@ def test_a_recorded_micro_batch_has_the_losses_and_gradients_of_one_that_is_not(
     for worth_it in (1e9, 0):       # never, always
         monkeypatch.setattr(recorded, "WORTH_IT", worth_it)
         cfg, world, model, optimizer = made()
-        warm_up(TokenLosses(model, world, True), optimizer, cfg, world)
+        warm_up(TokenLosses(model, world, True), cfg, world)
+        optimizer.clear_gradients()
         said = recorded.record(model, *eot_rows(model, cfg, world), cfg, world)
         assert bool(said) == (worth_it == 0) and all("is recorded as one" in line for line in said)
         found.append([])
@@ -121,7 +122,8 @@ def test_a_recorded_micro_batch_has_the_losses_and_gradients_of_one_that_is_not(
 def test_what_changes_with_progress_is_not_recorded(monkeypatch):
     monkeypatch.setattr(recorded, "WORTH_IT", 0)
     cfg, world, model, optimizer = made(window_warmup_frac=1)
-    warm_up(TokenLosses(model, world, True), optimizer, cfg, world)
+    warm_up(TokenLosses(model, world, True), cfg, world)
+    optimizer.clear_gradients()
     line, = recorded.record(model, *eot_rows(model, cfg, world), cfg, world)
     assert "changes with model.progress" in line
     model.progress = 0.5
@@ -130,7 +132,8 @@ def test_what_changes_with_progress_is_not_recorded(monkeypatch):
 
 def test_no_step_waits_for_the_device():
     cfg, world, model, optimizer = made()
-    warm_up(TokenLosses(model, world, True), optimizer, cfg, world)
+    warm_up(TokenLosses(model, world, True), cfg, world)
+    optimizer.clear_gradients()
     rows = some_rows(0)
     torch.cuda.set_sync_debug_mode("error")
     try:

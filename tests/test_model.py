@@ -718,7 +718,7 @@ def test_a_text_is_continued_by_what_the_plain_model_finds_likeliest(kind):
 @pytest.mark.parametrize("kind", [FullRotary, SwiGLU])
 def test_another_layer_trains_samples_and_is_counted_with_nothing_else_touched(kind, here):
     """From data to a folder with weights that can be loaded and continued, by the bench as it is."""
-    experiment = Experiment(Config, kind, Optimizer, train_gpt.train)
+    experiment = Experiment(Config, kind, Optimizer, train_gpt.train, train_gpt.EXPERIMENT.script)
     folder = train_here(here, experiment, save_model=True)
     summary = summary_of(folder)
     assert summary["status"] == "finished" and summary["val_loss"] < math.log(301)

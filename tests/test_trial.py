@@ -105,7 +105,7 @@ def run(lab, here, monkeypatch, capsys):
     monkeypatch.setattr(trial, "import_script", lambda path: imported(path, sha256_of(path)))
 
     def call(machine: Machine, *words: str, checks: bool = False) -> int:
-        monkeypatch.setattr(Turns, "_run_one", lambda self, *rest: machine.run_one(self, *rest))
+        monkeypatch.setattr(Turns, "_run_one", lambda self, *rest: (machine.run_one(self, *rest), 0.0))
         place = words.index("--") if "--" in words else len(words)
         bare = [] if checks else ["--no_check"]
         monkeypatch.setattr(sys, "argv", ["trial.py", *words[:place], *bare, *words[place:]])

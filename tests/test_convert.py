@@ -3,6 +3,7 @@
 Run: ./run.sh test tests/test_convert.py
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import convert
 import train_nanogpt
 from benchtop import places
 from benchtop.errors import UserError
-from benchtop.folder import read_weights
+from benchtop.folder import module_of, read_weights
 from benchtop.knobs import known_knobs
 
 TOKENIZER = "tiny_v300_n1073741824"     # of 301 tokens
@@ -165,6 +166,12 @@ class Mine(GPT2):
         return super().hidden(inputs) * 1.01
 EXPERIMENT = Experiment(Config, Mine, AdamW, train_gpt.train)
 """
+
+
+def test_a_script_that_borrows_its_config_is_recorded_under_its_own_name(tmp_path):
+    (tmp_path / "mine.py").write_text(MY_SCRIPT)
+    mine = module_of(tmp_path / "mine.py").EXPERIMENT
+    assert dataclasses.replace(mine, train=None).script == mine.script == tmp_path / "mine.py"
 
 
 def test_a_copy_with_another_model_is_not_converted_as_if_it_were_gpt2(here, monkeypatch, capsys):

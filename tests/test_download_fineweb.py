@@ -957,3 +957,11 @@ def test_a_further_process_leaves_what_another_has_begun(bench):
     assert begun.exists()
     take_up(partial, {"seed": 2})
     assert not begun.exists(), "another command begins anew"
+
+
+@pytest.mark.parametrize(("typed", "named"), [
+    ("notes.txt", "a further --source"), ("--part 1/2", "--part"), ("--tokenizer mine", "--tokenizer"),
+    ("--seed 1 --val_tokens 9", "--seed, --val_tokens")])
+def test_flags_that_ready_made_shards_cannot_follow_are_refused(refusal, typed, named):
+    said = refusal(f"download_fineweb.py --source 10B-gpt2 {typed}")
+    assert said.endswith(f"10B-gpt2 has shards of GPT-2's tokens already; leave out {named}")

@@ -265,6 +265,13 @@ def test_one_source_with_a_share_is_that_source(bench, command, two, capsys):
     assert "sources" not in manifest_of(bench, "all")
 
 
+def test_a_part_of_what_has_no_parts_says_so(bench, command, two, capsys):
+    command(f"{MIX} --part 2/3")
+    command(f"{WORDS} words --part 2/3")
+    said = capsys.readouterr().out
+    assert said.count("nothing to do for part 2 of 3: ") == 2 and not names(bench / "data")
+
+
 def test_under_torchrun_one_process_makes_the_mixture(bench, command, two, monkeypatch, capsys):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "2")

@@ -816,6 +816,24 @@ memory.fit_micro_batch = fit_micro_batch
     assert rows_of(newest(lab, "limited"))[-1]["tokens"] == "4096"
 
 
+@pytest.mark.slow
+def test_one_process_out_of_memory_makes_all_take_smaller_micro_batches(lab):
+    """The other one must not wait for it in an exchange of gradients."""
+    limited = """
+import os, torch
+real = train_gpt.GPT.forward
+def forward(model, inputs, targets):
+    if os.environ["RANK"] == "1" and inputs.device.type != "meta" and inputs.numel() > 200:
+        raise torch.OutOfMemoryError("as a GPU says it")
+    return real(model, inputs, targets)
+train_gpt.GPT.forward = forward
+"""
+    knobs = dict(num_steps=2, batch_tokens=640, model_name="onelimited", timeout_seconds=30)
+    done = drive(lab, limited, *flags(**knobs), processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "micro-batches of 320 tokens do not fit into memory; trying 160" in done.stdout
+
+
 def test_an_error_that_is_not_of_memory_is_not_taken_for_one(lab, here, monkeypatch):
     real = GPT.forward
 

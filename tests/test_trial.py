@@ -20,7 +20,7 @@ from tiny_runs import flags
 import trial
 from benchtop import ideas, ledger, places, sequential, turns
 from benchtop.errors import UserError
-from benchtop.files import sha256_of
+from benchtop.files import locked, sha256_of
 from benchtop.groups import open_groups
 from benchtop.trials import Trial
 from benchtop.turns import Job, Turns
@@ -171,6 +171,7 @@ def test_more_ideas_need_plainer_gains(run):
 
 @pytest.mark.parametrize(("says", "verdict"), [
     ("train_gpt.py: error: out of memory; a smaller ...", "out of memory"),
+    ("idea_memory_1a2b3c4d.py: error: --x must be 1", "crash"),
     ("NameError: name 'x' is not defined", "crash"), ("", "crash")])
 def test_an_idea_that_fails_is_written_down_and_the_others_go_on(run, says, verdict):
     machine = Machine({"good": 0.02, "broken": 0.0}, broken={"broken": says})
@@ -402,6 +403,32 @@ def test_a_run_that_was_stopped_says_nothing_of_its_idea(run, code, says):
     assert run(Stopped({}), *words) == trial.NO_TRIAL and "run the same command again" in run.complaint
     assert ledger.read() == []
     assert run(Machine({"a": 0.02}), *words) == trial.KEPT
+
+
+@pytest.mark.parametrize("code", [-11, 128 + 6])
+def test_an_idea_that_crashes_by_a_signal_gets_a_verdict(run, code):
+    class Crashing(Machine):
+        def run_one(self, turns, job, slot, output):
+            if "-a-" not in job.name:
+                return super().run_one(turns, job, slot, output)
+            output.write_text("")
+            return code
+    assert run(Crashing({}), "a: --muon_lr 0.1", "--", *TINY) == trial.NONE_KEPT
+    assert verdicts() == {"a": "crash"} and "ended by SIG" in run.said
+
+
+def test_no_idea_and_no_name_is_one_line(run):
+    assert run(Machine({}), "--", *TINY) == trial.NO_TRIAL and "give an IDEA" in run.complaint
+
+
+def test_a_trial_that_waits_for_another_one_ends_with_a_signal(here, capsys):
+    turns, tell = Turns([""]), []
+    with locked(places.EXPERIMENTS / "device_cpu.lock"):
+        threading.Timer(0.7, turns.stop, (signal.SIGTERM,)).start()
+        with pytest.raises(SystemExit) as end:
+            turns.run([Job("x", ["-c", "pass"])], here, lambda *rest: tell.append(rest))
+    assert end.value.code == 143 and not tell
+    assert capsys.readouterr().err.count("another trial is training on the CPU; waiting") == 1
 
 
 def test_a_broken_idea_costs_one_run_and_can_be_mended_under_its_name(run, monkeypatch):

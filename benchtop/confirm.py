@@ -32,7 +32,7 @@ def trial_to_confirm(name: str, say) -> tuple[Trial, dict]:
         raise UserError(f"there is no finished trial {name}" + (f", only {', '.join(known)}" if known else
                         "; make one with: python trial.py IDEA -- FLAGS"))
     results, facts = read(folder / "results.json"), read(folder / "plan.json")
-    plan = Plan(**{name: facts[name] for name in facts if name in Plan.__dataclass_fields__})
+    plan = Plan(**{field: facts[field] for field in facts if field in Plan.__dataclass_fields__})
     kept = [idea for idea, result in results["ideas"].items() if result["verdict"] == ledger.KEEP]
     if plan.split == TEST or not kept:
         raise UserError(f"the trial {name} kept no idea, so there is nothing to confirm")

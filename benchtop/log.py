@@ -210,7 +210,9 @@ class RunLog:
             self.saved_step = withdraw_checkpoint(self.folder)
 
     def last_good(self) -> str:
-        if not self.active or not self.saved_step or not self.folder.is_dir():
+        if not self.active:
+            return "the first process says how to resume"
+        if not self.saved_step or not self.folder.is_dir():
             return "there is no checkpoint"
         return (f"the last good checkpoint is of step {self.saved_step}; resume with: "
                 + shlex.join([*program(), "--resume", os.path.relpath(self.folder)]))

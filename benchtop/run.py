@@ -380,13 +380,13 @@ def open_data(cfg: RunConfig, world: World) -> tuple[RunConfig, Data]:
     dataset, tokenizer = world.raise_on_all_ranks(lambda: open_dataset(cfg.data, cfg.tokenizer))
     dataset = dataset.verified(world)
 
-    def plan() -> tuple[RunConfig, Data]:
+    def rows_and_budget() -> tuple[RunConfig, Data]:
         cfg.require_vocabulary(tokenizer.name, tokenizer.n_vocab)
         rows = Rows(dataset.tokens("train"), cfg, tokenizer.eot_token)
         full = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab).with_budget(rows.num_rows * cfg.seq_len)
         return full, Data(dataset, tokenizer, rows, HeldOut(dataset.tokens(cfg.held_out), full, tokenizer),
                           cfg.held_out)
-    return world.raise_on_all_ranks(plan)
+    return world.raise_on_all_ranks(rows_and_budget)
 
 
 def open_run(cfg: RunConfig, world: World) -> tuple[RunConfig, TextIO | None, dict | None]:

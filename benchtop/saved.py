@@ -42,7 +42,8 @@ def load_trained(experiment, folder: Path, cfg, world: World) -> tuple[nn.Module
     """
     tokenizer, weights = saved_tokenizer(folder), read_weights(folder)
     if cfg.vocab_size != tokenizer.n_vocab:
-        raise UserError(f"{folder / 'config.json'} is missing or not what the run wrote")
+        raise UserError(f"{folder / 'config.json'} is missing or not what the run wrote: its vocabulary of "
+                        f"{cfg.vocab_size} is not that of the run's tokenizer, {tokenizer.n_vocab}")
     model = experiment.Model(cfg, tokenizer.eot_token, world.dtype)
     check_shapes(weights, model)
     model.load_state_dict(weights)

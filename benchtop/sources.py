@@ -209,6 +209,8 @@ def word_for(specs: list[str]) -> str:
     first = Path(specs[0])
     word = first.parent.name if glob.has_magic(first.name) or len(specs) > 1 else first.name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9-]+", "-", word).strip("-")[:30] or "files"
+
+
 # ------------------------------------------------------------------------------------------------
 # Mixtures
 # ------------------------------------------------------------------------------------------------
@@ -303,6 +305,7 @@ def refuse_common_text(name: str, source: Source, other: str, another: Source) -
     if common := sorted(files.keys() & others.keys()):
         raise UserError(f"{files[common[0]]} is part of {name} and of {other}; mix sources that have no file "
                         "in common")
+
 
 # ------------------------------------------------------------------------------------------------
 # Inspect a source

@@ -23,17 +23,17 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # a command with one of these needs the network, a GPU, hours, a name that only the reader knows, or is one
 # more trial
 NOT_HERE = ("10B", "HOST", "GPT2_FOLDER", "/NAME", " NAME", "download_hellaswag.py", "--part 1/4",
-            "from_transformers", "paper/build.py", "backout.diff", "trial.py train_nanogpt.py",
-            "DATE_TIME_MIX")
+            "from_transformers", "torch.distributed.run", "paper/build.py", "backout.diff",
+            "trial.py train_nanogpt.py", "DATE_TIME_MIX")
 TRAININGS = {"train_gpt.py", "train_nanogpt.py", "train_llama3.py", "my_experiment.py", "gelu.py"}
 SHORT = ["--num_steps", "2", "--val_every", "0", "--sample_tokens", "2", "--num_samples", "1", "--compile",
          "off", "--device", "cpu", "--seq_len", "64", "--batch_tokens", "256", "--val_tokens", "1024"]
 
 
 def commands(page: Path) -> list[str]:
-    """What a page's shell blocks say, a line each, without comments."""
+    """What a page's shell blocks say, a line each, without comments; of a loop over seeds, the first."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("$seed", "0").splitlines()
     return [" ".join(line.split(" #")[0].split()) for line in lines]
 
 
@@ -146,8 +146,9 @@ def test_commands_that_cannot_run_here_have_flags_that_exist():
 
 
 def test_the_commands_for_many_gpus_have_flags_that_exist():
-    lines = [line.removeprefix("srun ") for page in PAGES for line in commands(page)
-             if re.match(r"(srun )?torchrun .*train_gpt\.py", line)]
+    lines = [line.removeprefix("srun ").removeprefix(".venv/bin/python -m ")
+             for page in PAGES for line in commands(page)
+             if re.match(r"(srun )?.venv/bin/python -m torch.distributed.run .*train_gpt\.py", line)]
     assert len(lines) >= 3
     known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     for line in lines:

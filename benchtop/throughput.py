@@ -155,9 +155,9 @@ def speed(proof: Proof) -> Iterator[Finding]:
     chosen = proof.kernels      # before own_compilations() discards what is compiled to choose them
     with own_compilations(), proof.world.memory_of("speed"):
         sized, model, optimizer = prepared(proof, said.append)
-        waited = time.perf_counter() - begun
-        yield Finding("ready", "; ".join([f"after {waited:.1f} s", f"attention by {chosen.attention}", *said]),
-                      values={"seconds": waited})
+        took = time.perf_counter() - begun
+        yield Finding("ready", "; ".join([f"after {took:.1f} s", f"attention by {chosen.attention}", *said]),
+                      values={"seconds": took})
         watch = Stopwatch(proof.world, proof.on_cuda)
         run = halfway(proof, sized, model, optimizer, watch)
         proof.experiment.train(run)

@@ -148,7 +148,7 @@ def compare_logits(folder: Path, model: "nn.Module", cfg, tokenizer: "Encoding")
             theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()(tokens)
             wanted = theirs.logits[..., :vocabulary]                                            # (1, T, V)
     except Exception as error:      # depends on the installed version of transformers
-        if "mismatch" in str(error):        # config.json and weights disagree
+        if re.search("size mismatch|mismatched sizes", str(error)):     # of config.json and weights
             raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from error
         return print(f"logits not compared: transformers cannot load {folder} ({first_line(error)})")
     with torch.no_grad():

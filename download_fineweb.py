@@ -28,7 +28,7 @@ from pathlib import Path
 
 import tiktoken
 
-from benchtop import host, hub, places
+from benchtop import hub, places
 from benchtop.command_line import Parser, command, counted, positive
 from benchtop.documents import Source
 from benchtop.errors import UserError
@@ -43,7 +43,7 @@ from benchtop.prepare import (
     rule_or_complaint,
     wait_for_parts,
 )
-from benchtop.processes import is_first_process, places_by_torchrun
+from benchtop.processes import is_first_process, own_cores, places_by_torchrun
 from benchtop.ready_made import fetch_ready_made
 from benchtop.shards import few_held_out, shard_format
 from benchtop.sources import Mixture, open_mixture
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
                         help=f"most text in each held-out split, in tokens of {BYTES_PER_TOKEN} bytes")
     parser.add_argument("--seed", type=int, default=0, help="decides the order of the documents")
     parser.add_argument("--name", help="folder in data/ (default: SOURCE_TOKENIZER)")
-    parser.add_argument("--num_workers", type=positive, default=host.own_cores(),
+    parser.add_argument("--num_workers", type=positive, default=own_cores(),
                         help="processes that tokenize")
     parser.add_argument("--part", type=part_of, metavar="I/N",
                         help="prepare only the I-th of N parts of a corpus's files, for many machines")

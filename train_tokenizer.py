@@ -54,7 +54,7 @@ from benchtop.tokenizer import (
 
 
 def parse_arguments() -> argparse.Namespace:
-    cores = host.own_cores()
+    cores = processes.own_cores()
     parser = Parser("Learn a byte-level BPE tokenizer.")
     parser.add_argument("-n", "--samples", type=positive,
                         help=f"characters of text to learn from (default: {MOST_SAMPLES}, or the smaller "

@@ -1,7 +1,7 @@
 """From an idea to a verdict: is a changed train_gpt.py better, and how certain is that?
 
     python trial.py gelu.py -- --preset demo                             a changed copy
-    python trial.py backout.diff 'lr2: --muon_lr 0.1' -- --preset demo   a patch, and a flag
+    python trial.py my.diff 'lr2: --muon_lr 0.1' -- --preset demo        a patch, and a flag
     python trial.py --seeds 8 --name demo -- --preset demo               no idea: the baseline's own spread
     python trial.py --confirm gelu                                       test a kept idea on unseen text
     python trial.py --ledger                                             list everything that was ever tried

@@ -92,8 +92,8 @@ class Racer:
         if not self.flags:
             return ""
         folder = places.ROOT / self.flags[1]
-        files = sorted(path for path in folder.rglob("*.py") if ".venv" not in path.parts)
-        lines = [f"{path.relative_to(folder)} {sha256_of(path)}" for path in files]
+        names = sorted(path.relative_to(folder) for path in folder.rglob("*.py") if path.is_file())
+        lines = [f"{name} {sha256_of(folder / name)}" for name in names if ".venv" not in name.parts]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
@@ -207,10 +207,12 @@ def untuned_points(words: str, names: list[str]) -> dict[str, Point]:
     """
     points = {}
     for word in names if words == "all" else words.split(",") if words else []:
-        name, _, point = word.partition("=")
+        name, is_given, point = word.partition("=")
         try:
-            rate, batch, warmup = point.split(":") if point else (1, Point.batch, Point.warmup)
+            rate, batch, warmup = point.split(":") if is_given else (1, Point.batch, Point.warmup)
             points[name] = Point(float(rate), int(batch), float(warmup))
+            if not (0 < points[name].rate < math.inf and points[name].batch > 0 and points[name].warmup >= 0):
+                raise ValueError
         except ValueError:
             raise UserError(f"--untuned {word} must be NAME, or NAME=RATE:BATCH:WARMUP as in "
                             "nanochat=4:8192:0.02") from None

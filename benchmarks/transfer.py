@@ -26,6 +26,7 @@ from benchtop import places
 from benchtop.command_line import Parser, command
 from benchtop.errors import UserError
 from benchtop.files import sha256_of, write_text
+from benchtop.identity import bench_hashes, bench_sha256
 from benchtop.shards import open_dataset
 from train_gpt import Config
 
@@ -74,7 +75,7 @@ def read_rows(path: Path, header: tuple[str, ...]) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if any(set(row) != set(header) or not all(row.values()) for row in rows):
-        raise UserError(f"{path} is damaged; move it away, or mend it")
+        raise UserError(f"{path} is damaged, or of an earlier version; move it away")
     return rows
 
 
@@ -155,7 +156,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     header = (knob, "factor", *COLUMNS, "flags")
     rows = read_rows(path, header)
-    same = {"code_sha256": sha256_of(places.ROOT / args.script),
+    same = {"code_sha256": sha256_of(places.ROOT / args.script), "bench_sha256": bench_sha256(bench_hashes()),
             "data_sha256": open_dataset(args.data, "")[0].sha256, "flags": shlex.join(flags) or "none"}
     for value, curve in curves.items():
         knobs = {**KNOBS, "data": args.data, knob: value}

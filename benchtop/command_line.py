@@ -214,7 +214,7 @@ def program() -> list[str]:
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return [f"{bin_folder}python", script]
     processes = f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-    return [f"{bin_folder}torchrun", "--standalone", processes, script]
+    return [f"{bin_folder}python", "-m", "torch.distributed.run", "--standalone", processes, script]
 
 
 def minutes(seconds: float) -> str:

@@ -11,11 +11,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def own_cores() -> int:
-    """The cores of one of the processes that torchrun started on this machine."""
-    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def free_memory_mib() -> float:
     """Free memory of this machine or, if less, of its container; all memory if /proc/meminfo is missing."""
     meminfo = Path("/proc/meminfo")

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import shutil
@@ -187,12 +186,15 @@ def import_script(path: Path) -> ModuleType:
 
 def machine_facts(processes: int) -> dict:
     """Facts about this machine that results depend on, found without using a GPU."""
+    import torch
+
     from benchtop.gpus import nvidia_gpus
     from benchtop.machine import cpu_facts
     gpus = [gpu.get("name", "") for gpu in nvidia_gpus()]
     # sums over another number of threads differ by rounding
-    cpu = {} if gpus else {"cpu": cpu_facts().get("model name", ""),
-                           "threads": os.environ.get("OMP_NUM_THREADS") or available_cores()}
+    cpu = {} if gpus else {
+        "cpu": cpu_facts().get("model name", ""),
+        "threads": torch.get_num_threads() if processes == 1 else max(1, available_cores() // processes)}
     return {"gpus": sorted(gpus[:processes]), **cpu, "torch": importlib.metadata.version("torch"),
             "processes": processes}
 

@@ -211,7 +211,7 @@ class RunLog:
 
     def last_good(self) -> str:
         if not self.active:
-            return "the first process says how to resume"
+            return "start the same command again with --resume auto"
         if not self.saved_step or not self.folder.is_dir():
             return "there is no checkpoint"
         return (f"the last good checkpoint is of step {self.saved_step}; resume with: "

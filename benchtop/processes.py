@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from benchtop.errors import SharedError, UserError, first_line
+from benchtop.host import available_cores
 
 TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -33,6 +34,11 @@ def places_by_torchrun() -> tuple[int, int, int, int]:
         raise UserError(f"the environment has {shown}{f' without {missing}' if missing else ''}, which never "
                         f"happens under torchrun; start with torchrun, or unset them: unset {' '.join(said)}")
     return rank, size, local_rank, local_size
+
+
+def own_cores() -> int:
+    """The cores of each of the processes that torchrun started on this machine."""
+    return max(1, available_cores() // places_by_torchrun()[3])
 
 
 class Processes:
@@ -112,9 +118,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            self._lost = True
             if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):    # on this process's GPU
                 raise
-            self._lost = True
             silent = (f"was silent for {self.timeout_seconds:g} s (--timeout_seconds)"
                       if self.timeout_seconds else "was silent for too long")
             raise UserError(f"process {self.rank} of {self.size} lost another process, which died or "

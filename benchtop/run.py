@@ -83,7 +83,8 @@ COLUMNS = ("step", "tokens", "epoch", "train_seconds", "train_loss", "val_loss",
 class Experiment:
     """What a script supplies; see the top of this file.
 
-    script  the file that made this, whose hash each run records; Config and Model may come from another
+    script  the file that made this, whose hash each run records; Config and Model may come from another.
+            dataclasses.replace() keeps it, so give script=__file__ there
     """
     Config: type[RunConfig]
     Model: Callable[..., nn.Module]
@@ -93,8 +94,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if self.script is None:
-            maker = sys._getframe(2)        # beyond __init__
-            object.__setattr__(self, "script", Path(maker.f_globals["__file__"]))
+            maker = sys._getframe(2).f_globals.get("__file__")      # beyond __init__; None in a notebook
+            object.__setattr__(self, "script", Path(maker or sys.modules[self.Config.__module__].__file__))
 
     @command
     def main(self) -> None:

@@ -35,7 +35,7 @@ SMALL = dict(num_layers=4, num_heads=2, model_dim=64, seq_len=64, batch_tokens=2
              data="smoke", tokenizer="smoke", preset="", model_name="smoke", smoke=False, resume="",
              device="cpu", dtype="float32", compile="off", fp8=False, save_model=True, save_every_steps=0,
              val_every=0, log_every=1, val_tokens=0, num_samples=1, sample_tokens=4, benchmarks="",
-             wandb="", trackio="", tensorboard=False, compare_to="", by_speed=False, num_kv_heads=0)
+             wandb="", trackio="", tensorboard=False, compare_to="", by_speed=False, num_kv_heads=1)
 STEP_TO_STOP = 2        # step after which SIGTERM stops the second run, to be resumed
 
 

@@ -224,7 +224,8 @@ class Trial:
         ended_by = signal_of(code)
         said = words or (f"ended by {ended_by.name}" if ended_by else f"exit code {code}")
         if was_stopped(code, said):
-            killed = "; if this repeats, memory runs out: use a smaller model, or leave the idea out"
+            killed = ("; if this repeats, memory runs out: use a smaller model, or leave the idea out, under "
+                      "another --name")
             raise UserError(f"{side.name}, seed {seed}, was stopped ({said}); run the same command again"
                             + killed * (ended_by == signal.SIGKILL))
         if side is self.baseline:
@@ -384,8 +385,8 @@ def signal_of(code: int) -> signal.Signals | None:
 
 def was_stopped(code: int, words: str) -> bool:
     """Whether a process ended for a reason that says nothing about its script: somebody's signal, or a full
-    disk. A crash is a signal, too, such as SIGSEGV; SIGKILL may be of the system when memory runs out."""
-    return (signal_of(code) in (*STOPS, signal.SIGQUIT, signal.SIGKILL)
+    disk, which may be SIGBUS. SIGKILL may be of the system when memory runs out; SIGSEGV is a crash."""
+    return (signal_of(code) in (*STOPS, signal.SIGQUIT, signal.SIGKILL, signal.SIGBUS)
             or "No space left on device" in words)
 
 

@@ -106,12 +106,10 @@ class Turns:
         start = [sys.executable]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
         if self.processes > 1:
-            start += ["-m", "benchtop.launch", "--standalone", f"--nproc_per_node={self.processes}"]
-            environment["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(places.ROOT), os.environ.get("PYTHONPATH")]))
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         with open(output, "wb") as file, contextlib.ExitStack() as devices:
             for device in sorted(slot.split(",")):
-                self._lock_device(device or "cpu", devices)
+                self._lock(device, devices)
             begun = time.perf_counter()
             with self.lock:
                 if self.stopped_by:
@@ -126,19 +124,24 @@ class Turns:
                 self.alive.discard(process)
         return code, time.perf_counter() - begun
 
-    def _lock_device(self, device: str, devices: contextlib.ExitStack) -> None:
-        """Keep other trials from a device; while one trains there, wait, unless a signal stops this one."""
-        is_told, name = False, "CPU" if device == "cpu" else f"GPU {device}"
-        while not self.stopped_by:
-            try:
-                devices.enter_context(locked(places.EXPERIMENTS / f"device_{device}.lock"))
-                return
-            except Busy:
-                if not is_told:
-                    print(f"another trial is training on the {name}; waiting until its run has finished",
-                          file=sys.stderr, flush=True)
-                is_told = True
-                time.sleep(0.5)
+    def _lock(self, device: str, devices: contextlib.ExitStack) -> None:
+        """Keep other trials from a device; while one trains there, wait, unless a signal stops this one.
+
+        The first lock is of who is next, so that a trial which waits goes before another run of the same one.
+        """
+        is_told, name = False, f"device_{device or 'cpu'}"
+        with contextlib.ExitStack() as queue:
+            for lock, kept_by in ((f"{name}_next.lock", queue), (f"{name}.lock", devices)):
+                while not self.stopped_by:
+                    try:
+                        kept_by.enter_context(locked(places.EXPERIMENTS / lock))
+                        break
+                    except Busy:
+                        if not is_told:
+                            print(f"another trial is training on {f'GPU {device}' if device else 'the CPU'}; "
+                                  "waiting until its run has finished", file=sys.stderr, flush=True)
+                        is_told = True
+                        time.sleep(0.2)
 
     def stop(self, number: int, _frame: object = None) -> None:
         """Start no more runs, and let those in progress save and stop."""

@@ -261,12 +261,15 @@ def test_a_sweep_leaves_a_table_and_a_picture(measure, lab: Path, knob, values):
     with open(lab / f"experiments/transfer/{knob}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     points = {(row[knob], row["factor"]): row["val_bpb"] for row in rows}
-    assert list(points) == [(value, factor) for value in values for factor in ("1.0", "2.0")]
+    assert list(points) == [(value, factor) for value in values for factor in ("1", "2")]
     assert re.findall(r"val_bpb (\S+)", said) == [f"{float(bpb):.4f}" for bpb in points.values()]
     assert len(set(points.values())) == 4 and all(0 < float(bpb) < 20 for bpb in points.values())
     assert {row["code_sha256"] for row in rows} == {sha256_of(lab / "train_gpt.py")}
     assert all(0 < int(row["step"]) <= int(row["tokens"]) / 256 for row in rows)
     assert (lab / f"experiments/transfer/{knob}.png").read_bytes().startswith(b"\x89PNG")
+    runs = {*lab.glob("experiments/2*")}
+    again = measure("transfer.py", "--data", "tiny", "--factors", "1", "2", *sweep_of(knob, *values))
+    assert again == said and {*lab.glob("experiments/2*")} == runs      # none is trained again
 
 
 def test_what_a_sweep_varies_cannot_be_set(measure, lab: Path):
@@ -416,13 +419,25 @@ def test_every_side_is_tuned_one_axis_after_the_other_and_beyond_a_best_edge(rac
     assert ours == race.Point(4.0, 4096, 0.02)
 
 
+def test_any_edit_of_a_checkout_makes_new_runs(race, monkeypatch, tmp_path):
+    monkeypatch.setattr(race.places, "ROOT", tmp_path)
+    model = tmp_path / "peers/x/model.py"
+    model.parent.mkdir(parents=True)
+    hashes = set()
+    for text in ("a = 1", "a = 2", "a = 3"):
+        model.write_text(text)
+        hashes.add(race.Racer("x", Path("x.py"), {}, ("--checkout", "peers/x")).code_sha256)
+    assert len(hashes) == 3 and race.Racer("y", Path("y.py"), {}).code_sha256 == ""
+
+
 def test_a_side_races_with_the_point_of_an_earlier_tuning(race):
     names = ["train_gpt", "nanochat"]
     assert race.untuned_points("", names) == {}
     assert race.untuned_points("all", names) == dict.fromkeys(names, race.Point())
     assert race.untuned_points("nanochat=4:4096:0.2", names) == {"nanochat": race.Point(4.0, 4096, 0.2)}
     for words, says in (("llama3", "must be all, or of train_gpt, nanochat"), ("nanochat=4", "as in"),
-                        ("nanochat=4:many:0", "as in"), ("nanochat=1:2:3:4", "as in")):
+                        ("nanochat=4:many:0", "as in"), ("nanochat=1:2:3:4", "as in"), ("nanochat=", "as in"),
+                        ("nanochat=0:8:0", "as in"), ("nanochat=nan:8:0", "as in")):
         with pytest.raises(UserError, match=says):
             race.untuned_points(words, names)
 

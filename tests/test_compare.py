@@ -563,6 +563,13 @@ def test_what_a_run_is_scored_on_is_no_difference_of_recipe(tmp_path):
     assert differences_of(first, second) == []
 
 
+def test_another_number_of_threads_is_named_if_both_runs_know_it(tmp_path):
+    one, two, old = (read_run(write_run(tmp_path / name)) for name in ("one", "two", "old"))
+    for run, threads in ((one, 1), (two, 2)):
+        run.summary["threads"] = threads
+    assert differences_of(one, two) == ["threads 1 against 2"] and differences_of(one, old) == []
+
+
 def test_every_benchmark_that_runs_have_is_shown(two_groups, monkeypatch, capsys):
     rows = [(name, name % 4 > 0) for name in range(8)]
     write_run(two_groups / "demo/seed3", 3, benchmarks={"hellaswag": rows, "my_quiz": rows})

@@ -20,6 +20,7 @@ import torch
 import benchtop
 from benchtop import identity, places
 from benchtop.briefing import describe_git
+from benchtop.errors import UserError
 from benchtop.identity import Origin, bench_sha256, changes_since, identity_of
 
 BENCH = Path(benchtop.__file__).parent
@@ -114,6 +115,11 @@ def test_sources_are_the_scripts_that_this_process_runs(root):
     (root / "mine.py").write_text("NAME = 'other'\n")
     assert facts()["code_sha256"] != found["code_sha256"]
     assert facts()["bench_sha256"] == found["bench_sha256"]
+
+
+def test_a_script_elsewhere_is_refused_in_one_line(root, tmp_path_factory):
+    with pytest.raises(UserError, match=rf"far.py must lie in {root}, beside benchtop/"):
+        identity_of(tmp_path_factory.mktemp("elsewhere") / "far.py", Knobs(), WORLD, BYTES, DATASET)
 
 
 def about_git() -> tuple:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import EAGER
 from torch import nn
 
 import train_gpt
@@ -15,8 +16,8 @@ from benchtop.errors import UserError
 from benchtop.evaluation import TokenLosses
 from benchtop.machine import World
 from benchtop.steps import LossScale, NonFinite
-from benchtop.warm_up import warm_up
-from train_gpt import GPT, Config, Optimizer, adam_update, group_of, lr_scale, newton_schulz
+from benchtop.warm_up import ready
+from train_gpt import EXPERIMENT, GPT, Config, Optimizer, adam_update, group_of, lr_scale, newton_schulz
 
 
 def small_config(**knobs) -> Config:
@@ -226,8 +227,8 @@ def test_warming_up_changes_nothing():
     optimizer = Optimizer(model, model.cfg, World(model.cfg))
     before = [value.clone() for value in model.state_dict().values()]
     cfg = replace(model.cfg, micro_batch_tokens=64)
-    warm_up(TokenLosses(model, World(cfg)), cfg, World(cfg))
-    optimizer.clear_gradients()
+    ready(EXPERIMENT, cfg, World(cfg), EAGER, TokenLosses(model, World(cfg)), optimizer, print)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert all(not tensor.any() for piece in optimizer.pieces for tensor in piece.state.values())
     assert optimizer.steps_done == 0

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from launch import start
 from tiny_runs import CALM, DRIVE, drive, flags, newest, rows_of, run, summary_of, torchrun
 
 from benchtop import launch
 from benchtop.checkpoints import load_checkpoint, read_checkpoint
+from benchtop.errors import UserError
 from benchtop.folder import is_locked
+from benchtop.processes import Processes
 
 pytestmark = pytest.mark.slow
 
@@ -149,6 +152,15 @@ def test_processes_end_with_a_killed_torchrun_and_auto_waits_for_them(lab, begin
     folder = newest(lab, "orphans")
     wait_until(lambda: not is_locked(folder))
     assert read_checkpoint(folder)["step"] >= len(rows_of(folder)) - 1
+
+
+@pytest.mark.parametrize(("error", "seen"), [
+    (torch.OutOfMemoryError("on this GPU"), torch.OutOfMemoryError), (RuntimeError("gone"), UserError)])
+def test_a_process_without_memory_does_not_blame_another_one(error, seen):
+    world = Processes()
+    with pytest.raises(seen), world.contact():
+        raise error
+    assert world._lost      # so that it does not wait for the others when it ends
 
 
 @pytest.mark.parametrize("places", [{"WORLD_SIZE": "2"}, {"RANK": "first", "WORLD_SIZE": "2"}])

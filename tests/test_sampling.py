@@ -7,7 +7,9 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import TINY, train_here
@@ -149,6 +151,14 @@ def test_a_text_ends_where_the_model_ends_it():
     del model.logits
     model.head.data[300] = 5 * model.hidden(torch.tensor([[300]]))[0, 0].detach()
     assert generate(model, [[300]], dataclasses.replace(cfg, temperature=0)) == [[]]
+
+
+def test_a_prompt_ends_with_its_document():
+    model, cfg = talkative(num_samples=2, sample_tokens=2)
+    held_out = SimpleNamespace(tokens=np.array([300, 5, 6, 300, *range(7, 47)]), eot_id=300)
+    tokenizer = SimpleNamespace(decode=list)
+    found = sampling.sample_held_out(model, tokenizer, held_out, cfg)
+    assert [sample["prompt"] for sample in found] == [[5, 6], [*range(7, 23)]]
 
 
 def test_seeds_are_those_that_follow_the_first():

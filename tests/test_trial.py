@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from launch import PATIENCE, forking, start
 from launch import run as run_script
 from tiny_runs import flags
@@ -417,18 +418,53 @@ def test_an_idea_that_crashes_by_a_signal_gets_a_verdict(run, code):
     assert verdicts() == {"a": "crash"} and "ended by SIG" in run.said
 
 
+def test_runs_with_other_numbers_of_threads_have_other_names():
+    keys, before = set(), torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        keys.add(ideas.key_of(ideas.Side("x", Path(__file__), ""), [], [], ideas.machine_facts(1)))
+    torch.set_num_threads(before)
+    assert len(keys) == 2
+
+
 def test_no_idea_and_no_name_is_one_line(run):
     assert run(Machine({}), "--", *TINY) == trial.NO_TRIAL and "give an IDEA" in run.complaint
 
 
-def test_a_trial_that_waits_for_another_one_ends_with_a_signal(here, capsys):
-    turns, tell = Turns([""]), []
-    with locked(places.EXPERIMENTS / "device_cpu.lock"):
-        threading.Timer(0.7, turns.stop, (signal.SIGTERM,)).start()
-        with pytest.raises(SystemExit) as end:
-            turns.run([Job("x", ["-c", "pass"])], here, lambda *rest: tell.append(rest))
-    assert end.value.code == 143 and not tell
-    assert capsys.readouterr().err.count("another trial is training on the CPU; waiting") == 1
+def test_a_trial_that_waits_for_another_one_says_so_and_ends_with_a_signal(here, monkeypatch):
+    waiting, said = Turns([""]), []
+
+    def stopped_once_it_says(line: str, **_) -> None:
+        said.append(line)
+        waiting.stop(signal.SIGTERM)
+    monkeypatch.setattr(turns, "print", stopped_once_it_says, raising=False)
+    with locked(places.EXPERIMENTS / "device_cpu.lock"), pytest.raises(SystemExit) as end:
+        waiting.run([Job("x", ["-c", "pass"])], here, lambda *_: pytest.fail("it ran"))
+    assert end.value.code == 143 and said[0].startswith("another trial is training on the CPU; waiting")
+
+
+def test_a_trial_that_waits_is_next(here):
+    """Two trials on one device take turns, though the first is at its next run within milliseconds."""
+    order, two = [], [Turns([""]), Turns([""])]
+    begun = threading.Event()
+
+    def tell(job: Job, *_) -> None:
+        order.append(job.name)
+        begun.set()
+
+    def go(turn: Turns, letter: str) -> None:
+        jobs = [Job(f"{letter}{number}", ["-c", "import time; time.sleep(0.3)"]) for number in range(4)]
+        for job in jobs:        # run() needs the main thread
+            turn._run_one(job, "", here / job.name)
+            tell(job)
+    first = threading.Thread(target=go, args=(two[0], "a"))
+    second = threading.Thread(target=go, args=(two[1], "b"))
+    first.start()
+    begun.wait(PATIENCE)
+    second.start()
+    first.join(PATIENCE)
+    second.join(PATIENCE)
+    assert "".join(name[0] for name in order) in ("aabababb", "abababab")
 
 
 def test_a_broken_idea_costs_one_run_and_can_be_mended_under_its_name(run, monkeypatch):

@@ -325,7 +325,7 @@ def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[
         "One run each, with a seed that is not in the race. " * bool(len(untuned) < len(racers)) + "".join(
             f"Not tuned here: {name}, with {point.without_warmup if name == FIRST else point}. "
             for name, point in untuned.items())
-        + f"Commits: {peers or 'none'}.", "", tuning, ""])
+        + f"Commits: {peers or 'none'}.", *(["", tuning] if len(untuned) < len(racers) else []), ""])
 
 
 if __name__ == "__main__":

@@ -86,21 +86,21 @@ def plain_losses() -> list[float]:
 
 
 def losses_of(script) -> list[float]:
-    """The losses of some steps at the beginning of training."""
+    """The losses of a whole short run, before each step and at its end."""
     cfg = script.Config(vocab_size=101, num_layers=6, num_heads=2, model_dim=32, seq_len=32, batch_tokens=64,
-                        device="cpu")
+                        num_steps=10, device="cpu")
     torch.manual_seed(0)
     model = script.GPT(cfg, 100)
     draw_weights(model, 0)
     optimizer = script.Optimizer(model, cfg, World(cfg))
     tokens, model.progress = torch.randint(0, 101, (2, 32), generator=torch.Generator().manual_seed(1)), 0.0
     losses = []
-    for _ in range(4):
+    for _ in range(cfg.num_steps + 1):
         loss = model(tokens, tokens.roll(-1, 1)) / tokens.numel()
+        losses.append(loss.item())
         loss.backward()
         optimizer.sum_gradients()
         optimizer.step(1.0)
-        losses.append(loss.item())
     return losses
 
 

@@ -137,7 +137,7 @@ def test_an_edited_script_is_refused_in_one_line(edit, desk):
 
 def test_the_script_itself_is_sound_and_leaves_nothing(desk):
     before = {path for path in desk.iterdir() if path.is_dir()}
-    for script, *flags in ((EXPERIMENT.script.name,), ("train_llama3.py", "--num_kv_heads", "4")):
+    for script, *flags in ((EXPERIMENT.script.name,), ("train_llama3.py", "--preset", "gpt2-xl")):
         said = run(desk, script, "--smoke", *flags).stdout
         assert f"{script} is sound: 9 checks passed" in said and "FAILED" not in said
     assert {path for path in desk.iterdir() if path.is_dir()} - before <= {desk / "__pycache__"}

@@ -52,15 +52,15 @@ from benchtop.tokenizer import load_tokenizer, may_have_seen, only_tokenizer, to
 TOKENS_PER_PARQUET_BYTE = 0.34      # in FineWeb with GPT-2's tokenizer; only for the estimate of --dry_run
 
 
+SHARD_SIZE, VAL_TOKENS = 10**8, 10_485_760      # defaults
+
+
 def part_of(text: str) -> tuple[int, int]:
     """argparse type of --part: 2/3, the second of three parts, becomes (1, 3)."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"must be like 1/3, 2/3 or 3/3, not {text!r}")
     return int(match[1]) - 1, int(match[2])
-
-
-SHARD_SIZE, VAL_TOKENS = 10**8, 10_485_760      # defaults
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -123,9 +123,10 @@ def main() -> None:
              "tokenizer_sha256": tokenizer_sha256(tokenizer), "seed": args.seed,
              "shard_size": args.shard_size, "val_tokens": args.val_tokens}
     units = [] if isinstance(source, Mixture) else source.units(args.seed)
-    if args.part and part >= max(1, len(units)):
+    most_parts = max(1, len(units))     # a mixture has one
+    if args.part and part >= most_parts:
         print(f"nothing to do for part {part + 1} of {parts}: {source.label} has "
-              f"{counted(max(1, len(units)), 'part')}")
+              f"{counted(most_parts, 'part')}")
         return
     if isinstance(source, Mixture):
         if part == 0:

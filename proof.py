@@ -338,11 +338,15 @@ def processes(proof: Proof) -> Iterator[Finding]:
                   values={"gb_per_second": rate})
 
 
+def together_knobs(on_cuda: bool) -> dict:
+    """The knobs of the World in which all processes do some steps together; in float32 on a CPU."""
+    return {"timeout_seconds": 60} | ({} if on_cuda else {"dtype": "float32"})
+
+
 def together_config(proof: Proof, size: int) -> Config:
-    """The Config of the steps that all processes do together; in float32 on a CPU."""
-    dtype = {} if proof.on_cuda else {"dtype": "float32"}
+    """The Config of the steps that all processes do together."""
     return small(proof, compile="off", batch_tokens=256 * max(4, size), micro_batch_tokens=256, num_steps=5,
-                       timeout_seconds=60, **dtype)
+                 **together_knobs(proof.on_cuda))
 
 
 def together(proof: Proof, answer: Path) -> None:
@@ -380,9 +384,8 @@ def main() -> None:
     if unknown is not None:
         raise UserError(f"there is no part {unknown!r}; the parts are {', '.join(PARTS)}")
     if args.together:
-        if choose_device(cfg, 0, 1).type != "cuda":
-            cfg = dataclasses.replace(cfg, dtype="float32")
-        proof = proof_here(dataclasses.replace(cfg, timeout_seconds=60))
+        on_cuda = choose_device(cfg, 0, 1).type == "cuda"
+        proof = proof_here(dataclasses.replace(cfg, **together_knobs(on_cuda)))
         together(proof, Path(args.together))
         proof.world.close()
     elif args.tell:

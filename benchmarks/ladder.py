@@ -31,7 +31,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transfer import KNOBS, read_rows, refuse, train, write_table
+from transfer import KNOBS, read_rows, refuse, train, write_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchtop import places
@@ -275,7 +275,7 @@ def main() -> None:
         if not row:
             row = wanted | train_rung(rung, seed, args, tokenizer.n_vocab, flags)
             rows.append(row)
-            write_table(path, HEADER, [[row[column] for column in HEADER] for row in rows])
+            write_rows(path, HEADER, rows)
         mine.append(row)
         print(f"{rung}, {int(row['weights']):,} weights, seed {seed}: val_bpb {float(row['val_bpb']):.4f}",
               flush=True)

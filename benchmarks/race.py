@@ -76,22 +76,27 @@ class Racer:
     rates: dict[str, float]
     flags: tuple[str, ...] = ()
 
+    @property
+    def checkout(self) -> Path | None:
+        """The folder of a peer; None for what is in this repository."""
+        return places.ROOT / self.flags[1] if self.flags else None
+
     @functools.cached_property
     def commit(self) -> str:
         """Of the checkout, with + where it was edited; empty for what is in this repository."""
-        if not self.flags:
+        if not self.checkout:
             return ""
         head, changed = (subprocess.run(
-            ["git", *words], cwd=places.ROOT / self.flags[1], capture_output=True, text=True).stdout.strip()
+            ["git", *words], cwd=self.checkout, capture_output=True, text=True).stdout.strip()
             for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"]))
         return head + "+" * bool(changed)
 
     @functools.cached_property
     def code_sha256(self) -> str:
         """Of all Python files of the checkout, edited or not; empty for what is in this repository."""
-        if not self.flags:
+        folder = self.checkout
+        if not folder:
             return ""
-        folder = places.ROOT / self.flags[1]
         names = sorted(path.relative_to(folder) for path in folder.rglob("*.py") if path.is_file())
         lines = [f"{name} {sha256_of(folder / name)}" for name in names if ".venv" not in name.parts]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -315,17 +320,17 @@ def describe(groups: dict, report: str, tuning: str, setting: str, racers: list[
     facts = next(run.summary for group in groups.values() for run in group.finished)
     peers = "; ".join(f"{racer.name} {racer.commit}" for racer in racers if racer.commit)
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv[1:]]
-    command = shlex.join(["python", "benchmarks/race.py", *words])
+    command, are_tuned = shlex.join(["python", "benchmarks/race.py", *words]), len(untuned) < len(racers)
     return "\n".join([
         "# The race", "",
         f"Written by `{command}`, on {facts['processes']} x {facts['device']}, {facts['dtype']}, torch "
         f"{facts['torch']}, in the setting *{setting}* of `benchmarks/settings.py`. Mean and standard "
         "deviation over seeds; each run has its own complete schedule.", "", report, "",
         "## How each side was tuned", "",
-        "One run each, with a seed that is not in the race. " * bool(len(untuned) < len(racers)) + "".join(
+        "One run each, with a seed that is not in the race. " * are_tuned + "".join(
             f"Not tuned here: {name}, with {point.without_warmup if name == FIRST else point}. "
             for name, point in untuned.items())
-        + f"Commits: {peers or 'none'}.", *(["", tuning] if len(untuned) < len(racers) else []), ""])
+        + f"Commits: {peers or 'none'}.", *(["", tuning] if are_tuned else []), ""])
 
 
 if __name__ == "__main__":

@@ -79,10 +79,12 @@ def read_rows(path: Path, header: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def write_table(path: Path, header: tuple, rows: list) -> None:
-    """Write it whole, after each run, so that a sweep that is stopped loses nothing."""
+def write_rows(path: Path, header: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    """Write the table whole, after each run, so that a sweep that is stopped loses nothing."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    table = csv.DictWriter(text, header, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     write_text(path, text.getvalue())
 
 
@@ -170,7 +172,7 @@ def main() -> None:
                 facts = train(args.script, f"transfer_{knob}{value}_f{factor:g}", knobs | rates, flags)
                 row = wanted | {column: str(facts.get(column, "none")) for column in COLUMNS}
                 rows.append(row)
-                write_table(path, header, [[row[column] for column in header] for row in rows])
+                write_rows(path, header, rows)
             curve[factor] = float(row["val_bpb"])
             print(f"{knob} {value}, all rates times {factor:g}: val_bpb {curve[factor]:.4f}", flush=True)
         print(f"{knob} {value}: best factor {in_words(best_factor(curve))}", flush=True)

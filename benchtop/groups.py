@@ -487,11 +487,11 @@ def differences_of(first: SavedRun, second: SavedRun) -> list[str]:
     if bool(first.bench) == bool(second.bench):     # else one run has the bench among its sources
         found += [f"the code of {name}" for name in sorted({*sources[0], *sources[1]} - set(scripts))
                   if sources[0].get(name) != sources[1].get(name)]
-    found += [f"{fact} {first.summary.get(fact)} against {second.summary.get(fact)}"
-              for fact in ("device", "processes", "threads", "dtype", "torch")
-              if first.summary.get(fact) != second.summary.get(fact)
-              # runs of earlier versions do not know how many
-              and (fact != "threads" or {"threads"} <= {*first.summary} & {*second.summary})]
+    facts = ["device", "processes", "dtype", "torch"]
+    if "threads" in first.summary and "threads" in second.summary:      # earlier versions did not record it
+        facts.append("threads")
+    found += [f"{fact} {first.summary.get(fact)} against {second.summary.get(fact)}" for fact in facts
+              if first.summary.get(fact) != second.summary.get(fact)]
     return found
 
 

@@ -81,11 +81,9 @@ def choose(logits: Tensor, cfg, generator: torch.Generator) -> int:
 def sample_held_out(model: nn.Module, tokenizer: Encoding, held_out: HeldOut, cfg) -> list[dict]:
     """Continue the first 16 tokens of held-out documents, which the model has never seen."""
     begins = np.flatnonzero(held_out.tokens == held_out.eot_id)
-    begins = begins[np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)]
-    prompts = [held_out.tokens[begin:begin + 17].tolist() for begin in begins]
-    # a shorter document ends where the next one begins
-    prompts = [prompt[:prompt.index(held_out.eot_id, 1)] if held_out.eot_id in prompt[1:] else prompt
-               for prompt in prompts]
+    ends = np.minimum(begins + 17, np.append(begins[1:], len(held_out.tokens)))     # or of the document
+    chosen = np.linspace(0, len(begins) - 1, min(cfg.num_samples, len(begins))).astype(int)
+    prompts = [held_out.tokens[begins[place]:ends[place]].tolist() for place in chosen]
     if not prompts:
         return []
     texts = generate(model, prompts, cfg, [cfg.seed] * len(prompts))
